@@ -1,0 +1,1 @@
+"""The policies that are fitted, and the search that tunes the heuristics."""

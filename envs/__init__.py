@@ -1,0 +1,1 @@
+"""The world: what happens whether or not anyone learns."""

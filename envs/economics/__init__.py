@@ -1,0 +1,1 @@
+"""Money: plans, credits and the ledger, without queues."""

@@ -1,0 +1,1 @@
+"""The served fleet: queues, batches and KV blocks, without money."""

@@ -1,0 +1,1 @@
+"""Requests as arrays: arrivals, lengths, quality, traces."""

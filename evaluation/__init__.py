@@ -1,0 +1,1 @@
+"""The examiner: protocol, statistics and reports."""

@@ -1,0 +1,1 @@
+"""Adapters: each builds the same View from what its gateway knows."""
