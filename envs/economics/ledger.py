@@ -1,0 +1,154 @@
+"""The ledger: accounts x classes, the only place where money is added.
+
+`ledger_usd` has shape (N, A, K + 1): N worlds, the accounts below, K customer classes and one last column for what no
+single class causes (GPU-hours). Revenue is positive, cost negative; the sum of all postings is the margin. `counts` has
+shape (N, len(COUNTS), K). All functions are compiled and take one world `w`; queues and times come in as plain numbers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from marginroute import pricing
+
+ACCOUNTS = (
+    "usage_revenue",
+    "seat_revenue",
+    "slo_credits",
+    "unserved_credits",
+    "refunds",
+    "api_spend",
+    "gpu_hours",
+    "energy",
+    "cache",
+)
+(USAGE_REVENUE, SEAT_REVENUE, SLO_CREDITS, UNSERVED_CREDITS, REFUNDS, API_SPEND, GPU_HOURS, ENERGY, CACHE) = range(9)
+REVENUE_ACCOUNTS = ("usage_revenue", "seat_revenue")
+FIXED_COST_ACCOUNTS = ("gpu_hours",)
+
+COUNTS = (
+    "first_calls",
+    "served",
+    "shed",
+    "abandoned",
+    "failed",
+    "good",
+    "slo_ok",
+    "ttft_ok",
+    "tpot_ok",
+    "e2e_ok",
+    "deferred",
+    "restarts",
+    "prompt_tokens",
+    "output_tokens",
+)
+(
+    FIRST_CALLS,
+    SERVED,
+    SHED,
+    ABANDONED,
+    FAILED,
+    GOOD,
+    SLO_OK,
+    TTFT_OK,
+    TPOT_OK,
+    E2E_OK,
+    DEFERRED,
+    RESTARTS,
+    PROMPT_TOKENS,
+    OUTPUT_TOKENS,
+) = range(14)
+
+tokens_usd = njit(cache=True, inline="always")(pricing.tokens_usd)
+refund_usd = njit(cache=True, inline="always")(pricing.refund_usd)
+service_credit_usd = njit(cache=True, inline="always")(pricing.service_credit_usd)
+unserved_credit_usd = njit(cache=True, inline="always")(pricing.unserved_credit_usd)
+
+
+@njit(cache=True, nogil=True)
+def post(ledger_usd: np.ndarray, w: int, account: int, k: int, usd: float) -> None:
+    """Adds one posting."""
+    ledger_usd[w, account, k] += usd
+
+
+@njit(cache=True, nogil=True)
+def post_time(ledger_usd: np.ndarray, terms: np.ndarray, w: int, gpu_usd_per_s: float, elapsed_s: float) -> None:
+    """Posts what time alone brings: seat revenue of every class, and GPUs held, busy or idle."""
+    classes = terms.shape[0]
+    for k in range(classes):
+        post(ledger_usd, w, SEAT_REVENUE, k, terms[k].seat_usd_per_s * elapsed_s)
+    post(ledger_usd, w, GPU_HOURS, classes, -gpu_usd_per_s * elapsed_s)
+
+
+@njit(cache=True, nogil=True)
+def post_served(
+    ledger_usd: np.ndarray,
+    counts: np.ndarray,
+    terms: np.ndarray,
+    w: int,
+    k: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    ttft_s: float,
+    tpot_s: float,
+    e2e_s: float,
+    good: bool,
+    cost_account: int,
+    cost_usd: float,
+) -> None:
+    """Posts an answered request: revenue, cost of the answer, refund if it was bad, credits for missed SLOs."""
+    term = terms[k]
+    revenue_usd = tokens_usd(prompt_tokens, output_tokens, term.input_usd_per_token, term.output_usd_per_token)
+    value_usd = revenue_usd + term.request_value_usd
+    ttft_ok = ttft_s <= term.slo_ttft_s
+    tpot_ok = tpot_s <= term.slo_tpot_s
+    e2e_ok = e2e_s <= term.slo_e2e_s
+    credit_usd = service_credit_usd(
+        value_usd,
+        0.0 if ttft_ok else 1.0,
+        0.0 if tpot_ok else 1.0,
+        0.0 if e2e_ok else 1.0,
+        term.ttft_credit_share,
+        term.tpot_credit_share,
+        term.e2e_credit_share,
+    )
+    post(ledger_usd, w, USAGE_REVENUE, k, revenue_usd)
+    post(ledger_usd, w, cost_account, k, -cost_usd)
+    post(ledger_usd, w, SLO_CREDITS, k, -credit_usd)
+    if good:
+        counts[w, GOOD, k] += 1
+    else:
+        post(ledger_usd, w, REFUNDS, k, -refund_usd(value_usd, term.refund_share, term.bad_answer_usd))
+    counts[w, SERVED, k] += 1
+    counts[w, TTFT_OK, k] += ttft_ok
+    counts[w, TPOT_OK, k] += tpot_ok
+    counts[w, E2E_OK, k] += e2e_ok
+    counts[w, SLO_OK, k] += ttft_ok and tpot_ok and e2e_ok
+    counts[w, PROMPT_TOKENS, k] += prompt_tokens
+    counts[w, OUTPUT_TOKENS, k] += output_tokens
+
+
+@njit(cache=True, nogil=True)
+def post_unserved(
+    ledger_usd: np.ndarray,
+    counts: np.ndarray,
+    terms: np.ndarray,
+    w: int,
+    k: int,
+    count: int,
+    prompt_tokens: int,
+    expected_output_tokens: float,
+    cost_account: int,
+    cost_usd: float,
+) -> None:
+    """Posts a request without an answer (`count` is SHED, ABANDONED or FAILED): its credit, and what was spent on it."""
+    term = terms[k]
+    value_usd = (
+        tokens_usd(prompt_tokens, expected_output_tokens, term.input_usd_per_token, term.output_usd_per_token)
+        + term.request_value_usd
+    )
+    credit_usd = unserved_credit_usd(value_usd, term.unserved_credit_share, term.unserved_credit_usd)
+    post(ledger_usd, w, UNSERVED_CREDITS, k, -credit_usd)
+    post(ledger_usd, w, cost_account, k, -cost_usd)
+    counts[w, count, k] += 1
