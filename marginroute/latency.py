@@ -1,0 +1,58 @@
+"""What a gateway can estimate: TTFT, TPOT and the work of a request, from visible state and profile coefficients.
+
+An engine iteration with `b` decoding sequences that attend `kv` tokens takes about
+
+    decode_s = base_s + decode_seq_s * b + kv_token_s * kv
+
+and `prefill_token_s` more per prompt token mixed in. With a budget of B tokens per iteration, the prompt tokens ahead of
+and in a new request need max(1, pending / (B - b)) iterations. If no sequence slot (or KV room) is free, the request
+first waits until enough others have finished. Both the simulator's heuristics and the gateway call these functions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from marginroute import view as v
+from marginroute.view import Array, View
+
+OUTPUT_MEAN_PRIOR_WEIGHT = 20.0  # requests that the prior mean of the output length counts for
+
+
+def running_mean(mean: float, weight: float, value: float, horizon: float) -> tuple[float, float]:
+    """One step of a mean over about the last `horizon` values; returns the new (mean, weight)."""
+    weight = min(weight + 1.0, horizon)
+    return mean + (value - mean) / weight, weight
+
+
+def estimate(view: View) -> tuple[Array, Array, Array]:
+    """Seconds of TTFT and TPOT, and work in seconds, that each candidate would need for the request.
+
+    Work is the engine time that the request takes from others: its prefill, and its share of every decode iteration
+    with the iteration's fixed part spread over a full batch.
+
+    Returns:
+        ttft_s, tpot_s, work_s: each (..., C).
+    """
+    s = view.signals
+    prompt_tokens = view.request[v.PROMPT_TOKENS][..., None]
+    output_tokens = view.request[v.EXPECTED_OUTPUT_TOKENS][..., None]
+    slots = np.minimum(s[v.SLOTS], s[v.IN_FLIGHT_CAP])
+    batch = np.minimum(s[v.DECODING] + 1.0, slots)
+    kv_tokens = s[v.DECODING_TOKENS] + prompt_tokens
+    decode_s = s[v.BASE_S] + s[v.DECODE_SEQ_S] * batch + s[v.KV_TOKEN_S] * kv_tokens
+    pending_tokens = s[v.PENDING_PREFILL_TOKENS] + prompt_tokens
+    iterations = np.maximum(pending_tokens / np.maximum(s[v.TOKEN_BUDGET] - batch, 1.0), 1.0) + 0.5
+    crowded_out = (kv_tokens + pending_tokens - s[v.KV_CAPACITY_TOKENS]) / (prompt_tokens + output_tokens)
+    ahead = np.maximum(np.maximum(s[v.IN_FLIGHT] + 1.0 - slots, crowded_out), 0.0)
+    wait_s = ahead * output_tokens * decode_s / slots
+    prefill_s = pending_tokens * s[v.PREFILL_TOKEN_S]
+    ttft_s = s[v.FIXED_TTFT_S] + iterations * decode_s + prefill_s + wait_s
+    tpot_s = s[v.FIXED_TPOT_S] + decode_s
+    per_output_token_s = (
+        s[v.DECODE_SEQ_S]
+        + s[v.KV_TOKEN_S] * (prompt_tokens + 0.5 * output_tokens)
+        + s[v.BASE_S] / s[v.SLOTS]
+    )
+    work_s = prompt_tokens * s[v.PREFILL_TOKEN_S] + output_tokens * per_output_token_s
+    return ttft_s, tpot_s, work_s

@@ -1,0 +1,217 @@
+"""The View: everything a gateway can know at the moment of a decision, and nothing else.
+
+A view holds one decision, or one decision for each of many worlds: `...` below stands for no leading axis or (N,).
+Signals are stored signal-major, so that `view.signals[IN_FLIGHT]` is one contiguous array of shape (..., C) and every
+formula in `latency`, `heuristics` and `features` runs unchanged on one decision and on thousands.
+
+Candidates have a fixed order: replicas (pool by pool), third-party providers, then the cached answer, *defer* (hold in
+the batch queue) and *shed*. Own counters (in flight, prefilling, decoding, recent latencies) are fresh: the gateway
+counts them itself. Scraped signals are as old as `TELEMETRY_AGE_S` says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+KINDS = ("replica", "provider", "cache", "defer", "shed")
+REPLICA, PROVIDER, CACHE, DEFER, SHED = range(5)
+
+# Signals of a candidate, name and unit. Static ones come from the configuration, the others change with every event.
+SIGNALS = (
+    ("fixed_ttft_s", "s, median TTFT that does not depend on load (provider, cache look-up)"),
+    ("fixed_tpot_s", "s per token, the same"),
+    ("base_s", "s per iteration, engine profile"),
+    ("prefill_token_s", "s per prefill token in an iteration"),
+    ("decode_seq_s", "s per decoding sequence in an iteration"),
+    ("kv_token_s", "s per KV token attended in an iteration"),
+    ("token_budget", "tokens per iteration"),
+    ("slots", "sequences that may run at once"),
+    ("kv_capacity_tokens", "tokens that fit the KV cache"),
+    ("input_usd", "USD per prompt token that the operator pays (API price, energy)"),
+    ("output_usd", "USD per output token that the operator pays"),
+    ("call_usd", "USD per call that the operator pays"),
+    ("p_good_prior", "P(good answer) by the public prior of the tier"),
+    ("in_flight", "requests sent there by this gateway and not completed, held ones included"),
+    ("in_flight_cap", "requests that may be at the engine at once; more wait in the gateway"),
+    ("held", "requests waiting in the gateway's hold queue"),
+    ("pending_prefill_tokens", "prompt tokens in flight without a first token yet"),
+    ("decoding", "requests in flight that are streaming"),
+    ("decoding_tokens", "prompt and streamed tokens of those"),
+    ("recent_ttft_s", "s, moving mean of TTFT of answers completed there"),
+    ("recent_tpot_s", "s, moving mean of TPOT of answers completed there"),
+    ("waiting", "scraped: requests waiting in the engine"),
+    ("running", "scraped: requests running in the engine"),
+    ("kv_usage", "scraped: share of KV blocks in use"),
+    ("telemetry_age_s", "s since that scrape"),
+)
+SIGNAL_NAMES = tuple(name for name, _ in SIGNALS)
+(
+    FIXED_TTFT_S,
+    FIXED_TPOT_S,
+    BASE_S,
+    PREFILL_TOKEN_S,
+    DECODE_SEQ_S,
+    KV_TOKEN_S,
+    TOKEN_BUDGET,
+    SLOTS,
+    KV_CAPACITY_TOKENS,
+    INPUT_USD,
+    OUTPUT_USD,
+    CALL_USD,
+    P_GOOD_PRIOR,
+    IN_FLIGHT,
+    IN_FLIGHT_CAP,
+    HELD,
+    PENDING_PREFILL_TOKENS,
+    DECODING,
+    DECODING_TOKENS,
+    RECENT_TTFT_S,
+    RECENT_TPOT_S,
+    WAITING,
+    RUNNING,
+    KV_USAGE,
+    TELEMETRY_AGE_S,
+) = range(len(SIGNALS))
+N_STATIC_SIGNALS = P_GOOD_PRIOR
+
+# What the gateway sees of the request itself, its contract, and its own recent traffic.
+REQUEST = (
+    ("prompt_tokens", "tokens"),
+    ("expected_output_tokens", "tokens, running mean of the class and task"),
+    ("class_index", "index of the customer class"),
+    ("task_index", "index of the task type"),
+    ("difficulty_signal", "standardised predictor of difficulty"),
+    ("waited_s", "s since arrival (a held job is decided again)"),
+    ("deadline_left_s", "s until the deadline; inf: none"),
+    ("arrival_rate_per_s", "requests/s, moving mean"),
+    ("sequence", "number of decisions before this one"),
+    ("input_usd_per_token", "USD, price to the customer"),
+    ("output_usd_per_token", "USD, price to the customer"),
+    ("request_value_usd", "USD, seat price per included request"),
+    ("refund_share", "of the value, for a bad answer"),
+    ("bad_answer_usd", "USD per bad answer"),
+    ("slo_ttft_s", "s; inf: none"),
+    ("slo_tpot_s", "s; inf: none"),
+    ("slo_e2e_s", "s; inf: none"),
+    ("ttft_credit_share", "of the value, when missed"),
+    ("tpot_credit_share", "of the value, when missed"),
+    ("e2e_credit_share", "of the value, when missed"),
+    ("unserved_credit_share", "of the value, when not answered"),
+    ("unserved_credit_usd", "USD, when not answered"),
+    ("patience_s", "s, median time to first token that users of the class tolerate; inf: any"),
+)
+REQUEST_NAMES = tuple(name for name, _ in REQUEST)
+(
+    PROMPT_TOKENS,
+    EXPECTED_OUTPUT_TOKENS,
+    CLASS_INDEX,
+    TASK_INDEX,
+    DIFFICULTY_SIGNAL,
+    WAITED_S,
+    DEADLINE_LEFT_S,
+    ARRIVAL_RATE_PER_S,
+    SEQUENCE,
+    INPUT_PRICE_USD,
+    OUTPUT_PRICE_USD,
+    REQUEST_VALUE_USD,
+    REFUND_SHARE,
+    BAD_ANSWER_USD,
+    SLO_TTFT_S,
+    SLO_TPOT_S,
+    SLO_E2E_S,
+    TTFT_CREDIT_SHARE,
+    TPOT_CREDIT_SHARE,
+    E2E_CREDIT_SHARE,
+    UNSERVED_CREDIT_SHARE,
+    UNSERVED_CREDIT_USD,
+    PATIENCE_S,
+) = range(len(REQUEST))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The candidates of a fleet: what stays the same from decision to decision.
+
+    Attributes:
+        names: (C,) display names, such as `medium/1`, `api`, `cache`, `defer`, `shed`.
+        kind: (C,) index into `KINDS`.
+        station: (C,) index of the pool or provider that does the work (pools first, then providers); S for none.
+        tier: (C,) index of the model that answers; -1 where that is not known in advance.
+        station_names, tier_names, class_names, task_names: what the indices mean.
+    """
+
+    names: tuple[str, ...]
+    kind: Array
+    station: Array
+    tier: Array
+    station_names: tuple[str, ...]
+    tier_names: tuple[str, ...]
+    class_names: tuple[str, ...]
+    task_names: tuple[str, ...]
+
+    @property
+    def n_candidates(self) -> int:
+        """C."""
+        return len(self.names)
+
+    @property
+    def n_replicas(self) -> int:
+        """R, the candidates that are replicas; they come first."""
+        return int((self.kind == REPLICA).sum())
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Plain lists, for a bundle's manifest."""
+        return {
+            "names": list(self.names),
+            "kind": self.kind.tolist(),
+            "station": self.station.tolist(),
+            "tier": self.tier.tolist(),
+            "station_names": list(self.station_names),
+            "tier_names": list(self.tier_names),
+            "class_names": list(self.class_names),
+            "task_names": list(self.task_names),
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, list[Any]]) -> Layout:
+        """The inverse of `to_dict`."""
+        return Layout(
+            names=tuple(data["names"]),
+            kind=np.array(data["kind"], dtype=np.int64),
+            station=np.array(data["station"], dtype=np.int64),
+            tier=np.array(data["tier"], dtype=np.int64),
+            station_names=tuple(data["station_names"]),
+            tier_names=tuple(data["tier_names"]),
+            class_names=tuple(data["class_names"]),
+            task_names=tuple(data["task_names"]),
+        )
+
+
+@dataclass
+class View:
+    """One decision's knowledge, or that of N worlds at once.
+
+    Attributes:
+        layout: the candidates.
+        signals: (S, ..., C) float64, one row per entry of `SIGNALS`.
+        request: (Q, ...) float64, one row per entry of `REQUEST`.
+        legal: (..., C) bool; at least one candidate (shed) is always legal.
+    """
+
+    layout: Layout
+    signals: Array
+    request: Array
+    legal: Array
+
+    def __getitem__(self, world: int) -> View:
+        """The view of one world of a batched view."""
+        return View(self.layout, self.signals[:, world], self.request[:, world], self.legal[world])
+
+    def copy(self) -> View:
+        """A view that the simulator will not overwrite."""
+        return View(self.layout, self.signals.copy(), self.request.copy(), self.legal.copy())
