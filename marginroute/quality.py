@@ -1,0 +1,119 @@
+"""Predicted P(good answer) per model, from what a gateway sees of a prompt.
+
+Notation. Difficulty d ~ N(0, 1) is hidden; the gateway sees the signal z = d + e with e independent and normal, so
+that corr(z, d) = rho. Then d | z ~ N(rho^2 z, 1 - rho^2). A tier answers well with probability
+(1 - n) Phi(a - s d), where a is its ability, s the slope in difficulty and n the share of prompts that nobody can
+answer. Averaging over d | z gives the prior in closed form:
+
+    P(good | z) = (1 - n) Phi((a - s rho^2 z) / sqrt(1 + s^2 (1 - rho^2)))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from marginroute import view as v
+from marginroute.view import Array, View
+
+# Hart (1968), algorithm 5666, as given by G. West, "Better approximations to cumulative normal functions" (2005).
+_NUMERATOR = (
+    3.52624965998911e-02,
+    0.700383064443688,
+    6.37396220353165,
+    33.912866078383,
+    112.079291497871,
+    221.213596169931,
+    220.206867912376,
+)
+_DENOMINATOR = (
+    8.83883476483184e-02,
+    1.75566716318264,
+    16.064177579207,
+    86.7807322029461,
+    296.564248779674,
+    637.333633378831,
+    793.826512519948,
+    440.413735824752,
+)
+
+
+def normal_cdf(x: Array | float) -> Array:
+    """Phi(x), the standard normal distribution function; absolute error below 1e-15, any shape."""
+    x = np.asarray(x, dtype=np.float64)
+    size = np.minimum(np.abs(x), 37.0)
+    top = np.full_like(size, _NUMERATOR[0])
+    for coefficient in _NUMERATOR[1:]:
+        top = top * size + coefficient
+    bottom = np.full_like(size, _DENOMINATOR[0])
+    for coefficient in _DENOMINATOR[1:]:
+        bottom = bottom * size + coefficient
+    below = np.exp(-0.5 * size * size) * top / bottom
+    return np.where(x > 0.0, 1.0 - below, below)
+
+
+def prior_p_good(
+    ability: Array,
+    slope: Array | float,
+    difficulty_signal: Array,
+    signal_correlation: float,
+    nobody_can_share: float,
+) -> Array:
+    """P(good answer) of every tier by its public prior: tier and difficulty signal, not the task.
+
+    Args:
+        ability: (T,) probit of P(good) at zero difficulty, averaged over tasks.
+        slope: (T,) or scalar, fall of that probit per standard deviation of difficulty.
+        difficulty_signal: (...,) the signal z.
+        signal_correlation: rho in (0, 1].
+        nobody_can_share: share of prompts that no tier answers well.
+
+    Returns:
+        (..., T) probabilities.
+    """
+    shrink = signal_correlation * signal_correlation
+    spread = np.sqrt(1.0 + np.square(slope) * (1.0 - shrink))
+    probit = (ability - slope * shrink * np.asarray(difficulty_signal)[..., None]) / spread
+    return (1.0 - nobody_can_share) * normal_cdf(probit)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedQuality:
+    """P(good answer) fitted on logged outcomes: a logistic correction of the prior, per tier and task type.
+
+        logit P = intercept[tier, task] + slope[tier, task] * logit(prior) + length[tier] * ln(prompt_tokens / 1000)
+
+    A candidate whose tier is unknown (a cached answer) keeps its prior.
+
+    Attributes:
+        intercept, slope: (T, J).
+        length: (T,).
+    """
+
+    intercept: Array
+    slope: Array
+    length: Array
+
+    def p_good(self, view: View) -> Array:
+        """(..., C) probabilities for the candidates of a view."""
+        prior = view.signals[v.P_GOOD_PRIOR]
+        tier = view.layout.tier
+        task = view.request[v.TASK_INDEX].astype(np.int64)[..., None]
+        inside = np.clip(prior, 1e-6, 1.0 - 1e-6)
+        log_length = np.log(view.request[v.PROMPT_TOKENS] * 1e-3)[..., None]
+        logit = (
+            self.intercept[tier, task]
+            + self.slope[tier, task] * np.log(inside / (1.0 - inside))
+            + self.length[tier] * log_length
+        )
+        return np.where(tier >= 0, 1.0 / (1.0 + np.exp(-logit)), prior)
+
+    def to_dict(self) -> dict[str, list[object]]:
+        """Plain lists, for YAML and bundles."""
+        return {"intercept": self.intercept.tolist(), "slope": self.slope.tolist(), "length": self.length.tolist()}
+
+    @staticmethod
+    def from_dict(data: dict[str, list[object]]) -> FittedQuality:
+        """The inverse of `to_dict`."""
+        return FittedQuality(*(np.array(data[name], dtype=np.float64) for name in ("intercept", "slope", "length")))
