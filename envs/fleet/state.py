@@ -1,0 +1,362 @@
+"""State of the served fleet: what a fleet is made of, and the arrays in which the kernels keep it.
+
+A *pool* is a set of equal replicas (one engine profile), a *provider* is a third-party API, a *world* is one
+independent copy of the fleet with its own requests. Every array is a structured one with scalar fields of fixed
+type, so that a kernel compiles once for every fleet and its machine code is cached on disk:
+
+    pools (P,)      constants of a pool and the offsets of its profile in `tables`
+    tables (L,)     all profiles, flattened, float64
+    worlds (N,)     clock, finished list, heap of provider calls, conservation counters
+    replicas (N, R) one engine each, pool-major order; the fields that a gateway may read come first
+    slots (N, R, S) working memory of a replica: heap of finishing decodes, histogram of KV block boundaries
+    providers (N, V)  calls in flight and the token bucket of the rate limit
+    requests (N, M) inputs, outcome and the engine's own bookkeeping
+
+Every kernel takes these seven in this order (`Fleet.arrays`), then the world's index. Arrays are recarrays where
+Numba is switched off, so that `record.field` means the same in both executions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from envs.fleet.profile import Profile, flatten_profile
+from marginroute.errors import InputError
+
+FloatArray = npt.NDArray[np.float64]
+
+# REQUEST.status
+NOT_SUBMITTED, IN_FLIGHT, COMPLETED, ABANDONED, FAILED = 0, 1, 2, 3, 4
+
+# POOL.scheduler
+SCHEDULERS = {"vllm-v1": 0, "prefill-first": 1, "sarathi": 2}
+VLLM_V1, PREFILL_FIRST, SARATHI = 0, 1, 2
+
+NO_CAP = 2**31 - 1  # in_flight_cap of a replica whose gateway never holds a request back
+
+POOL = np.dtype(
+    [
+        ("scheduler", "i8"),
+        ("max_num_seqs", "i8"),
+        ("max_num_batched_tokens", "i8"),
+        ("kv_blocks", "i8"),
+        ("block_size_tokens", "i8"),
+        ("watermark_blocks", "i8"),  # blocks that admission leaves free (prefill-first, sarathi)
+        ("vidur_quirks", "i8"),  # 1: reproduce Vidur to the request (see envs/fleet/batching.py)
+        ("skip_iterations", "i8"),  # 0: one event per iteration; results are equal, only slower
+        ("scrape_interval_s", "f8"),
+        ("replicas", "i8"),
+        # The profile, see envs/fleet/iteration.py
+        ("token_at", "i8"),
+        ("token_count", "i8"),
+        ("token_tail_s", "f8"),
+        ("bin_at", "i8"),
+        ("bin_count", "i8"),
+        ("upper_at", "i8"),
+        ("decode_at", "i8"),
+        ("decode_bins", "i8"),
+        ("prefill_at", "i8"),
+        ("prefill_rows", "i8"),
+        ("prefill_columns", "i8"),
+        ("prefill_square_s", "f8"),
+        ("prefill_product_s", "f8"),
+        ("prefill_prefix_s", "f8"),
+        ("multi_prefill_share", "f8"),
+    ]
+)
+
+REPLICA = np.dtype(
+    [
+        # Read by a router at every decision: one cache line
+        ("wake_s", "f8"),  # next instant at which something changes: end of an iteration, or a scrape
+        ("in_flight", "i8"),  # sent by the gateway and not ended, held ones included
+        ("held", "i8"),  # in the gateway's hold queue, because the engine already has in_flight_cap
+        ("pending_prefill_tokens", "i8"),  # prompt tokens in flight without a first token
+        ("decoding", "i8"),  # in flight with a first token
+        ("decoding_tokens", "i8"),  # their prompt tokens and the tokens streamed so far
+        ("pool", "i8"),
+        ("in_flight_cap", "i8"),
+        # Seen by the engine alone, published by a scrape
+        ("waiting", "i8"),
+        ("running", "i8"),
+        ("kv_used_blocks", "i8"),  # blocks of the iteration in progress included
+        ("scraped_waiting", "i8"),
+        ("scraped_running", "i8"),
+        ("scraped_kv_usage", "f8"),  # share of kv_blocks
+        ("scraped_at_s", "f8"),
+        ("busy_s", "f8"),  # closed busy periods; `busy_seconds` adds the open one
+        ("busy_from_s", "f8"),  # start of the open busy period, inf when idle
+        # Totals of the episode
+        ("prefill_tokens_done", "i8"),  # recomputed ones included
+        ("decode_tokens_done", "i8"),
+        ("iterations", "i8"),
+        ("restarts", "i8"),
+        # The segment: iterations of one composition, the j-th takes first_s + j * growth_s
+        ("iteration_end_s", "f8"),  # of the iteration in progress, inf when idle
+        ("segment_start_s", "f8"),
+        ("first_s", "f8"),
+        ("growth_s", "f8"),
+        ("planned", "i8"),  # iterations until the scheduler must look again
+        ("done", "i8"),  # iterations of the segment that have ended
+        ("segment_bin", "i8"),
+        ("decodes", "i8"),  # 1: the iteration in progress advances the decode batch
+        ("changed", "i8"),  # 1: the decode batch is not that of the segment any more
+        # Decode batch
+        ("batch", "i8"),
+        ("kv_sum", "i8"),  # tokens that the decodes attend to in the next iteration
+        ("counter", "i8"),  # decode iterations so far, the clock of slots.finish_at
+        # Queues: heads and tails in requests.next, requests.before / after
+        ("wait_head", "i4"),
+        ("wait_tail", "i4"),
+        ("hold_head", "i4"),
+        ("hold_tail", "i4"),
+        ("prefill_head", "i4"),  # requests that prefill in this iteration
+        ("prefill_tail", "i4"),
+        ("partial", "i4"),  # the one running request whose prefill is not complete
+        ("running_head", "i4"),  # order of admission
+        ("running_tail", "i4"),
+        ("padding", "i4"),
+        ("scrape_index", "i8"),
+        ("scrape_phase_s", "f8"),
+    ]
+)
+
+SLOT = np.dtype(
+    [
+        ("finish_at", "i8"),  # heap position p: counter value after which the decode ends
+        ("request", "i4"),  # heap position p
+        ("boundaries", "i4"),  # p < block size: decodes that need a new block when counter % block size == p
+    ]
+)
+
+PROVIDER = np.dtype(
+    [
+        ("in_flight", "i8"),
+        ("requests_per_s", "f8"),  # rate limit; inf for none
+        ("bucket_size", "f8"),
+        ("bucket", "f8"),  # requests that may be sent now, as of bucket_at_s
+        ("bucket_at_s", "f8"),
+        ("calls", "i8"),
+    ]
+)
+
+WORLD = np.dtype(
+    [
+        ("clock_s", "f8"),
+        ("first_finished", "i4"),
+        ("last_finished", "i4"),
+        ("provider_calls", "i8"),  # size of the heap in requests.call_heap
+        ("next_call_s", "f8"),  # end of the earliest provider call
+        ("submitted", "i8"),
+        ("completed", "i8"),
+        ("abandoned", "i8"),
+        ("failed", "i8"),
+    ]
+)
+
+REQUEST = np.dtype(
+    [
+        # Inputs
+        ("prompt_tokens", "i4"),
+        ("output_tokens", "i4"),  # hidden from every gateway
+        ("patience_until_s", "f8"),  # absolute; inf: never leaves
+        ("priority", "i4"),  # reserved order of admission; the engine is first come, first served
+        # Outcome
+        ("status", "i4"),
+        ("replica", "i4"),  # or -1 - provider
+        ("restarts", "i4"),
+        ("dispatched_at_s", "f8"),
+        ("first_token_at_s", "f8"),  # nan until then
+        ("completed_at_s", "f8"),  # when it ended, whatever the status; nan until then
+        # Bookkeeping
+        ("next", "i4"),  # waiting, hold, prefill or finished list
+        ("before", "i4"),  # running list
+        ("after", "i4"),
+        ("target", "i4"),  # tokens to prefill: the prompt, after a restart also what was generated
+        ("computed", "i4"),  # tokens in the KV cache; a decode has counter - joined_at more
+        ("call_heap", "i4"),  # position p of the world's heap of provider calls holds this request
+        ("joined_at", "i8"),  # counter value at which the request joined the decode batch; -1: not decoding
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolSpec:
+    """Replicas of one engine profile.
+
+    Attributes:
+        name: Name of the pool.
+        tier: Index of the model in the scenario's list of tiers.
+        profile: Seconds per iteration.
+        replicas: Number of engines.
+        kv_blocks: KV-cache blocks of one engine.
+        block_size_tokens: Tokens per block.
+        max_num_seqs: Most requests that run at once.
+        max_num_batched_tokens: Token budget of one iteration.
+        scheduler: A name in `SCHEDULERS`.
+        in_flight_cap: Requests that the gateway lets one engine have; the rest is held back.
+        watermark_share: Share of the blocks that admission leaves free (prefill-first and sarathi).
+        vidur_quirks: Reproduce Vidur's scheduler to the request.
+        skip_iterations: Advance unchanged decode batches many iterations at once (equal results, faster).
+    """
+
+    name: str
+    profile: Profile
+    replicas: int = 1
+    tier: int = 0
+    kv_blocks: int = 4096
+    block_size_tokens: int = 16
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 2048
+    scheduler: str = "vllm-v1"
+    in_flight_cap: int = NO_CAP
+    watermark_share: float = 0.01
+    vidur_quirks: bool = False
+    skip_iterations: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ProviderSpec:
+    """A third-party API: lognormal latencies around medians, a rate limit in requests per minute."""
+
+    name: str
+    tier: int = 0
+    ttft_s: float = 0.5
+    ttft_sigma: float = 0.0
+    tpot_s: float = 0.02
+    tpot_sigma: float = 0.0
+    requests_per_minute: float = math.inf
+    burst_requests: float = 0.0  # size of the token bucket; 0: ten seconds of the limit
+
+
+@dataclasses.dataclass(frozen=True)
+class FleetSpec:
+    """Plain numbers that describe a fleet; candidates are its replicas (pool-major), then its providers."""
+
+    pools: tuple[PoolSpec, ...]
+    providers: tuple[ProviderSpec, ...] = ()
+    scrape_interval_s: float = 1.0
+
+    @property
+    def n_replicas(self) -> int:
+        """Replicas over all pools."""
+        return sum(pool.replicas for pool in self.pools)
+
+    @property
+    def pool_of_replica(self) -> npt.NDArray[np.int64]:
+        """Index of the pool of every replica, (R,)."""
+        return np.repeat(np.arange(len(self.pools)), [pool.replicas for pool in self.pools])
+
+
+@dataclasses.dataclass(frozen=True)
+class Fleet:
+    """The arrays of N worlds with the same fleet; shapes in the module's docstring."""
+
+    spec: FleetSpec
+    pools: Any
+    tables: FloatArray
+    worlds: Any
+    replicas: Any
+    slots: Any
+    providers: Any
+    requests: Any
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """The seven arrays that every kernel takes, in order."""
+        return (
+            self.pools,
+            self.tables,
+            self.worlds,
+            self.replicas,
+            self.slots,
+            self.providers,
+            self.requests,
+        )
+
+
+def record_array(shape: int | tuple[int, ...], dtype: np.dtype) -> Any:
+    """Zeros of a structured type whose elements have fields as attributes, compiled or not."""
+    array = np.zeros(shape, dtype)
+    return array.view(np.recarray) if numba.config.DISABLE_JIT else array
+
+
+def _check(condition: bool, pool: PoolSpec, field: str, legal: str) -> None:
+    if not condition:
+        raise InputError(f"pool '{pool.name}': {field} = {getattr(pool, field)!r}, legal is {legal}")
+
+
+def check_pool(pool: PoolSpec) -> None:
+    """Raises InputError unless the engine can run this pool."""
+    for field in ("replicas", "kv_blocks", "block_size_tokens", "max_num_seqs", "in_flight_cap"):
+        _check(getattr(pool, field) >= 1, pool, field, "1 or more")
+    _check(pool.max_num_seqs <= 4096, pool, "max_num_seqs", "at most 4096")
+    _check(pool.block_size_tokens <= 1024, pool, "block_size_tokens", "at most 1024")
+    legal = "max_num_seqs or more, so that every running request gets its token"
+    _check(pool.max_num_batched_tokens >= pool.max_num_seqs, pool, "max_num_batched_tokens", legal)
+    _check(pool.scheduler in SCHEDULERS, pool, "scheduler", "one of " + ", ".join(SCHEDULERS))
+    _check(0.0 <= pool.watermark_share < 1.0, pool, "watermark_share", "from 0 up to, but not, 1")
+
+
+def _fill_pool(record: Any, pool: PoolSpec, spec: FleetSpec, tables: list[FloatArray]) -> None:
+    check_pool(pool)
+    for field in ("max_num_seqs", "max_num_batched_tokens", "kv_blocks", "block_size_tokens", "replicas"):
+        record[field] = getattr(pool, field)
+    record["scheduler"] = SCHEDULERS[pool.scheduler]
+    # vLLM V1 admits without a watermark
+    reserve = 0.0 if pool.scheduler == "vllm-v1" else pool.watermark_share
+    record["watermark_blocks"] = int(reserve * pool.kv_blocks)
+    record["vidur_quirks"] = pool.vidur_quirks
+    record["skip_iterations"] = pool.skip_iterations
+    record["scrape_interval_s"] = spec.scrape_interval_s
+    offset = sum(len(table) for table in tables)
+    flat, fields = flatten_profile(pool.profile, pool.max_num_seqs, offset)
+    for field, value in fields.items():
+        record[field] = value
+    tables.append(flat)
+
+
+def allocate(spec: FleetSpec, n_worlds: int, max_requests: int) -> Fleet:
+    """Arrays of `n_worlds` empty worlds; call `engine.reset_world` on each before use.
+
+    Args:
+        spec: The fleet, the same in all worlds.
+        n_worlds: N.
+        max_requests: M, rows of `requests` in every world.
+
+    Raises:
+        InputError: A pool's numbers cannot be run.
+    """
+    if not spec.pools:
+        raise InputError("fleet: no pool, legal is one or more")
+    pools = record_array(len(spec.pools), POOL)
+    tables: list[FloatArray] = []
+    for record, pool in zip(pools, spec.pools, strict=True):
+        _fill_pool(record, pool, spec, tables)
+    slots = max(max(pool.max_num_seqs, pool.block_size_tokens) for pool in spec.pools)
+    n_replicas, n_providers = spec.n_replicas, len(spec.providers)
+    fleet = Fleet(
+        spec=spec,
+        pools=pools,
+        tables=np.concatenate(tables),
+        worlds=record_array(n_worlds, WORLD),
+        replicas=record_array((n_worlds, n_replicas), REPLICA),
+        slots=record_array((n_worlds, n_replicas, slots), SLOT),
+        providers=record_array((n_worlds, n_providers), PROVIDER),
+        requests=record_array((n_worlds, max(max_requests, 1)), REQUEST),
+    )
+    fleet.replicas["pool"] = spec.pool_of_replica
+    fleet.replicas["in_flight_cap"] = np.repeat(
+        [pool.in_flight_cap for pool in spec.pools], [pool.replicas for pool in spec.pools]
+    )
+    for v, provider in enumerate(spec.providers):
+        rate = provider.requests_per_minute / 60.0
+        fleet.providers["requests_per_s"][:, v] = rate
+        fleet.providers["bucket_size"][:, v] = provider.burst_requests or max(1.0, 10.0 * rate)
+    return fleet
