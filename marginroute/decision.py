@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from marginroute.view import KINDS, Array, View
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -32,3 +36,41 @@ class Decision:
     runner_up_usd: float = 0.0
     knobs: dict[str, dict[str, int]] = field(default_factory=dict)
     guard: str = ""
+
+
+def best_legal(scores: Array, legal: Array) -> Array:
+    """Index of the best legal candidate along the last axis; the first one on a tie."""
+    return np.where(legal, scores, -np.inf).argmax(axis=-1)
+
+
+def explain(
+    policy: str, view: View, scores: Array, reason_usd: dict[str, Array], scale_usd: float = 1.0
+) -> Decision:
+    """Turns the scores of one view into a Decision with its runner-up.
+
+    Args:
+        policy: name to record.
+        view: one decision (no leading axis).
+        scores: (C,) by which the policy ranks; `scale_usd` turns a difference of them into USD.
+        reason_usd: parts of the expected USD, each (C,).
+        scale_usd: USD per unit of score.
+    """
+    ranked = np.where(view.legal, scores, -np.inf)
+    choice = int(ranked.argmax())
+    runner_up, runner_up_usd = "", 0.0
+    rest = ranked.copy()
+    rest[choice] = -np.inf
+    second = int(rest.argmax())
+    if np.isfinite(rest[second]):
+        runner_up = view.layout.names[second]
+        runner_up_usd = float(ranked[choice] - ranked[second]) * scale_usd
+    return Decision(
+        candidate=choice,
+        name=view.layout.names[choice],
+        kind=KINDS[int(view.layout.kind[choice])],
+        probability=1.0,
+        policy=policy,
+        reason_usd={part: float(usd[choice]) for part, usd in reason_usd.items()},
+        runner_up=runner_up,
+        runner_up_usd=runner_up_usd,
+    )

@@ -14,16 +14,17 @@ All functions work on (..., C) arrays.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
 from marginroute import latency, pricing
 from marginroute import view as v
-from marginroute.decision import Decision
-from marginroute.policy import best_legal, explain
+from marginroute.decision import Decision, best_legal, explain
+from marginroute.errors import InputError
 from marginroute.quality import FittedQuality
-from marginroute.view import CACHE, DEFER, PROVIDER, SHED, Array, Layout, View
+from marginroute.view import DEFER, PROVIDER, SHED, Array, Layout, View
 
 LAST_RESORT = 1e6  # score distance that separates what a rule of thumb wants from what it takes only if it must
 MAX_FILL = 2.0  # fill of a replica beyond which its congestion price no longer rises
@@ -182,6 +183,10 @@ class MarginRule:
         return np.maximum(np.round(self.parameters.cap_share * slots), 1.0)
 
 
+_FALLBACK_ORDER = LAST_RESORT * np.array([0.0, 0.0, 2.0, -2.0, -3.0])
+"""What a rule of thumb thinks of each kind: a cached answer above all replicas and providers, defer and shed below."""
+
+
 @dataclass(frozen=True)
 class RuleOfThumb:
     """Base of the rules without money: subclasses rank replicas and providers by `preference`."""
@@ -195,10 +200,7 @@ class RuleOfThumb:
     def scores(self, view: View) -> Array:
         """A cached answer first, then by preference, then defer, then shed."""
         kind = view.layout.kind
-        fallback = np.select(
-            [kind == CACHE, kind == DEFER, kind == SHED], [2.0 * LAST_RESORT, -2.0 * LAST_RESORT, -3.0 * LAST_RESORT], 0.0
-        )
-        return np.where(kind <= PROVIDER, self.preference(view), fallback)
+        return np.where(kind <= PROVIDER, self.preference(view), _FALLBACK_ORDER[kind])
 
     def decide_batch(self, view: View) -> Array:
         """The candidate it ranks first in each view."""
@@ -332,3 +334,53 @@ class ShuffledMix(RuleOfThumb):
         tier = np.minimum((draw >= edges).sum(axis=-1), len(self.tier_shares) - 1)
         wanted = view.layout.tier == tier[..., None]
         return np.where(wanted, 0.0, -LAST_RESORT / 2.0) - view.signals[v.IN_FLIGHT]
+
+
+RULES: dict[str, type[MarginRule] | type[RuleOfThumb]] = {
+    "margin": MarginRule,
+    "fixed-tier": FixedTier,
+    "random": Random,
+    "round-robin": RoundRobin,
+    "least-in-flight": LeastInFlight,
+    "difficulty-threshold": DifficultyThreshold,
+    "shuffled-mix": ShuffledMix,
+}
+"""The rule behind each policy name, as files name it."""
+
+
+def to_dict(policy: MarginRule | RuleOfThumb) -> dict[str, Any]:
+    """A heuristic with its parameters as plain data, for YAML and bundles."""
+    rule = next(name for name, cls in RULES.items() if type(policy) is cls)
+    data: dict[str, Any] = {"rule": rule}
+    for f in fields(policy):
+        value = getattr(policy, f.name)
+        if isinstance(value, MarginParameters):
+            value = {p.name: getattr(value, p.name) for p in fields(value)}
+            value = {key: list(x) if isinstance(x, tuple) else x for key, x in value.items()}
+        elif isinstance(value, FittedQuality):
+            value = value.to_dict()
+        elif isinstance(value, tuple):
+            value = list(value)
+        data[f.name] = value
+    return data
+
+
+def from_dict(data: dict[str, Any]) -> MarginRule | RuleOfThumb:
+    """The inverse of `to_dict`.
+
+    Raises:
+        InputError: an unknown rule, or a parameter that the rule does not have.
+    """
+    arguments = {key: tuple(x) if isinstance(x, list) else x for key, x in data.items() if key != "rule"}
+    rule = RULES.get(data.get("rule", ""))
+    if rule is None:
+        raise InputError(f"unknown heuristic rule {data.get('rule')!r}; legal: {', '.join(RULES)}")
+    try:
+        if rule is MarginRule:
+            parameters = {k: tuple(x) if isinstance(x, list) else x for k, x in data["parameters"].items()}
+            arguments["parameters"] = MarginParameters(**parameters)
+            if data.get("quality") is not None:
+                arguments["quality"] = FittedQuality.from_dict(data["quality"])
+        return rule(**arguments)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"heuristic {data.get('name')!r} has a missing or unknown parameter: {error}") from None

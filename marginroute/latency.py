@@ -1,12 +1,12 @@
-"""What a gateway can estimate: TTFT, TPOT and the work of a request, from visible state and profile coefficients.
+"""What a gateway can estimate: TTFT, TPOT and work of a request, from visible state and profile coefficients.
 
 An engine iteration with `b` decoding sequences that attend `kv` tokens takes about
 
     decode_s = base_s + decode_seq_s * b + kv_token_s * kv
 
-and `prefill_token_s` more per prompt token mixed in. With a budget of B tokens per iteration, the prompt tokens ahead of
-and in a new request need max(1, pending / (B - b)) iterations. If no sequence slot (or KV room) is free, the request
-first waits until enough others have finished. Both the simulator's heuristics and the gateway call these functions.
+and `prefill_token_s` more per prompt token mixed in. With a budget of B tokens per iteration, the prompt tokens ahead
+of and in a new request need max(1, pending / (B - b)) iterations. If no sequence slot (or KV room) is free, the
+request first waits until enough others have finished. The simulated gateway and the real one call these functions.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import numpy as np
 
 from marginroute import view as v
 from marginroute.view import Array, View
-
-OUTPUT_MEAN_PRIOR_WEIGHT = 20.0  # requests that the prior mean of the output length counts for
 
 
 def running_mean(mean: float, weight: float, value: float, horizon: float) -> tuple[float, float]:

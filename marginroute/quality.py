@@ -1,11 +1,10 @@
 """Predicted P(good answer) per model, from what a gateway sees of a prompt.
 
-Notation. Difficulty d ~ N(0, 1) is hidden; the gateway sees the signal z = d + e with e independent and normal, so
-that corr(z, d) = rho. Then d | z ~ N(rho^2 z, 1 - rho^2). A tier answers well with probability
-(1 - n) Phi(a - s d), where a is its ability, s the slope in difficulty and n the share of prompts that nobody can
-answer. Averaging over d | z gives the prior in closed form:
+Notation. Difficulty d ~ N(0, 1) is hidden; the gateway sees a signal z ~ N(0, 1) with corr(z, d) = rho, hence
+d | z ~ N(rho z, 1 - rho^2). A tier answers well with probability (1 - n) Phi(a - s d), where a is its ability, s the
+slope in difficulty and n the share of prompts that nobody can answer. Averaging over d | z gives the prior:
 
-    P(good | z) = (1 - n) Phi((a - s rho^2 z) / sqrt(1 + s^2 (1 - rho^2)))
+    P(good | z) = (1 - n) Phi((a - s rho z) / sqrt(1 + s^2 (1 - rho^2)))
 """
 
 from __future__ import annotations
@@ -72,9 +71,8 @@ def prior_p_good(
     Returns:
         (..., T) probabilities.
     """
-    shrink = signal_correlation * signal_correlation
-    spread = np.sqrt(1.0 + np.square(slope) * (1.0 - shrink))
-    probit = (ability - slope * shrink * np.asarray(difficulty_signal)[..., None]) / spread
+    spread = np.sqrt(1.0 + np.square(slope) * (1.0 - signal_correlation * signal_correlation))
+    probit = (ability - slope * signal_correlation * np.asarray(difficulty_signal)[..., None]) / spread
     return (1.0 - nobody_can_share) * normal_cdf(probit)
 
 

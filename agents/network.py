@@ -1,0 +1,127 @@
+"""The candidate scorer as a Stable-Baselines3 policy: `marginroute.policy.Network` in torch, with a critic beside it.
+
+Observations are flat (see `marginroute.features`): candidates | context | advice logits | legal mask. The normaliser is
+part of the policy (buffers), the head starts at zero, and illegal candidates have no probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import Tensor, nn
+
+from marginroute.features import CLIP, FeatureSpec, split
+from marginroute.policy import Network
+
+ILLEGAL_LOGIT = -1e9
+
+
+class Scorer(nn.Module):
+    """Logits of all candidates with shared weights, and the value of the state.
+
+    Args:
+        spec: feature columns with a fitted normaliser.
+        n_candidates: C.
+        width: hidden units H.
+    """
+
+    def __init__(self, spec: FeatureSpec, n_candidates: int, width: int) -> None:
+        super().__init__()
+        self.spec, self.n_candidates = spec, n_candidates
+        f, g = spec.n_candidate, spec.n_context
+        self.candidate, self.context = nn.Linear(f, width, bias=False), nn.Linear(g, width)
+        self.hidden, self.head = nn.Linear(width, width), nn.Linear(width, 1, bias=False)
+        self.kappa = nn.Parameter(torch.ones(1))
+        self.value = nn.Sequential(nn.Linear(f + g, width), nn.ReLU(), nn.Linear(width, 1))
+        for name in ("candidate_mean", "candidate_std", "context_mean", "context_std"):
+            self.register_buffer(name, torch.as_tensor(getattr(spec, name), dtype=torch.float32))
+        for layer in (self.candidate, self.context, self.hidden):
+            nn.init.orthogonal_(layer.weight, gain=np.sqrt(2.0))
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.value[-1].weight)
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (B, C) of the candidates and values (B,)."""
+        candidate, context, advice, legal = split(observation, self.n_candidates, self.spec)
+        x = ((candidate - self.candidate_mean) / self.candidate_std).clamp(-CLIP, CLIP)
+        y = ((context - self.context_mean) / self.context_std).clamp(-CLIP, CLIP)
+        h = torch.relu(self.candidate(x) + self.context(y).unsqueeze(-2))
+        logits = self.kappa * advice + self.head(torch.relu(self.hidden(h))).squeeze(-1)
+        logits = torch.where(legal > 0.5, logits, torch.full_like(logits, ILLEGAL_LOGIT))
+        pooled = (x * legal.unsqueeze(-1)).sum(-2) / legal.sum(-1, keepdim=True)
+        value = self.value(torch.cat([pooled, y], dim=-1)).squeeze(-1)
+        return torch.log_softmax(logits, dim=-1), value
+
+
+class ScorerPolicy(ActorCriticPolicy):
+    """Stable-Baselines3's policy object around a `Scorer`.
+
+    Args:
+        observation_space, action_space, lr_schedule: as Stable-Baselines3 passes them.
+        spec: `FeatureSpec.to_dict()` with the fitted normaliser.
+        width: hidden units.
+        **kwargs: passed on to ActorCriticPolicy.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Callable[[float], float],
+        spec: dict[str, Any],
+        width: int = 32,
+        **kwargs: Any,
+    ) -> None:
+        self._spec, self._width = spec, width
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+
+    def _build(self, lr_schedule: Callable[[float], float]) -> None:
+        self.scorer = Scorer(FeatureSpec.from_dict(self._spec), int(self.action_space.n), self._width)  # type: ignore[attr-defined]
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), "spec": self._spec, "width": self._width}
+
+    def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions (B,), values (B,) and log-probabilities (B,)."""
+        log_probs, values = self.scorer(obs)
+        if deterministic:
+            actions = log_probs.argmax(-1)
+        else:  # Gumbel-max draws from the same distribution as torch's Categorical, at a fraction of its cost
+            actions = (log_probs - torch.empty_like(log_probs).exponential_().log()).argmax(-1)
+        return actions, values, log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+    def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, log-probabilities and entropies (B,) of given actions."""
+        log_probs, values = self.scorer(obs)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        return values, log_probs.gather(-1, actions.long().unsqueeze(-1)).squeeze(-1), entropy
+
+    def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:
+        return self.forward(observation, deterministic)[0]
+
+    def predict_values(self, obs: Tensor) -> Tensor:
+        """Values (B,)."""
+        return self.scorer(obs)[1]
+
+
+def to_numpy(scorer: Scorer) -> Network:
+    """The scorer's weights in the layout that `marginroute` runs."""
+
+    def array(tensor: Tensor) -> np.ndarray[Any, Any]:
+        return np.ascontiguousarray(tensor.detach().cpu().numpy().astype(np.float32))
+
+    return Network(
+        candidate=array(scorer.candidate.weight.T),
+        context=array(scorer.context.weight.T),
+        bias_1=array(scorer.context.bias),
+        hidden=array(scorer.hidden.weight.T),
+        bias_2=array(scorer.hidden.bias),
+        head=array(scorer.head.weight[0]),
+        kappa=array(scorer.kappa),
+    )

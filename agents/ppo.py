@@ -1,0 +1,106 @@
+"""PPO on Stable-Baselines3 that learns from the learning signal and discounts by elapsed time.
+
+The rollout differs from Stable-Baselines3's in three ways; the update is its own. (1) The reward of a step is the
+environment's `learning_signal` (own margin of the decision at expected credits, minus the shadow price of the capacity
+taken; docs/learning.md) instead of the ledger's change. (2) Decisions are not equally spaced, so a step that lasted
+dt seconds discounts by exp(-dt / tau) (semi-Markov); retries and held jobs add steps without adding time. (3) An
+episode ends by truncation: its last transition gets no bootstrap from the observation after the reset, and adds none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
+
+Array = np.ndarray[Any, Any]
+
+
+class ElapsedRolloutBuffer(RolloutBuffer):
+    """A rollout buffer whose discount differs by step: `discounts` has shape (n_steps, n_envs)."""
+
+    discounts: Array
+
+    def reset(self) -> None:
+        """Forgets the rollout."""
+        self.discounts = np.zeros((self.buffer_size, self.n_envs), dtype=np.float32)
+        super().reset()
+
+    def add_step(
+        self, obs: Array, action: Array, signal: Array, start: Array, value: Array, log_prob: Array, discount: Array
+    ) -> None:
+        """Stores one step of all worlds; every argument is (N,), observations (N, D)."""
+        t = self.pos
+        self.observations[t] = obs
+        self.actions[t, :, 0] = action
+        self.rewards[t] = signal
+        self.episode_starts[t] = start
+        self.values[t] = value
+        self.log_probs[t] = log_prob
+        self.discounts[t] = discount
+        self.pos += 1
+        self.full = self.pos == self.buffer_size
+
+    def compute_returns_and_advantage(self, last_values: torch.Tensor, dones: Array) -> None:
+        """Generalised advantage estimation with the step's own discount (Schulman et al. 2016, eq. 16)."""
+        following, advantage = last_values.cpu().numpy().flatten(), np.zeros(self.n_envs, dtype=np.float32)
+        for t in reversed(range(self.buffer_size)):
+            open_ = 1.0 - (dones if t == self.buffer_size - 1 else self.episode_starts[t + 1])
+            discount = self.discounts[t] * open_
+            delta = self.rewards[t] + discount * following - self.values[t]
+            advantage = delta + discount * self.gae_lambda * advantage
+            self.advantages[t] = advantage
+            following = self.values[t]
+        self.returns = self.advantages + self.values
+
+
+class MarginPPO(PPO):
+    """PPO whose rollouts read `learning_signal` and `elapsed_s` of a natively batched environment.
+
+    Args:
+        *args: as Stable-Baselines3's PPO; the environment must be an `envs.vector_env.FleetVecEnv`.
+        tau_s: time constant of the discount in seconds; 0: only the decision's own signal counts.
+        **kwargs: as Stable-Baselines3's PPO.
+    """
+
+    def __init__(self, *args: Any, tau_s: float = 5.0, **kwargs: Any) -> None:
+        self.tau_s = tau_s
+        super().__init__(*args, rollout_buffer_class=ElapsedRolloutBuffer, **kwargs)
+
+    def discount(self, elapsed_s: Array) -> Array:
+        """exp(-dt / tau) of each world's last step, (N,)."""
+        return np.exp(-elapsed_s / self.tau_s) if self.tau_s > 0 else np.zeros_like(elapsed_s)
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """Fills the buffer with `n_rollout_steps` decisions of every world."""
+        assert isinstance(rollout_buffer, ElapsedRolloutBuffer) and self._last_obs is not None
+        self.policy.set_training_mode(False)
+        rollout_buffer.reset()
+        callback.on_rollout_start()
+        for _ in range(n_rollout_steps):
+            obs = self._last_obs
+            with torch.no_grad():
+                action, value, log_prob = (x.numpy() for x in self.policy(torch.as_tensor(obs)))
+            new_obs, _, dones, infos = env.step(action)
+            self.num_timesteps += env.num_envs
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+            if any_done := dones.any():
+                self._update_info_buffer(infos, dones)
+            signal, discount = env.learning_signal, self.discount(env.elapsed_s)  # type: ignore[attr-defined]
+            rollout_buffer.add_step(obs, action, signal, self._last_episode_starts, value, log_prob, discount)
+            self._last_obs = new_obs
+            self._last_episode_starts = dones if any_done else np.zeros_like(dones)
+        with torch.no_grad():
+            last_values = self.policy.predict_values(torch.as_tensor(self._last_obs))
+        rollout_buffer.compute_returns_and_advantage(last_values, dones)
+        callback.on_rollout_end()
+        return True

@@ -1,0 +1,498 @@
+"""One world, from decision to decision: joins the served fleet (queues) with the ledger (money).
+
+A world is a gateway in front of a fleet. Between two decisions it (1) carries out the last one, (2) advances the fleet
+to the next decision epoch (an arrival, or a held batch job that is offered again), (3) posts every request that ended on
+the way and the seconds that passed, and (4) writes what the gateway can know now into the View's buffers.
+
+The batch queue is first in, first out: a deferred request comes back as a new decision after `hold_s`, and may be
+deferred again while its deadline leaves room. At the horizon the backlog is settled inside the last step: the fleet
+runs dry without new arrivals, and jobs still in the batch queue are bought from the dearest provider (or go unserved),
+so that nothing is gained by parking work at the end.
+
+Everything here is compiled and takes record arrays with the world as leading axis; the same functions serve one world
+and thousands. Shapes: N worlds, M requests, R replicas, V providers, C candidates, T tiers, K classes, J tasks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from envs.economics import ledger as books
+from envs.fleet import engine
+from envs.fleet.state import ABANDONED, COMPLETED
+from marginroute import latency
+from marginroute import view as v
+
+LOAD = np.dtype(
+    [
+        ("arrived_at_s", "f8"),
+        ("deadline_s", "f8"),
+        ("patience_s", "f8"),
+        ("difficulty_signal", "f8"),
+        ("ttft_noise", "f8"),
+        ("tpot_noise", "f8"),
+        ("class_index", "i4"),
+        ("task_index", "i4"),
+        ("tenant_index", "i4"),
+        ("prompt_tokens", "i4"),
+        ("output_tokens", "i4"),
+        ("prompt_key", "i4"),
+        ("answered_by", "i4"),  # candidate that the request was last sent to
+        ("next_held", "i4"),  # batch queue
+        ("offer_at_s", "f8"),
+    ]
+)
+"""The workload as records, `(N, M)`, with the gateway's bookkeeping of each request."""
+
+DESK = np.dtype(
+    [
+        ("now_s", "f8"),
+        ("horizon_s", "f8"),
+        ("elapsed_s", "f8"),  # between the last two decisions
+        ("reward_usd", "f8"),
+        ("margin_usd", "f8"),
+        ("arrival_gap_s", "f8"),  # moving mean
+        ("last_arrival_s", "f8"),
+        ("n_requests", "i4"),
+        ("cursor", "i4"),  # next arrival
+        ("current", "i4"),  # request being decided
+        ("held_head", "i4"),
+        ("held_tail", "i4"),
+        ("sequence", "i4"),
+        ("lru_head", "i4"),  # least recently used key of the response cache
+        ("lru_tail", "i4"),
+        ("cached", "i4"),
+        ("illegal", "i4"),  # choices that were not legal and became shed
+        ("done", "i4"),
+    ]
+)
+"""The gateway's own state, `(N,)`."""
+
+CONFIG = np.dtype(
+    [
+        ("gpu_usd_per_s", "f8"),
+        ("hold_s", "f8"),
+        ("cache_capacity", "i4"),
+        ("cache_shared", "i4"),  # 1: an answer may cross tenants
+        ("cache_ttl_s", "f8"),
+        ("cache_lookup_s", "f8"),
+        ("cache_lookup_usd", "f8"),
+        ("cache_entry_usd", "f8"),
+        ("n_replicas", "i4"),
+        ("n_providers", "i4"),
+        ("last_provider", "i4"),  # settles the batch queue at the horizon; -1: no provider
+    ]
+)
+"""What holds for all worlds of a scenario, `(1,)`."""
+
+OWN = np.dtype(
+    [
+        ("recent_ttft_s", "f8"),
+        ("recent_tpot_s", "f8"),
+        ("weight", "f8"),
+    ]
+)
+"""What the gateway measured itself per replica and provider, `(N, R + V)`."""
+
+ENTRY = np.dtype(
+    [
+        ("stored_at_s", "f8"),  # -inf: not in the cache
+        ("tenant_index", "i4"),
+        ("tier", "i4"),
+        ("good", "i4"),
+        ("older", "i4"),
+        ("newer", "i4"),
+    ]
+)
+"""The response cache by prompt key, `(N, keys)`: an LRU list through `older` and `newer`."""
+
+MEAN = np.dtype([("value", "f8"), ("weight", "f8")])
+"""Running means of output tokens by class and task, `(N, K, J)`."""
+
+RECENT = 10.0  # answers that the moving means of latency look back (LiteLLM's latency strategy keeps ten)
+LENGTHS_RECENT = 200.0
+ARRIVALS_RECENT = 50.0
+
+running_mean = njit(cache=True, inline="always")(latency.running_mean)
+
+
+@njit(cache=True, nogil=True)
+def _cache_unlink(desks, entries, w, key):
+    desk, entry = desks[w], entries[w, key]
+    if entry.older >= 0:
+        entries[w, entry.older].newer = entry.newer
+    else:
+        desk.lru_head = entry.newer
+    if entry.newer >= 0:
+        entries[w, entry.newer].older = entry.older
+    else:
+        desk.lru_tail = entry.older
+    desk.cached -= 1
+    entry.stored_at_s = -np.inf
+
+
+@njit(cache=True, nogil=True)
+def _cache_append(desks, entries, w, key, stored_at_s):
+    desk, entry = desks[w], entries[w, key]
+    entry.stored_at_s = stored_at_s
+    entry.older, entry.newer = desk.lru_tail, -1
+    if desk.lru_tail >= 0:
+        entries[w, desk.lru_tail].newer = key
+    else:
+        desk.lru_head = key
+    desk.lru_tail = key
+    desk.cached += 1
+
+
+@njit(cache=True, nogil=True)
+def cache_store(config, desks, entries, ledger_usd, w, k, key, tenant, tier, good, now_s):
+    """Stores an answer under its prompt key, evicting the least recently used one if the cache is full."""
+    desk = desks[w]
+    if entries[w, key].stored_at_s > -np.inf:
+        _cache_unlink(desks, entries, w, key)
+    elif desk.cached >= config[0].cache_capacity:
+        _cache_unlink(desks, entries, w, desk.lru_head)
+    _cache_append(desks, entries, w, key, now_s)
+    entry = entries[w, key]
+    entry.tenant_index, entry.tier, entry.good = tenant, tier, good
+    books.post(ledger_usd, w, books.CACHE, k, -config[0].cache_entry_usd)
+
+
+@njit(cache=True, nogil=True)
+def cache_hit(config, desks, entries, loads, w, i):
+    """True if the gateway may answer request `i` from the response cache now."""
+    key = loads[w, i].prompt_key
+    if key < 0 or config[0].cache_capacity == 0:
+        return False
+    entry = entries[w, key]
+    fresh = entry.stored_at_s + config[0].cache_ttl_s >= desks[w].now_s
+    return fresh and (config[0].cache_shared == 1 or entry.tenant_index == loads[w, i].tenant_index)
+
+
+@njit(cache=True, nogil=True)
+def _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, count, account, cost_usd):
+    load = loads[w, i]
+    k = load.class_index
+    expected = lengths[w, k, load.task_index].value
+    books.post_unserved(ledger_usd, counts, terms, w, k, count, load.prompt_tokens, expected, account, cost_usd)
+
+
+@njit(cache=True, nogil=True)
+def _post_finished(
+    config, terms, static, tiers, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts, w, i
+):
+    """Posts request `i`, which left the fleet, and learns from it what the gateway can learn."""
+    load, request = loads[w, i], requests[w, i]
+    k, c = load.class_index, load.answered_by
+    account = books.ENERGY if c < config[0].n_replicas else books.API_SPEND
+    counts[w, books.RESTARTS, k] += request.restarts
+    if request.status != COMPLETED:
+        count = books.ABANDONED if request.status == ABANDONED else books.FAILED
+        cost_usd = load.prompt_tokens * static[v.INPUT_USD, c]
+        _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, count, account, cost_usd)
+        return
+    ttft_s = request.first_token_at_s - load.arrived_at_s
+    e2e_s = request.completed_at_s - load.arrived_at_s
+    tpot_s = (request.completed_at_s - request.first_token_at_s) / max(load.output_tokens - 1, 1)
+    cost_usd = static[v.CALL_USD, c] + books.tokens_usd(
+        load.prompt_tokens, load.output_tokens, static[v.INPUT_USD, c], static[v.OUTPUT_USD, c]
+    )
+    answer = good[w, i, tiers[c]]
+    books.post_served(
+        ledger_usd, counts, terms, w, k, load.prompt_tokens, load.output_tokens, ttft_s, tpot_s, e2e_s, answer == 1,
+        account, cost_usd,
+    )  # fmt: skip
+    mine = own[w, c]
+    since_sent_s = request.first_token_at_s - request.dispatched_at_s
+    mine.recent_ttft_s, weight = running_mean(mine.recent_ttft_s, mine.weight, since_sent_s, RECENT)
+    mine.recent_tpot_s, weight = running_mean(mine.recent_tpot_s, mine.weight, tpot_s, RECENT)
+    mine.weight = weight
+    mean = lengths[w, k, load.task_index]
+    mean.value, mean.weight = running_mean(mean.value, mean.weight, load.output_tokens, LENGTHS_RECENT)
+    if load.prompt_key >= 0 and config[0].cache_capacity > 0:
+        cache_store(
+            config, desks, entries, ledger_usd, w, k, load.prompt_key, load.tenant_index, tiers[c], answer,
+            request.completed_at_s,
+        )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def _send_to_provider(config, static, sigmas, pools, tables, worlds, replicas, slots, requests, loads, w, i, p, now_s):
+    c = config[0].n_replicas + p
+    load = loads[w, i]
+    ttft_s = static[v.FIXED_TTFT_S, c] * np.exp(sigmas[p, 0] * load.ttft_noise)
+    tpot_s = static[v.FIXED_TPOT_S, c] * np.exp(sigmas[p, 1] * load.tpot_noise)
+    load.answered_by = c
+    engine.submit_provider(pools, tables, worlds, replicas, slots, requests, w, p, i, now_s, ttft_s, tpot_s)
+
+
+@njit(cache=True, nogil=True)
+def _serve_from_cache(config, terms, desks, loads, entries, ledger_usd, counts, w, i):
+    """Answers request `i` from the response cache and makes the entry the most recently used one."""
+    load, desk = loads[w, i], desks[w]
+    key = load.prompt_key
+    stored_at_s = entries[w, key].stored_at_s
+    _cache_unlink(desks, entries, w, key)
+    _cache_append(desks, entries, w, key, stored_at_s)
+    ttft_s = desk.now_s + config[0].cache_lookup_s - load.arrived_at_s
+    books.post_served(
+        ledger_usd, counts, terms, w, load.class_index, load.prompt_tokens, load.output_tokens, ttft_s, 0.0, ttft_s,
+        entries[w, key].good == 1, books.CACHE, 0.0,
+    )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def _hold(config, desks, loads, w, i):
+    """Appends request `i` to the batch queue; it is offered again after `hold_s`."""
+    desk, load = desks[w], loads[w, i]
+    load.offer_at_s, load.next_held = desk.now_s + config[0].hold_s, -1
+    if desk.held_tail >= 0:
+        loads[w, desk.held_tail].next_held = i
+    else:
+        desk.held_head = i
+    desk.held_tail = i
+
+
+@njit(cache=True, nogil=True)
+def _act(
+    config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, requests,
+    desks, loads, entries, lengths, ledger_usd, counts, actions, legal, w, c,
+):  # fmt: skip
+    """Carries out the choice of candidate `c` for the current request; an illegal choice sheds the request."""
+    desk = desks[w]
+    i, now_s = desk.current, desk.now_s
+    if c < 0 or c >= kinds.shape[0] or not legal[w, c]:
+        desk.illegal += 1
+        c = kinds.shape[0] - 1
+    kind = kinds[c]
+    actions[w, kind] += 1
+    load = loads[w, i]
+    k = load.class_index
+    if kind == v.REPLICA:
+        load.answered_by = c
+        engine.submit(pools, tables, worlds, replicas, slots, requests, w, c, i, now_s)
+    elif kind == v.PROVIDER:
+        p = c - config[0].n_replicas
+        _send_to_provider(
+            config, static, sigmas, pools, tables, worlds, replicas, slots, requests, loads, w, i, p, now_s
+        )
+    elif kind == v.CACHE:
+        _serve_from_cache(config, terms, desks, loads, entries, ledger_usd, counts, w, i)
+    elif kind == v.DEFER:
+        counts[w, books.DEFERRED, k] += 1
+        _hold(config, desks, loads, w, i)
+    else:
+        _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, books.SHED, books.CACHE, 0.0)
+
+
+@njit(cache=True, nogil=True)
+def _collect(
+    config, terms, static, tiers, worlds, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts, w
+):
+    """Posts every request that finished since the last call."""
+    i = engine.pop_finished(worlds, requests, w)
+    while i >= 0:
+        _post_finished(
+            config, terms, static, tiers, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts, w, i
+        )
+        i = engine.pop_finished(worlds, requests, w)
+
+
+@njit(cache=True, nogil=True)
+def _settle(
+    config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, requests,
+    desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
+):  # fmt: skip
+    """Ends the episode at its horizon: buys out the batch queue, runs the fleet dry, posts what is left."""
+    desk = desks[w]
+    desk.now_s = desk.horizon_s
+    i = desk.held_head
+    while i >= 0:
+        following = loads[w, i].next_held
+        if config[0].last_provider >= 0:
+            _send_to_provider(
+                config, static, sigmas, pools, tables, worlds, replicas, slots, requests, loads, w, i,
+                config[0].last_provider, desk.now_s,
+            )  # fmt: skip
+        else:
+            _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, books.SHED, books.CACHE, 0.0)
+        i = following
+    desk.held_head = desk.held_tail = -1
+    engine.drain(pools, tables, worlds, replicas, slots, requests, w)
+    _collect(
+        config, terms, static, tiers, worlds, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts, w
+    )
+    desk.done = 1
+
+
+@njit(cache=True, nogil=True)
+def _go_on(
+    config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, requests,
+    desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
+):  # fmt: skip
+    """Advances the world to its next decision, or settles it if there is none before the horizon."""
+    desk = desks[w]
+    arrival_s = loads[w, desk.cursor].arrived_at_s if desk.cursor < desk.n_requests else np.inf
+    offer_s = loads[w, desk.held_head].offer_at_s if desk.held_head >= 0 else np.inf
+    next_s = min(arrival_s, offer_s)
+    last = next_s >= desk.horizon_s
+    until_s = desk.horizon_s if last else next_s
+    engine.advance(pools, tables, worlds, replicas, slots, requests, w, until_s)
+    _collect(
+        config, terms, static, tiers, worlds, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts, w
+    )
+    desk.elapsed_s = until_s - desk.now_s
+    books.post_time(ledger_usd, terms, w, config[0].gpu_usd_per_s, desk.elapsed_s)
+    desk.now_s = until_s
+    if last:
+        _settle(
+            config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, requests,
+            desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
+        )  # fmt: skip
+        return
+    if offer_s <= arrival_s:
+        i = desk.held_head
+        desk.held_head = loads[w, i].next_held
+        if desk.held_head < 0:
+            desk.held_tail = -1
+    else:
+        i = desk.cursor
+        desk.cursor += 1
+        counts[w, books.FIRST_CALLS, loads[w, i].class_index] += 1
+        gap_s = next_s - desk.last_arrival_s
+        desk.arrival_gap_s, _ = running_mean(desk.arrival_gap_s, desk.cursor, gap_s, ARRIVALS_RECENT)
+        desk.last_arrival_s = next_s
+        if config[0].cache_capacity > 0:
+            books.post(ledger_usd, w, books.CACHE, loads[w, i].class_index, -config[0].cache_lookup_usd)
+    desk.current = i
+
+
+@njit(cache=True, nogil=True)
+def _show(
+    config, terms, kinds, tiers, worlds, replicas, pools, desks, loads, prior, truth, good, own, entries, lengths,
+    signals, request_view, legal, p_true, w,
+):  # fmt: skip
+    """Writes the View of the current decision, and beside it the hidden P(good) that only the learner's signal reads."""
+    desk = desks[w]
+    i = desk.current
+    load = loads[w, i]
+    n_replicas, n_providers = config[0].n_replicas, config[0].n_providers
+    for c in range(n_replicas + n_providers):
+        mine = own[w, c]
+        if c < n_replicas:
+            replica = replicas[w, c]
+            signals[v.IN_FLIGHT, w, c] = replica.in_flight
+            signals[v.IN_FLIGHT_CAP, w, c] = replica.in_flight_cap
+            signals[v.HELD, w, c] = replica.held
+            signals[v.PENDING_PREFILL_TOKENS, w, c] = replica.pending_prefill_tokens
+            signals[v.DECODING, w, c] = replica.decoding
+            signals[v.DECODING_TOKENS, w, c] = replica.decoding_tokens
+            signals[v.WAITING, w, c] = replica.scraped_waiting
+            signals[v.RUNNING, w, c] = replica.scraped_running
+            signals[v.KV_USAGE, w, c] = replica.scraped_kv_usage
+            signals[v.TELEMETRY_AGE_S, w, c] = desk.now_s - replica.scraped_at_s
+            legal[w, c] = True
+        else:
+            p = c - n_replicas
+            signals[v.IN_FLIGHT, w, c] = engine.provider_in_flight(worlds, w, p)
+            legal[w, c] = engine.provider_available(worlds, w, p, desk.now_s)
+        signals[v.RECENT_TTFT_S, w, c] = mine.recent_ttft_s
+        signals[v.RECENT_TPOT_S, w, c] = mine.recent_tpot_s
+        signals[v.P_GOOD_PRIOR, w, c] = prior[w, i, tiers[c]]
+        p_true[w, c] = truth[w, i, tiers[c]]
+    c = n_replicas + n_providers
+    legal[w, c] = cache_hit(config, desks, entries, loads, w, i)
+    if legal[w, c]:
+        entry = entries[w, load.prompt_key]
+        signals[v.P_GOOD_PRIOR, w, c] = prior[w, i, entry.tier]
+        p_true[w, c] = entry.good
+    else:
+        signals[v.P_GOOD_PRIOR, w, c] = 0.0
+        p_true[w, c] = 0.0
+    term = terms[load.class_index]
+    deadline_left_s = load.arrived_at_s + load.deadline_s - desk.now_s
+    legal[w, c + 1] = term.delay_tolerant > 0.0 and deadline_left_s > 2.0 * config[0].hold_s
+    legal[w, c + 2] = True
+
+    request_view[v.PROMPT_TOKENS, w] = load.prompt_tokens
+    request_view[v.EXPECTED_OUTPUT_TOKENS, w] = lengths[w, load.class_index, load.task_index].value
+    request_view[v.CLASS_INDEX, w] = load.class_index
+    request_view[v.TASK_INDEX, w] = load.task_index
+    request_view[v.DIFFICULTY_SIGNAL, w] = load.difficulty_signal
+    request_view[v.WAITED_S, w] = desk.now_s - load.arrived_at_s
+    request_view[v.DEADLINE_LEFT_S, w] = deadline_left_s
+    request_view[v.ARRIVAL_RATE_PER_S, w] = 1.0 / max(desk.arrival_gap_s, 1e-6)
+    request_view[v.SEQUENCE, w] = desk.sequence
+    request_view[v.INPUT_PRICE_USD, w] = term.input_usd_per_token
+    request_view[v.OUTPUT_PRICE_USD, w] = term.output_usd_per_token
+    request_view[v.REQUEST_VALUE_USD, w] = term.request_value_usd
+    request_view[v.REFUND_SHARE, w] = term.refund_share
+    request_view[v.BAD_ANSWER_USD, w] = term.bad_answer_usd
+    request_view[v.SLO_TTFT_S, w] = term.slo_ttft_s
+    request_view[v.SLO_TPOT_S, w] = term.slo_tpot_s
+    request_view[v.SLO_E2E_S, w] = term.slo_e2e_s
+    request_view[v.TTFT_CREDIT_SHARE, w] = term.ttft_credit_share
+    request_view[v.TPOT_CREDIT_SHARE, w] = term.tpot_credit_share
+    request_view[v.E2E_CREDIT_SHARE, w] = term.e2e_credit_share
+    request_view[v.UNSERVED_CREDIT_SHARE, w] = term.unserved_credit_share
+    request_view[v.UNSERVED_CREDIT_USD, w] = term.unserved_credit_usd
+    request_view[v.PATIENCE_S, w] = term.patience_s
+
+
+@njit(cache=True, nogil=True)
+def begin(
+    config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, requests,
+    desks, loads, prior, truth, good, own, entries, lengths, ledger_usd, counts, actions,
+    signals, request_view, legal, p_true, w,
+):  # fmt: skip
+    """Takes a freshly loaded world `w` to its first decision; what is posted on the way enters the first reward."""
+    _go_on(
+        config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, requests,
+        desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
+    )  # fmt: skip
+    if desks[w].done == 0:
+        _show(
+            config, terms, kinds, tiers, worlds, replicas, pools, desks, loads, prior, truth, good, own, entries,
+            lengths, signals, request_view, legal, p_true, w,
+        )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def _account(desks, ledger_usd, w):
+    """Reward equals report: the change of the ledger since the last decision."""
+    total = 0.0
+    for account in range(ledger_usd.shape[1]):
+        for k in range(ledger_usd.shape[2]):
+            total += ledger_usd[w, account, k]
+    desks[w].reward_usd = total - desks[w].margin_usd
+    desks[w].margin_usd = total
+
+
+@njit(cache=True, nogil=True)
+def step(
+    config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, requests,
+    desks, loads, prior, truth, good, own, entries, lengths, ledger_usd, counts, actions,
+    signals, request_view, legal, p_true, choices,
+):  # fmt: skip
+    """Carries out one choice in every world that is not done, `choices` (N,), and takes each to its next decision."""
+    for w in range(desks.shape[0]):
+        if desks[w].done == 1:
+            desks[w].reward_usd = 0.0
+            desks[w].elapsed_s = 0.0
+            continue
+        _act(
+            config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, requests,
+            desks, loads, entries, lengths, ledger_usd, counts, actions, legal, w, choices[w],
+        )  # fmt: skip
+        desks[w].sequence += 1
+        _go_on(
+            config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, requests,
+            desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
+        )  # fmt: skip
+        _account(desks, ledger_usd, w)
+        if desks[w].done == 0:
+            _show(
+                config, terms, kinds, tiers, worlds, replicas, pools, desks, loads, prior, truth, good, own, entries,
+                lengths, signals, request_view, legal, p_true, w,
+            )  # fmt: skip

@@ -1,0 +1,253 @@
+"""The bundle: a trained policy on disk, as data that any gateway can verify and run.
+
+A bundle is a folder of three files, none of which can execute anything:
+
+    manifest.json   everything but arrays: format, versions, scenario, layout, contract terms, candidate constants,
+                    advice and fallback heuristics, FeatureSpec with its normaliser, guard limits, evaluation table,
+                    sha256 of the other files, and `digest`, the sha256 of the manifest itself without that field
+    weights.npz     network weights by name (absent if the gate exported the heuristic: `learned: none`)
+    parity.npz      observations and the logits and choices that the trained policy gave for them
+
+`load` refuses a bundle whose hashes, format or feature version differ, and one whose network does not reproduce the
+parity vectors to 1e-5.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from marginroute import __version__, heuristics
+from marginroute.errors import InputError
+from marginroute.features import FEATURE_VERSION, FeatureSpec
+from marginroute.features import split as split_observation
+from marginroute.guard import GuardedPolicy, GuardLimits
+from marginroute.heuristics import MarginRule, RuleOfThumb
+from marginroute.policy import WEIGHT_NAMES, Network, Policy, ResidualPolicy
+from marginroute.view import REQUEST_NAMES, SIGNAL_NAMES, Array, Layout
+
+FORMAT = 1
+PARITY_TOLERANCE = 1e-5
+MAX_FILE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """A policy and everything a gateway needs to run it.
+
+    Attributes:
+        policy: the policy, without guard.
+        fallback: heuristic that the guard hands over to.
+        limits: the guard's limits.
+        layout: candidates.
+        static_signals: (S_static, C) candidate constants, first rows of `View.signals`.
+        slots: (P,) sequence slots of a replica of each pool.
+        terms: contract terms by class name and term name.
+        output_tokens: expected output tokens by class and task, (K, J).
+        scenario: name and hash of the scenario that it was trained for.
+        evaluation: the table it was judged by, free form.
+        provenance: versions, command, seed, training time.
+    """
+
+    policy: Policy
+    fallback: MarginRule | RuleOfThumb
+    limits: GuardLimits
+    layout: Layout
+    static_signals: Array
+    slots: Array
+    terms: dict[str, dict[str, float]]
+    output_tokens: Array
+    scenario: dict[str, str]
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def learned(self) -> str:
+        """`residual` if a network corrects the advice, `none` if a heuristic was exported."""
+        return "residual" if isinstance(self.policy, ResidualPolicy) else "none"
+
+    def guarded(self) -> GuardedPolicy:
+        """The policy as a gateway should run it."""
+        return GuardedPolicy(self.policy, self.fallback, self.limits)
+
+
+def _plain(value: Any) -> Any:
+    """Floats that JSON cannot hold become strings, so that the manifest is strict JSON in every language."""
+    if isinstance(value, dict):
+        return {key: _plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return "Infinity" if value > 0 else "-Infinity" if value < 0 else "NaN"
+    return value
+
+
+def _number(value: Any) -> float:
+    return float(value)  # float("Infinity") is what `_plain` wrote
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    body = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _npz_bytes(arrays: dict[str, Array]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def parity_logits(policy: ResidualPolicy, observation: Array) -> Array:
+    """Masked logits (B, C) of the numpy runtime for flat observations (B, D)."""
+    spec = policy.spec
+    n_candidates = (observation.shape[-1] - spec.n_context) // (spec.n_candidate + 2)
+    candidate, context, advice, legal = split_observation(observation, n_candidates, spec)
+    return np.where(legal > 0.5, policy.network.logits(candidate, context, advice, spec), -np.inf)
+
+
+def save(bundle: Bundle, folder: Path, parity: dict[str, Array] | None = None) -> None:
+    """Writes a bundle; the folder appears complete or not at all.
+
+    Args:
+        bundle: what to write.
+        folder: where; must not exist, or be an earlier bundle, which is replaced.
+        parity: `observation` (B, D) and the trained policy's `logits` (B, C); required for a learned policy.
+
+    Raises:
+        InputError: the folder exists and is not a bundle.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").is_file():
+        raise InputError(f"{folder} exists and is not a bundle; name a new folder for the export")
+    policy, files = bundle.policy, {}
+    advice = policy.advice if isinstance(policy, ResidualPolicy) else policy
+    assert isinstance(advice, MarginRule | RuleOfThumb)
+    if isinstance(policy, ResidualPolicy):
+        assert parity is not None
+        files = {"weights.npz": _npz_bytes(policy.network.arrays()), "parity.npz": _npz_bytes(parity)}
+    manifest = _plain(
+        {
+            "format": FORMAT,
+            "feature_version": FEATURE_VERSION,
+            "marginroute_version": __version__,
+            "policy": policy.name,
+            "learned": bundle.learned,
+            "scenario": bundle.scenario,
+            "layout": bundle.layout.to_dict(),
+            "signals": list(SIGNAL_NAMES),
+            "request": list(REQUEST_NAMES),
+            "static_signals": bundle.static_signals.tolist(),
+            "slots": bundle.slots.tolist(),
+            "terms": bundle.terms,
+            "output_tokens": bundle.output_tokens.tolist(),
+            "advice": heuristics.to_dict(advice),
+            "fallback": heuristics.to_dict(bundle.fallback),
+            "spec": policy.spec.to_dict() if isinstance(policy, ResidualPolicy) else None,
+            "guard": bundle.limits.to_dict(),
+            "evaluation": bundle.evaluation,
+            "provenance": bundle.provenance,
+            "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        }
+    )
+    manifest["digest"] = _digest(manifest)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        complete = Path(scratch) / "bundle"
+        complete.mkdir()
+        for name, data in files.items():
+            (complete / name).write_bytes(data)
+        (complete / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        load(complete)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(complete, folder)
+
+
+def _read(folder: Path, name: str) -> bytes:
+    path = folder / name
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"{path} is larger than the {MAX_FILE_BYTES >> 20} MiB that a bundle file may have")
+        return path.read_bytes()
+    except OSError:
+        raise InputError(f"{path} is missing or unreadable; a bundle is a folder written by export.py") from None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The verified manifest of a bundle.
+
+    Raises:
+        InputError: missing, malformed, tampered with, or of another format or feature version.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(_read(folder, "manifest.json"))
+        digest, fmt, version = manifest["digest"], manifest["format"], manifest["feature_version"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is not a bundle manifest; export the policy again") from None
+    if fmt != FORMAT:
+        raise InputError(f"{path} has format {fmt}; this marginroute reads format {FORMAT}; export the policy again")
+    if version != FEATURE_VERSION:
+        raise InputError(
+            f"{path} was made for feature version {version}; this marginroute computes version {FEATURE_VERSION}; "
+            "train and export the policy again"
+        )
+    if digest != _digest(manifest):
+        raise InputError(f"{path} does not match its digest: it was changed after the export; export the policy again")
+    return dict(manifest)
+
+
+def _arrays(folder: Path, name: str, sha256: dict[str, str]) -> dict[str, Array]:
+    data = _read(folder, name)
+    if hashlib.sha256(data).hexdigest() != sha256.get(name):
+        raise InputError(f"{folder / name} does not match the sha256 in the manifest; export the policy again")
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (ValueError, OSError, zipfile.BadZipFile):
+        raise InputError(f"{folder / name} is not a plain npz archive; export the policy again") from None
+
+
+def load(folder: str | Path) -> Bundle:
+    """Reads and verifies a bundle.
+
+    Raises:
+        InputError: missing, tampered with, incompatible, or not reproducing its parity vectors.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest["signals"] != list(SIGNAL_NAMES) or manifest["request"] != list(REQUEST_NAMES):
+        raise InputError(f"{folder} was exported for other View signals; train and export the policy again")
+    policy: Policy = heuristics.from_dict(manifest["advice"])
+    if manifest["learned"] == "residual":
+        weights = _arrays(folder, "weights.npz", manifest["sha256"])
+        parity = _arrays(folder, "parity.npz", manifest["sha256"])
+        assert isinstance(policy, MarginRule)
+        network = Network(*(weights[name] for name in WEIGHT_NAMES))
+        policy = ResidualPolicy(manifest["policy"], policy, FeatureSpec.from_dict(manifest["spec"]), network)
+        ours, theirs = parity_logits(policy, parity["observation"]), parity["logits"]
+        legal = np.isfinite(ours)
+        if not np.allclose(ours[legal], theirs[legal], rtol=0.0, atol=PARITY_TOLERANCE):
+            raise InputError(f"{folder} does not reproduce its parity vectors to {PARITY_TOLERANCE} on this machine")
+    return Bundle(
+        policy=policy,
+        fallback=heuristics.from_dict(manifest["fallback"]),
+        limits=GuardLimits(**manifest["guard"]),
+        layout=Layout.from_dict(manifest["layout"]),
+        static_signals=np.array([[_number(x) for x in row] for row in manifest["static_signals"]]),
+        slots=np.array(manifest["slots"], dtype=np.float64),
+        terms={k: {name: _number(x) for name, x in row.items()} for k, row in manifest["terms"].items()},
+        output_tokens=np.array(manifest["output_tokens"], dtype=np.float64),
+        scenario=manifest["scenario"],
+        evaluation=manifest["evaluation"],
+        provenance=manifest["provenance"],
+    )

@@ -1,0 +1,124 @@
+"""DecisionRecord: one schema for the audit log, the trace reader and off-policy evaluation.
+
+One JSON object per line. Prompts and answers are never part of a record.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from marginroute.decision import Decision
+from marginroute.errors import InputError
+from marginroute.view import REQUEST_NAMES, View
+
+SCHEMA = 1
+
+
+@dataclass
+class DecisionRecord:
+    """What was known, chosen and seen to happen for one request.
+
+    Attributes:
+        id: the gateway's request id.
+        decided_at_s: Unix time of the decision.
+        mode: `shadow` (the gateway did as it would have without us) or `live`.
+        policy, bundle: name of the policy and digest of its bundle (first 12 hex digits).
+        choice, kind, probability: candidate chosen, its kind, and with what probability.
+        reason_usd: expected USD of the choice by part; runner_up, runner_up_usd: the next best and the difference.
+        guard: why the fallback decided; empty if it did not.
+        request: visible request signals by name (units in `marginroute.view.REQUEST`).
+        legal: names of the legal candidates.
+        served_by: candidate that really answered (shadow: the gateway's own choice); empty if unknown.
+        status: `completed`, `failed`, or `shed`; empty while pending.
+        ttft_s, e2e_s, prompt_tokens, output_tokens, cost_usd: the outcome, None where unknown.
+        good: whether the answer was good, where feedback says so.
+    """
+
+    id: str
+    decided_at_s: float
+    mode: str
+    policy: str
+    bundle: str
+    choice: str
+    kind: str
+    probability: float
+    reason_usd: dict[str, float]
+    runner_up: str
+    runner_up_usd: float
+    guard: str
+    request: dict[str, float]
+    legal: list[str]
+    served_by: str = ""
+    status: str = ""
+    ttft_s: float | None = None
+    e2e_s: float | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_usd: float | None = None
+    good: bool | None = None
+    schema: int = field(default=SCHEMA)
+
+    def to_json(self) -> str:
+        """One line of strict JSON; infinities become null."""
+        data = asdict(self)
+        data["request"] = {k: x if np.isfinite(x) else None for k, x in data["request"].items()}
+        return json.dumps(data, separators=(",", ":"), allow_nan=False)
+
+
+def record_of(decision: Decision, view: View, *, id: str, decided_at_s: float, mode: str, bundle: str) -> DecisionRecord:
+    """A record of a decision that has no outcome yet."""
+    return DecisionRecord(
+        id=id,
+        decided_at_s=decided_at_s,
+        mode=mode,
+        policy=decision.policy,
+        bundle=bundle,
+        choice=decision.name,
+        kind=decision.kind,
+        probability=decision.probability,
+        reason_usd={part: round(usd, 9) for part, usd in decision.reason_usd.items()},
+        runner_up=decision.runner_up,
+        runner_up_usd=round(decision.runner_up_usd, 9),
+        guard=decision.guard,
+        request={name: float(x) for name, x in zip(REQUEST_NAMES, view.request, strict=True)},
+        legal=[name for name, ok in zip(view.layout.names, view.legal, strict=True) if ok],
+    )
+
+
+class RecordLog:
+    """Appends records to a JSONL file; whole lines only, safe to share between threads.
+
+    Lines are flushed to the operating system at once; they reach the disk when it decides (no fsync).
+
+    Args:
+        path: the file; its folder is made.
+
+    Raises:
+        InputError: the file cannot be opened for appending.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._lock = threading.Lock()
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise InputError(f"decision log {path} cannot be opened for appending: {error.strerror}") from None
+
+    def write(self, record: DecisionRecord | dict[str, Any]) -> None:
+        """Appends one line."""
+        line = record.to_json() if isinstance(record, DecisionRecord) else json.dumps(record)
+        with self._lock:
+            os.write(self._fd, line.encode() + b"\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        with self._lock:
+            os.close(self._fd)
