@@ -1,0 +1,151 @@
+"""The `--json` document of a Report: schema 1, written whole or not at all.
+
+Money of a class is per 1k first calls of all classes, so that the classes add up to the policy's contribution margin;
+what no class causes alone (GPU-hours) is in the policy's accounts only. Figures that do not exist (no request of a
+class answered, one episode and hence no interval) are null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from envs.economics.ledger import ACCOUNTS
+from evaluation.latency import METRICS
+from evaluation.report import PER_1K, Report, accounts_usd_per_1k, action_shares, shed_shares
+from evaluation.results import EpisodeResults, Floats
+from evaluation.statistics import Estimate, ratio_of_sums
+from marginroute.errors import InputError
+
+SCHEMA = 1
+LATENCY_PERCENTILES = (50, 95, 99)
+
+
+def to_document(report: Report) -> dict[str, Any]:
+    """The `--json` document, schema 1; figures that do not exist are null."""
+    document = {
+        "schema": SCHEMA,
+        "scenario": report.scenario,
+        "episodes": report.episodes,
+        "policies": {name: _policy_document(report, name) for name in report.ranking},
+        "best_heuristic": report.best_heuristic,
+        "paired": {
+            name: {
+                "vs": paired.vs,
+                "delta_usd_per_1k_requests": paired.delta_usd_per_1k.mean,
+                "delta_pct": paired.delta_pct,
+                "ci95": _ci95(paired.delta_usd_per_1k),
+                "p_value": paired.p_value,
+            }
+            for name, paired in report.paired.items()
+        },
+        "bounds": dict(report.bounds_usd_per_1k),
+        "gap_closed": {name: report.gap_closed(name) for name in report.ranking},
+    }
+    result = _without_nan(document)
+    assert isinstance(result, dict)
+    return result
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Writes the document whole or not at all.
+
+    Raises:
+        InputError: the folder does not exist or cannot be written.
+    """
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; give a file in an existing folder") from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException as error:
+        os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise InputError(f"cannot write {path}: {error.strerror}; give the name of a file") from error
+        raise
+
+
+def _policy_document(report: Report, name: str) -> dict[str, Any]:
+    results, margin = report.results[name], report.margin_usd_per_1k[name]
+    revenue = float(ratio_of_sums(results.revenue_usd, results.first_calls, PER_1K))
+    utilisation = results.utilisation.mean(axis=0)
+    return {
+        "margin_usd_per_1k_requests": _estimate_document(margin),
+        "margin_usd_per_hour": _estimate_document(report.margin_usd_per_hour[name]),
+        "contribution_margin_usd_per_1k_requests": _estimate_document(report.contribution_usd_per_1k[name]),
+        "revenue_usd_per_1k_requests": revenue,
+        "gross_margin_pct": 100.0 * margin.mean / revenue if revenue > 0.0 else None,
+        "slo_attainment": _by_class(results, results.share("slo_ok")),
+        "quality": _by_class(results, results.share("good", "served")),
+        "shed": _by_class(results, shed_shares(results)),
+        "actions": action_shares(results),
+        "utilisation": float(np.average(utilisation, weights=results.pool_replicas)),
+        "utilisation_by_pool": dict(zip(results.pool_names, utilisation.tolist(), strict=True)),
+        "accounts": accounts_usd_per_1k(results),
+        "by_class": {class_name: _class_document(results, k) for k, class_name in enumerate(results.class_names)},
+        "by_workflow": {},
+    }
+
+
+def _class_document(results: EpisodeResults, k: int) -> dict[str, Any]:
+    """Money per 1k first calls of all classes, service per request of this class, latency of answered requests."""
+    usd_per_1k = ratio_of_sums(results.ledger_usd[:, :, k].T, results.first_calls, PER_1K)
+    accounts = dict(zip(ACCOUNTS, usd_per_1k.tolist(), strict=True))
+    contribution = results.contribution_by_class_usd[:, k]
+    first_calls = results.count("first_calls").sum(axis=0)
+    return {
+        "requests_share": float(first_calls[k] / first_calls.sum()),
+        "contribution_margin_usd_per_1k_requests": float(ratio_of_sums(contribution, results.first_calls, PER_1K)),
+        "revenue_usd_per_1k_requests": accounts["usage_revenue"] + accounts["seat_revenue"],
+        "accounts": accounts,
+        "slo_attainment": float(results.share("slo_ok")[k]),
+        **{f"{metric}_attainment": float(results.share(f"{metric}_ok")[k]) for metric in METRICS},
+        "quality": float(results.share("good", "served")[k]),
+        "shed": float(shed_shares(results)[k]),
+        "shed_by_decision": float(results.share("shed")[k]),
+        "abandoned": float(results.share("abandoned")[k]),
+        "failed": float(results.share("failed")[k]),
+        "deferred": float(results.share("deferred")[k]),
+        **{
+            f"{metric}_s": {f"p{q}": float(results.latency_s(metric, q / 100.0)[k]) for q in LATENCY_PERCENTILES}
+            for metric in METRICS
+        },
+    }
+
+
+def _by_class(results: EpisodeResults, values: Floats) -> dict[str, float]:
+    return dict(zip(results.class_names, values.tolist(), strict=True))
+
+
+def _estimate_document(estimate: Estimate) -> dict[str, Any]:
+    return {"mean": estimate.mean, "ci95": _ci95(estimate)}
+
+
+def _ci95(estimate: Estimate) -> list[float] | None:
+    """[low, high]; None where one episode allows no interval."""
+    return None if math.isnan(estimate.low) else [estimate.low, estimate.high]
+
+
+def _without_nan(value: Any) -> Any:
+    """The same document with null for NaN and infinities, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

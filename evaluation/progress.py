@@ -1,0 +1,63 @@
+"""Progress of long work on stderr: a bar with the time left on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total); total may not change."""
+
+SPARSE_LINE_EVERY_S = 10.0
+
+
+def silent(done: int, total: int) -> None:
+    """Reports nothing."""
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Progress]:
+    """Yields a callback that shows how far the work titled `title` is."""
+    if sys.stderr.isatty():
+        with _rich_bar(title) as report:
+            yield report
+    else:
+        yield _SparseLines(title)
+
+
+class _SparseLines:
+    """One line at most every ten seconds, and one at the end."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.started_s = self.last_line_s = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        if done < total and now_s - self.last_line_s < SPARSE_LINE_EVERY_S:
+            return
+        self.last_line_s = now_s
+        elapsed_s = now_s - self.started_s
+        left = f", about {elapsed_s * (total - done) / done:.0f} s left" if 0 < done < total else ""
+        print(f"{self.title}: {done}/{total} in {elapsed_s:.0f} s{left}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _rich_bar(title: str) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,135 @@
+"""What one policy did in the episodes of a comparison: plain arrays, one row per episode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.economics.ledger import ACCOUNTS, COUNTS, FIXED_COST_ACCOUNTS, REVENUE_ACCOUNTS
+from evaluation.latency import METRICS, quantile
+from marginroute.errors import InputError
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+ARRAYS = (
+    "seeds",
+    "ledger_usd",
+    "counts",
+    "action_counts",
+    "tier_counts",
+    "utilisation",
+    "horizon_s",
+    "latency_histogram",
+)
+
+
+@dataclass(frozen=True)
+class EpisodeResults:
+    """E episodes of one policy; row e of every policy of a comparison is the same workload.
+
+    Attributes:
+        policy: name.
+        class_names: K customer classes.
+        pool_names: P self-hosted pools.
+        pool_replicas: replicas of each pool.
+        seeds: (E,) int64.
+        ledger_usd: (E, A, K + 1) accounts x classes, costs negative; the last column is shared by all classes.
+        counts: (E, len(COUNTS), K).
+        action_counts: (E, 5) decisions by kind, in the order of `marginroute.view.KINDS`.
+        tier_counts: (E, T) decisions that sent a request to each tier.
+        utilisation: (E, P) share of the time in which a pool's replicas were busy.
+        horizon_s: (E,).
+        latency_histogram: (E, 3, K, BINS) answered requests by TTFT, TPOT and E2E (see `evaluation.latency`).
+    """
+
+    policy: str
+    class_names: tuple[str, ...]
+    pool_names: tuple[str, ...]
+    pool_replicas: tuple[int, ...]
+    seeds: Ints
+    ledger_usd: Floats
+    counts: Ints
+    action_counts: Ints
+    tier_counts: Ints
+    utilisation: Floats
+    horizon_s: Floats
+    latency_histogram: Ints
+
+    @property
+    def first_calls(self) -> Ints:
+        """(E,) exogenous requests: the denominator of every "per 1k", the same for all policies."""
+        return np.asarray(self.count("first_calls").sum(axis=-1))
+
+    @property
+    def margin_usd(self) -> Floats:
+        """(E,) everything in the ledger."""
+        return np.asarray(self.ledger_usd.sum(axis=(1, 2)))
+
+    @property
+    def revenue_usd(self) -> Floats:
+        """(E,) usage and seats, before credits and refunds."""
+        return np.asarray(self.accounts_usd(REVENUE_ACCOUNTS).sum(axis=-1))
+
+    @property
+    def contribution_usd(self) -> Floats:
+        """(E,) margin before fixed cost: revenue - credits - refunds - API spend - energy - cache."""
+        return np.asarray(self.margin_usd - self.accounts_usd(FIXED_COST_ACCOUNTS).sum(axis=-1))
+
+    @property
+    def contribution_by_class_usd(self) -> Floats:
+        """(E, K) what the class itself brought and caused, before fixed cost and anything else shared."""
+        variable = [a for a, name in enumerate(ACCOUNTS) if name not in FIXED_COST_ACCOUNTS]
+        return np.asarray(self.ledger_usd[:, variable, :-1].sum(axis=1))
+
+    def accounts_usd(self, names: Sequence[str]) -> Floats:
+        """(E, K + 1) sum of the named accounts."""
+        return np.asarray(self.ledger_usd[:, [ACCOUNTS.index(name) for name in names]].sum(axis=1))
+
+    def count(self, name: str) -> Ints:
+        """(E, K) one of `COUNTS`."""
+        return np.asarray(self.counts[:, COUNTS.index(name)])
+
+    def share(self, numerator: str, denominator: str = "first_calls") -> Floats:
+        """(K,) ratio of two counts over all episodes; NaN for a class without any."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(self.count(numerator).sum(axis=0) / self.count(denominator).sum(axis=0))
+
+    def latency_s(self, metric: str, q: float) -> Floats:
+        """(K,) quantile of `ttft`, `tpot` or `e2e` over the answered requests of all episodes."""
+        return quantile(self.latency_histogram[:, METRICS.index(metric)].sum(axis=0), q)
+
+    @property
+    def tier_shares(self) -> tuple[float, ...]:
+        """(T,) share of the requests sent to each tier, for the content-blind control."""
+        total = self.tier_counts.sum(axis=0)
+        return tuple((total / max(int(total.sum()), 1)).tolist())
+
+
+def concatenate(parts: Sequence[EpisodeResults]) -> EpisodeResults:
+    """Joins the episodes of one policy, ordered by seed."""
+    order = np.argsort(np.concatenate([part.seeds for part in parts]), kind="stable")
+    joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts])[order] for name in ARRAYS}
+    return replace(parts[0], **joined)
+
+
+def check_paired(results: Mapping[str, EpisodeResults]) -> None:
+    """Refuses a comparison whose policies did not meet the same requests.
+
+    Raises:
+        InputError: no policy, an empty episode, or episodes that differ between policies.
+    """
+    if not results:
+        raise InputError("nothing to compare: give at least one --policy or one of --baselines")
+    first = next(iter(results.values()))
+    for seed, n in zip(first.seeds, first.first_calls, strict=True):
+        if n == 0:
+            raise InputError(f"episode {seed} has no requests: lengthen the horizon or raise the arrival rate")
+    for other in results.values():
+        same = np.array_equal(first.seeds, other.seeds)
+        if not (same and np.array_equal(first.count("first_calls"), other.count("first_calls"))):
+            raise InputError(f"{other.policy} and {first.policy} were not run on the same requests: rerun both")

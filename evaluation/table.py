@@ -1,0 +1,174 @@
+"""The terminal table of a Report: column groups, as many side by side as the width allows."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from envs.economics.ledger import ACCOUNTS
+from evaluation.report import Paired, Report, accounts_usd_per_1k, action_shares, shed_shares
+from evaluation.results import Floats
+from evaluation.statistics import Estimate
+
+PIPE_COLUMNS = 100
+GAP = 3  # between groups, the box's own column of blanks included
+ACTION_TITLES = {"replica": "own", "provider": "api", "cache": "cache", "defer": "defer", "shed": "shed"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Columns that stay together: `lines[0]` heads them, then one line per policy, all equally wide."""
+
+    title: str
+    lines: tuple[str, ...]
+
+    @property
+    def width(self) -> int:
+        """Characters of the widest line."""
+        return max(len(self.title), len(self.lines[0]))
+
+
+def make_group(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Group:
+    """Aligns cells to the right in columns two spaces apart; an interval follows its estimate after one.
+
+    Args:
+        title: heading above the columns; empty for none.
+        heads: one per column.
+        rows: one per policy, a cell per column.
+    """
+    columns = list(zip(heads, *rows, strict=True))
+    widths = [max(map(len, column)) + (1 if column[0].startswith("[") else 2) for column in columns]
+    widths[0] -= 2
+    lines = zip(*columns, strict=True)
+    return Group(title, tuple("".join(map(str.rjust, line, widths)) for line in lines))
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Prints the comparison: policies by margin, then their accounts."""
+    console = console or stdout_console()
+    first = next(iter(report.results.values()))
+    console.print(
+        f"[bold]{report.scenario}[/bold]: {report.episodes} held-out episodes, {first.first_calls.sum():,} requests,"
+        f" {first.horizon_s.sum() / 3600.0:,.1f} h; the same for every policy\n"
+    )
+    _print_groups(report, [*_money_groups(report), *_service_groups(report)], console)
+    console.print("[bold]Accounts[/bold], USD per 1k requests; costs are negative, the sum is the margin\n")
+    _print_groups(report, _account_groups(report), console)
+    note = "Margin, delta and contribution margin (before GPU-hours): USD per 1k requests; [ ]: 95 % over episodes"
+    if report.best_heuristic is not None:
+        note = (
+            f"* best heuristic, chosen on validation seeds; delta and % (of contribution margin) against it on the same"
+            f" requests, p by sign-flip test. {note} (studentised bootstrap, paired for delta)"
+        )
+    console.print(
+        f"{note}. SLO: answered inside every SLO of the class; lost: shed, abandoned or failed.", markup=False
+    )
+
+
+def stdout_console() -> Console:
+    """A console on stdout: the terminal's width, or COLUMNS, or 100 columns in a pipe."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS
+    return Console(width=width, highlight=False)
+
+
+def pack(groups: Sequence[Group], name_width: int, width: int) -> list[list[Group]]:
+    """Splits the groups, in order, into tables that fit the width beside a column of names."""
+    tables: list[list[Group]] = []
+    room = 0
+    for group in groups:
+        needed = group.width + GAP
+        if not tables or needed > room:
+            tables.append([])
+            room = width - name_width
+        tables[-1].append(group)
+        room -= needed
+    return tables
+
+
+def _print_groups(report: Report, groups: Sequence[Group], console: Console) -> None:
+    names = [f"{name} *" if name == report.best_heuristic else name for name in report.ranking]
+    name_width = max(map(len, (*names, "policy")))
+    for of_table in pack(groups, name_width, console.width):
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
+        titled = any(group.title for group in of_table)
+        table.add_column("\npolicy" if titled else "policy", no_wrap=True, min_width=name_width)
+        for group in of_table:
+            title = f"{group.title}\n" if titled else ""
+            header = f"{title}{group.lines[0]:>{group.width}}".replace("[", r"\[")
+            table.add_column(header, justify="right", no_wrap=True, min_width=group.width)
+        for i, name in enumerate(names):
+            style = "bold" if name.endswith(" *") else None
+            table.add_row(name, *(group.lines[i + 1].replace("[", r"\[") for group in of_table), style=style)
+        console.print(table)
+        console.print()
+
+
+def _money_groups(report: Report) -> list[Group]:
+    names = report.ranking
+    margin, contribution = report.margin_usd_per_1k, report.contribution_usd_per_1k
+    digits = _digits(estimate.mean for estimate in (*margin.values(), *contribution.values()))
+    groups = [make_group("", ["margin", "[95 % CI]"], [_with_interval(margin[n], digits, "") for n in names])]
+    if report.paired:
+        rows = [_paired_cells(report.paired.get(name), digits + 1) for name in names]
+        groups.append(make_group("", ["delta", "[95 % CI]", "%", "p"], rows))
+    groups.append(make_group("", ["contrib."], [[f"{contribution[n].mean:,.{digits}f}"] for n in names]))
+    return groups
+
+
+def _paired_cells(paired: Paired | None, digits: int) -> list[str]:
+    """Delta, interval, per cent of contribution margin and p-value; blanks for the reference itself."""
+    if paired is None:
+        return [""] * 4
+    pct = "-" if math.isnan(paired.delta_pct) else f"{paired.delta_pct:+.1f}"
+    p = "<.001" if paired.p_value < 0.001 else f"{paired.p_value:.3f}"
+    return [*_with_interval(paired.delta_usd_per_1k, digits, "+"), pct, p]
+
+
+def _service_groups(report: Report) -> list[Group]:
+    results = [report.results[name] for name in report.ranking]
+    heads = results[0].class_names
+    return [
+        make_group("SLO %", heads, [_percents(r.share("slo_ok")) for r in results]),
+        make_group("quality %", heads, [_percents(r.share("good", "served")) for r in results]),
+        make_group("lost %", heads, [_percents(shed_shares(r)) for r in results]),
+        make_group("actions %", list(ACTION_TITLES.values()), [_percents(action_shares(r).values()) for r in results]),
+        make_group("busy %", results[0].pool_names, [_percents(r.utilisation.mean(axis=0)) for r in results]),
+    ]
+
+
+def _account_groups(report: Report) -> list[Group]:
+    by_policy = [accounts_usd_per_1k(report.results[name]) for name in report.ranking]
+    digits = _digits(report.margin_usd_per_1k[name].mean for name in report.ranking)
+    groups = []
+    for account in ACCOUNTS:
+        if any(accounts[account] for accounts in by_policy):
+            rows = [[f"{accounts[account]:,.{digits}f}"] for accounts in by_policy]
+            first, _, second = account.partition("_")
+            groups.append(make_group(first if second else "", [second or first], rows))
+    rows = [[f"{sum(accounts.values()):,.{digits}f}"] for accounts in by_policy]
+    return [*groups, make_group("", ["= margin"], rows)]
+
+
+def _with_interval(estimate: Estimate, digits: int, sign: str) -> list[str]:
+    """Cells of an estimate and its interval; the interval is "-" where there is none."""
+    interval = (
+        "-" if math.isnan(estimate.low) else f"[{estimate.low:{sign},.{digits}f}, {estimate.high:{sign},.{digits}f}]"
+    )
+    return [f"{estimate.mean:{sign},.{digits}f}", interval]
+
+
+def _percents(shares: Iterable[float] | Floats) -> list[str]:
+    return ["-" if math.isnan(share) else f"{100.0 * share:.1f}" for share in shares]
+
+
+def _digits(values: Iterable[float]) -> int:
+    """Decimals that show about four figures of the largest value; cents at least below 1,000."""
+    largest = max((abs(value) for value in values), default=0.0)
+    return int(min(max(3 - math.floor(math.log10(largest)), 0), 4)) if largest > 0.0 else 2
