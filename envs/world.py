@@ -74,10 +74,8 @@ CONFIG = np.dtype(
         ("gpu_usd_per_s", "f8"),
         ("hold_s", "f8"),
         ("cache_capacity", "i4"),
-        ("cache_shared", "i4"),  # 1: an answer may cross tenants
         ("cache_ttl_s", "f8"),
         ("cache_lookup_s", "f8"),
-        ("cache_lookup_usd", "f8"),
         ("cache_entry_usd", "f8"),
         ("n_replicas", "i4"),
         ("n_providers", "i4"),
@@ -167,7 +165,7 @@ def cache_hit(config, desks, entries, loads, w, i):
         return False
     entry = entries[w, key]
     fresh = entry.stored_at_s + config[0].cache_ttl_s >= desks[w].now_s
-    return fresh and (config[0].cache_shared == 1 or entry.tenant_index == loads[w, i].tenant_index)
+    return fresh and entry.tenant_index == loads[w, i].tenant_index
 
 
 @njit(cache=True, nogil=True)
@@ -218,13 +216,13 @@ def _post_finished(
 
 
 @njit(cache=True, nogil=True)
-def _send_to_provider(config, static, sigmas, pools, tables, worlds, replicas, slots, requests, loads, w, i, p, now_s):
+def _send_to_provider(config, static, sigmas, pools, tables, worlds, replicas, slots, providers, requests, loads, w, i, p, now_s):
     c = config[0].n_replicas + p
     load = loads[w, i]
     ttft_s = static[v.FIXED_TTFT_S, c] * np.exp(sigmas[p, 0] * load.ttft_noise)
     tpot_s = static[v.FIXED_TPOT_S, c] * np.exp(sigmas[p, 1] * load.tpot_noise)
     load.answered_by = c
-    engine.submit_provider(pools, tables, worlds, replicas, slots, requests, w, p, i, now_s, ttft_s, tpot_s)
+    engine.submit_provider(pools, tables, worlds, replicas, slots, providers, requests, w, p, i, now_s, ttft_s, tpot_s)
 
 
 @njit(cache=True, nogil=True)
@@ -256,7 +254,7 @@ def _hold(config, desks, loads, w, i):
 
 @njit(cache=True, nogil=True)
 def _act(
-    config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, requests,
+    config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, entries, lengths, ledger_usd, counts, actions, legal, w, c,
 ):  # fmt: skip
     """Carries out the choice of candidate `c` for the current request; an illegal choice sheds the request."""
@@ -271,11 +269,11 @@ def _act(
     k = load.class_index
     if kind == v.REPLICA:
         load.answered_by = c
-        engine.submit(pools, tables, worlds, replicas, slots, requests, w, c, i, now_s)
+        engine.submit(pools, tables, worlds, replicas, slots, providers, requests, w, c, i, now_s)
     elif kind == v.PROVIDER:
         p = c - config[0].n_replicas
         _send_to_provider(
-            config, static, sigmas, pools, tables, worlds, replicas, slots, requests, loads, w, i, p, now_s
+            config, static, sigmas, pools, tables, worlds, replicas, slots, providers, requests, loads, w, i, p, now_s
         )
     elif kind == v.CACHE:
         _serve_from_cache(config, terms, desks, loads, entries, ledger_usd, counts, w, i)
@@ -301,7 +299,7 @@ def _collect(
 
 @njit(cache=True, nogil=True)
 def _settle(
-    config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, requests,
+    config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
 ):  # fmt: skip
     """Ends the episode at its horizon: buys out the batch queue, runs the fleet dry, posts what is left."""
@@ -312,14 +310,14 @@ def _settle(
         following = loads[w, i].next_held
         if config[0].last_provider >= 0:
             _send_to_provider(
-                config, static, sigmas, pools, tables, worlds, replicas, slots, requests, loads, w, i,
+                config, static, sigmas, pools, tables, worlds, replicas, slots, providers, requests, loads, w, i,
                 config[0].last_provider, desk.now_s,
             )  # fmt: skip
         else:
             _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, books.SHED, books.CACHE, 0.0)
         i = following
     desk.held_head = desk.held_tail = -1
-    engine.drain(pools, tables, worlds, replicas, slots, requests, w)
+    engine.drain(pools, tables, worlds, replicas, slots, providers, requests, w)
     _collect(
         config, terms, static, tiers, worlds, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts, w
     )
@@ -328,7 +326,7 @@ def _settle(
 
 @njit(cache=True, nogil=True)
 def _go_on(
-    config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, requests,
+    config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
 ):  # fmt: skip
     """Advances the world to its next decision, or settles it if there is none before the horizon."""
@@ -338,7 +336,7 @@ def _go_on(
     next_s = min(arrival_s, offer_s)
     last = next_s >= desk.horizon_s
     until_s = desk.horizon_s if last else next_s
-    engine.advance(pools, tables, worlds, replicas, slots, requests, w, until_s)
+    engine.advance(pools, tables, worlds, replicas, slots, providers, requests, w, until_s)
     _collect(
         config, terms, static, tiers, worlds, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts, w
     )
@@ -347,7 +345,7 @@ def _go_on(
     desk.now_s = until_s
     if last:
         _settle(
-            config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, requests,
+            config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
             desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
         )  # fmt: skip
         return
@@ -363,8 +361,6 @@ def _go_on(
         gap_s = next_s - desk.last_arrival_s
         desk.arrival_gap_s, _ = running_mean(desk.arrival_gap_s, desk.cursor, gap_s, ARRIVALS_RECENT)
         desk.last_arrival_s = next_s
-        if config[0].cache_capacity > 0:
-            books.post(ledger_usd, w, books.CACHE, loads[w, i].class_index, -config[0].cache_lookup_usd)
     desk.current = i
 
 
@@ -442,13 +438,13 @@ def _show(
 
 @njit(cache=True, nogil=True)
 def begin(
-    config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, requests,
+    config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, prior, truth, good, own, entries, lengths, ledger_usd, counts, actions,
     signals, request_view, legal, p_true, w,
 ):  # fmt: skip
     """Takes a freshly loaded world `w` to its first decision; what is posted on the way enters the first reward."""
     _go_on(
-        config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, requests,
+        config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
         desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
     )  # fmt: skip
     if desks[w].done == 0:
@@ -471,7 +467,7 @@ def _account(desks, ledger_usd, w):
 
 @njit(cache=True, nogil=True)
 def step(
-    config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, requests,
+    config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, prior, truth, good, own, entries, lengths, ledger_usd, counts, actions,
     signals, request_view, legal, p_true, choices,
 ):  # fmt: skip
@@ -482,12 +478,12 @@ def step(
             desks[w].elapsed_s = 0.0
             continue
         _act(
-            config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, requests,
+            config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests,
             desks, loads, entries, lengths, ledger_usd, counts, actions, legal, w, choices[w],
         )  # fmt: skip
         desks[w].sequence += 1
         _go_on(
-            config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, requests,
+            config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
             desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
         )  # fmt: skip
         _account(desks, ledger_usd, w)

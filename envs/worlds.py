@@ -1,0 +1,299 @@
+"""N worlds of one scenario in one kernel call: what environments, tuning and evaluation all run on.
+
+`FleetWorlds` owns the arrays that `envs.world` works on, loads workloads into them, and shows the View. It knows
+nothing of Gymnasium or Stable-Baselines3; `fleet_env` and `vector_env` are faces of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from envs import world as kernel
+from envs.economics.ledger import ACCOUNTS, COUNTS
+from envs.fleet import engine, state
+from envs.fleet.profile import linear_coefficients
+from envs.fleet.state import record_array
+from envs.scenario import Scenario
+from envs.workload.requests import Workload
+from marginroute import view as v
+from marginroute.policy import Policy
+from marginroute.view import Array, Layout, View
+
+UNLIMITED = 1e9  # slots and KV tokens of a candidate that has no engine of ours
+LENGTHS_PRIOR_WEIGHT = 20.0  # requests that the operator's mean output length counts for at the start
+
+
+class Plant:
+    """A scenario as constant arrays: candidates, costs, contracts; shared by all worlds and by the bundle.
+
+    Attributes:
+        layout: the candidates.
+        config: (1,) `world.CONFIG`.
+        terms: (K,) contracts.
+        static_signals: (S_static, C) first rows of the View's signals.
+        sigmas: (max(V, 1), 2) spread of ln TTFT and ln TPOT of providers.
+        slots: (P,) sequence slots of a replica of each pool.
+        output_tokens: (K, J) the operator's prior mean of output tokens.
+    """
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.spec = scenario.fleet_spec()
+        self.layout = self._layout()
+        self.terms = scenario.terms()
+        self.config = self._config()
+        self.static_signals = self._static_signals()
+        sigmas = [(p.ttft_sigma, p.tpot_sigma) for p in self.spec.providers]
+        self.sigmas = np.array(sigmas or [(0.0, 0.0)], dtype=np.float64)
+        self.slots = np.array([float(p.max_num_seqs) for p in self.spec.pools])
+        self.output_tokens = np.tile(scenario.expected_output_tokens, (len(scenario.class_names), 1))
+
+    def _layout(self) -> Layout:
+        names, kind, station, tier = [], [], [], []
+        for p, pool in enumerate(self.spec.pools):
+            for r in range(pool.replicas):
+                names.append(f"{pool.name}/{r}")
+                kind.append(v.REPLICA)
+                station.append(p)
+                tier.append(pool.tier)
+        for p, provider in enumerate(self.spec.providers):
+            names.append(provider.name)
+            kind.append(v.PROVIDER)
+            station.append(len(self.spec.pools) + p)
+            tier.append(provider.tier)
+        for other in (v.CACHE, v.DEFER, v.SHED):
+            names.append(v.KINDS[other])
+            kind.append(other)
+            station.append(len(self.spec.pools) + len(self.spec.providers))
+            tier.append(-1)
+        return Layout(
+            names=tuple(names),
+            kind=np.array(kind, dtype=np.int64),
+            station=np.array(station, dtype=np.int64),
+            tier=np.array(tier, dtype=np.int64),
+            station_names=(*self.scenario.pool_names, *self.scenario.provider_names),
+            tier_names=self.scenario.tier_names,
+            class_names=self.scenario.class_names,
+            task_names=self.scenario.task_names,
+        )
+
+    def _config(self) -> Any:
+        fleet = self.scenario.fleet
+        config = record_array(1, kernel.CONFIG)
+        row = config[0]
+        row["gpu_usd_per_s"] = (
+            sum(p.replicas * p.gpus_per_replica * p.gpu_usd_per_hour for p in fleet.pools.values()) / 3600.0
+        )
+        row["hold_s"] = fleet.batch_queue.hold_s if fleet.batch_queue else np.inf
+        if fleet.response_cache is not None:
+            row["cache_capacity"] = fleet.response_cache.capacity_entries
+            row["cache_ttl_s"] = fleet.response_cache.ttl_s
+            row["cache_lookup_s"] = fleet.response_cache.lookup_s
+            row["cache_entry_usd"] = fleet.response_cache.entry_usd
+        row["n_replicas"], row["n_providers"] = self.spec.n_replicas, len(self.spec.providers)
+        prices = [(p.input_usd_per_mtok or 0.0) + (p.output_usd_per_mtok or 0.0) for p in fleet.providers.values()]
+        row["last_provider"] = int(np.argmax(prices)) if prices else -1
+        return config
+
+    def _static_signals(self) -> Array:
+        fleet = self.scenario.fleet
+        static = np.zeros((v.N_STATIC_SIGNALS, self.layout.n_candidates))
+        static[[v.TOKEN_BUDGET, v.SLOTS, v.KV_CAPACITY_TOKENS]] = UNLIMITED
+        for c, station in enumerate(self.layout.station):
+            if self.layout.kind[c] == v.REPLICA:
+                spec = self.spec.pools[station]
+                pool = fleet.pools[spec.name]
+                coefficients = linear_coefficients(spec.profile)
+                static[[v.BASE_S, v.PREFILL_TOKEN_S, v.DECODE_SEQ_S, v.KV_TOKEN_S], c] = coefficients
+                static[v.TOKEN_BUDGET, c] = spec.max_num_batched_tokens
+                static[v.SLOTS, c] = spec.max_num_seqs
+                static[v.KV_CAPACITY_TOKENS, c] = spec.kv_blocks * spec.block_size_tokens
+                static[v.INPUT_USD, c] = pool.energy_input_usd_per_mtok * 1e-6
+                static[v.OUTPUT_USD, c] = pool.energy_output_usd_per_mtok * 1e-6
+            elif self.layout.kind[c] == v.PROVIDER:
+                name = self.layout.station_names[station]
+                provider = fleet.providers[name]
+                static[v.FIXED_TTFT_S, c] = provider.ttft_median_s
+                static[v.FIXED_TPOT_S, c] = provider.tpot_median_s
+                static[v.INPUT_USD, c] = (provider.input_usd_per_mtok or 0.0) * 1e-6
+                static[v.OUTPUT_USD, c] = (provider.output_usd_per_mtok or 0.0) * 1e-6
+            elif self.layout.kind[c] == v.CACHE:
+                static[v.FIXED_TTFT_S, c] = self.config[0]["cache_lookup_s"]
+        return static
+
+
+class FleetWorlds:
+    """N independent worlds of a scenario.
+
+    Args:
+        scenario: what is simulated (or its `Plant`, to share the compiled constants).
+        n_worlds: N.
+        max_requests: M, rows for requests of one episode; it grows when a larger workload is loaded.
+    """
+
+    def __init__(self, scenario: Scenario | Plant, n_worlds: int, max_requests: int = 1) -> None:
+        self.plant = scenario if isinstance(scenario, Plant) else Plant(scenario)
+        self.n_worlds = n_worlds
+        layout, terms = self.plant.layout, self.plant.terms
+        n, c, k = n_worlds, layout.n_candidates, len(terms)
+        stations = self.plant.spec.n_replicas + len(self.plant.spec.providers)
+        self.desks = record_array(n, kernel.DESK)
+        self.own = record_array((n, stations), kernel.OWN)
+        self.lengths = record_array((n, k, len(layout.task_names)), kernel.MEAN)
+        self.ledger_usd = np.zeros((n, len(ACCOUNTS), k + 1))
+        self.counts = np.zeros((n, len(COUNTS), k), dtype=np.int64)
+        self.action_counts = np.zeros((n, len(v.KINDS)), dtype=np.int64)
+        self.signals = np.zeros((len(v.SIGNALS), n, c))
+        self.signals[: v.N_STATIC_SIGNALS] = self.plant.static_signals[:, None, :]
+        self.signals[v.IN_FLIGHT_CAP] = UNLIMITED
+        self.request = np.zeros((len(v.REQUEST), n))
+        self.legal = np.zeros((n, c), dtype=np.bool_)
+        self.p_true = np.zeros((n, c))
+        self.desks["done"] = 1
+        self._rows, self._keys = 0, 0
+        self._allocate(max_requests, 1)
+
+    def _allocate(self, rows: int, keys: int) -> None:
+        """Makes room for `rows` requests and `keys` prompt keys per world; running episodes survive."""
+        n, tiers = self.n_worlds, len(self.plant.layout.tier_names)
+        old = self.__dict__.get("fleet")
+        if rows > self._rows:
+            fleet = state.allocate(self.plant.spec, n, rows)
+            loads = record_array((n, rows), kernel.LOAD)
+            prior, truth = np.zeros((n, rows, tiers)), np.zeros((n, rows, tiers))
+            good = np.zeros((n, rows, tiers), dtype=np.uint8)
+            if old is not None:
+                for name in ("worlds", "replicas", "slots", "providers"):
+                    getattr(fleet, name)[...] = getattr(old, name)
+                fleet.requests[:, : self._rows] = old.requests
+                for new, kept in ((loads, self.loads), (prior, self.prior), (truth, self.truth), (good, self.good)):
+                    new[:, : self._rows] = kept
+            self.fleet, self.loads, self.prior, self.truth, self.good = fleet, loads, prior, truth, good
+            self._rows = rows
+        if keys > self._keys:
+            entries = record_array((n, keys), kernel.ENTRY)
+            entries["stored_at_s"] = -np.inf
+            if self._keys:
+                entries[:, : self._keys] = self.entries
+            self.entries, self._keys = entries, keys
+        self.__dict__.pop("_arguments", None)
+
+    @cached_property
+    def _arguments(self) -> tuple[Any, ...]:
+        plant = self.plant
+        return (
+            plant.config,
+            plant.terms.view(np.recarray) if isinstance(self.desks, np.recarray) else plant.terms,
+            plant.static_signals,
+            plant.sigmas,
+            plant.layout.kind,
+            plant.layout.tier,
+            *self.fleet.arrays,
+            self.desks,
+            self.loads,
+            self.prior,
+            self.truth,
+            self.good,
+            self.own,
+            self.entries,
+            self.lengths,
+            self.ledger_usd,
+            self.counts,
+            self.action_counts,
+            self.signals,
+            self.request,
+            self.legal,
+            self.p_true,
+        )
+
+    def load(self, w: int, workload: Workload) -> None:
+        """Puts a new episode into world `w` and takes it to its first decision."""
+        m = workload.n_requests
+        keys = int(workload.prompt_key.max(initial=-1)) + 1
+        if m > self._rows or keys > self._keys:
+            self._allocate(max(m, self._rows), max(keys, self._keys))
+        load = self.loads[w, :m]
+        for name in ("arrived_at_s", "deadline_s", "patience_s", "difficulty_signal", "class_index", "task_index"):
+            load[name] = getattr(workload, name)
+        for name in ("tenant_index", "prompt_tokens", "output_tokens", "prompt_key"):
+            load[name] = getattr(workload, name)
+        load["ttft_noise"], load["tpot_noise"] = workload.provider_noise.T
+        load["answered_by"] = -1
+        self.prior[w, :m], self.truth[w, :m], self.good[w, :m] = workload.p_good_prior, workload.p_good, workload.good
+        requests = self.fleet.requests[w, :m]
+        requests["prompt_tokens"], requests["output_tokens"] = workload.prompt_tokens, workload.output_tokens
+        requests["patience_until_s"] = workload.arrived_at_s + workload.patience_s
+        desk = self.desks[w : w + 1]
+        desk[...] = np.zeros((), dtype=kernel.DESK)
+        for name in ("held_head", "held_tail", "lru_head", "lru_tail", "current"):
+            desk[name] = -1
+        desk["n_requests"], desk["horizon_s"] = m, workload.horizon_s
+        static = self.plant.static_signals
+        stations = self.own.shape[1]
+        self.own["recent_ttft_s"][w] = static[v.FIXED_TTFT_S, :stations]
+        self.own["recent_tpot_s"][w] = static[v.FIXED_TPOT_S, :stations] + static[v.BASE_S, :stations]
+        self.own["weight"][w] = 0.0
+        self.lengths["value"][w], self.lengths["weight"][w] = self.plant.output_tokens, LENGTHS_PRIOR_WEIGHT
+        self.entries["stored_at_s"][w] = -np.inf
+        for array in (self.ledger_usd, self.counts, self.action_counts):
+            array[w] = 0
+        engine.reset_world(*self.fleet.arrays, w)
+        kernel.begin(*self._arguments, w)
+
+    def load_all(self, workloads: Sequence[Workload]) -> None:
+        """Puts one episode into every world."""
+        self._allocate(
+            max(*(x.n_requests for x in workloads), self._rows),
+            max(*(int(x.prompt_key.max(initial=-1)) + 1 for x in workloads), self._keys),
+        )
+        for w, workload in enumerate(workloads):
+            self.load(w, workload)
+
+    def set_in_flight_caps(self, caps: Array | None, worlds: slice | int = slice(None)) -> None:
+        """Sets the in-flight cap of every replica of each pool, (P,) or (N, P); None restores the configured ones."""
+        spec = self.plant.spec
+        per_pool = np.array([p.in_flight_cap for p in spec.pools]) if caps is None else np.asarray(caps)
+        self.fleet.replicas["in_flight_cap"][worlds] = np.maximum(per_pool[..., spec.pool_of_replica], 1)
+        self.signals[v.IN_FLIGHT_CAP, worlds, : spec.n_replicas] = self.fleet.replicas["in_flight_cap"][worlds]
+
+    def view(self) -> View:
+        """The View of every world's current decision, over buffers that the next step overwrites."""
+        return View(self.plant.layout, self.signals, self.request, self.legal)
+
+    def step(self, choices: Array) -> None:
+        """Carries out one choice per world, (N,) int; worlds that are done stay as they are."""
+        kernel.step(*self._arguments, np.ascontiguousarray(choices, dtype=np.int64))
+
+    @property
+    def done(self) -> Array:
+        """(N,) bool: the episode has been settled."""
+        return self.desks["done"] == 1
+
+    @property
+    def reward_usd(self) -> Array:
+        """(N,) change of the ledger by the last step."""
+        return self.desks["reward_usd"]
+
+    @property
+    def elapsed_s(self) -> Array:
+        """(N,) seconds between the last two decisions."""
+        return self.desks["elapsed_s"]
+
+    @property
+    def utilisation(self) -> Array:
+        """(N, P) share of the episode in which the replicas of a pool were busy, backlog after the horizon included."""
+        busy_s = self.fleet.replicas["busy_s"]
+        spec, horizon_s = self.plant.spec, self.desks["horizon_s"][:, None]
+        pools = np.arange(len(spec.pools))[:, None] == spec.pool_of_replica[None, :]
+        return (busy_s @ (pools / pools.sum(axis=1, keepdims=True)).T) / np.maximum(horizon_s, 1e-9)
+
+    def run(self, policy: Policy, max_steps: int | None = None) -> None:
+        """Lets a policy decide until every world is done (or for `max_steps` decisions)."""
+        self.set_in_flight_caps(policy.in_flight_caps(self.plant.layout, self.plant.slots))
+        while not self.done.all() and (max_steps is None or max_steps > 0):
+            self.step(policy.decide_batch(self.view()))
+            max_steps = None if max_steps is None else max_steps - 1
