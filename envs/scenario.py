@@ -1,0 +1,196 @@
+"""Scenario = fleet + plans + workload + horizon: the only place that knows configuration files.
+
+`load_scenario("quickstart")` reads `configs/scenarios/quickstart.yaml`, replaces the names in it by the files they
+mean, applies overrides, checks everything, and turns list prices into numbers. What comes out is immutable and has a
+hash; whatever else the project needs (arrays of terms, the engine's fleet, workloads) is compiled from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from envs import scenario_checks, scenario_compile, scenario_files
+from envs.scenario_fleet import FleetSection, Positive, Section
+from envs.scenario_plans import PlansSection
+from envs.scenario_workload import WorkloadSection
+from envs.workload.generator import WorkloadSpec, generate
+from envs.workload.requests import Workload
+from envs.workload.traces import READERS, Trace, read_trace, window
+from marginroute.errors import InputError
+
+if TYPE_CHECKING:
+    from envs.fleet.state import FleetSpec
+
+Array = np.ndarray[Any, Any]
+Split = Literal["train", "validation", "heldout"]
+
+SPLIT_CODE = {"train": 0, "validation": 1, "heldout": 2}
+_SEED_SALT = 0x6D617267  # "marg": keeps workload streams apart from anyone else's use of the same seed
+
+
+class TraceSection(Section):
+    """Recorded requests in place of generated arrivals and lengths."""
+
+    path: str = Field(description="File of the trace; not part of the scenario's hash.")
+    format: Literal["azure-llm", "litellm", "csv"] = Field(description="Layout of the file.")
+    columns: dict[str, str] = Field(default_factory=dict, description="csv: our column name to the file's.")
+    sha256: str = Field("", description="Digest of the file, filled in when it is read.")
+
+
+class Scenario(Section):
+    """A complete, resolved scenario."""
+
+    name: str = Field(description="Name shown in reports.")
+    description: str = Field("", description="One line about the scenario.")
+    fleet: FleetSection = Field(description="What can answer, or the name of a file in configs/fleets.")
+    plans: PlansSection = Field(description="What customers pay, or the name of a file in configs/plans.")
+    workload: WorkloadSection = Field(description="What is asked, or the name of a file in configs/workloads.")
+    horizon_s: Positive = Field(description="Length of an episode in seconds.")
+    requests_per_episode: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Exact number of requests of an episode; left out: whatever arrives."
+    )
+    trace: TraceSection | None = Field(None, description="Recorded requests; left out: the generator.")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """(K,) customer classes."""
+        return tuple(self.plans.classes)
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """(J,) task types."""
+        return tuple(self.workload.tasks)
+
+    @property
+    def tier_names(self) -> tuple[str, ...]:
+        """(T,) models."""
+        return tuple(self.fleet.tiers)
+
+    @property
+    def pool_names(self) -> tuple[str, ...]:
+        """(P,) pools of replicas."""
+        return tuple(self.fleet.pools)
+
+    @property
+    def provider_names(self) -> tuple[str, ...]:
+        """(V,) third-party APIs."""
+        return tuple(self.fleet.providers)
+
+    @cached_property
+    def hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of the resolved scenario, names and prices replaced by content."""
+        text = json.dumps(self.resolved(), separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole scenario as plain data without machine-dependent notes; what the hash is taken of."""
+        data = self.model_dump(mode="json")
+        for provider in data["fleet"]["providers"].values():
+            del provider["price_source"]  # the figures count, not the release that listed them
+        if data["trace"] is not None:
+            del data["trace"]["path"]
+        return data
+
+    @cached_property
+    def workload_spec(self) -> WorkloadSpec:
+        """The workload's distributions as plain numbers."""
+        return scenario_compile.workload_spec(self)
+
+    @cached_property
+    def expected_output_tokens(self) -> Array:
+        """(J,) mean output tokens per task: what an operator's history tells before the first request."""
+        lengths = {id(mixture): mixture for mixture in self.workload_spec.output_lengths}
+        means = {key: mixture.mean_tokens() for key, mixture in lengths.items()}
+        return np.array([means[id(mixture)] for mixture in self.workload_spec.output_lengths])
+
+    def terms(self) -> Array:
+        """(K,) contracts of the classes, `envs.economics.plans.TERMS`."""
+        return scenario_compile.terms(self)
+
+    def fleet_spec(self) -> FleetSpec:
+        """The fleet as the engine takes it."""
+        return scenario_compile.fleet_spec(self)
+
+    def generate(self, seed: int, split: Split = "train") -> Workload:
+        """The workload of one episode; the same bytes for the same split and seed.
+
+        Splits never share a stream: a seed of `train` says nothing about the same seed of `heldout`.
+        """
+        if split not in SPLIT_CODE:
+            raise InputError(f"split {split!r} is not legal; legal is {', '.join(SPLIT_CODE)}")
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed {seed} is not legal; legal is 0 to {2**32 - 1}")
+        rng = np.random.default_rng([SPLIT_CODE[split], int(seed), _SEED_SALT])
+        if self.trace is None:
+            return generate(self.workload_spec, rng)
+        given = window(self._trace, SPLIT_CODE[split], self.horizon_s, rng, self.class_names)
+        return generate(self.workload_spec, rng, given)
+
+    @cached_property
+    def _trace(self) -> Trace:
+        assert self.trace is not None
+        return read_trace(self.trace.path, self.trace.format, self.trace.columns or None)
+
+
+def load_scenario(
+    name_or_path: str | Path = "quickstart",
+    overrides: Mapping[str, Any] | None = None,
+    trace: str | Path | None = None,
+    trace_format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Scenario:
+    """Reads, checks and resolves a scenario.
+
+    Args:
+        name_or_path: a name in `configs/scenarios`, or the path of a YAML file.
+        overrides: values by dotted key, such as {"fleet.pools.large.replicas": 2}; strings are parsed as YAML.
+        trace: file of recorded requests that replace generated arrivals and lengths.
+        trace_format: its layout, one of `envs.workload.traces.READERS`.
+        columns: for `csv`, our column names to the file's.
+
+    Raises:
+        InputError: one sentence: file or override, key path, value, what is legal.
+    """
+    overrides = dict(overrides or {})
+    path = scenario_files.locate(name_or_path, "scenario")
+    raw = {"name": path.stem, **scenario_files.read_yaml(path)}
+    data, files = scenario_files.compose(raw, path, overrides)
+    data = scenario_files.apply_overrides(Scenario, data, overrides)
+    if trace is not None:
+        data["trace"] = {"path": str(trace), "format": trace_format or "", "columns": dict(columns or {})}
+        if trace_format not in READERS:
+            raise InputError(f"trace format {trace_format!r} is not legal; legal is {', '.join(READERS)}")
+    scenario = _validated(data, files, overrides)
+    found = list(scenario_checks.problems(scenario))
+    if found:
+        raise scenario_files.cross_error(found, files, overrides)
+    return _resolved(scenario, data, files, overrides)
+
+
+def _validated(data: dict[str, Any], files: Mapping[str, str], overrides: Mapping[str, Any]) -> Scenario:
+    try:
+        return Scenario.model_validate(data)
+    except ValidationError as error:
+        raise scenario_files.input_error(error, Scenario, data, files, overrides) from None
+
+
+def _resolved(
+    scenario: Scenario, data: dict[str, Any], files: Mapping[str, str], overrides: Mapping[str, Any]
+) -> Scenario:
+    """Replaces list-price names and profile names by their content, and notes the trace's digest."""
+    place = files.get("fleet", files[""])
+    fleet = scenario_compile.with_profiles(scenario_compile.with_prices(scenario.fleet, place), place)
+    update: dict[str, Any] = {"fleet": fleet}
+    if scenario.trace is not None:
+        digest = hashlib.sha256(Path(scenario.trace.path).read_bytes()).hexdigest()
+        update["trace"] = scenario.trace.model_copy(update={"sha256": digest})
+        update["requests_per_episode"] = None
+    return scenario.model_copy(update=update)

@@ -1,0 +1,107 @@
+"""What no single key can tell: checks across the sections of a scenario."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from envs.scenario_files import suggestion
+
+if TYPE_CHECKING:
+    from envs.scenario import Scenario
+
+Problem = tuple[str, str]  # dotted key path, sentence
+
+
+def problems(scenario: Scenario) -> Iterator[Problem]:
+    """Every contradiction between sections, as key path and what is legal there."""
+    yield from _fleet(scenario)
+    yield from _plans(scenario)
+    yield from _workload(scenario)
+    yield from _memory(scenario)
+
+
+def _unknown(path: str, word: str, names: Iterable[str]) -> Iterator[Problem]:
+    names = list(names)
+    if word not in names:
+        yield path, f"unknown name {word!r}{suggestion(word, names)}"
+
+
+def _fleet(scenario: Scenario) -> Iterator[Problem]:
+    fleet = scenario.fleet
+    for name, pool in fleet.pools.items():
+        yield from _unknown(f"fleet.pools.{name}.tier", pool.tier, fleet.tiers)
+        if pool.max_num_batched_tokens < pool.max_num_seqs:
+            yield (
+                f"fleet.pools.{name}.max_num_batched_tokens",
+                f"{pool.max_num_batched_tokens} is below max_num_seqs; legal is at least {pool.max_num_seqs}, "
+                "so that every running request gets its token",
+            )
+    for name, provider in fleet.providers.items():
+        yield from _unknown(f"fleet.providers.{name}.tier", provider.tier, fleet.tiers)
+    clashes = [name for name in fleet.providers if name in fleet.pools or name in ("cache", "defer", "shed")]
+    for name in clashes:
+        yield f"fleet.providers.{name}", "name is taken by a pool or an action; legal is a name of its own"
+    for name, tier in fleet.tiers.items():
+        path = f"fleet.tiers.{name}.quality.ability"
+        missing = [task for task in scenario.workload.tasks if task not in tier.quality.ability]
+        if missing:
+            legal = ", ".join(scenario.workload.tasks)
+            yield path, f"has no figure for {', '.join(missing)}; legal is one for each of the tasks {legal}"
+
+
+def _plans(scenario: Scenario) -> Iterator[Problem]:
+    plans = scenario.plans
+    for name, customer in plans.classes.items():
+        yield from _unknown(f"plans.classes.{name}.plan", customer.plan, plans.plans)
+        share = scenario.workload.class_share
+        if name not in share:
+            legal = ", ".join(plans.classes)
+            yield "workload.class_share", f"has no share for class {name}; legal is one for each of {legal}"
+    tolerant = [name for name, customer in plans.classes.items() if customer.delay_tolerant is not None]
+    if scenario.fleet.batch_queue is not None and not tolerant:
+        yield "fleet.batch_queue", "is there but no class may wait; legal is a class with delay_tolerant, or no queue"
+    for name in tolerant:
+        customer = plans.classes[name]
+        if customer.slo.ttft_s is not None and customer.slo.ttft_s < customer.delay_tolerant.deadline_s:
+            limit = customer.delay_tolerant.deadline_s
+            yield (
+                f"plans.classes.{name}.slo.ttft_s",
+                f"{customer.slo.ttft_s} is below the class's deadline; legal is at least {limit} or no TTFT promise",
+            )
+
+
+def _workload(scenario: Scenario) -> Iterator[Problem]:
+    workload = scenario.workload
+    for name in workload.class_share:
+        yield from _unknown(f"workload.class_share.{name}", name, scenario.plans.classes)
+    for name, shares in workload.class_task_share.items():
+        yield from _unknown(f"workload.class_task_share.{name}", name, scenario.plans.classes)
+        for task in shares:
+            yield from _unknown(f"workload.class_task_share.{name}.{task}", task, workload.tasks)
+        if not any(shares.values()):
+            yield f"workload.class_task_share.{name}", "has no positive share; legal is at least one"
+    for kind in ("prompt_tokens", "output_tokens"):
+        if getattr(workload, kind) is None:
+            for name, task in workload.tasks.items():
+                if getattr(task, kind) is None:
+                    yield f"workload.tasks.{name}.{kind}", f"is missing; legal is a mixture here or in workload.{kind}"
+
+
+def _memory(scenario: Scenario) -> Iterator[Problem]:
+    """A replica whose KV cache cannot hold the largest request would never finish it."""
+    sections = [(task.prompt_tokens, task.output_tokens) for task in scenario.workload.tasks.values()]
+    default = (scenario.workload.prompt_tokens, scenario.workload.output_tokens)
+    longest = max(
+        sum(part.max_tokens for mine, other in zip(pair, default, strict=True) if (part := mine or other))
+        for pair in sections
+    )
+    for name, pool in scenario.fleet.pools.items():
+        held = pool.kv_blocks * pool.block_size_tokens
+        if held < longest:
+            blocks = -(-longest // pool.block_size_tokens)
+            yield (
+                f"fleet.pools.{name}.kv_blocks",
+                f"{pool.kv_blocks} blocks hold {held} tokens, fewer than the largest request ({longest}); "
+                f"legal is at least {blocks}",
+            )

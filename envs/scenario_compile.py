@@ -1,0 +1,203 @@
+"""From a scenario to what the layers below take: plain numbers, without names, files or price lists."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from envs.economics.plans import TERMS
+from envs.scenario_files import locate, nearest, read_yaml
+from envs.scenario_fleet import FleetSection, Provider
+from envs.scenario_plans import MONTH_S, CustomerClass, SeatPlan
+from envs.scenario_workload import LengthSection
+from envs.workload.generator import WorkloadSpec
+from envs.workload.lengths import LengthMixture
+from envs.workload.quality import QualityTruth, mean_ability
+from marginroute.errors import InputError
+
+if TYPE_CHECKING:
+    from envs.fleet.state import FleetSpec
+    from envs.scenario import Scenario
+
+Array = np.ndarray[Any, Any]
+_MTOK = 1e-6
+
+
+def with_prices(fleet: FleetSection, place: str) -> FleetSection:
+    """Replaces every provider's `price_of` by the list prices of that model."""
+    providers = {name: _priced(item, f"{place}: providers.{name}.price_of") for name, item in fleet.providers.items()}
+    return fleet.model_copy(update={"providers": providers})
+
+
+def _priced(provider: Provider, place: str) -> Provider:
+    if provider.price_of is None:
+        return provider
+    price, source = list_price(provider.price_of, place)
+    update = {"price_of": None, "price_source": source, "input_usd_per_mtok": price[0], "output_usd_per_mtok": price[1]}
+    return provider.model_copy(update=update)
+
+
+def list_price(model: str, place: str) -> tuple[tuple[float, float], str]:
+    """USD per million (input, output) tokens of a public model, lowest context tier, and the source of the figures."""
+    import genai_prices
+    from genai_prices.data_snapshot import get_snapshot
+
+    try:
+        provider, info = get_snapshot().find_provider_model(model, None, None, None)
+    except LookupError:
+        listed = {item.id for source in get_snapshot().providers for item in source.models}
+        hint = nearest(model, listed)
+        raise InputError(f"{place}: {model!r} is not in genai-prices;{hint} legal is a model it lists") from None
+    prices = info.prices if not isinstance(info.prices, list) else info.prices[-1].prices
+    usd = tuple(float(getattr(value, "base", value) or 0.0) for value in (prices.input_mtok, prices.output_mtok))
+    version = getattr(genai_prices, "__version__", "")
+    return (usd[0], usd[1]), f"{provider.id}/{info.id}, genai-prices {version}".strip()
+
+
+def with_profiles(fleet: FleetSection, place: str) -> FleetSection:
+    """Fills in the content of every engine profile that a pool names."""
+    profiles = dict(fleet.profiles)
+    for name, pool in fleet.pools.items():
+        if pool.profile not in profiles:
+            try:
+                profiles[pool.profile] = read_yaml(locate(pool.profile, "profile"))
+            except InputError as error:
+                raise InputError(f"{place}: pools.{name}.profile: {error}") from None
+    used = {pool.profile for pool in fleet.pools.values()}
+    return fleet.model_copy(update={"profiles": {key: profiles[key] for key in profiles if key in used}})
+
+
+def fleet_spec(scenario: Scenario) -> FleetSpec:
+    """The engine's fleet."""
+    from envs.fleet.profile import compact_profile
+    from envs.fleet.state import NO_CAP, FleetSpec, PoolSpec, ProviderSpec
+
+    fleet, tiers = scenario.fleet, scenario.tier_names
+    pools = tuple(
+        PoolSpec(
+            name=name,
+            profile=compact_profile(pool.profile, fleet.profiles[pool.profile]),
+            replicas=pool.replicas,
+            tier=tiers.index(pool.tier),
+            kv_blocks=pool.kv_blocks,
+            block_size_tokens=pool.block_size_tokens,
+            max_num_seqs=pool.max_num_seqs,
+            max_num_batched_tokens=pool.max_num_batched_tokens,
+            scheduler=pool.scheduler,
+            in_flight_cap=pool.in_flight_cap or NO_CAP,
+            watermark_share=pool.watermark_share,
+        )
+        for name, pool in fleet.pools.items()
+    )
+    providers = tuple(
+        ProviderSpec(
+            name=name,
+            tier=tiers.index(item.tier),
+            ttft_s=item.ttft_median_s,
+            ttft_sigma=item.ttft_sigma,
+            tpot_s=item.tpot_median_s,
+            tpot_sigma=item.tpot_sigma,
+            requests_per_minute=item.requests_per_minute,
+            burst_requests=item.burst_requests,
+        )
+        for name, item in fleet.providers.items()
+    )
+    return FleetSpec(pools, providers, fleet.telemetry.scrape_interval_s)
+
+
+def terms(scenario: Scenario) -> Array:
+    """(K,) `TERMS` of the classes."""
+    table = np.zeros(len(scenario.class_names), dtype=TERMS)
+    for record, customer in zip(table, scenario.plans.classes.values(), strict=True):
+        _fill_price(record, scenario, customer)
+        slo, remedies = customer.slo, customer.remedies
+        for name in ("ttft", "tpot", "e2e"):
+            promised = getattr(slo, f"{name}_s")
+            record[f"slo_{name}_s"] = math.inf if promised is None else promised
+            record[f"{name}_credit_share"] = getattr(slo, f"{name}_credit_share")
+        for name in ("refund_share", "bad_answer_usd", "unserved_credit_share", "unserved_credit_usd"):
+            record[name] = getattr(remedies, name)
+        record["patience_s"] = math.inf if customer.patience is None else customer.patience.median_s
+        record["delay_tolerant"] = float(customer.delay_tolerant is not None)
+    return table
+
+
+def _fill_price(record: Any, scenario: Scenario, customer: CustomerClass) -> None:
+    plan = scenario.plans.plans[customer.plan]
+    if isinstance(plan, SeatPlan):
+        record["request_value_usd"] = plan.seat_usd_per_month / plan.included_requests_per_month
+        # A plan's seats belong to its classes in proportion to their requests
+        classes = scenario.plans.classes
+        share = scenario.workload.class_share
+        same = {name: share[name] for name, other in classes.items() if other.plan == customer.plan}
+        mine = next(share[name] for name, other in classes.items() if other is customer)
+        record["seat_usd_per_s"] = plan.seats * plan.seat_usd_per_month / MONTH_S * mine / sum(same.values())
+    else:
+        record["input_usd_per_token"] = plan.input_usd_per_mtok * _MTOK
+        record["output_usd_per_token"] = plan.output_usd_per_mtok * _MTOK
+
+
+def workload_spec(scenario: Scenario) -> WorkloadSpec:
+    """The workload's distributions as plain numbers; shares are rescaled to add up to 1."""
+    workload, classes = scenario.workload, scenario.plans.classes
+    class_share = _normalised([workload.class_share[name] for name in classes])
+    task_share = [_task_share(scenario, name) for name in classes]
+    prompt = _mixtures(scenario, "prompt_tokens")
+    output = _mixtures(scenario, "output_tokens")
+    patience = [customer.patience for customer in classes.values()]
+    deadlines = [customer.delay_tolerant for customer in classes.values()]
+    return WorkloadSpec(
+        arrivals=workload.arrivals.build(),
+        horizon_s=scenario.horizon_s,
+        requests_per_episode=scenario.requests_per_episode,
+        class_share=class_share,
+        task_share=tuple(task_share),
+        tenants=tuple(customer.tenants for customer in classes.values()),
+        tenant_exponent=workload.tenant_zipf_exponent,
+        prompt_lengths=prompt,
+        output_lengths=output,
+        patience_median_s=tuple(item.median_s if item else math.inf for item in patience),
+        patience_sigma=tuple(item.sigma if item else 0.0 for item in patience),
+        deadline_s=tuple(item.deadline_s if item else math.inf for item in deadlines),
+        recurring_share=workload.recurring.share,
+        recurring_prompts=workload.recurring.prompts_per_tenant,
+        recurring_exponent=workload.recurring.zipf_exponent,
+        quality=_quality(scenario, np.array(class_share) @ np.array(task_share)),
+    )
+
+
+def _normalised(weights: list[float]) -> tuple[float, ...]:
+    total = math.fsum(weights)
+    return tuple(weight / total for weight in weights)
+
+
+def _task_share(scenario: Scenario, class_name: str) -> tuple[float, ...]:
+    own = scenario.workload.class_task_share.get(class_name)
+    tasks = scenario.workload.tasks.items()
+    return _normalised([own.get(name, 0.0) if own else task.share for name, task in tasks])
+
+
+def _mixtures(scenario: Scenario, kind: str) -> tuple[LengthMixture, ...]:
+    """(J,) mixtures; tasks without one of their own share one object."""
+    default: LengthSection | None = getattr(scenario.workload, kind)
+    common = default.build() if default else None
+    own = [getattr(task, kind) for task in scenario.workload.tasks.values()]
+    return tuple(section.build() if section else common for section in own)
+
+
+def _quality(scenario: Scenario, task_share: Array) -> QualityTruth:
+    tiers = [tier.quality for tier in scenario.fleet.tiers.values()]
+    ability = [tuple(tier.ability[task] for task in scenario.task_names) for tier in tiers]
+    prior = [
+        mean_ability(np.array(mine), tier.slope, task_share) if tier.prior_ability is None else tier.prior_ability
+        for tier, mine in zip(tiers, ability, strict=True)
+    ]
+    return QualityTruth(
+        ability=tuple(ability),
+        slope=tuple(tier.slope for tier in tiers),
+        prior_ability=tuple(prior),
+        nobody_can_share=scenario.workload.difficulty.nobody_can_share,
+        signal_correlation=scenario.workload.difficulty.signal_correlation,
+    )

@@ -1,0 +1,132 @@
+"""The fleet section of a scenario: models, replicas, third-party providers, response cache, telemetry."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class Section(BaseModel):
+    """Base of every configuration section: immutable, no unknown keys, no silent conversion, no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TierQuality(Section):
+    """P(good answer) = (1 - nobody_can_share) * Phi(ability[task] - slope * difficulty), difficulty ~ N(0, 1)."""
+
+    ability: dict[Name, float] = Field(
+        description="Probit of P(good answer) at average difficulty, one figure per task of the workload."
+    )
+    slope: NonNegative = Field(description="Fall of that probit per standard deviation of difficulty.")
+    prior_ability: float | None = Field(
+        None,
+        description="The one figure that the public prior knows; left out: the ability averaged over the tasks.",
+    )
+
+
+class Tier(Section):
+    """A model that answers, wherever it runs."""
+
+    title: str = Field(description="Display name of the model.")
+    quality: TierQuality = Field(description="How well the model answers each task.")
+
+
+class Pool(Section):
+    """Replicas of one engine profile, paid by GPU-hour."""
+
+    tier: Name = Field(description="Tier that the pool serves; one of fleet.tiers.")
+    profile: str = Field(description="Engine profile: a name in configs/fleets/profiles, or a YAML file.")
+    replicas: Annotated[int, Field(ge=1)] = Field(description="Engine instances behind the gateway.")
+    gpus_per_replica: Annotated[int, Field(ge=1)] = Field(description="GPUs that one replica holds.")
+    gpu_usd_per_hour: NonNegative = Field(description="USD per GPU and hour, paid busy or idle.")
+    energy_input_usd_per_mtok: NonNegative = Field(0.0, description="USD of energy per million prompt tokens.")
+    energy_output_usd_per_mtok: NonNegative = Field(0.0, description="USD of energy per million output tokens.")
+    kv_blocks: Annotated[int, Field(ge=1)] = Field(description="KV cache blocks of one replica.")
+    block_size_tokens: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Tokens per KV cache block.")
+    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = Field(
+        256, description="Sequences that a replica runs at once."
+    )
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] = Field(
+        2048, description="Token budget of one iteration (prefill chunks plus decode)."
+    )
+    scheduler: Literal["vllm-v1", "prefill-first", "sarathi"] = Field(
+        "vllm-v1", description="Batching order: vllm-v1, prefill-first or sarathi."
+    )
+    watermark_share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.01, description="Share of KV blocks that admission leaves free (prefill-first and sarathi)."
+    )
+    in_flight_cap: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Requests that the gateway keeps at one replica, more wait in its hold queue; left out: any."
+    )
+
+
+class Provider(Section):
+    """A third-party API, paid by token."""
+
+    tier: Name = Field(description="Tier that the provider serves; one of fleet.tiers.")
+    price_of: str | None = Field(
+        None, description="Model name whose list price is looked up in genai-prices when the scenario is compiled."
+    )
+    input_usd_per_mtok: NonNegative | None = Field(None, description="USD per million prompt tokens.")
+    output_usd_per_mtok: NonNegative | None = Field(None, description="USD per million output tokens.")
+    price_source: str | None = Field(None, description="Where the prices come from.")
+    ttft_median_s: Positive = Field(description="Median time to first token in seconds.")
+    ttft_sigma: NonNegative = Field(description="Standard deviation of ln TTFT.")
+    tpot_median_s: Positive = Field(description="Median time per output token in seconds.")
+    tpot_sigma: NonNegative = Field(description="Standard deviation of ln TPOT.")
+    requests_per_minute: Positive = Field(description="Rate limit; a call above it is not a legal candidate.")
+    burst_requests: NonNegative = Field(
+        0.0, description="Calls that may be sent at once after a quiet time; 0: ten seconds of the limit."
+    )
+
+    @model_validator(mode="after")
+    def _one_price(self) -> Provider:
+        literal = (self.input_usd_per_mtok is not None, self.output_usd_per_mtok is not None)
+        if self.price_of is not None and any(literal):
+            raise ValueError("has both price_of and USD per mtok; legal is one of the two")
+        if self.price_of is None and not all(literal):
+            raise ValueError("has no price; legal is price_of, or input_usd_per_mtok with output_usd_per_mtok")
+        return self
+
+
+class ResponseCache(Section):
+    """Exact-match cache of answers, kept by the gateway; no answer crosses a tenant."""
+
+    capacity_entries: Annotated[int, Field(ge=1)] = Field(description="Answers kept; the oldest use leaves first.")
+    ttl_s: Positive = Field(description="Seconds after which a stored answer is stale.")
+    lookup_s: NonNegative = Field(description="Seconds that an answer from the cache takes.")
+    entry_usd: NonNegative = Field(0.0, description="USD per answer stored.")
+
+
+class Telemetry(Section):
+    """How fresh the engines' metrics are."""
+
+    scrape_interval_s: Positive = Field(description="Seconds between two scrapes of a replica's metrics.")
+
+
+class BatchQueue(Section):
+    """Holding place of deferred delay-tolerant requests."""
+
+    hold_s: Positive = Field(description="Seconds after which a deferred request is decided again.")
+
+
+class FleetSection(Section):
+    """What can answer a request, and what it costs."""
+
+    title: str = Field("", description="One line about the fleet.")
+    tiers: dict[Name, Tier] = Field(min_length=1, description="Models by name, cheapest first by convention.")
+    pools: dict[Name, Pool] = Field(min_length=1, description="Self-hosted replicas by pool name.")
+    providers: dict[Name, Provider] = Field(default_factory=dict, description="Third-party APIs by name.")
+    response_cache: ResponseCache | None = Field(None, description="Response cache; left out: none.")
+    telemetry: Telemetry = Field(Telemetry(scrape_interval_s=1.0), description="Freshness of engine metrics.")
+    batch_queue: BatchQueue | None = Field(None, description="Batch queue; left out: nothing can be deferred.")
+    profiles: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Engine profiles by name, filled in from configs/fleets/profiles."
+    )
