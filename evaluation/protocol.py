@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,11 @@ from evaluation.latency import BINS, METRICS, histogram
 from evaluation.progress import Progress, silent
 from evaluation.results import EpisodeResults, check_paired, concatenate
 from marginroute.policy import Policy
-from marginroute.view import REPLICA
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario, Split
+    from envs.workload.requests import Workload
+    from envs.worlds import FleetWorlds, Plant
 
 CHUNK_EPISODES = 16
 """Worlds stepped at once: enough to spread numpy's cost per call, few enough to share out over cores."""
@@ -48,26 +49,19 @@ class Examiner:
     """Plays jobs inside one process; the workloads of the last chunk are kept for the next policy."""
 
     def __init__(self, scenario: Scenario, policies: Mapping[str, Policy]) -> None:
-        self.scenario = scenario
+        from envs.worlds import Plant
+
+        self.plant = Plant(scenario)
         self.pickled = {name: pickle.dumps(policy) for name, policy in policies.items()}
-        self.chunk: tuple[str, tuple[int, ...]] | None = None
-        self.workloads: list[Any] = []
+        self.chunk: tuple[Split, tuple[int, ...]] | None = None
+        self.workloads: list[Workload] = []
 
     def play(self, job: Job) -> EpisodeResults:
         """Runs a job; an exception of the policy passes through."""
         if self.chunk != (job.split, job.seeds):
-            self.workloads = [self.scenario.generate(seed, split=job.split) for seed in job.seeds]
+            self.workloads = [self.plant.scenario.generate(seed, split=job.split) for seed in job.seeds]
             self.chunk = (job.split, job.seeds)
-        return play(self.scenario, pickle.loads(self.pickled[job.name]), job.name, self.workloads, job.seeds)
-
-
-def play(
-    scenario: Scenario, policy: Policy, name: str, workloads: Sequence[Any], seeds: Sequence[int]
-) -> EpisodeResults:
-    """Plays one policy on workloads, all at once, to the last settled request."""
-    from envs.vector_env import FleetWorlds
-
-    return play_worlds(FleetWorlds(scenario, workloads), policy, name, seeds)
+        return play(self.plant, pickle.loads(self.pickled[job.name]), job.name, self.workloads, job.seeds)
 
 
 def evaluate_policies(
@@ -129,48 +123,56 @@ def best_on_validation(
     return max(results, key=lambda name: float(results[name].margin_usd.sum()))
 
 
-def play_worlds(worlds: Any, policy: Policy, name: str, seeds: Sequence[int]) -> EpisodeResults:
-    """Steps the worlds (N of them, one per seed) until all are done and collects what their ledgers say."""
-    layout = worlds.layout
-    worlds.reset()
-    n = len(seeds)
-    tier_counts = np.zeros((n, len(layout.tier_names)), dtype=np.int64)
-    caps = policy.in_flight_caps(layout, worlds.slots)
-    while not worlds.done.all():
-        active = np.flatnonzero(~worlds.done)
-        action = policy.decide_batch(worlds.view())
-        tier = layout.tier[action[active]]
-        sent = tier >= 0
-        tier_counts[active[sent], tier[sent]] += 1
-        worlds.step(action, caps)
-        caps = None
-    scenario = worlds.scenario
-    replicas_of = np.bincount(layout.station[layout.kind == REPLICA], minlength=len(scenario.pool_names))
+def play(
+    plant: Plant, policy: Policy, name: str, workloads: Sequence[Workload], seeds: Sequence[int]
+) -> EpisodeResults:
+    """Plays one policy on one world per workload until all are settled, and collects what their ledgers say."""
+    from envs.worlds import FleetWorlds
+
+    worlds = FleetWorlds(plant, len(workloads))
+    worlds.load_all(workloads)
+    worlds.run(policy)
+    replicas_of = np.bincount(plant.spec.pool_of_replica, minlength=len(plant.spec.pools))
     return EpisodeResults(
         policy=name,
-        class_names=tuple(scenario.class_names),
-        pool_names=tuple(scenario.pool_names),
+        class_names=plant.layout.class_names,
+        pool_names=plant.scenario.pool_names,
         pool_replicas=tuple(replicas_of.tolist()),
         seeds=np.asarray(seeds, dtype=np.int64),
-        ledger_usd=np.array(worlds.ledger_usd, dtype=np.float64),
-        counts=np.array(worlds.counts, dtype=np.int64),
-        action_counts=np.array(worlds.action_counts, dtype=np.int64),
-        tier_counts=tier_counts,
-        utilisation=np.array(worlds.utilisation, dtype=np.float64),
-        horizon_s=np.array([workload.horizon_s for workload in worlds.workloads]),
-        latency_histogram=latency_histogram(worlds),
+        ledger_usd=worlds.ledger_usd,
+        counts=worlds.counts,
+        action_counts=worlds.action_counts,
+        tier_counts=tier_counts(worlds, workloads),
+        utilisation=np.asarray(worlds.utilisation),
+        horizon_s=np.array([workload.horizon_s for workload in workloads]),
+        latency_histogram=latency_histogram(worlds, workloads),
     )
 
 
-def latency_histogram(worlds: Any) -> NDArray[np.int64]:
-    """(N, 3, K, BINS) answered requests of each world by TTFT, TPOT and E2E."""
-    classes = len(worlds.scenario.class_names)
-    counts = np.zeros((len(worlds.workloads), len(METRICS), classes, BINS), dtype=np.int64)
-    for w, workload in enumerate(worlds.workloads):
-        latencies_s = worlds.latencies(w)
-        for m, metric in enumerate(METRICS):
-            answered = np.isfinite(latencies_s[metric])
-            counts[w, m] = histogram(latencies_s[metric][answered], workload.class_index[answered], classes)
+def tier_counts(worlds: FleetWorlds, workloads: Sequence[Workload]) -> NDArray[np.int64]:
+    """(N, T) requests sent to each tier; those answered from the cache or shed went to none."""
+    layout = worlds.plant.layout
+    counts = np.zeros((len(workloads), len(layout.tier_names)), dtype=np.int64)
+    for w, workload in enumerate(workloads):
+        answered_by = worlds.loads["answered_by"][w, : workload.n_requests]
+        counts[w] = np.bincount(layout.tier[answered_by[answered_by >= 0]], minlength=counts.shape[1])
+    return counts
+
+
+def latency_histogram(worlds: FleetWorlds, workloads: Sequence[Workload]) -> NDArray[np.int64]:
+    """(N, 3, K, BINS) requests answered by a replica or provider, by TTFT, TPOT and E2E from arrival."""
+    from envs.fleet.state import COMPLETED
+
+    classes = len(worlds.plant.layout.class_names)
+    counts = np.zeros((len(workloads), len(METRICS), classes, BINS), dtype=np.int64)
+    for w, workload in enumerate(workloads):
+        request = worlds.fleet.requests[w, : workload.n_requests]
+        answered = request["status"] == COMPLETED
+        first_s, last_s = request["first_token_at_s"][answered], request["completed_at_s"][answered]
+        arrived_s, gaps = workload.arrived_at_s[answered], np.maximum(workload.output_tokens[answered] - 1, 1)
+        latencies_s = (first_s - arrived_s, (last_s - first_s) / gaps, last_s - arrived_s)
+        for m, latency_s in enumerate(latencies_s):
+            counts[w, m] = histogram(latency_s, workload.class_index[answered], classes)
     return counts
 
 

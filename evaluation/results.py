@@ -44,7 +44,8 @@ class EpisodeResults:
         tier_counts: (E, T) decisions that sent a request to each tier.
         utilisation: (E, P) share of the time in which a pool's replicas were busy.
         horizon_s: (E,).
-        latency_histogram: (E, 3, K, BINS) answered requests by TTFT, TPOT and E2E (see `evaluation.latency`).
+        latency_histogram: (E, 3, K, BINS) requests answered by a replica or provider, by TTFT, TPOT and E2E
+            (bins of `evaluation.latency`); answers from the response cache are not in it.
     """
 
     policy: str
