@@ -108,6 +108,7 @@ ENTRY = np.dtype(
 MEAN = np.dtype([("value", "f8"), ("weight", "f8")])
 """Running means of output tokens by class and task, `(N, K, J)`."""
 
+WAIT = -2  # a choice that leaves its world where it is
 RECENT = 10.0  # answers that the moving means of latency look back (LiteLLM's latency strategy keeps ten)
 LENGTHS_RECENT = 200.0
 ARRIVALS_RECENT = 50.0
@@ -471,9 +472,9 @@ def step(
     desks, loads, prior, truth, good, own, entries, lengths, ledger_usd, counts, actions,
     signals, request_view, legal, p_true, choices,
 ):  # fmt: skip
-    """Carries out one choice in every world that is not done, `choices` (N,), and takes each to its next decision."""
+    """Carries out one choice in every world, `choices` (N,), and takes each to its next decision; skips ended worlds."""
     for w in range(desks.shape[0]):
-        if desks[w].done == 1:
+        if desks[w].done == 1 or choices[w] == WAIT:
             desks[w].reward_usd = 0.0
             desks[w].elapsed_s = 0.0
             continue

@@ -39,6 +39,7 @@ class Assessment:
         ttft_s, tpot_s: estimated latency, in seconds (TTFT counts from now).
         value_usd: (..., 1) value of the request when answered, the base of refunds and credits.
         revenue_usd, refund_usd, credit_usd, unserved_usd, cost_usd: expected parts of the margin.
+        bad_usd: what a bad answer loses, weighted with the chance that the user stays for it.
         congestion_usd: price of the capacity taken; not a cash flow.
         idle_usd: margin if no queue, no missed SLO and no impatience stood in the way.
         margin_usd: sum of the cash parts.
@@ -54,6 +55,7 @@ class Assessment:
     credit_usd: Array
     unserved_usd: Array
     cost_usd: Array
+    bad_usd: Array
     congestion_usd: Array
     idle_usd: Array
     margin_usd: Array
@@ -75,6 +77,9 @@ class Assessment:
 @dataclass(frozen=True)
 class MarginParameters:
     """Parameters of a margin rule, all tunable.
+
+    Each may also hold one value per world, (N, S) for the stations and (N, 1) for the others: tuning plays many
+    candidates at once.
 
     Attributes:
         station_usd_per_s: price of a second of engine work, one per station (pools, then providers); zeros make the
@@ -110,7 +115,7 @@ def assess(view: View, parameters: MarginParameters, quality: FittedQuality | No
     output_tokens = q[v.EXPECTED_OUTPUT_TOKENS]
     usage_usd = pricing.tokens_usd(q[v.PROMPT_TOKENS], output_tokens, q[v.INPUT_PRICE_USD], q[v.OUTPUT_PRICE_USD])
     value_usd = usage_usd + q[v.REQUEST_VALUE_USD]
-    refund_usd = (1.0 - p_good) * pricing.refund_usd(value_usd, q[v.REFUND_SHARE], q[v.BAD_ANSWER_USD])
+    bad_usd = pricing.refund_usd(value_usd, q[v.REFUND_SHARE], q[v.BAD_ANSWER_USD])
     cost_usd = pricing.tokens_usd(q[v.PROMPT_TOKENS], output_tokens, s[v.INPUT_USD], s[v.OUTPUT_USD]) + s[v.CALL_USD]
     ttft_seen_s = q[v.WAITED_S] + ttft_s * parameters.ttft_scale
     tpot_seen_s = tpot_s * parameters.tpot_scale
@@ -125,17 +130,20 @@ def assess(view: View, parameters: MarginParameters, quality: FittedQuality | No
     )
     unserved_usd = pricing.unserved_credit_usd(value_usd, q[v.UNSERVED_CREDIT_SHARE], q[v.UNSERVED_CREDIT_USD])
     stay = 1.0 - p_exceeds(ttft_seen_s, q[v.PATIENCE_S], a)
-    price = np.append(parameters.station_usd_per_s, 0.0)[view.layout.station]
+    station_usd_per_s = np.asarray(parameters.station_usd_per_s)
+    no_station = np.zeros((*station_usd_per_s.shape[:-1], 1))
+    price = np.concatenate([station_usd_per_s, no_station], axis=-1)[..., view.layout.station]
     fill = np.minimum(s[v.IN_FLIGHT] / s[v.SLOTS], MAX_FILL)
     congestion_usd = price * work_s * np.power(fill, parameters.fill_power)
-    idle_usd = usage_usd - refund_usd - cost_usd
+    idle_usd = usage_usd - (1.0 - p_good) * bad_usd - cost_usd
 
     kind = view.layout.kind
     answers = (kind != DEFER) & (kind != SHED)
     serve_idle = np.where(view.legal & (kind <= PROVIDER), idle_usd, -np.inf).max(axis=-1, keepdims=True)
     deferred = parameters.defer_share * np.maximum(serve_idle, -unserved_usd)
     revenue_usd = np.where(answers, stay * usage_usd, 0.0)
-    refund_usd = np.where(answers, stay * refund_usd, 0.0)
+    bad_usd = np.where(answers, stay * bad_usd, 0.0)
+    refund_usd = (1.0 - p_good) * bad_usd
     credit_usd = np.where(answers, stay * credit_usd, 0.0)
     lost_usd = np.where(answers, (1.0 - stay) * unserved_usd, np.where(kind == SHED, unserved_usd, 0.0))
     margin_usd = revenue_usd - refund_usd - credit_usd - lost_usd - cost_usd
@@ -150,6 +158,7 @@ def assess(view: View, parameters: MarginParameters, quality: FittedQuality | No
         credit_usd=credit_usd,
         unserved_usd=lost_usd,
         cost_usd=cost_usd,
+        bad_usd=bad_usd,
         congestion_usd=congestion_usd,
         idle_usd=idle_usd,
         margin_usd=margin_usd,

@@ -1,0 +1,293 @@
+"""Tunes the baselines of a scenario: the same search, on the same workloads, with the same stated budget for each.
+
+The objective is the mean margin over a fixed set of training episodes (common random numbers). Numeric parameters are
+searched by Optuna's CMA-ES in populations that play side by side as worlds of one kernel call, restarted until two
+restarts agree (or the budget ends); the winner of each restart is compared on validation episodes, and the spread
+between restarts is published: a baseline whose restarts disagree is not tuned. The budget counts simulated requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import optuna
+
+from agents.quality import fit_quality
+from envs.worlds import FleetWorlds, Plant
+from marginroute import heuristics, quality
+from marginroute import view as v
+from marginroute.heuristics import DifficultyThreshold, MarginParameters, MarginRule, RuleOfThumb
+from marginroute.view import Array, Layout, View
+
+Rule = MarginRule | RuleOfThumb
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+AGREEMENT = 0.005  # restarts agree when their validation margins differ by less than this share
+EXPLORED_SHARE = 0.2  # of decisions made at random while outcomes are logged for the fit of P(good)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one baseline may spend.
+
+    Attributes:
+        requests: simulated requests for one restart of one baseline.
+        episodes: training episodes of the objective.
+        population: parameter sets of a generation.
+        restarts: most restarts; at least two are made where there is anything to search.
+        validation_episodes: on which restarts are compared.
+    """
+
+    requests: int = 3_000_000
+    episodes: int = 12
+    population: int = 20
+    restarts: int = 4
+    validation_episodes: int = 24
+
+
+@dataclass
+class Tuned:
+    """A tuned baseline with the evidence for its tuning.
+
+    Attributes:
+        policy: the heuristic with its parameters.
+        validation_usd_per_1k: its margin on validation episodes.
+        spread_pct: difference of the two best restarts, per cent of the margin; 0 without parameters.
+        requests: simulated requests spent.
+    """
+
+    policy: Rule
+    validation_usd_per_1k: float
+    spread_pct: float = 0.0
+    requests: int = 0
+    restarts_usd_per_1k: list[float] = field(default_factory=list)
+
+
+class Exploring:
+    """Plays a rule, and now and then a random legal replica or provider; logs outcomes for the fit of P(good)."""
+
+    def __init__(self, rule: Rule, share: float, seed: int) -> None:
+        self.name, self._rule, self._share = f"exploring {rule.name}", rule, share
+        self._rng = np.random.default_rng(seed)
+
+    def decide(self, view: View) -> Any:
+        """Not used while logging."""
+        return self._rule.decide(view)
+
+    def decide_batch(self, view: View) -> Array:
+        """The rule's choices, a share of them replaced."""
+        choice = self._rule.decide_batch(view)
+        able = view.legal & (view.layout.kind <= v.PROVIDER)
+        any_able = np.where(able, self._rng.random(able.shape), -1.0).argmax(axis=-1)
+        explore = (self._rng.random(choice.shape) < self._share) & able.any(axis=-1)
+        return np.where(explore & (view.layout.kind[choice] <= v.PROVIDER), any_able, choice)
+
+    def in_flight_caps(self, layout: Layout, slots: Array) -> Array | None:
+        """The rule's caps."""
+        return self._rule.in_flight_caps(layout, slots)
+
+
+def margins(worlds: FleetWorlds) -> Array:
+    """(N,) margin of ended worlds in USD per 1k first calls."""
+    first_calls = worlds.counts[:, 0].sum(axis=1)
+    return worlds.ledger_usd.sum(axis=(1, 2)) / np.maximum(first_calls, 1) * 1000.0
+
+
+def stack(rules: list[Rule], worlds_each: int) -> Rule:
+    """One rule that plays rule l in worlds l * worlds_each .. (l + 1) * worlds_each - 1."""
+
+    def column(values: list[Any], shape: tuple[int, ...]) -> Array:
+        return np.repeat(np.array(values, dtype=np.float64), worlds_each, axis=0).reshape(*shape)
+
+    n = len(rules) * worlds_each
+    first = rules[0]
+    if isinstance(first, MarginRule):
+        sets = [rule.parameters for rule in rules if isinstance(rule, MarginRule)]
+        stacked = {
+            f.name: column([getattr(p, f.name) for p in sets], (n, -1)) for f in fields(MarginParameters)
+        }
+        return replace(first, parameters=MarginParameters(**stacked))
+    assert isinstance(first, DifficultyThreshold)
+    thresholds = [rule for rule in rules if isinstance(rule, DifficultyThreshold)]
+    return replace(
+        first,
+        cutoffs=column([rule.cutoffs for rule in thresholds], (n, -1)),
+        load_shift=column([rule.load_shift for rule in thresholds], (n,)),
+    )
+
+
+class Objective:
+    """Mean margin of rules on a fixed set of episodes.
+
+    Args:
+        plant: the scenario's constants.
+        workloads: the episodes.
+    """
+
+    def __init__(self, plant: Plant, split: str, seeds: Iterable[int]) -> None:
+        self.plant = plant
+        self.workloads = [plant.scenario.generate(seed, split) for seed in seeds]  # type: ignore[arg-type]
+        self.requests = sum(workload.n_requests for workload in self.workloads)
+        self._worlds: dict[int, FleetWorlds] = {}
+
+    def __call__(self, rules: list[Rule]) -> Array:
+        """(L,) mean margin per 1k first calls of each rule."""
+        worlds = self._worlds.setdefault(len(rules), FleetWorlds(self.plant, len(rules) * len(self.workloads)))
+        worlds.load_all(self.workloads * len(rules))
+        worlds.run(rules[0] if len(rules) == 1 else stack(rules, len(self.workloads)))
+        return margins(worlds).reshape(len(rules), -1).mean(axis=1)
+
+
+Suggest = Callable[[optuna.Trial, Plant], Rule]
+
+
+def _margin_rule(
+    name: str, trial: optuna.Trial, plant: Plant, priced: bool, fitted: quality.FittedQuality | None
+) -> Rule:
+    stations = plant.layout.station_names
+    pools = len(plant.spec.pools)
+    prices = [
+        10.0 ** trial.suggest_float(f"log10_price_{station}", -5.0, 0.0) if priced and p < pools else 0.0
+        for p, station in enumerate(stations)
+    ]
+    parameters = MarginParameters(
+        station_usd_per_s=tuple(prices),
+        fill_power=trial.suggest_float("fill_power", 0.0, 4.0) if priced else 1.0,
+        ttft_scale=2.0 ** trial.suggest_float("log2_ttft_scale", -2.0, 3.0),
+        tpot_scale=2.0 ** trial.suggest_float("log2_tpot_scale", -1.0, 2.0),
+        sharpness=2.0 ** trial.suggest_float("log2_sharpness", 0.0, 4.0),
+        defer_share=trial.suggest_float("defer_share", 0.5, 1.1),
+        cap_share=2.0 ** trial.suggest_float("log2_cap_share", -4.0, 2.0),
+    )
+    return MarginRule(name, parameters, fitted)
+
+
+def tier_ranks(plant: Plant) -> tuple[int, ...]:
+    """(T,) rank of each tier by its prior P(good) on an average request, 0 for the weakest."""
+    workload = plant.scenario.generate(0, "train")
+    return tuple(int(rank) for rank in workload.p_good_prior.mean(axis=0).argsort().argsort())
+
+
+def _difficulty_threshold(trial: optuna.Trial, plant: Plant) -> Rule:
+    ranks = tier_ranks(plant)
+    cutoffs = sorted(trial.suggest_float(f"cutoff_{i}", -3.0, 3.0) for i in range(len(ranks) - 1))
+    shift = trial.suggest_float("load_shift", 0.0, 4.0)
+    return DifficultyThreshold("difficulty-threshold", ranks, tuple(cutoffs), shift)
+
+
+def _search(
+    suggest: Suggest, plant: Plant, objective: Objective, budget: Budget, seed: int, start: dict[str, float] | None
+) -> tuple[Rule, int]:
+    """One CMA-ES run; returns the best rule on the objective and the simulated requests spent."""
+    sampler = optuna.samplers.CmaEsSampler(seed=seed, popsize=budget.population, x0=start, sigma0=0.25 if start else None)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    best, best_usd, spent = None, -np.inf, 0
+    while best is None or spent < budget.requests:
+        trials = [study.ask() for _ in range(budget.population)]
+        rules = [suggest(trial, plant) for trial in trials]
+        for trial, rule, usd in zip(trials, rules, objective(rules), strict=True):
+            study.tell(trial, float(usd))
+            if usd > best_usd:
+                best, best_usd = rule, float(usd)
+        spent += objective.requests * budget.population
+    return best, spent
+
+
+def _tune(
+    suggest: Suggest, plant: Plant, objective: Objective, validation: Objective, budget: Budget, report: Callable[[], None]
+) -> Tuned:
+    """Restarts until the two best agree on validation, or the restarts are spent."""
+    found: list[tuple[float, Rule]] = []
+    spent = 0
+    for restart in range(max(budget.restarts, 2)):
+        rule, requests = _search(suggest, plant, objective, budget, restart, None)
+        spent += requests
+        found.append((float(validation([rule])[0]), rule))
+        found.sort(key=lambda pair: -pair[0])
+        report()
+        if len(found) > 1 and found[0][0] - found[1][0] <= AGREEMENT * abs(found[0][0]):
+            break
+    spread = 100.0 * (found[0][0] - found[1][0]) / max(abs(found[0][0]), 1e-9)
+    return Tuned(found[0][1], found[0][0], spread, spent, [usd for usd, _ in found])
+
+
+def _best_of(rules: list[Rule], objective: Objective, validation: Objective) -> Tuned:
+    """Tries each of a few variants on the objective."""
+    scores = [float(objective([rule])[0]) for rule in rules]
+    best = rules[int(np.argmax(scores))]
+    return Tuned(best, float(validation([best])[0]), 0.0, objective.requests * len(rules))
+
+
+def log_outcomes(plant: Plant, rule: Rule, seeds: Iterable[int]) -> dict[str, Array]:
+    """Plays training episodes with some exploration and returns resolved outcomes as `fit_quality` takes them."""
+    worlds = FleetWorlds(plant, len(list(seeds)))
+    worlds.load_all([plant.scenario.generate(seed, "train") for seed in seeds])
+    worlds.run(Exploring(rule, EXPLORED_SHARE, seed=0))
+    request, load = worlds.fleet.requests, worlds.loads
+    w, i = np.nonzero((request["status"] == 2) & (np.arange(load.shape[1]) < worlds.desks["n_requests"][:, None]))
+    tier = plant.layout.tier[load["answered_by"][w, i]]
+    return {
+        "tier": tier,
+        "task": load["task_index"][w, i].astype(np.int64),
+        "prior": worlds.prior[w, i, tier],
+        "prompt_tokens": load["prompt_tokens"][w, i].astype(np.float64),
+        "good": worlds.good[w, i, tier].astype(np.float64),
+    }
+
+
+def tune_baselines(plant: Plant, budget: Budget, progress: Progress = lambda *_: None) -> dict[str, Tuned]:
+    """Tunes every baseline of a scenario.
+
+    Args:
+        plant: the scenario's constants.
+        budget: what each may spend.
+        progress: called with (what, done, total).
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    import warnings
+
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    objective = Objective(plant, "train", range(budget.episodes))
+    validation = Objective(plant, "validation", range(budget.validation_episodes))
+    searched = ("difficulty-threshold", "expected-margin", "bid-price", "bid-price-fitted")
+    total, done = len(searched) * 2, 0
+
+    def report(name: str) -> Callable[[], None]:
+        def step() -> None:
+            nonlocal done
+            done += 1
+            progress(name, min(done, total), total)
+
+        return step
+
+    tuned: dict[str, Tuned] = {}
+    for t, tier in enumerate(plant.layout.tier_names):
+        rule: Rule = heuristics.FixedTier(f"fixed-{tier}", t)
+        tuned[rule.name] = Tuned(rule, float(validation([rule])[0]))
+    both = (False, True) if plant.spec.providers else (False,)
+    for name, cls in (
+        ("random", heuristics.Random),
+        ("round-robin", heuristics.RoundRobin),
+        ("least-in-flight", heuristics.LeastInFlight),
+    ):
+        tuned[name] = _best_of([cls(name, use_providers=flag) for flag in both], objective, validation)
+    progress("difficulty-threshold", done, total)
+
+    def margin(name: str, priced: bool, fitted: quality.FittedQuality | None = None) -> Tuned:
+        def suggest(trial: optuna.Trial, plant: Plant) -> Rule:
+            return _margin_rule(name, trial, plant, priced, fitted)
+
+        return _tune(suggest, plant, objective, validation, budget, report(name))
+
+    tuned["difficulty-threshold"] = _tune(
+        _difficulty_threshold, plant, objective, validation, budget, report("difficulty-threshold")
+    )
+    tuned["expected-margin"] = margin("expected-margin", priced=False)
+    tuned["bid-price"] = margin("bid-price", priced=True)
+    outcomes = log_outcomes(plant, tuned["bid-price"].policy, range(1000, 1064))
+    fitted = fit_quality(**outcomes, n_tiers=len(plant.layout.tier_names), n_tasks=len(plant.layout.task_names))
+    tuned["bid-price-fitted"] = margin("bid-price-fitted", True, fitted)
+    return tuned

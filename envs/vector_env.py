@@ -1,0 +1,273 @@
+"""Many worlds as one environment: the natively batched faces for Stable-Baselines3 and Gymnasium.
+
+Both step all worlds in one kernel call. Observations are flat (see `marginroute.features`), actions index candidates,
+rewards are the change of the ledger in USD. `FleetVecEnv` also offers what only a learner reads: `learning_signal` and
+`elapsed_s` of the last step.
+
+The learning signal of a decision is its advice score with the true P(good) in place of the predicted one:
+
+    own margin at expected service credits - shadow price of the capacity taken
+
+in units of `signal_scale_usd`. Evaluation never sees it; see docs/learning.md for why it is not the ledger's change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.vec_env import VecEnv
+
+from envs.economics import ledger as books
+from envs.scenario import Scenario, load_scenario
+from envs.workload.requests import Workload
+from envs.world import WAIT
+from envs.worlds import FleetWorlds, Plant
+from marginroute import features
+from marginroute.features import CLIP, MIN_LOGIT, FeatureSpec
+from marginroute.heuristics import Assessment, MarginParameters, MarginRule
+from marginroute.view import Array
+
+Workloads = Callable[[int], Workload]
+
+
+def default_advice(plant: Plant) -> MarginRule:
+    """The untuned expected margin: what an environment observes with when nobody gives it an advice."""
+    stations = len(plant.layout.station_names)
+    return MarginRule("expected-margin", MarginParameters(station_usd_per_s=(0.0,) * stations))
+
+
+class ObservedWorlds(FleetWorlds):
+    """Worlds seen through an advice: observations, and the learning signal of the choices.
+
+    Args:
+        scenario: what is simulated, or its plant.
+        n_worlds: N.
+        advice: margin rule behind the observation's estimates; None: the untuned expected margin.
+        spec: feature columns; None: the default ones.
+    """
+
+    def __init__(
+        self, scenario: Scenario | Plant, n_worlds: int, advice: MarginRule | None, spec: FeatureSpec | None
+    ) -> None:
+        super().__init__(scenario, n_worlds)
+        self.advice = advice or default_advice(self.plant)
+        self.spec = spec or features.feature_spec(self.plant.layout)
+        self.assessment: Assessment | None = None
+
+    @property
+    def observation_space(self) -> spaces.Box:
+        """The flat observation of one world."""
+        size = self.spec.size(self.plant.layout.n_candidates)
+        return spaces.Box(low=min(MIN_LOGIT, -CLIP), high=CLIP, shape=(size,), dtype=np.float32)
+
+    @property
+    def action_space(self) -> spaces.Discrete:
+        """One index per candidate; an illegal one sheds the request."""
+        return spaces.Discrete(self.plant.layout.n_candidates)
+
+    def observe(self) -> Array:
+        """(N, D) float32, a fresh array."""
+        view = self.view()
+        self.assessment = self.advice.assess(view)
+        return features.observe(view, self.assessment, self.spec)
+
+    def signal_usd(self, choices: Array) -> Array:
+        """(N,) learning signal of choices made on the last observation, before they are carried out."""
+        assert self.assessment is not None
+        a, rows = self.assessment, np.arange(self.n_worlds)
+        legal = self.legal[rows, choices]
+        choices = np.where(legal, choices, self.plant.layout.n_candidates - 1)
+        known = self.p_true[rows, choices] - a.p_good[rows, choices]
+        return a.score_usd[rows, choices] + known * a.bad_usd[rows, choices]
+
+    def summary(self, w: int) -> dict[str, float]:
+        """What an episode of world `w` came to, for logs."""
+        counts, layout = self.counts[w], self.plant.layout
+        first_calls = np.maximum(counts[books.FIRST_CALLS], 1)
+        actions = self.action_counts[w] / max(self.action_counts[w].sum(), 1)
+        result = {"margin_usd_per_1k": float(self.ledger_usd[w].sum() / first_calls.sum() * 1000.0)}
+        for k, name in enumerate(layout.class_names):
+            result[f"slo_{name}"] = float(counts[books.SLO_OK, k] / first_calls[k])
+            result[f"quality_{name}"] = float(counts[books.GOOD, k] / max(counts[books.SERVED, k], 1))
+        for kind, share in zip(("replica", "provider", "cache", "defer", "shed"), actions, strict=True):
+            result[f"action_{kind}"] = float(share)
+        return result
+
+
+class FleetVecEnv(VecEnv):
+    """N worlds behind Stable-Baselines3's VecEnv, one kernel call per step.
+
+    Args:
+        scenario: what is simulated, or its plant.
+        num_envs: N.
+        workloads: workload of the n-th episode; None: the scenario's training split from seed 0 on.
+        advice, spec: as `ObservedWorlds`.
+        signal_scale_usd: unit of the learning signal.
+        stagger: start the worlds at different points of an episode, so that resets are spread out.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario | Plant,
+        num_envs: int,
+        workloads: Workloads | None = None,
+        advice: MarginRule | None = None,
+        spec: FeatureSpec | None = None,
+        signal_scale_usd: float = 1.0,
+        stagger: bool = False,
+    ) -> None:
+        self.worlds = ObservedWorlds(scenario, num_envs, advice, spec)
+        generate = self.worlds.plant.scenario.generate
+        self._workloads = workloads or (lambda episode: generate(episode, "train"))
+        self.signal_scale_usd, self._stagger = signal_scale_usd, stagger
+        self.episodes = 0
+        self.learning_signal = np.zeros(num_envs)
+        self.elapsed_s = np.zeros(num_envs)
+        self._choices = np.zeros(num_envs, dtype=np.int64)
+        self._lengths = np.zeros(num_envs, dtype=np.int64)
+        self._no_info: list[dict[str, Any]] = [{} for _ in range(num_envs)]
+        self.render_mode = None
+        super().__init__(num_envs, self.worlds.observation_space, self.worlds.action_space)
+
+    def _next_workload(self) -> Workload:
+        self.episodes += 1
+        return self._workloads(self.episodes - 1)
+
+    def reset(self) -> Array:
+        """Starts an episode in every world; returns observations (N, D)."""
+        worlds, layout = self.worlds, self.worlds.plant.layout
+        worlds.load_all([self._next_workload() for _ in range(self.num_envs)])
+        worlds.set_in_flight_caps(worlds.advice.in_flight_caps(layout, worlds.plant.slots))
+        if self._stagger:
+            self._spread()
+        self._lengths[:] = 0
+        return worlds.observe()
+
+    def _spread(self) -> None:
+        """Plays world w by its advice for w / N of an episode."""
+        worlds = self.worlds
+        lengths = worlds.desks["n_requests"] * np.arange(self.num_envs) // self.num_envs
+        for step in range(int(lengths.max())):
+            worlds.step(np.where(step < lengths, worlds.advice.decide_batch(worlds.view()), WAIT))
+
+    def step_async(self, actions: Array) -> None:
+        """Keeps the actions (N,) for `step_wait`."""
+        self._choices = np.asarray(actions, dtype=np.int64)
+
+    def step_wait(self) -> tuple[Array, Array, Array, list[dict[str, Any]]]:
+        """Observations (N, D), rewards (N,) in USD, dones (N,), infos; ended worlds start again at once."""
+        worlds = self.worlds
+        self.learning_signal = worlds.signal_usd(self._choices) / self.signal_scale_usd
+        worlds.step(self._choices)
+        self._lengths += 1
+        rewards, self.elapsed_s = worlds.reward_usd.astype(np.float32), worlds.elapsed_s.copy()
+        dones, infos = worlds.done, self._no_info
+        if dones.any():
+            infos = list(infos)
+            for w in np.flatnonzero(dones):
+                margin_usd = float(worlds.desks["margin_usd"][w])
+                infos[w] = {
+                    "TimeLimit.truncated": True,
+                    "episode": {"r": margin_usd, "l": int(self._lengths[w]), "t": 0.0},
+                    "fleet": worlds.summary(w),
+                }
+                worlds.load(int(w), self._next_workload())
+                self._lengths[w] = 0
+            observations = worlds.observe()
+            for w in np.flatnonzero(dones):
+                infos[w]["terminal_observation"] = observations[w]  # truncation: nothing bootstraps from it
+            return observations, rewards, dones, infos
+        return worlds.observe(), rewards, dones, infos
+
+    def action_masks(self) -> Array:
+        """(N, C) legal candidates."""
+        return self.worlds.legal.copy()
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """The same attribute for every world."""
+        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Sets an attribute of the whole environment."""
+        setattr(self, attr_name, value)
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        """Calls a method once per index."""
+        return [getattr(self, method_name)(*args, **kwargs) for _ in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
+        """Worlds are never wrapped one by one."""
+        return [False for _ in self._get_indices(indices)]
+
+
+class FleetVectorEnv(VectorEnv):
+    """N worlds behind Gymnasium's VectorEnv: `gymnasium.make_vec("marginroute/Fleet-v0", num_envs=N)`.
+
+    An ended world starts again in the same step; the last observation and info are in `final_obs` and `final_info`.
+
+    Args:
+        num_envs: N.
+        scenario: a name, a path or a Scenario.
+        split: which seeds it draws from.
+        advice: as `ObservedWorlds`.
+        render_mode: not offered for many worlds.
+        **kwargs: ignored options of Gymnasium's registry (max_episode_steps).
+    """
+
+    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        scenario: str | Scenario = "quickstart",
+        split: str = "train",
+        advice: MarginRule | None = None,
+        render_mode: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        resolved = load_scenario(scenario) if isinstance(scenario, str) else scenario
+        self.num_envs, self._split, self.render_mode = num_envs, split, render_mode
+        self.worlds = ObservedWorlds(resolved, num_envs, advice, None)
+        self.single_observation_space, self.single_action_space = (
+            self.worlds.observation_space,
+            self.worlds.action_space,
+        )
+        box, n = self.single_observation_space, num_envs
+        self.observation_space = spaces.Box(box.low.min(), box.high.max(), (n, *box.shape), np.float32)
+        self.action_space = spaces.MultiDiscrete([int(self.single_action_space.n)] * n)
+
+    def _workload(self) -> Workload:
+        return self.worlds.plant.scenario.generate(int(self.np_random.integers(2**31)), self._split)  # type: ignore[arg-type]
+
+    def _info(self) -> dict[str, Any]:
+        return {"action_mask": self.worlds.legal.copy(), "elapsed_s": self.worlds.elapsed_s.copy()}
+
+    def reset(
+        self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        """Starts an episode in every world."""
+        super().reset(seed=seed if seed is None or isinstance(seed, int) else int(seed[0]))
+        self.worlds.load_all([self._workload() for _ in range(self.num_envs)])
+        self.worlds.set_in_flight_caps((options or {}).get("in_flight_caps"))
+        return self.worlds.observe(), self._info()
+
+    def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
+        """One decision in every world."""
+        self.worlds.step(np.asarray(actions))
+        rewards, dones = self.worlds.reward_usd.copy(), self.worlds.done
+        final: dict[str, Any] = {}
+        if dones.any():
+            last = self.worlds.observe()
+            final_obs = np.full(self.num_envs, None, dtype=object)
+            for w in np.flatnonzero(dones):
+                final_obs[w] = last[w]
+                self.worlds.load(int(w), self._workload())
+            final = {"final_obs": final_obs, "_final_obs": dones, "final_info": self._info(), "_final_info": dones}
+        return self.worlds.observe(), rewards, np.zeros(self.num_envs, dtype=np.bool_), dones, {**self._info(), **final}
