@@ -172,7 +172,7 @@ def load_scenario(
     found = list(scenario_checks.problems(scenario))
     if found:
         raise scenario_files.cross_error(found, files, overrides)
-    return _resolved(scenario, data, files, overrides)
+    return _resolved(scenario, files, overrides)
 
 
 def _validated(data: dict[str, Any], files: Mapping[str, str], overrides: Mapping[str, Any]) -> Scenario:
@@ -182,11 +182,12 @@ def _validated(data: dict[str, Any], files: Mapping[str, str], overrides: Mappin
         raise scenario_files.input_error(error, Scenario, data, files, overrides) from None
 
 
-def _resolved(
-    scenario: Scenario, data: dict[str, Any], files: Mapping[str, str], overrides: Mapping[str, Any]
-) -> Scenario:
+def _resolved(scenario: Scenario, files: Mapping[str, str], overrides: Mapping[str, Any]) -> Scenario:
     """Replaces list-price names and profile names by their content, and notes the trace's digest."""
-    place = files.get("fleet", files[""])
+
+    def place(*path: str) -> str:
+        return scenario_files.place(["fleet", *path], files, overrides)
+
     fleet = scenario_compile.with_profiles(scenario_compile.with_prices(scenario.fleet, place), place)
     update: dict[str, Any] = {"fleet": fleet}
     if scenario.trace is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,9 +26,11 @@ Array = np.ndarray[Any, Any]
 _MTOK = 1e-6
 
 
-def with_prices(fleet: FleetSection, place: str) -> FleetSection:
+def with_prices(fleet: FleetSection, place: Callable[..., str]) -> FleetSection:
     """Replaces every provider's `price_of` by the list prices of that model."""
-    providers = {name: _priced(item, f"{place}: providers.{name}.price_of") for name, item in fleet.providers.items()}
+    providers = {
+        name: _priced(item, place("providers", name, "price_of")) for name, item in fleet.providers.items()
+    }
     return fleet.model_copy(update={"providers": providers})
 
 
@@ -56,7 +59,7 @@ def list_price(model: str, place: str) -> tuple[tuple[float, float], str]:
     return (usd[0], usd[1]), f"{provider.id}/{info.id}, genai-prices {version}".strip()
 
 
-def with_profiles(fleet: FleetSection, place: str) -> FleetSection:
+def with_profiles(fleet: FleetSection, place: Callable[..., str]) -> FleetSection:
     """Fills in the content of every engine profile that a pool names."""
     profiles = dict(fleet.profiles)
     for name, pool in fleet.pools.items():
@@ -64,7 +67,7 @@ def with_profiles(fleet: FleetSection, place: str) -> FleetSection:
             try:
                 profiles[pool.profile] = read_yaml(locate(pool.profile, "profile"))
             except InputError as error:
-                raise InputError(f"{place}: pools.{name}.profile: {error}") from None
+                raise InputError(f"{place('pools', name, 'profile')}: {error}") from None
     used = {pool.profile for pool in fleet.pools.values()}
     return fleet.model_copy(update={"profiles": {key: profiles[key] for key in profiles if key in used}})
 

@@ -55,15 +55,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def parse_yaml(text: str, place: str) -> Any:
-    """One YAML value; `place` names it in errors."""
+def parse_yaml(text: str, source: str) -> Any:
+    """One YAML value; `source` names it in errors."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InputError(f"{place}, line {line}: {error.problem}; legal is YAML with each key once") from None
+        raise InputError(f"{source}, line {line}: {error.problem}; legal is YAML with each key once") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{place}: {str(error).splitlines()[0]}; legal is YAML") from None
+        raise InputError(f"{source}: {str(error).splitlines()[0]}; legal is YAML") from None
 
 
 def locate(name_or_path: str | Path, kind: str) -> Path:
@@ -168,14 +168,14 @@ def input_error(
     problems = error.errors(include_url=False)
     first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     path, owner, value = _walk(model, data, first["loc"])
-    sentence = f"{_place(path, files, overrides)}: {_problem(first, path, owner, value)}"
+    sentence = f"{place(path, files, overrides)}: {_problem(first, path, owner, value)}"
     return InputError(sentence + _others(len(problems) - 1))
 
 
 def cross_error(problems: list[tuple[str, str]], files: Mapping[str, str], overrides: Iterable[str]) -> InputError:
     """The first contradiction between sections as one sentence, with the number of the others."""
     dotted, sentence = problems[0]
-    return InputError(f"{_place(dotted.split('.'), files, overrides)}: {sentence}{_others(len(problems) - 1)}")
+    return InputError(f"{place(dotted.split('.'), files, overrides)}: {sentence}{_others(len(problems) - 1)}")
 
 
 def _others(count: int) -> str:
@@ -221,7 +221,8 @@ def _problem(problem: Any, path: list[str], owner: type[BaseModel] | None, value
         return f"has no {context.get('discriminator', 'kind')}; legal is a mapping with that key"
     if kind == "too_short":
         return f"has {context.get('actual_length')} entries; legal is at least {context.get('min_length')}"
-    wanted = re.sub(r"^Input should be |^String should |^Value should ", "", message)
+    wanted = re.sub(r"^Input should be (a valid |an? valid )?|^String should |^Value should ", "", message)
+    wanted = wanted.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
     return f"{_shown(value)} is not legal; legal is {wanted}"
 
 
@@ -230,7 +231,8 @@ def _wanted(owner: type[BaseModel] | None, key: str) -> str:
     return f"a value for it: {field.description.rstrip('.')}" if field and field.description else "a value for it"
 
 
-def _place(path: list[str], files: Mapping[str, str], overrides: Iterable[str]) -> str:
+def place(path: list[str], files: Mapping[str, str], overrides: Iterable[str]) -> str:
+    """Where a key stands: the override that set it, or its file and key path there."""
     dotted = ".".join(path)
     for key in overrides:
         if dotted == key or dotted.startswith(f"{key}.") or (dotted and key.startswith(f"{dotted}.")):
