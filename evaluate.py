@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parse = argparse.ArgumentParser(prog="evaluate.py", description=(__doc__ or "").partition("\n")[0])
     parse.add_argument("scenario", nargs="?", default="quickstart", help="name in configs/scenarios or path of a YAML")
-    parse.add_argument("--policy", nargs="+", default=[], action="extend", metavar="RUN", help="run folders or bundles to examine")
+    parse.add_argument("--policy", nargs="+", default=[], action="extend", metavar="RUN", help="run folders or bundles")
     parse.add_argument("--baselines", default="all", help="all, none, or names separated by commas (default: all)")
     parse.add_argument("--episodes", type=int, default=32, help="held-out episodes (default: 32)")
     parse.add_argument("--seed", type=int, default=0, help="first held-out seed (default: 0)")

@@ -34,7 +34,10 @@ Floats = NDArray[np.float64]
 RESAMPLES = 9_999
 MIN_EPISODES_TO_STUDENTISE = 8
 """Below it a resample is too often constant for t* to have tails; the Student interval is used instead."""
+LEAST_ERROR_SHARE = 0.1
+"""A resample whose standard error is below this share of the sample's is degenerate: nearly all its episodes agree."""
 MAX_DEGENERATE_SHARE = 0.01
+"""With more of them t* has no usable tails (policies that differ in a few episodes only): Student interval."""
 EXACT_SIGN_FLIP_EPISODES = 16
 SIGN_FLIP_DRAWS = 19_999
 
@@ -108,7 +111,7 @@ def paired_interval(
     t_low, t_high = _student_quantiles(episodes, level)
     low_t, high_t = np.full_like(ratio, t_low), np.full_like(ratio, t_high)
     if episodes >= MIN_EPISODES_TO_STUDENTISE:
-        boot_low, boot_high, usable = _studentised_quantiles(residual, n, level, resamples, seed)
+        boot_low, boot_high, usable = _studentised_quantiles(residual, n, error, level, resamples, seed)
         low_t, high_t = np.where(usable, boot_low, low_t), np.where(usable, boot_high, high_t)
     return scale * ratio, scale * (ratio - high_t * error), scale * (ratio - low_t * error)
 
@@ -186,7 +189,7 @@ def _resample_counts(episodes: int, resamples: int, seed: int) -> Floats:
 
 
 def _studentised_quantiles(
-    residual: Floats, n: Floats, level: float, resamples: int, seed: int
+    residual: Floats, n: Floats, error_of_sample: Floats, level: float, resamples: int, seed: int
 ) -> tuple[Floats, Floats, NDArray[np.bool_]]:
     """Lower and upper quantile of t* per series, and whether its resamples were varied enough to be used.
 
@@ -197,12 +200,11 @@ def _studentised_quantiles(
     d = (residual @ w.T) / (w @ n)
     square = (residual**2) @ w.T - 2.0 * d * ((residual * n) @ w.T) + d**2 * (w @ n**2)
     error = np.sqrt(np.clip(square, 0.0, None) / (episodes * (episodes - 1))) / (w @ n / episodes)
-    floor = 1e-9 * np.sqrt((residual**2).mean(axis=-1, keepdims=True)) / n.mean()
-    degenerate = error <= floor
-    t = np.where(degenerate, 0.0, d / np.where(degenerate, 1.0, error))
+    floor = np.broadcast_to(LEAST_ERROR_SHARE * error_of_sample[..., None], error.shape)
+    t = np.divide(d, np.maximum(error, floor), out=np.zeros_like(d), where=floor > 0.0)
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(t, [tail, 1.0 - tail], axis=-1)
-    return low, high, degenerate.mean(axis=-1) <= MAX_DEGENERATE_SHARE
+    return low, high, (error < floor).mean(axis=-1) <= MAX_DEGENERATE_SHARE
 
 
 def _student_quantiles(episodes: int, level: float) -> tuple[float, float]:

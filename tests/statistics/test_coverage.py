@@ -43,6 +43,15 @@ def test_ratio_of_sums_with_episodes_of_unequal_length(episodes):
     assert 0.93 <= np.mean(covered) <= 0.97
 
 
+@pytest.mark.parametrize(("episodes", "least"), [(32, 0.91), (48, 0.925)])
+def test_rare_large_losses_are_the_known_limit(episodes, least):
+    """One episode in seven loses 4 on average: too few of them in a report for the full 95 %."""
+    rng = np.random.default_rng(10)
+    burst = (rng.random((REPORTS, episodes)) < 0.15) * rng.gamma(2.0, 2.0, (REPORTS, episodes))
+    _, low, high = paired_interval(rng.normal(1.0, 1.0, (REPORTS, episodes)) - burst, resamples=RESAMPLES)
+    assert coverage(low, high, 1.0 - 0.15 * 4.0) >= least
+
+
 def test_a_small_sample_falls_back_to_student_and_covers():
     x = np.random.default_rng(7).normal(size=(REPORTS, 5))
     _, low, high = paired_interval(x)
