@@ -111,6 +111,15 @@ class Scenario(Section):
         means = {key: mixture.mean_tokens() for key, mixture in lengths.items()}
         return np.array([means[id(mixture)] for mixture in self.workload_spec.output_lengths])
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Scenario:
+        """A changed copy; what was derived from the old values is derived anew."""
+        copy = super().model_copy(update=update, deep=deep)
+        for name in ("hash", "workload_spec", "expected_output_tokens"):
+            copy.__dict__.pop(name, None)
+        if update and "trace" in update and update["trace"] is None:
+            copy.__dict__.pop("recorded", None)
+        return copy
+
     def terms(self) -> Array:
         """(K,) contracts of the classes, `envs.economics.plans.TERMS`."""
         return scenario_compile.terms(self)
@@ -129,14 +138,16 @@ class Scenario(Section):
         if not 0 <= seed < 2**32:
             raise InputError(f"seed {seed} is not legal; legal is 0 to {2**32 - 1}")
         rng = np.random.default_rng([SPLIT_CODE[split], int(seed), _SEED_SALT])
-        if self.trace is None:
+        if self.recorded is None:
             return generate(self.workload_spec, rng)
-        given = window(self._trace, SPLIT_CODE[split], self.horizon_s, rng, self.class_names)
+        given = window(self.recorded, SPLIT_CODE[split], self.horizon_s, rng, self.class_names)
         return generate(self.workload_spec, rng, given)
 
     @cached_property
-    def _trace(self) -> Trace:
-        assert self.trace is not None
+    def recorded(self) -> Trace | None:
+        """The recorded requests, if the scenario has any."""
+        if self.trace is None:
+            return None
         return read_trace(self.trace.path, self.trace.format, self.trace.columns or None)
 
 
@@ -191,7 +202,21 @@ def _resolved(scenario: Scenario, files: Mapping[str, str], overrides: Mapping[s
     fleet = scenario_compile.with_profiles(scenario_compile.with_prices(scenario.fleet, place), place)
     update: dict[str, Any] = {"fleet": fleet}
     if scenario.trace is not None:
-        digest = hashlib.sha256(Path(scenario.trace.path).read_bytes()).hexdigest()
+        _check_trace_classes(scenario)
+        with open(scenario.trace.path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         update["trace"] = scenario.trace.model_copy(update={"sha256": digest})
         update["requests_per_episode"] = None
     return scenario.model_copy(update=update)
+
+
+def _check_trace_classes(scenario: Scenario) -> None:
+    """A class column that was asked for must name the scenario's classes."""
+    trace = scenario.recorded
+    if trace is None or trace.class_name is None or "class" not in scenario.trace.columns:
+        return
+    unknown = np.flatnonzero(~np.isin(trace.class_name, scenario.class_names))
+    if len(unknown):
+        row, legal = int(unknown[0]), ", ".join(scenario.class_names)
+        name = trace.class_name[row]
+        raise InputError(f"{trace.path}, line {row + 2}: class {str(name)!r} is not in the plans; legal is {legal}")

@@ -90,12 +90,7 @@ def _workload(scenario: Scenario) -> Iterator[Problem]:
 
 def _memory(scenario: Scenario) -> Iterator[Problem]:
     """A replica whose KV cache cannot hold the largest request would never finish it."""
-    sections = [(task.prompt_tokens, task.output_tokens) for task in scenario.workload.tasks.values()]
-    default = (scenario.workload.prompt_tokens, scenario.workload.output_tokens)
-    longest = max(
-        sum(part.max_tokens for mine, other in zip(pair, default, strict=True) if (part := mine or other))
-        for pair in sections
-    )
+    longest = _longest_tokens(scenario)
     for name, pool in scenario.fleet.pools.items():
         held = pool.kv_blocks * pool.block_size_tokens
         if held < longest:
@@ -105,3 +100,16 @@ def _memory(scenario: Scenario) -> Iterator[Problem]:
                 f"{pool.kv_blocks} blocks hold {held} tokens, fewer than the largest request ({longest}); "
                 f"legal is at least {blocks}",
             )
+
+
+def _longest_tokens(scenario: Scenario) -> int:
+    """Prompt and output of the largest request that may come."""
+    trace = scenario.recorded
+    if trace is not None:
+        return int((trace.prompt_tokens + trace.output_tokens).max())
+    workload = scenario.workload
+    total = 0
+    for task in workload.tasks.values():
+        parts = (task.prompt_tokens or workload.prompt_tokens, task.output_tokens or workload.output_tokens)
+        total = max(total, sum(part.max_tokens for part in parts if part is not None))
+    return total

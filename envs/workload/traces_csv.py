@@ -58,10 +58,12 @@ def _read(path: Path, columns: Mapping[str, str]) -> Trace:
     wanted += [_tokens(columns[name], name) for name in _REQUIRED[1:]]
     wanted += [pl.col(columns[name]).alias(name) for name in _TEXT if name in columns]
     wanted += [_number(columns[name], name) for name in _SECONDS if name in columns]
+    wanted.append(pl.all_horizontal(pl.col([columns[name] for name in _REQUIRED]).is_null()).alias("blank"))
     try:
         frame = table.select(wanted).collect(engine="streaming")
     except pl.exceptions.PolarsError as error:
         raise _ragged(path, source, len(header), error) from None
+    frame = _without_blank_end(frame)
     if frame.height == 0:
         raise InputError(f"{path}: has a header but no rows; legal is at least one request")
     _check_values(path, table, columns, frame)
@@ -129,6 +131,14 @@ def _tokens(column: str, name: str) -> pl.Expr:
     number = pl.col(column).str.strip_chars().cast(pl.Float64, strict=False)
     legal = (number >= 1) & (number <= MAX_TOKENS) & (number == number.round(0))
     return pl.when(legal).then(number).otherwise(None).cast(pl.Int64).alias(name)
+
+
+def _without_blank_end(frame: pl.DataFrame) -> pl.DataFrame:
+    """Drops empty lines at the end of the file."""
+    kept = frame.height
+    while kept and frame["blank"][kept - 1]:
+        kept -= 1
+    return frame.head(kept).drop("blank")
 
 
 def _check_values(path: Path, table: pl.LazyFrame, columns: Mapping[str, str], frame: pl.DataFrame) -> None:

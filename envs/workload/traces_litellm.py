@@ -88,7 +88,8 @@ def _payload(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 def _row(path: Path, number: int, payload: dict[str, Any]) -> Row:
     start_s = _instant(path, number, payload, "startTime")
-    metadata = payload.get("metadata") or {}
+    metadata = payload.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
     alias = metadata.get("user_api_key_team_alias") or metadata.get("user_api_key_alias") or ""
     return (
         start_s,
