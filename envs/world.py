@@ -20,6 +20,7 @@ from numba import njit
 
 from envs.economics import ledger as books
 from envs.fleet import engine
+from envs.fleet.provider import provider_available, submit_provider
 from envs.fleet.state import ABANDONED, COMPLETED
 from marginroute import latency
 from marginroute import view as v
@@ -217,13 +218,10 @@ def _post_finished(
 
 
 @njit(cache=True, nogil=True)
-def _send_to_provider(config, static, sigmas, pools, tables, worlds, replicas, slots, providers, requests, loads, w, i, p, now_s):
-    c = config[0].n_replicas + p
-    load = loads[w, i]
+def _provider_latency(static, sigmas, load, c, p):
+    """TTFT and TPOT in seconds that provider `p` will take for a request; the same whenever it is asked."""
     ttft_s = static[v.FIXED_TTFT_S, c] * np.exp(sigmas[p, 0] * load.ttft_noise)
-    tpot_s = static[v.FIXED_TPOT_S, c] * np.exp(sigmas[p, 1] * load.tpot_noise)
-    load.answered_by = c
-    engine.submit_provider(pools, tables, worlds, replicas, slots, providers, requests, w, p, i, now_s, ttft_s, tpot_s)
+    return ttft_s, static[v.FIXED_TPOT_S, c] * np.exp(sigmas[p, 1] * load.tpot_noise)
 
 
 @njit(cache=True, nogil=True)
@@ -273,8 +271,10 @@ def _act(
         engine.submit(pools, tables, worlds, replicas, slots, providers, requests, w, c, i, now_s)
     elif kind == v.PROVIDER:
         p = c - config[0].n_replicas
-        _send_to_provider(
-            config, static, sigmas, pools, tables, worlds, replicas, slots, providers, requests, loads, w, i, p, now_s
+        ttft_s, tpot_s = _provider_latency(static, sigmas, load, c, p)
+        load.answered_by = c
+        submit_provider(
+            pools, tables, worlds, replicas, slots, providers, requests, w, p, i, now_s, ttft_s, tpot_s
         )
     elif kind == v.CACHE:
         _serve_from_cache(config, terms, desks, loads, entries, ledger_usd, counts, w, i)
@@ -309,10 +309,17 @@ def _settle(
     i = desk.held_head
     while i >= 0:
         following = loads[w, i].next_held
-        if config[0].last_provider >= 0:
-            _send_to_provider(
-                config, static, sigmas, pools, tables, worlds, replicas, slots, providers, requests, loads, w, i,
-                config[0].last_provider, desk.now_s,
+        p = config[0].last_provider
+        if p >= 0:
+            load, request, c = loads[w, i], requests[w, i], config[0].n_replicas + p
+            ttft_s, tpot_s = _provider_latency(static, sigmas, load, c, p)
+            load.answered_by = c
+            request.status, request.dispatched_at_s = COMPLETED, desk.now_s
+            request.first_token_at_s = desk.now_s + ttft_s
+            request.completed_at_s = request.first_token_at_s + tpot_s * (load.output_tokens - 1)
+            _post_finished(
+                config, terms, static, tiers, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts,
+                w, i,
             )  # fmt: skip
         else:
             _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, books.SHED, books.CACHE, 0.0)
@@ -367,7 +374,7 @@ def _go_on(
 
 @njit(cache=True, nogil=True)
 def _show(
-    config, terms, kinds, tiers, worlds, replicas, pools, desks, loads, prior, truth, good, own, entries, lengths,
+    config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries, lengths,
     signals, request_view, legal, p_true, w,
 ):  # fmt: skip
     """Writes the View of the current decision, and beside it the hidden P(good) that only the learner's signal reads."""
@@ -392,8 +399,8 @@ def _show(
             legal[w, c] = True
         else:
             p = c - n_replicas
-            signals[v.IN_FLIGHT, w, c] = engine.provider_in_flight(worlds, w, p)
-            legal[w, c] = engine.provider_available(worlds, w, p, desk.now_s)
+            signals[v.IN_FLIGHT, w, c] = providers[w, p].in_flight
+            legal[w, c] = provider_available(providers, w, p, desk.now_s)
         signals[v.RECENT_TTFT_S, w, c] = mine.recent_ttft_s
         signals[v.RECENT_TPOT_S, w, c] = mine.recent_tpot_s
         signals[v.P_GOOD_PRIOR, w, c] = prior[w, i, tiers[c]]
@@ -450,9 +457,19 @@ def begin(
     )  # fmt: skip
     if desks[w].done == 0:
         _show(
-            config, terms, kinds, tiers, worlds, replicas, pools, desks, loads, prior, truth, good, own, entries,
+            config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries,
             lengths, signals, request_view, legal, p_true, w,
         )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def set_in_flight_caps(pools, tables, worlds, replicas, slots, providers, requests, desks, caps):
+    """Sets the in-flight cap of every replica, `caps` (N, R); held requests go through where it rose."""
+    for w in range(caps.shape[0]):
+        for r in range(caps.shape[1]):
+            engine.set_in_flight_cap(
+                pools, tables, worlds, replicas, slots, providers, requests, w, r, caps[w, r], desks[w].now_s
+            )
 
 
 @njit(cache=True, nogil=True)
@@ -490,6 +507,6 @@ def step(
         _account(desks, ledger_usd, w)
         if desks[w].done == 0:
             _show(
-                config, terms, kinds, tiers, worlds, replicas, pools, desks, loads, prior, truth, good, own, entries,
+                config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries,
                 lengths, signals, request_view, legal, p_true, w,
             )  # fmt: skip

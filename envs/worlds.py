@@ -15,7 +15,7 @@ import numpy as np
 from envs import world as kernel
 from envs.economics.ledger import ACCOUNTS, COUNTS
 from envs.fleet import engine, state
-from envs.fleet.profile import linear_coefficients
+from envs.fleet.iteration import linear_coefficients
 from envs.fleet.state import record_array
 from envs.scenario import Scenario
 from envs.workload.requests import Workload
@@ -253,12 +253,14 @@ class FleetWorlds:
         for w, workload in enumerate(workloads):
             self.load(w, workload)
 
-    def set_in_flight_caps(self, caps: Array | None, worlds: slice | int = slice(None)) -> None:
+    def set_in_flight_caps(self, caps: Array | None) -> None:
         """Sets the in-flight cap of every replica of each pool, (P,) or (N, P); None restores the configured ones."""
         spec = self.plant.spec
         per_pool = np.array([p.in_flight_cap for p in spec.pools]) if caps is None else np.asarray(caps)
-        self.fleet.replicas["in_flight_cap"][worlds] = np.maximum(per_pool[..., spec.pool_of_replica], 1)
-        self.signals[v.IN_FLIGHT_CAP, worlds, : spec.n_replicas] = self.fleet.replicas["in_flight_cap"][worlds]
+        per_replica = np.clip(per_pool, 1, state.NO_CAP)[..., spec.pool_of_replica].astype(np.int64)
+        per_replica = np.ascontiguousarray(np.broadcast_to(per_replica, (self.n_worlds, spec.n_replicas)))
+        kernel.set_in_flight_caps(*self.fleet.arrays, self.desks, per_replica)
+        self.signals[v.IN_FLIGHT_CAP, :, : spec.n_replicas] = per_replica
 
     def view(self) -> View:
         """The View of every world's current decision, over buffers that the next step overwrites."""
