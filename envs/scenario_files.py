@@ -235,6 +235,8 @@ def place(path: list[str], files: Mapping[str, str], overrides: Iterable[str]) -
     """Where a key stands: the override that set it, or its file and key path there."""
     dotted = ".".join(path)
     for key in overrides:
+        if key in files:
+            continue  # replaced a whole section by a file, which is named instead
         if dotted == key or dotted.startswith(f"{key}.") or (dotted and key.startswith(f"{dotted}.")):
             return f"--set {key}" if dotted == key else f"--set {key}, {dotted}"
     if path and path[0] in files:

@@ -79,7 +79,7 @@ class CustomerClass(Section):
     plan: Name = Field(description="Plan that the class pays by; one of plans.plans.")
     tenants: Annotated[int, Field(ge=1)] = Field(1, description="Customers in the class.")
     slo: Slo = Field(Slo(), description="Promised latencies and their credits.")
-    remedies: Remedies = Field(Remedies(), description="What a bad answer or no answer costs.")
+    remedies: Remedies = Field(Remedies(), description="Refunds and credits of the class.")
     patience: Patience | None = Field(None, description="Patience of users; left out: nobody leaves.")
     delay_tolerant: DelayTolerance | None = Field(None, description="Deadline of work that may wait; left out: none.")
 
