@@ -53,7 +53,7 @@ def _expectation_maximisation(
     """Log-likelihood per request, weights, means and deviations (B,) of ln tokens."""
     starts = np.sort(rng.random(components))
     mu = values[np.searchsorted(np.cumsum(share), starts).clip(max=len(values) - 1)]
-    sigma = np.full(components, (values[-1] - values[0]) / (2.0 * components))
+    sigma = np.full(components, max((values[-1] - values[0]) / (2.0 * components), _MIN_SIGMA))
     weight = np.full(components, 1.0 / components)
     likelihood = -np.inf
     for _ in range(steps):
@@ -91,7 +91,7 @@ def fit_mmpp(arrived_at_s: Array, states: int = 2, steps: int = 200) -> tuple[Ar
         posterior /= posterior.sum(axis=1, keepdims=True)
         pairs = chain * (forward[:-1].T @ (_scaled(emission[1:] * backward[1:], forward[:-1] @ chain)))
         chain = pairs / pairs.sum(axis=1, keepdims=True)
-        rate = (posterior * counts[:, None]).sum(axis=0) / posterior.sum(axis=0)
+        rate = np.maximum((posterior * counts[:, None]).sum(axis=0) / posterior.sum(axis=0), 1e-6)
         initial = posterior[0]
     order = np.argsort(rate)
     rate, chain = rate[order], chain[np.ix_(order, order)]
