@@ -34,6 +34,7 @@ from marginroute.features import split as split_observation
 from marginroute.guard import GuardedPolicy, GuardLimits
 from marginroute.heuristics import MarginRule, RuleOfThumb
 from marginroute.policy import WEIGHT_NAMES, Network, Policy, ResidualPolicy
+from marginroute.quality import QualityPrior
 from marginroute.view import REQUEST_NAMES, SIGNAL_NAMES, Array, Layout
 
 FORMAT = 1
@@ -54,9 +55,11 @@ class Bundle:
         slots: (P,) sequence slots of a replica of each pool.
         terms: contract terms by class name and term name.
         output_tokens: expected output tokens by class and task, (K, J).
+        prior: public prior of P(good) by tier.
         scenario: name and hash of the scenario that it was trained for.
         evaluation: the table it was judged by, free form.
         provenance: versions, command, seed, training time.
+        digest: sha256 of the manifest that it was loaded from; empty for a bundle in the making.
     """
 
     policy: Policy
@@ -67,9 +70,11 @@ class Bundle:
     slots: Array
     terms: dict[str, dict[str, float]]
     output_tokens: Array
+    prior: QualityPrior
     scenario: dict[str, str]
     evaluation: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
 
     @property
     def learned(self) -> str:
@@ -149,6 +154,7 @@ def save(bundle: Bundle, folder: Path, parity: dict[str, Array] | None = None) -
             "slots": bundle.slots.tolist(),
             "terms": bundle.terms,
             "output_tokens": bundle.output_tokens.tolist(),
+            "prior": bundle.prior.to_dict(),
             "advice": heuristics.to_dict(advice),
             "fallback": heuristics.to_dict(bundle.fallback),
             "spec": policy.spec.to_dict() if isinstance(policy, ResidualPolicy) else None,
@@ -224,7 +230,13 @@ def load(folder: str | Path) -> Bundle:
         InputError: missing, tampered with, incompatible, or not reproducing its parity vectors.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    try:
+        return _load(folder, read_manifest(folder))
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder} lacks something that this marginroute needs ({error}); export it again") from None
+
+
+def _load(folder: Path, manifest: dict[str, Any]) -> Bundle:
     if manifest["signals"] != list(SIGNAL_NAMES) or manifest["request"] != list(REQUEST_NAMES):
         raise InputError(f"{folder} was exported for other View signals; train and export the policy again")
     policy: Policy = heuristics.from_dict(manifest["advice"])
@@ -247,7 +259,9 @@ def load(folder: str | Path) -> Bundle:
         slots=np.array(manifest["slots"], dtype=np.float64),
         terms={k: {name: _number(x) for name, x in row.items()} for k, row in manifest["terms"].items()},
         output_tokens=np.array(manifest["output_tokens"], dtype=np.float64),
+        prior=QualityPrior.from_dict(manifest["prior"]),
         scenario=manifest["scenario"],
         evaluation=manifest["evaluation"],
         provenance=manifest["provenance"],
+        digest=manifest["digest"],
     )

@@ -16,6 +16,11 @@ import numpy as np
 from marginroute import view as v
 from marginroute.view import Array, View
 
+RECENT_ANSWERS = 10.0  # answers that the moving means of latency look back (LiteLLM's latency strategy keeps ten)
+RECENT_LENGTHS = 200.0  # answers of a class and task that the mean output length looks back
+RECENT_ARRIVALS = 50.0  # gaps between arrivals that the arrival rate looks back
+PRIOR_LENGTHS = 20.0  # answers that the operator's own mean output length counts for at the start
+
 
 def running_mean(mean: float, weight: float, value: float, horizon: float) -> tuple[float, float]:
     """One step of a mean over about the last `horizon` values; returns the new (mean, weight)."""

@@ -10,6 +10,7 @@ slope in difficulty and n the share of prompts that nobody can answer. Averaging
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,48 @@ def prior_p_good(
     spread = np.sqrt(1.0 + np.square(slope) * (1.0 - signal_correlation * signal_correlation))
     probit = (ability - slope * signal_correlation * np.asarray(difficulty_signal)[..., None]) / spread
     return (1.0 - nobody_can_share) * normal_cdf(probit)
+
+
+@dataclass(frozen=True, eq=False)
+class QualityPrior:
+    """The public prior with its figures: what a gateway needs to show P(good) of every tier.
+
+    Attributes:
+        ability: (T,) probit of P(good) at zero difficulty, averaged over tasks.
+        slope: (T,) fall of that probit per standard deviation of difficulty.
+        signal_correlation: of difficulty signal and difficulty, in (0, 1].
+        nobody_can_share: share of prompts that no tier answers well.
+    """
+
+    ability: Array
+    slope: Array
+    signal_correlation: float
+    nobody_can_share: float
+
+    def p_good(self, difficulty_signal: Array | float) -> Array:
+        """(..., T) probabilities for (...,) signals."""
+        return prior_p_good(
+            self.ability, self.slope, np.asarray(difficulty_signal), self.signal_correlation, self.nobody_can_share
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for a bundle's manifest."""
+        return {
+            "ability": self.ability.tolist(),
+            "slope": self.slope.tolist(),
+            "signal_correlation": self.signal_correlation,
+            "nobody_can_share": self.nobody_can_share,
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> QualityPrior:
+        """The inverse of `to_dict`."""
+        return QualityPrior(
+            ability=np.array(data["ability"], dtype=np.float64),
+            slope=np.array(data["slope"], dtype=np.float64),
+            signal_correlation=float(data["signal_correlation"]),
+            nobody_can_share=float(data["nobody_can_share"]),
+        )
 
 
 @dataclass(frozen=True, eq=False)

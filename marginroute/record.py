@@ -72,7 +72,9 @@ class DecisionRecord:
         return json.dumps(data, separators=(",", ":"), allow_nan=False)
 
 
-def record_of(decision: Decision, view: View, *, id: str, decided_at_s: float, mode: str, bundle: str) -> DecisionRecord:
+def record_of(
+    decision: Decision, view: View, *, id: str, decided_at_s: float, mode: str, bundle: str
+) -> DecisionRecord:
     """A record of a decision that has no outcome yet."""
     return DecisionRecord(
         id=id,
