@@ -1,0 +1,240 @@
+"""What a gateway knows by itself -> View: own counters, own latencies, lengths and arrival rate, and scraped metrics.
+
+The world (`envs.world`) shows its policy the same signals with the same meaning, so that a policy decides in a gateway
+on what it was trained on.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Collection
+
+import numpy as np
+
+from marginroute import view as v
+from marginroute.bundle import Bundle
+from marginroute.counters import COUNTERS, Counters, Entry
+from marginroute.errors import InputError
+from marginroute.latency import PRIOR_LENGTHS, RECENT_ARRIVALS, RECENT_LENGTHS, running_mean
+from marginroute.view import Array, View
+
+UNLIMITED = 1e9  # in-flight cap of a candidate that the gateway never holds requests back from
+CONTRACT = v.REQUEST_NAMES[v.INPUT_PRICE_USD :]  # request signals that the contract of a class fixes
+
+
+class GatewayState:
+    """Thread-safe state of one gateway process, and the Views made of it.
+
+    Args:
+        bundle: whose candidates, contracts and prior are shown.
+        clock: seconds that never jump.
+        can: what this gateway can do beside sending a request on: any of `cache`, `defer`, `shed`, `hold`. Candidates
+            that it cannot carry out are not legal; without `hold` no in-flight cap is shown, because none is kept.
+        hold_s: seconds after which a deferred request is decided again (with `defer`).
+        stale_after_s: silence after which a request in flight is taken for dead.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        clock: Callable[[], float] = time.monotonic,
+        can: Collection[str] = (),
+        hold_s: float = math.inf,
+        stale_after_s: float = 900.0,
+    ) -> None:
+        self.layout, self._prior, self._clock = bundle.layout, bundle.prior, clock
+        self._can, self._hold_s = frozenset(can), hold_s
+        self._lock = threading.Lock()
+        self._counters = Counters(self.layout, bundle.static_signals, stale_after_s)
+        self._serving = int((self.layout.kind <= v.PROVIDER).sum())
+        self._scraped_at_s = np.full(self.layout.n_candidates, np.nan)
+        self._terms = np.array([_contract(bundle, name) for name in self.layout.class_names])
+        self._delay_tolerant = [bundle.terms[name].get("delay_tolerant", 0.0) > 0.0 for name in self.layout.class_names]
+        self._lengths = bundle.output_tokens.copy()
+        self._lengths_weight = np.full_like(self._lengths, PRIOR_LENGTHS)
+        self._arrivals, self._sequence, self._gap_s, self._last_arrival_s = 0, 0, 0.0, clock()
+        caps = bundle.policy.in_flight_caps(self.layout, bundle.slots) if "hold" in self._can else None
+        self._counters.signals[v.IN_FLIGHT_CAP] = UNLIMITED
+        if caps is not None:
+            replicas = self.layout.n_replicas
+            self._counters.signals[v.IN_FLIGHT_CAP, :replicas] = caps[self.layout.station[:replicas]]
+
+    def begin(
+        self,
+        id: str,
+        candidate: int,
+        prompt_tokens: int,
+        class_name: str | None = None,
+        task_name: str | None = None,
+        estimate_s: tuple[float, float] | None = None,
+    ) -> None:
+        """A request leaves for a candidate; an earlier attempt with the same id has failed.
+
+        Args:
+            id: of the request.
+            candidate: index of a replica or provider.
+            prompt_tokens: known or estimated.
+            class_name: whose output lengths the answer will teach; None: the first of the bundle.
+            task_name: the same.
+            estimate_s: expected TTFT and TPOT, for an answer that is not streamed.
+        """
+        cell = self._cell(class_name, task_name)
+        with self._lock:
+            now_s = self._clock()
+            self._counters.begin(id, Entry(candidate, prompt_tokens, cell, now_s, now_s, estimate_s))
+
+    def first_token(self, id: str, ago_s: float = 0.0) -> None:
+        """The first token of an answer came `ago_s` seconds ago; ignored if unknown or seen before."""
+        with self._lock:
+            now_s = self._clock()
+            self._counters.first_token(id, now_s - ago_s, now_s)
+
+    def progress(self, id: str, tokens: int) -> None:
+        """An answer has streamed `tokens` output tokens so far."""
+        with self._lock:
+            self._counters.progress(id, tokens, self._clock())
+
+    def end(
+        self,
+        id: str,
+        status: str = "completed",
+        output_tokens: int | None = None,
+        ttft_s: float | None = None,
+        e2e_s: float | None = None,
+    ) -> bool:
+        """A request has left its candidate, for whatever reason; False if it was not in flight (any more).
+
+        Args:
+            id: of the request.
+            status: only a `completed` answer teaches latencies and lengths.
+            output_tokens: of the answer, where known.
+            ttft_s: as the gateway measured it from `begin`; None: by this object's own clock.
+            e2e_s: the same.
+        """
+        with self._lock:
+            entry = self._counters.end(id)
+            if entry is None:
+                return False
+            if status == "completed" and output_tokens:
+                e2e_s = self._clock() - entry.begun_at_s if e2e_s is None else e2e_s
+                self._counters.learn(entry, output_tokens, ttft_s, e2e_s)
+                self._lengths[entry.cell], self._lengths_weight[entry.cell] = running_mean(
+                    self._lengths[entry.cell], self._lengths_weight[entry.cell], output_tokens, RECENT_LENGTHS
+                )
+            return True
+
+    def scraped(self, candidate: int, waiting: float, running: float, kv_usage: float, age_s: float = 0.0) -> None:
+        """An engine's metrics page said so `age_s` seconds ago."""
+        with self._lock:
+            self._counters.signals[[v.WAITING, v.RUNNING, v.KV_USAGE], candidate] = waiting, running, kv_usage
+            self._scraped_at_s[candidate] = self._clock() - age_s
+
+    def view(
+        self,
+        prompt_tokens: int,
+        class_name: str | None = None,
+        task_name: str | None = None,
+        difficulty_signal: float = 0.0,
+        *,
+        waited_s: float = 0.0,
+        deadline_left_s: float = math.inf,
+        attempt: int = 1,
+        available: Collection[int] | None = None,
+        cached_tier: int | None = None,
+    ) -> View:
+        """What is known for the next decision; counts as one, and as an arrival if it is the request's first.
+
+        Args:
+            prompt_tokens: known or estimated.
+            class_name: customer class; None: the first of the bundle.
+            task_name: task type; None: the first of the bundle.
+            difficulty_signal: standardised predictor of difficulty.
+            waited_s: seconds since the request arrived.
+            deadline_left_s: seconds until its deadline.
+            attempt: 1 for a new request; more for one that is decided again.
+            available: replicas and providers that may serve it now; None: all.
+            cached_tier: model of the stored answer, if the gateway has one for this request.
+
+        Raises:
+            InputError: a class or task that the bundle does not know.
+        """
+        cell = self._cell(class_name, task_name)
+        with self._lock:
+            now_s = self._clock()
+            if attempt == 1:
+                self._arrive(now_s)
+            signals = self._counters.snapshot(now_s)
+            signals[v.TELEMETRY_AGE_S] = np.nan_to_num(now_s - self._scraped_at_s, nan=0.0)
+            request = self._terms[cell[0]].copy()
+            request[v.EXPECTED_OUTPUT_TOKENS] = self._lengths[cell]
+            request[v.ARRIVAL_RATE_PER_S] = 1.0 / max(self._gap_s, 1e-6)
+            request[v.SEQUENCE] = self._sequence
+            self._sequence += 1
+        request[v.PROMPT_TOKENS] = max(prompt_tokens, 1)
+        request[[v.CLASS_INDEX, v.TASK_INDEX]] = cell
+        request[[v.DIFFICULTY_SIGNAL, v.WAITED_S, v.DEADLINE_LEFT_S]] = difficulty_signal, waited_s, deadline_left_s
+        if "hold" in self._can:
+            signals[v.HELD] = np.maximum(signals[v.IN_FLIGHT] - signals[v.IN_FLIGHT_CAP], 0.0)
+        p_good = self._prior.p_good(difficulty_signal)
+        signals[v.P_GOOD_PRIOR, : self._serving] = p_good[self.layout.tier[: self._serving]]
+        if cached_tier is not None:
+            signals[v.P_GOOD_PRIOR, self._serving] = p_good[cached_tier]
+        legal = self._legal(cell[0], deadline_left_s, available, cached_tier is not None)
+        return View(self.layout, signals, request, legal)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests in flight at all candidates."""
+        with self._lock:
+            return len(self._counters)
+
+    def counters(self) -> dict[str, Array]:
+        """Copies of the raw counters by name, (C,) each."""
+        with self._lock:
+            return {name: self._counters.signals[v.SIGNAL_NAMES.index(name)].copy() for name in COUNTERS}
+
+    def _cell(self, class_name: str | None, task_name: str | None) -> tuple[int, int]:
+        layout = self.layout
+        return (
+            _index(class_name, layout.class_names, "customer class"),
+            _index(task_name, layout.task_names, "task type"),
+        )
+
+    def _legal(self, k: int, deadline_left_s: float, available: Collection[int] | None, cached: bool) -> Array:
+        """(C,) bool: what this gateway could carry out now; shedding is the last resort even where it has no way to."""
+        legal = np.zeros(self.layout.n_candidates, dtype=np.bool_)
+        legal[list(range(self._serving) if available is None else available)] = True
+        for c in range(self._serving, self.layout.n_candidates):
+            kind = int(self.layout.kind[c])
+            legal[c] = v.KINDS[kind] in self._can
+            if kind == v.CACHE:
+                legal[c] &= cached
+            elif kind == v.DEFER:
+                legal[c] &= self._delay_tolerant[k] and deadline_left_s > 2.0 * self._hold_s
+        legal[-1] |= not legal.any()
+        return legal
+
+    def _arrive(self, now_s: float) -> None:
+        self._arrivals += 1
+        gap_s = now_s - self._last_arrival_s
+        self._gap_s, _ = running_mean(self._gap_s, self._arrivals, gap_s, RECENT_ARRIVALS)
+        self._last_arrival_s = now_s
+
+
+def _index(name: str | None, known: tuple[str, ...], what: str) -> int:
+    if name is None:
+        return 0
+    if name not in known:
+        raise InputError(f"{what} {name!r} is not in the bundle; legal: {', '.join(known)}")
+    return known.index(name)
+
+
+def _contract(bundle: Bundle, class_name: str) -> Array:
+    """(Q,) request signals of a class; those that its contract does not fix are 0."""
+    terms = bundle.terms.get(class_name, {})
+    missing = [name for name in CONTRACT if name not in terms]
+    if missing:
+        raise InputError(f"the bundle has no {missing[0]} for class {class_name!r}; export the policy again")
+    return np.array([terms[name] if name in CONTRACT else 0.0 for name in v.REQUEST_NAMES])
