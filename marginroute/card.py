@@ -1,0 +1,85 @@
+"""The model card: what a bundle is, printed as plain text from its verified manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from marginroute import bundle as bundles
+from marginroute.errors import InputError
+from marginroute.view import KINDS
+
+
+def model_card(folder: str | Path) -> str:
+    """The card of the bundle in a folder, loaded once as a gateway would load it.
+
+    Raises:
+        InputError: missing, tampered with, incompatible, or not reproducing its parity vectors.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; a bundle is a folder written by export.py")
+    bundles.load(folder)
+    manifest = bundles.read_manifest(folder)
+    learned = {"residual": "network that corrects its advice", "none": "nothing learned: the heuristic itself"}
+    lines = [
+        f"Bundle {folder}: verified",
+        f"  policy        {manifest['policy']} ({learned.get(manifest['learned'], manifest['learned'])})",
+        f"  scenario      {manifest['scenario'].get('name', '')} ({manifest['scenario'].get('hash', '')})",
+        f"  digest        {manifest['digest']}",
+        f"  made by       marginroute {manifest['marginroute_version']}, format {manifest['format']}, "
+        f"feature version {manifest['feature_version']}",
+        "",
+        "Candidates",
+        *_candidates(manifest["layout"]),
+        "",
+        "Customer classes, USD and seconds",
+        *_classes(manifest["layout"]["class_names"], manifest["terms"]),
+    ]
+    for title, name in (
+        ("Advice", "advice"),
+        ("Fallback", "fallback"),
+        ("Guard", "guard"),
+        ("Prior of P(good answer), by tier", "prior"),
+        ("Evaluation", "evaluation"),
+        ("Provenance", "provenance"),
+        ("Files, sha256", "sha256"),
+    ):
+        lines += ["", title, *(_tree(manifest[name], "  ") or ["  (none)"])]
+    return "\n".join(lines) + "\n"
+
+
+def _candidates(layout: dict[str, Any]) -> Iterator[str]:
+    width = max(len(name) for name in layout["names"])
+    for name, kind, tier in zip(layout["names"], layout["kind"], layout["tier"], strict=True):
+        model = f"tier {layout['tier_names'][tier]}" if tier >= 0 else ""
+        yield f"  {name:<{width}}  {KINDS[kind]:<9} {model}".rstrip()
+
+
+def _classes(names: list[str], terms: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Terms that say something: zero prices and infinite limits are left out."""
+    for name in names:
+        yield f"  {name}"
+        yield from (f"    {key}: {_text(x)}" for key, x in terms[name].items() if x not in (0, "Infinity"))
+
+
+def _tree(value: Any, indent: str) -> list[str]:
+    """Nested data as indented lines; short lists stay on one."""
+    if not isinstance(value, dict):
+        return [f"{indent}{_text(value)}"] if value not in (None, "", []) else []
+    lines = []
+    for key, x in value.items():
+        if isinstance(x, dict):
+            lines += [f"{indent}{key}", *_tree(x, indent + "  ")]
+        elif x is not None:
+            lines.append(f"{indent}{key}: {_text(x)}")
+    return lines
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return f"[{', '.join(_text(x) for x in value)}]"
+    return str(value)
