@@ -1,0 +1,108 @@
+"""A small OpenAI-compatible upstream for gateway tests: streams or not, slow or not, and fails when told to.
+
+The last user message may carry orders, word by word: `fail` answers 500, `fail:NAME` does so only at the upstream of
+that name, `refuse` answers 400, `break` closes a stream after its first chunk, `slow` waits 0.5 s before the first
+token, `long` streams 40 words.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+TTFT_S = 0.03
+GAP_S = 0.005
+PROMPT_TOKENS = 21
+
+
+class Upstream:
+    """Serves `/v1/chat/completions` on a free loopback port until `close`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.calls: list[tuple[str, int]] = []  # last message and status, in order
+        upstream = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                upstream.answer(self, body)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, handler: BaseHTTPRequestHandler, body: dict) -> None:
+        message = body["messages"][-1]["content"]
+        orders = message.split()
+        status = 400 if "refuse" in orders else 500 if "fail" in orders or f"fail:{self.name}" in orders else 200
+        self.calls.append((message, status))
+        if status != 200:
+            self._json(handler, status, {"error": {"message": "as told", "type": "server_error", "code": status}})
+            return
+        words = [f"{self.name} "] * (40 if "long" in orders else 8)
+        time.sleep(0.5 if "slow" in orders else TTFT_S)
+        usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": len(words)}
+        usage["total_tokens"] = sum(usage.values())
+        if body.get("stream"):
+            self._stream(handler, body, words, usage, broken="break" in orders)
+            return
+        time.sleep(GAP_S * len(words))
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "".join(words)}}
+        self._json(handler, 200, self._head("chat.completion", body) | {"choices": [choice], "usage": usage})
+
+    def _head(self, kind: str, body: dict) -> dict:
+        return {"id": "chatcmpl-1", "object": kind, "created": int(time.time()), "model": body["model"]}
+
+    def _json(self, handler: BaseHTTPRequestHandler, status: int, data: dict) -> None:
+        payload = json.dumps(data).encode()
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(len(payload)))
+        handler.end_headers()
+        handler.wfile.write(payload)
+
+    def _stream(self, handler: BaseHTTPRequestHandler, body: dict, words: list[str], usage: dict, broken: bool) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream")
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        head = self._head("chat.completion.chunk", body)
+
+        def send(data: dict | str) -> None:
+            text = data if isinstance(data, str) else json.dumps(data)
+            event = f"data: {text}\n\n".encode()
+            handler.wfile.write(f"{len(event):x}\r\n".encode() + event + b"\r\n")
+            handler.wfile.flush()
+
+        try:
+            for word in words:
+                delta = {"role": "assistant", "content": word}
+                send(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+                time.sleep(GAP_S)
+                if broken:
+                    handler.close_connection = True
+                    return
+            send(head | {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+            if (body.get("stream_options") or {}).get("include_usage"):
+                send(head | {"choices": [], "usage": usage})
+            send("[DONE]")
+            handler.wfile.write(b"0\r\n\r\n")
+        except OSError:
+            handler.close_connection = True
