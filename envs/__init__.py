@@ -1,10 +1,27 @@
 """The world: what happens whether or not anyone learns.
 
-Importing this package registers `marginroute/Fleet-v0` with Gymnasium; the environment itself is imported only when it
-is made.
+Importing this package registers `marginroute/Fleet-v0` with Gymnasium (the environment itself is imported only when it is
+made) and chooses where Numba keeps compiled kernels.
 """
 
+import hashlib
+import os
+from pathlib import Path
+
 import gymnasium
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def _use_kernel_cache() -> None:
+    """Points Numba at a cache folder of its own for this state of the sources.
+
+    Numba notices a change of the file that a kernel is in, but not of the kernels that it calls in other files; a
+    folder per state of all sources rules out stale machine code.
+    """
+    sources = [*sorted((_ROOT / "envs").rglob("*.py")), *sorted((_ROOT / "marginroute").glob("*.py"))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(_ROOT / ".marginroute_cache" / "kernels" / digest))
 
 
 def register() -> None:
@@ -17,4 +34,5 @@ def register() -> None:
         )
 
 
+_use_kernel_cache()
 register()
