@@ -12,6 +12,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 CHUNK_EPISODES = 16
 """Worlds stepped at once: enough to spread numpy's cost per call, few enough to share out over cores."""
+PROCESSES_PAY_S = 8.0
+"""Seconds of work from which on starting processes (imports, compiled kernels) saves more than it costs."""
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -56,12 +59,13 @@ class Examiner:
         self.chunk: tuple[Split, tuple[int, ...]] | None = None
         self.workloads: list[Workload] = []
 
-    def play(self, job: Job) -> EpisodeResults:
-        """Runs a job; an exception of the policy passes through."""
+    def play(self, job: Job, max_steps: int | None = None) -> EpisodeResults:
+        """Runs a job (or the first decisions of it); an exception of the policy passes through."""
         if self.chunk != (job.split, job.seeds):
             self.workloads = [self.plant.scenario.generate(seed, split=job.split) for seed in job.seeds]
             self.chunk = (job.split, job.seeds)
-        return play(self.plant, pickle.loads(self.pickled[job.name]), job.name, self.workloads, job.seeds)
+        policy = pickle.loads(self.pickled[job.name])
+        return play(self.plant, policy, job.name, self.workloads, job.seeds, max_steps)
 
 
 def evaluate_policies(
@@ -83,7 +87,7 @@ def evaluate_policies(
         split: "heldout" for claims, "validation" for choices.
         first_seed: episodes have seeds first_seed .. first_seed + episodes - 1.
         progress: called with (episodes done, episodes in all).
-        workers: processes; None for as many as there are cores, 0 or 1 for none beside this one.
+        workers: processes; 1 for none beside this one, None for as many as there are cores where that pays.
 
     Returns:
         Results by name, in the order of `policies`.
@@ -94,8 +98,12 @@ def evaluate_policies(
     seeds = range(first_seed, first_seed + episodes)
     chunks = [tuple(seeds[i : i + CHUNK_EPISODES]) for i in range(0, episodes, CHUNK_EPISODES)]
     jobs = [Job(name, split, chunk) for chunk in chunks for name in policies]
-    workers = min(usable_cores() if workers is None else workers, len(jobs))
-    outcomes = _in_processes(scenario, policies, jobs, workers) if workers > 1 else _in_turn(scenario, policies, jobs)
+    if workers is None:
+        outcomes = _in_processes_if_it_pays(scenario, policies, jobs, min(usable_cores(), len(jobs)))
+    elif workers > 1:
+        outcomes = _in_processes(scenario, policies, jobs, workers)
+    else:
+        outcomes = _in_turn(scenario, policies, jobs)
     parts: dict[str, list[EpisodeResults]] = {name: [] for name in policies}
     done, total = 0, episodes * len(policies)
     with contextlib.closing(outcomes):
@@ -124,14 +132,19 @@ def best_on_validation(
 
 
 def play(
-    plant: Plant, policy: Policy, name: str, workloads: Sequence[Workload], seeds: Sequence[int]
+    plant: Plant,
+    policy: Policy,
+    name: str,
+    workloads: Sequence[Workload],
+    seeds: Sequence[int],
+    max_steps: int | None = None,
 ) -> EpisodeResults:
     """Plays one policy on one world per workload until all are settled, and collects what their ledgers say."""
     from envs.worlds import FleetWorlds
 
     worlds = FleetWorlds(plant, len(workloads))
     worlds.load_all(workloads)
-    worlds.run(policy)
+    worlds.run(policy, max_steps)
     replicas_of = np.bincount(plant.spec.pool_of_replica, minlength=len(plant.spec.pools))
     return EpisodeResults(
         policy=name,
@@ -191,6 +204,22 @@ def _in_turn(
     examiner = Examiner(scenario, policies)
     for job in jobs:
         yield examiner.play(job)
+
+
+def _in_processes_if_it_pays(
+    scenario: Scenario, policies: Mapping[str, Policy], jobs: Sequence[Job], workers: int
+) -> Generator[EpisodeResults, None, None]:
+    """Works in this process until the work left, judged by the last job, is worth starting others."""
+    examiner = Examiner(scenario, policies)
+    if workers > 1:
+        examiner.play(Job(jobs[0].name, jobs[0].split, jobs[0].seeds[:1]), max_steps=1)  # compiles, or loads kernels
+    for done, job in enumerate(jobs, start=1):
+        started_s = time.monotonic()
+        yield examiner.play(job)
+        left_s = (time.monotonic() - started_s) * (len(jobs) - done)
+        if workers > 1 and left_s > PROCESSES_PAY_S:
+            yield from _in_processes(scenario, policies, jobs[done:], workers)
+            return
 
 
 _worker_examiner: Examiner | None = None

@@ -19,6 +19,7 @@ from evaluation.statistics import Estimate
 
 PIPE_COLUMNS = 100
 GAP = 3  # between groups, the box's own column of blanks included
+ACCOUNTS_GAP = 2
 ACTION_TITLES = {"replica": "own", "provider": "api", "cache": "cache", "defer": "defer", "shed": "shed"}
 
 
@@ -60,7 +61,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     )
     _print_groups(report, [*_money_groups(report), *_service_groups(report)], console)
     console.print("[bold]Accounts[/bold], USD per 1k requests; costs are negative, the sum is the margin\n")
-    _print_groups(report, _account_groups(report), console)
+    _print_groups(report, _account_groups(report), console, ACCOUNTS_GAP)
     note = "Margin, delta and contribution margin (before GPU-hours): USD per 1k requests; [ ]: 95 % over episodes"
     if report.best_heuristic is not None:
         note = (
@@ -78,12 +79,12 @@ def stdout_console() -> Console:
     return Console(width=width, highlight=False)
 
 
-def pack(groups: Sequence[Group], name_width: int, width: int) -> list[list[Group]]:
+def pack(groups: Sequence[Group], name_width: int, width: int, gap: int = GAP) -> list[list[Group]]:
     """Splits the groups, in order, into tables that fit the width beside a column of names."""
     tables: list[list[Group]] = []
     room = 0
     for group in groups:
-        needed = group.width + GAP
+        needed = group.width + gap
         if not tables or needed > room:
             tables.append([])
             room = width - name_width
@@ -92,11 +93,11 @@ def pack(groups: Sequence[Group], name_width: int, width: int) -> list[list[Grou
     return tables
 
 
-def _print_groups(report: Report, groups: Sequence[Group], console: Console) -> None:
+def _print_groups(report: Report, groups: Sequence[Group], console: Console, gap: int = GAP) -> None:
     names = [f"{name} *" if name == report.best_heuristic else name for name in report.ranking]
     name_width = max(map(len, (*names, "policy")))
-    for of_table in pack(groups, name_width, console.width):
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
+    for of_table in pack(groups, name_width, console.width, gap):
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), pad_edge=False, show_edge=False)
         titled = any(group.title for group in of_table)
         table.add_column("\npolicy" if titled else "policy", no_wrap=True, min_width=name_width)
         for group in of_table:
@@ -118,7 +119,7 @@ def _money_groups(report: Report) -> list[Group]:
     if report.paired:
         rows = [_paired_cells(report.paired.get(name), digits + 1) for name in names]
         groups.append(make_group("", ["delta", "[95 % CI]", "%", "p"], rows))
-    groups.append(make_group("", ["contrib."], [[f"{contribution[n].mean:,.{digits}f}"] for n in names]))
+    groups.append(make_group("", ["contrib."], [[_usd(contribution[n].mean, digits)] for n in names]))
     return groups
 
 
@@ -144,24 +145,31 @@ def _service_groups(report: Report) -> list[Group]:
 
 
 def _account_groups(report: Report) -> list[Group]:
+    """Accounts that show at the figures' precision, then the margin."""
     by_policy = [accounts_usd_per_1k(report.results[name]) for name in report.ranking]
     digits = _digits(report.margin_usd_per_1k[name].mean for name in report.ranking)
     groups = []
     for account in ACCOUNTS:
-        if any(accounts[account] for accounts in by_policy):
-            rows = [[f"{accounts[account]:,.{digits}f}"] for accounts in by_policy]
+        cells = [_usd(accounts[account], digits) for accounts in by_policy]
+        if any(cell != _usd(0.0, digits) for cell in cells):
             first, _, second = account.partition("_")
-            groups.append(make_group(first if second else "", [second or first], rows))
-    rows = [[f"{sum(accounts.values()):,.{digits}f}"] for accounts in by_policy]
-    return [*groups, make_group("", ["= margin"], rows)]
+            groups.append(make_group(first if second else "", [second or first], [[cell] for cell in cells]))
+    return [*groups, make_group("", ["margin"], [[_usd(sum(accounts.values()), digits)] for accounts in by_policy])]
+
+
+def _usd(usd: float, digits: int, sign: str = "") -> str:
+    """Thousands separated, never minus zero."""
+    return f"{round(usd, digits) + 0.0:{sign},.{digits}f}"
 
 
 def _with_interval(estimate: Estimate, digits: int, sign: str) -> list[str]:
     """Cells of an estimate and its interval; the interval is "-" where there is none."""
     interval = (
-        "-" if math.isnan(estimate.low) else f"[{estimate.low:{sign},.{digits}f}, {estimate.high:{sign},.{digits}f}]"
+        "-"
+        if math.isnan(estimate.low)
+        else f"[{_usd(estimate.low, digits, sign)}, {_usd(estimate.high, digits, sign)}]"
     )
-    return [f"{estimate.mean:{sign},.{digits}f}", interval]
+    return [_usd(estimate.mean, digits, sign), interval]
 
 
 def _percents(shares: Iterable[float] | Floats) -> list[str]:
