@@ -1,5 +1,7 @@
 """evaluate.py from outside: help at once, one sentence and exit code 2 for bad input, nothing half-written."""
 
+import json
+import os
 import subprocess
 import sys
 import time
@@ -69,3 +71,71 @@ def test_every_documented_flag_is_there():
     assert args.policy == ["a", "b", "c"]
     assert args.set == ["a=1", "b=2"]
     assert args.scenario == "azure_conversation"
+
+
+@pytest.fixture
+def two_heuristics(monkeypatch):
+    """Untuned heuristics in place of the tuned ones, and a run folder's policy."""
+    from marginroute.heuristics import FixedTier, LeastInFlight
+
+    known = {"least-in-flight": LeastInFlight("least-in-flight"), "fixed-small": FixedTier("fixed-small", 0)}
+    monkeypatch.setattr("agents.tuning.baselines_for", lambda scenario, run_dir=None: dict(known), raising=False)
+    monkeypatch.setattr(
+        evaluate, "load_policies", lambda runs: {"ppo": LeastInFlight("ppo", use_providers=True)} if runs else {}
+    )
+
+
+SMALL = ["quickstart", "--set", "horizon_s=10", "requests_per_episode=30", "--episodes", "3", "--workers", "1"]
+
+
+def test_the_whole_comparison(two_heuristics, tmp_path, capsys):
+    target = tmp_path / "report.json"
+    assert evaluate.main([*SMALL, "--policy", "runs/any", "--json", str(target)]) == 0
+    document = json.loads(target.read_text())
+    assert document["schema"] == 1
+    assert document["scenario"] == "quickstart"
+    assert document["episodes"] == 3
+    assert set(document["policies"]) == {"ppo", "least-in-flight", "fixed-small", "shuffled-mix"}
+    best = document["best_heuristic"]
+    assert best in ("least-in-flight", "fixed-small")
+    assert set(document["paired"]) == set(document["policies"]) - {best}
+    shown = capsys.readouterr()
+    assert f"{best} *" in shown.out
+    assert "held-out episodes: 9/9" in shown.err
+    assert os.listdir(tmp_path) == ["report.json"]
+
+
+def test_same_command_same_figures(two_heuristics, tmp_path, capsys):
+    for name in ("a.json", "b.json"):
+        assert evaluate.main([*SMALL, "--json", str(tmp_path / name)]) == 0
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+def test_named_baselines_only(two_heuristics, capsys):
+    assert evaluate.main([*SMALL, "--baselines", "fixed-small"]) == 0
+    shown = capsys.readouterr().out
+    assert "fixed-small *" in shown
+    assert "least-in-flight" not in shown
+    assert "shuffled-mix" not in shown
+
+
+def test_baselines_none_needs_a_policy(two_heuristics, capsys):
+    assert evaluate.main([*SMALL, "--baselines", "none", "--policy", "runs/any"]) == 0
+    assert evaluate.main([*SMALL, "--baselines", "none"]) == 2
+    assert "nothing to compare" in capsys.readouterr().err
+
+
+def test_an_unknown_baseline_is_named(two_heuristics, capsys):
+    assert evaluate.main([*SMALL, "--baselines", "fixed-small,clever"]) == 2
+    error = capsys.readouterr().err
+    assert "'clever'" in error
+    assert "fixed-small" in error
+
+
+def test_nothing_is_written_when_the_work_fails(two_heuristics, tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evaluation.protocol.play", interrupt)
+    assert evaluate.main([*SMALL, "--json", str(tmp_path / "report.json")]) == 130
+    assert os.listdir(tmp_path) == []
