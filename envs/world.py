@@ -90,6 +90,7 @@ OWN = np.dtype(
         ("recent_ttft_s", "f8"),
         ("recent_tpot_s", "f8"),
         ("weight", "f8"),
+        ("busy_s", "f8"),  # of a replica within the horizon, filled in at its end; not for gateways
     ]
 )
 """What the gateway measured itself per replica and provider, `(N, R + V)`."""
@@ -305,7 +306,8 @@ def _settle(
 ):  # fmt: skip
     """Ends the episode at its horizon: buys out the batch queue, runs the fleet dry, posts what is left."""
     desk = desks[w]
-    desk.now_s = desk.horizon_s
+    for r in range(config[0].n_replicas):
+        own[w, r].busy_s = engine.busy_seconds(replicas[w, r], desk.horizon_s)
     i = desk.held_head
     while i >= 0:
         following = loads[w, i].next_held

@@ -287,8 +287,8 @@ class FleetWorlds:
 
     @property
     def utilisation(self) -> Array:
-        """(N, P) share of the episode in which the replicas of a pool were busy, backlog after the horizon included."""
-        busy_s = self.fleet.replicas["busy_s"]
+        """(N, P) share of the horizon in which the replicas of a pool had something to do, once the worlds are done."""
+        busy_s = self.own["busy_s"][:, : self.plant.spec.n_replicas]
         spec, horizon_s = self.plant.spec, self.desks["horizon_s"][:, None]
         pools = np.arange(len(spec.pools))[:, None] == spec.pool_of_replica[None, :]
         return (busy_s @ (pools / pools.sum(axis=1, keepdims=True)).T) / np.maximum(horizon_s, 1e-9)
