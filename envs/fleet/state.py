@@ -52,6 +52,7 @@ POOL = np.dtype(
         ("skip_iterations", "i8"),  # 0: one event per iteration; results are equal, only slower
         ("scrape_interval_s", "f8"),
         ("replicas", "i8"),
+        ("in_flight_cap", "i8"),
         # The profile, see envs/fleet/iteration.py
         ("token_at", "i8"),
         ("token_count", "i8"),
@@ -306,14 +307,12 @@ def check_pool(pool: PoolSpec) -> None:
 
 def _fill_pool(record: Any, pool: PoolSpec, spec: FleetSpec, tables: list[FloatArray]) -> None:
     check_pool(pool)
-    for field in ("max_num_seqs", "max_num_batched_tokens", "kv_blocks", "block_size_tokens", "replicas"):
+    for field in set(POOL.names) & {field.name for field in dataclasses.fields(pool)} - {"scheduler"}:
         record[field] = getattr(pool, field)
     record["scheduler"] = SCHEDULERS[pool.scheduler]
     # vLLM V1 admits without a watermark
     reserve = 0.0 if pool.scheduler == "vllm-v1" else pool.watermark_share
     record["watermark_blocks"] = int(reserve * pool.kv_blocks)
-    record["vidur_quirks"] = pool.vidur_quirks
-    record["skip_iterations"] = pool.skip_iterations
     record["scrape_interval_s"] = spec.scrape_interval_s
     offset = sum(len(table) for table in tables)
     flat, fields = flatten_profile(pool.profile, pool.max_num_seqs, offset)
@@ -352,9 +351,6 @@ def allocate(spec: FleetSpec, n_worlds: int, max_requests: int) -> Fleet:
         requests=record_array((n_worlds, max(max_requests, 1)), REQUEST),
     )
     fleet.replicas["pool"] = spec.pool_of_replica
-    fleet.replicas["in_flight_cap"] = np.repeat(
-        [pool.in_flight_cap for pool in spec.pools], [pool.replicas for pool in spec.pools]
-    )
     for v, provider in enumerate(spec.providers):
         rate = provider.requests_per_minute / 60.0
         fleet.providers["requests_per_s"][:, v] = rate

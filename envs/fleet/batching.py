@@ -1,0 +1,442 @@
+"""Continuous batching on one replica: what runs in the next iteration, and what an iteration leaves behind.
+
+Order of an iteration (`start_iteration`), by scheduler:
+
+* vllm-v1: every running request gets its token; then the one request whose prefill is under way gets a chunk of what is
+  left of the token budget; then waiting requests are admitted, first come first served, the last one with a chunk.
+  KV blocks are taken as the context grows. When they run out the request admitted last is preempted: its blocks are
+  freed, it goes to the front of the line and will recompute its prompt and all it has generated; what was streamed
+  stays streamed. In an iteration that preempted, nothing is admitted.
+* sarathi: the same chunked batches, but admission takes the blocks of the whole prompt at once, leaves a watermark
+  free, and goes on after a preemption.
+* prefill-first (vLLM before V1): whole prompts, whenever any can be admitted, in iterations of their own; the decodes
+  wait meanwhile.
+
+At most one running request is ever in the middle of its prefill: nothing is admitted behind a chunk that did not fit.
+
+A decode batch that does not change is a *segment*: its j-th iteration takes first_s + j growth_s (see iteration.py)
+until one of its requests finishes, the mean length leaves its bin, the blocks run out, or somebody arrives. The
+scheduler plans as many iterations as are safe and looks again afterwards; an iteration planned for one event or for a
+thousand ends at segment_start_s plus the same closed form, so results do not depend on how far is skipped.
+
+Blocks over a segment: a decode with c tokens cached needs a new block when c is a multiple of the block size, hence
+once in every `block size` iterations, at a fixed value of `counter` modulo the block size. `slots.boundaries` counts
+the decodes per such value; k iterations need a sum over it, whatever the size of the batch.
+
+Vidur's quirks (`vidur_quirks`), reproduced to compare with it and wrong otherwise: a decode demands a free block even
+where it needs none; preemption in the middle of a prefill truncates the prompt to what was computed; the padded
+batch (requests times longest prompt) counts against the budget of prefill-first; its victim is the latest arrival.
+"""
+
+# ruff: noqa: ANN001, ANN201 (Numba infers the types of kernels)
+from __future__ import annotations
+
+import math
+
+from numba import njit
+
+from envs.fleet.iteration import (
+    bin_iterations,
+    decode_bin,
+    decode_growth,
+    decode_seconds,
+    prefill_seconds,
+    token_seconds,
+)
+from envs.fleet.queues import (
+    finished_append,
+    heap_pop,
+    heap_push,
+    heap_remove,
+    prefill_append,
+    release_held,
+    running_append,
+    running_remove,
+    wait_pop,
+    wait_prepend,
+)
+from envs.fleet.state import ABANDONED, COMPLETED, PREFILL_FIRST, VLLM_V1
+
+
+@njit(cache=True, nogil=True)
+def blocks_for(pool, tokens):
+    """KV blocks that hold `tokens` tokens."""
+    return (tokens + pool.block_size_tokens - 1) // pool.block_size_tokens
+
+
+@njit(cache=True, nogil=True)
+def elapsed_s(rep, iterations):
+    """Seconds from the start of the segment to the end of its n-th iteration."""
+    return iterations * rep.first_s + rep.growth_s * (0.5 * iterations * (iterations - 1))
+
+
+@njit(cache=True, nogil=True)
+def _end_request(world, rep, requests, w, i, status, now_s):
+    """Books a request out of the replica."""
+    request = requests[w, i]
+    request.status = status
+    request.completed_at_s = now_s
+    rep.in_flight -= 1
+    if status == COMPLETED:
+        world.completed += 1
+    else:
+        world.abandoned += 1
+    finished_append(world, requests, w, i)
+
+
+@njit(cache=True, nogil=True)
+def _join_batch(pool, rep, slots, requests, w, r, i, steps):
+    """A request whose prefill is complete decodes `steps` tokens from the next iteration on."""
+    request = requests[w, i]
+    request.joined_at = rep.counter
+    slots[w, r, (rep.counter - request.computed) % pool.block_size_tokens].boundaries += 1
+    heap_push(slots, w, r, rep.batch, rep.counter + steps, i)
+    rep.batch += 1
+    rep.kv_sum += request.computed + 1
+
+
+@njit(cache=True, nogil=True)
+def _leave_batch(pool, rep, slots, requests, w, r, i):
+    """Undoes `_join_batch` but for the heap, frees the blocks, and writes `computed` up to date."""
+    request = requests[w, i]
+    slots[w, r, (request.joined_at - request.computed) % pool.block_size_tokens].boundaries -= 1
+    request.computed += rep.counter - request.joined_at
+    request.joined_at = -1
+    rep.batch -= 1
+    rep.kv_sum -= request.computed + 1
+    rep.kv_used_blocks -= blocks_for(pool, request.computed)
+    rep.changed = 1
+
+
+@njit(cache=True, nogil=True)
+def _preempt(pool, rep, slots, requests, w, r, i):
+    """Frees a running request's blocks and sends it to the front of the line, to recompute."""
+    request = requests[w, i]
+    target = request.target
+    if request.joined_at >= 0:
+        heap_remove(slots, w, r, rep.batch, i)
+        _leave_batch(pool, rep, slots, requests, w, r, i)
+        request.target = request.computed + 1
+    else:
+        held = request.computed if pool.scheduler == VLLM_V1 else target
+        rep.kv_used_blocks -= blocks_for(pool, held)
+        rep.partial = -1
+        if pool.vidur_quirks:
+            request.target = request.computed
+            if not math.isnan(request.first_token_at_s):
+                rep.decoding_tokens += request.target - target
+    request.computed = 0
+    request.restarts += 1
+    rep.restarts += 1
+    running_remove(rep, requests, w, i)
+    wait_prepend(rep, requests, w, i)
+
+
+@njit(cache=True, nogil=True)
+def _squeeze(pool, rep, slots, requests, w, r):
+    """Gives every decode, in order, the block it needs, preempting from the end of the running list.
+
+    Returns:
+        1 if anything was preempted.
+    """
+    preempted = 0
+    phase = rep.counter % pool.block_size_tokens
+    i = int(rep.running_head)
+    while i >= 0:
+        request = requests[w, i]
+        if request.joined_at >= 0:
+            need = 1 if (request.joined_at - request.computed) % pool.block_size_tokens == phase else 0
+            demand = 1 if pool.vidur_quirks else need
+            alive = True
+            while alive and pool.kv_blocks - rep.kv_used_blocks < demand:
+                victim = int(rep.running_tail)
+                alive = victim != i
+                _preempt(pool, rep, slots, requests, w, r, victim)
+                preempted = 1
+            if not alive:
+                break
+            rep.kv_used_blocks += need
+        i = int(request.after)
+    return preempted
+
+
+@njit(cache=True, nogil=True)
+def _grant_decode_blocks(pool, rep, slots, requests, w, r):
+    """Takes the blocks that the decode batch needs for one iteration; returns 1 if it had to preempt."""
+    need = slots[w, r, rep.counter % pool.block_size_tokens].boundaries
+    if rep.kv_used_blocks + need + pool.vidur_quirks <= pool.kv_blocks:
+        rep.kv_used_blocks += need
+        return 0
+    return _squeeze(pool, rep, slots, requests, w, r)
+
+
+@njit(cache=True, nogil=True)
+def _gone(request, now_s):
+    """Whether the user has left before the first token."""
+    return now_s > request.patience_until_s and math.isnan(request.first_token_at_s)
+
+
+@njit(cache=True, nogil=True)
+def _drop_head(world, rep, requests, w, now_s):
+    """The first in line has left."""
+    i = int(rep.wait_head)
+    wait_pop(rep, requests, w)
+    rep.pending_prefill_tokens -= requests[w, i].prompt_tokens
+    _end_request(world, rep, requests, w, i, ABANDONED, now_s)
+    release_held(rep, requests, w)
+
+
+@njit(cache=True, nogil=True)
+def _admit_chunked(pool, world, rep, requests, w, budget, now_s):
+    """Admits waiting requests within the token budget; returns how many, their tokens, sum of squares."""
+    admitted, tokens, squares = 0, 0, 0.0
+    while rep.wait_head >= 0 and rep.running < pool.max_num_seqs and tokens < budget:
+        i = int(rep.wait_head)
+        request = requests[w, i]
+        chunk = min(request.target, budget - tokens)
+        blocks = blocks_for(pool, chunk if pool.scheduler == VLLM_V1 else request.target)
+        if rep.kv_used_blocks + blocks + pool.watermark_blocks > pool.kv_blocks:
+            break
+        if _gone(request, now_s):
+            _drop_head(world, rep, requests, w, now_s)
+            continue
+        wait_pop(rep, requests, w)
+        rep.kv_used_blocks += blocks
+        request.computed = chunk
+        running_append(rep, requests, w, i, False)
+        prefill_append(rep, requests, w, i)
+        admitted += 1
+        tokens += chunk
+        squares += float(chunk) * chunk
+    return admitted, tokens, squares
+
+
+@njit(cache=True, nogil=True)
+def _admit_whole(pool, world, rep, requests, w, now_s):
+    """Admits whole prompts for an iteration of their own; returns how many, their tokens, sum of squares.
+
+    A prompt longer than the budget runs alone.
+    """
+    admitted, tokens, squares, longest = 0, 0, 0.0, 0
+    while rep.wait_head >= 0 and rep.running < pool.max_num_seqs:
+        i = int(rep.wait_head)
+        request = requests[w, i]
+        blocks = blocks_for(pool, request.target)
+        if rep.kv_used_blocks + blocks + pool.watermark_blocks > pool.kv_blocks:
+            break
+        longest = max(longest, request.target)
+        size = (admitted + 1) * longest if pool.vidur_quirks else tokens + request.target
+        if size > pool.max_num_batched_tokens and admitted > 0:
+            break
+        if _gone(request, now_s):
+            _drop_head(world, rep, requests, w, now_s)
+            continue
+        wait_pop(rep, requests, w)
+        rep.kv_used_blocks += blocks
+        request.computed = request.target
+        running_append(rep, requests, w, i, pool.vidur_quirks != 0)
+        prefill_append(rep, requests, w, i)
+        admitted += 1
+        tokens += request.target
+        squares += float(request.target) * request.target
+    return admitted, tokens, squares
+
+
+@njit(cache=True, nogil=True)
+def _safe_iterations(pool, tables, rep, slots, w, r, bin_index):
+    """Decode iterations that need no scheduler in between; the first already has its blocks."""
+    bound = min(bin_iterations(pool, tables, rep.batch, rep.kv_sum, bin_index), slots[w, r, 0].finish_at - rep.counter)
+    free = pool.kv_blocks - rep.kv_used_blocks - pool.vidur_quirks
+    size = pool.block_size_tokens
+    if bound <= 1 or free >= rep.batch * ((bound - 1) // size + 1):
+        return bound
+    if free < 0:
+        return 1
+    further = free // rep.batch * size
+    free -= free // rep.batch * rep.batch
+    while further < bound - 1:
+        need = slots[w, r, (rep.counter + 1 + further) % size].boundaries
+        if need > free:
+            break
+        free -= need
+        further += 1
+    return min(bound, 1 + further)
+
+
+@njit(cache=True, nogil=True)
+def _plan_decodes(pool, tables, rep, slots, w, r, preempted, now_s):
+    """Continues the segment of an unchanged batch, or opens a new one, and says how far it may run."""
+    bin_index = decode_bin(pool, tables, rep.batch, rep.kv_sum)
+    if rep.changed or bin_index != rep.segment_bin:
+        rep.changed = 0
+        rep.segment_bin = bin_index
+        rep.segment_start_s = now_s
+        rep.done = 0
+        rep.first_s = token_seconds(pool, tables, rep.batch) + decode_seconds(
+            pool, tables, rep.batch, rep.kv_sum, bin_index
+        )
+        rep.growth_s = decode_growth(pool, tables, rep.batch, bin_index)
+    iterations = 1
+    if pool.skip_iterations and not preempted:
+        iterations = _safe_iterations(pool, tables, rep, slots, w, r, bin_index)
+    rep.decodes = 1
+    rep.planned = rep.done + iterations
+    rep.iteration_end_s = rep.segment_start_s + elapsed_s(rep, rep.done + 1)
+
+
+@njit(cache=True, nogil=True)
+def _go_idle(rep, now_s):
+    if rep.busy_from_s <= now_s:
+        rep.busy_s += now_s - rep.busy_from_s
+    rep.busy_from_s = math.inf
+    rep.iteration_end_s = math.inf
+    rep.planned = rep.done = 0
+
+
+@njit(cache=True, nogil=True)
+def start_iteration(pool, tables, world, rep, slots, requests, w, r, now_s):
+    """Puts the next iteration together and starts it, or leaves the replica idle."""
+    rep.prefill_head = rep.prefill_tail = -1
+    prefills, tokens, squares = 0, 0, 0.0
+    chunk, prefix, preempted = 0, 0, 0
+    decodes = 1
+    if pool.scheduler == PREFILL_FIRST:
+        prefills, tokens, squares = _admit_whole(pool, world, rep, requests, w, now_s)
+        if prefills > 0:
+            decodes = 0
+        elif rep.batch > 0:
+            preempted = _grant_decode_blocks(pool, rep, slots, requests, w, r)
+    else:
+        if rep.batch > 0:
+            preempted = _grant_decode_blocks(pool, rep, slots, requests, w, r)
+        budget = pool.max_num_batched_tokens - rep.batch
+        i = int(rep.partial)
+        if i >= 0 and budget > 0:
+            request = requests[w, i]
+            prefix = request.computed
+            chunk = min(request.target - prefix, budget)
+            blocks = 0
+            if pool.scheduler == VLLM_V1:
+                blocks = blocks_for(pool, prefix + chunk) - blocks_for(pool, prefix)
+            if rep.kv_used_blocks + blocks > pool.kv_blocks:
+                _preempt(pool, rep, slots, requests, w, r, i)
+                preempted, chunk = 1, 0
+            else:
+                rep.kv_used_blocks += blocks
+                request.computed = prefix + chunk
+                prefill_append(rep, requests, w, i)
+                budget -= chunk
+        if not preempted or pool.scheduler != VLLM_V1:
+            prefills, tokens, squares = _admit_chunked(pool, world, rep, requests, w, budget, now_s)
+        if chunk > 0:
+            prefills += 1
+            tokens += chunk
+            squares += float(chunk) * chunk
+    if rep.batch == 0 and prefills == 0:
+        _go_idle(rep, now_s)
+        return
+    if rep.busy_from_s > now_s:
+        rep.busy_from_s = now_s
+    if prefills == 0:
+        _plan_decodes(pool, tables, rep, slots, w, r, preempted, now_s)
+        return
+    seconds = prefill_seconds(
+        pool,
+        tables,
+        prefills,
+        squares,
+        float(chunk) * prefix,
+        float(prefix if chunk > 0 else 0),
+        (prefix + 63) // 64 * 64 if chunk > 0 else 0,
+    )
+    batch = rep.batch if decodes else 0
+    seconds += token_seconds(pool, tables, tokens + batch)
+    if batch > 0:
+        bin_index = decode_bin(pool, tables, batch, rep.kv_sum)
+        seconds += decode_seconds(pool, tables, batch, rep.kv_sum, bin_index)
+    rep.prefill_tokens_done += tokens
+    rep.decodes = decodes if batch > 0 else 0
+    rep.changed = 1
+    rep.segment_start_s = now_s
+    rep.first_s = seconds
+    rep.growth_s = 0.0
+    rep.done = 0
+    rep.planned = 1
+    rep.iteration_end_s = now_s + seconds
+
+
+@njit(cache=True, nogil=True)
+def count_iterations(pool, rep, slots, w, r, iterations):
+    """Books `iterations` ended iterations of the segment, and the blocks of those that thereby started."""
+    rep.iterations += iterations
+    rep.done += iterations
+    if rep.decodes == 0:
+        return
+    started = iterations if rep.done < rep.planned else iterations - 1
+    size = pool.block_size_tokens
+    if started > 0:
+        cycles = started // size
+        blocks = cycles * rep.batch
+        for j in range(cycles * size, started):
+            blocks += slots[w, r, (rep.counter + 1 + j) % size].boundaries
+        rep.kv_used_blocks += blocks
+    grown = iterations * rep.batch
+    rep.counter += iterations
+    rep.kv_sum += grown
+    rep.decoding_tokens += grown
+    rep.decode_tokens_done += grown
+
+
+@njit(cache=True, nogil=True)
+def _complete(world, rep, requests, w, i, now_s):
+    request = requests[w, i]
+    running_remove(rep, requests, w, i)
+    rep.decoding -= 1
+    rep.decoding_tokens -= request.prompt_tokens + request.output_tokens
+    _end_request(world, rep, requests, w, i, COMPLETED, now_s)
+
+
+@njit(cache=True, nogil=True)
+def _end_prefill(pool, world, rep, slots, requests, w, r, i, now_s):
+    """A prefill is complete and has produced a token."""
+    request = requests[w, i]
+    if _gone(request, now_s):
+        running_remove(rep, requests, w, i)
+        rep.kv_used_blocks -= blocks_for(pool, request.computed)
+        rep.pending_prefill_tokens -= request.prompt_tokens
+        _end_request(world, rep, requests, w, i, ABANDONED, now_s)
+        return
+    if math.isnan(request.first_token_at_s):
+        request.first_token_at_s = now_s
+        rep.pending_prefill_tokens -= request.prompt_tokens
+        rep.decoding += 1
+        rep.decoding_tokens += request.target
+    rep.decoding_tokens += 1
+    steps = request.prompt_tokens + request.output_tokens - request.target - 1
+    if steps > 0:
+        _join_batch(pool, rep, slots, requests, w, r, i, steps)
+    else:
+        rep.kv_used_blocks -= blocks_for(pool, request.computed)
+        _complete(world, rep, requests, w, i, now_s)
+
+
+@njit(cache=True, nogil=True)
+def end_iteration(pool, world, rep, slots, requests, w, r, now_s):
+    """Everything that happens at the end of the last planned iteration: completions, first tokens, releases."""
+    if rep.decodes:
+        while rep.batch > 0 and slots[w, r, 0].finish_at <= rep.counter:
+            i = heap_pop(slots, w, r, rep.batch)
+            _leave_batch(pool, rep, slots, requests, w, r, i)
+            _complete(world, rep, requests, w, i, now_s)
+    i = int(rep.prefill_head)
+    if i >= 0:
+        rep.partial = -1
+        while i >= 0:
+            following = int(requests[w, i].next)
+            if requests[w, i].computed < requests[w, i].target:
+                rep.partial = i
+            else:
+                _end_prefill(pool, world, rep, slots, requests, w, r, i, now_s)
+            i = following
+    if rep.hold_head >= 0:
+        release_held(rep, requests, w)

@@ -1,0 +1,258 @@
+"""The event loop of the served fleet: submit, advance, pop what has ended.
+
+Time moves only through `advance`. Replicas do not touch each other, so each one moves on its own from the end of one
+iteration to the next, as far as `until_s`; an iteration that spans `until_s` stays in progress, and what can be read is
+as of the last one that ended. A replica without an event before `until_s` costs one comparison (`wake_s`).
+
+A scrape is a snapshot of waiting, running and KV use at phase + j * interval, whatever the times at which `advance` was
+called; only the last one at or before now can be read.
+
+Order of calls for one request: `advance(.., w, now)`, read, `submit(.., w, r, i, now)`; ends are read by
+`pop_finished` after any call. Compiled code and the interpreter (NUMBA_DISABLE_JIT=1) give the same numbers.
+"""
+
+# ruff: noqa: ANN001, ANN201 (Numba infers the types of kernels)
+from __future__ import annotations
+
+import math
+
+from numba import njit
+
+from envs.fleet.batching import blocks_for, count_iterations, elapsed_s, end_iteration, start_iteration
+from envs.fleet.provider import end_provider_calls
+from envs.fleet.queues import finished_append, hold_append, release_held, wait_append
+from envs.fleet.state import FAILED, IN_FLIGHT, NOT_SUBMITTED
+
+LAST_INSTANT_S = 1e300  # later than everything, earlier than never (inf)
+
+
+@njit(cache=True, nogil=True)
+def _next_scrape_s(pool, rep):
+    return rep.scrape_phase_s + rep.scrape_index * pool.scrape_interval_s
+
+
+@njit(cache=True, nogil=True)
+def _set_wake(pool, rep):
+    rep.wake_s = min(rep.iteration_end_s, _next_scrape_s(pool, rep))
+
+
+@njit(cache=True, nogil=True)
+def _reset_replica(pool, rep, slots, w, r, phase):
+    rep.in_flight = rep.held = rep.pending_prefill_tokens = rep.decoding = rep.decoding_tokens = 0
+    rep.in_flight_cap = pool.in_flight_cap
+    rep.waiting = rep.running = rep.kv_used_blocks = 0
+    rep.scraped_waiting = rep.scraped_running = 0
+    rep.scraped_kv_usage = 0.0
+    rep.busy_s = 0.0
+    rep.busy_from_s = rep.iteration_end_s = math.inf
+    rep.prefill_tokens_done = rep.decode_tokens_done = rep.iterations = rep.restarts = 0
+    rep.segment_start_s = rep.first_s = rep.growth_s = 0.0
+    rep.planned = rep.done = rep.decodes = rep.batch = rep.kv_sum = rep.counter = 0
+    rep.changed = 1
+    rep.segment_bin = rep.wait_head = rep.wait_tail = rep.hold_head = rep.hold_tail = -1
+    rep.prefill_head = rep.prefill_tail = rep.partial = rep.running_head = rep.running_tail = -1
+    rep.scrape_index = 0
+    rep.scrape_phase_s = phase * pool.scrape_interval_s
+    rep.scraped_at_s = rep.scrape_phase_s - pool.scrape_interval_s
+    for p in range(pool.block_size_tokens):
+        slots[w, r, p].boundaries = 0
+    _set_wake(pool, rep)
+
+
+@njit(cache=True, nogil=True)
+def reset_world(pools, tables, worlds, replicas, slots, providers, requests, w):
+    """Empties world w at time 0: idle replicas with their pool's cap, full rate limits, no request submitted.
+
+    Inputs of `requests` stay as they are. Scrapes of the replicas are spread evenly over the interval.
+    """
+    world = worlds[w]
+    world.clock_s = 0.0
+    world.first_finished = world.last_finished = -1
+    world.provider_calls = 0
+    world.next_call_s = math.inf
+    world.submitted = world.completed = world.abandoned = world.failed = 0
+    n_replicas = replicas.shape[1]
+    for r in range(n_replicas):
+        _reset_replica(pools[replicas[w, r].pool], replicas[w, r], slots, w, r, (r + 1.0) / n_replicas)
+    for v in range(providers.shape[1]):
+        provider = providers[w, v]
+        provider.in_flight = provider.calls = 0
+        provider.bucket = provider.bucket_size
+        provider.bucket_at_s = 0.0
+    for i in range(requests.shape[1]):
+        request = requests[w, i]
+        request.status = NOT_SUBMITTED
+        request.replica = request.restarts = request.computed = 0
+        request.next = request.before = request.after = request.joined_at = -1
+        request.dispatched_at_s = request.first_token_at_s = request.completed_at_s = math.nan
+
+
+@njit(cache=True, nogil=True)
+def _notice_arrival(pool, rep, now_s):
+    """The line at the engine is not empty any more: start now if idle, else look after the iteration in progress.
+
+    An idle replica starts at the next `advance`, so that requests sent at one instant share the first iteration.
+    """
+    if math.isinf(rep.iteration_end_s):
+        rep.planned = rep.done = 0
+        rep.iteration_end_s = now_s
+        _set_wake(pool, rep)
+    else:
+        rep.planned = rep.done + 1
+
+
+@njit(cache=True, nogil=True)
+def submit(pools, tables, worlds, replicas, slots, providers, requests, w, r, i, now_s):
+    """Sends request i of world w to replica r now.
+
+    Beyond in_flight_cap it waits in the gateway's hold queue. A request whose context can never fit into the KV cache
+    fails at once, as a length check at the engine's front door would have it.
+
+    Args:
+        pools, tables, worlds, replicas, slots, providers, requests: `Fleet.arrays`.
+        w: World.
+        r: Replica.
+        i: Request with prompt_tokens and output_tokens of 1 or more and patience_until_s filled in.
+        now_s: Time; the world must have been advanced to it.
+    """
+    world, rep, request = worlds[w], replicas[w, r], requests[w, i]
+    pool = pools[rep.pool]
+    world.submitted += 1
+    request.replica = r
+    request.dispatched_at_s = now_s
+    request.target = request.prompt_tokens
+    largest = blocks_for(pool, request.prompt_tokens + request.output_tokens - 1)
+    if largest + pool.watermark_blocks + pool.vidur_quirks > pool.kv_blocks:
+        request.status = FAILED
+        request.completed_at_s = now_s
+        world.failed += 1
+        finished_append(world, requests, w, i)
+        return
+    request.status = IN_FLIGHT
+    rep.pending_prefill_tokens += request.prompt_tokens
+    rep.in_flight += 1
+    if rep.in_flight - rep.held > rep.in_flight_cap:
+        hold_append(rep, requests, w, i)
+        return
+    # With others in line already, the first of them is blocked until the batch changes, and so is this one
+    first_in_line = rep.wait_head < 0
+    wait_append(rep, requests, w, i)
+    if first_in_line:
+        _notice_arrival(pools[rep.pool], rep, now_s)
+
+
+@njit(cache=True, nogil=True)
+def set_in_flight_cap(pools, tables, worlds, replicas, slots, providers, requests, w, r, cap, now_s):
+    """Changes the cap of a replica now and lets held requests through if it rose. `cap` is 1 or more."""
+    rep = replicas[w, r]
+    rep.in_flight_cap = cap
+    first_in_line = rep.wait_head < 0
+    release_held(rep, requests, w)
+    if first_in_line and rep.wait_head >= 0:
+        _notice_arrival(pools[rep.pool], rep, now_s)
+
+
+@njit(cache=True, nogil=True)
+def _ended_by(rep, until_s):
+    """Iterations of the segment that have ended at `until_s`, at least the one in progress."""
+    start_s = rep.segment_start_s
+    if start_s + elapsed_s(rep, rep.planned) <= until_s:
+        return rep.planned
+    n = rep.done + 1
+    if start_s + elapsed_s(rep, n + 1) > until_s:
+        return n
+    span_s = until_s - start_s
+    if rep.growth_s > 0.0:
+        half = rep.first_s - 0.5 * rep.growth_s
+        guess = (math.sqrt(half * half + 2.0 * rep.growth_s * span_s) - half) / rep.growth_s
+    else:
+        guess = span_s / rep.first_s
+    n = min(max(n, int(guess)), rep.planned)
+    while n > rep.done + 1 and start_s + elapsed_s(rep, n) > until_s:
+        n -= 1
+    while start_s + elapsed_s(rep, n + 1) <= until_s:
+        n += 1
+    return n
+
+
+@njit(cache=True, nogil=True)
+def _last_scrape(pool, rep, until_s):
+    """Index of the last scrape at or before `until_s`."""
+    index = int((until_s - rep.scrape_phase_s) / pool.scrape_interval_s)
+    while rep.scrape_phase_s + index * pool.scrape_interval_s > until_s:
+        index -= 1
+    while rep.scrape_phase_s + (index + 1) * pool.scrape_interval_s <= until_s:
+        index += 1
+    return index
+
+
+@njit(cache=True, nogil=True)
+def _advance_replica(pool, tables, world, rep, slots, requests, w, r, until_s):
+    """Runs one replica from iteration to iteration up to `until_s`, taking the last scrape on the way."""
+    scrape_s = math.inf
+    if _next_scrape_s(pool, rep) <= until_s and until_s < LAST_INSTANT_S:
+        rep.scrape_index = _last_scrape(pool, rep, until_s)
+        scrape_s = _next_scrape_s(pool, rep)
+    while True:
+        stop_s = min(scrape_s, until_s)
+        if rep.iteration_end_s <= stop_s:
+            if rep.planned > rep.done:
+                count_iterations(pool, rep, slots, w, r, _ended_by(rep, stop_s) - rep.done)
+                if rep.done < rep.planned:
+                    rep.iteration_end_s = rep.segment_start_s + elapsed_s(rep, rep.done + 1)
+                    continue
+                rep.iteration_end_s = rep.segment_start_s + elapsed_s(rep, rep.done)
+                end_iteration(pool, world, rep, slots, requests, w, r, rep.iteration_end_s)
+            start_iteration(pool, tables, world, rep, slots, requests, w, r, rep.iteration_end_s)
+        elif scrape_s <= until_s:
+            rep.scraped_at_s = scrape_s
+            rep.scraped_waiting = rep.waiting
+            rep.scraped_running = rep.running
+            rep.scraped_kv_usage = rep.kv_used_blocks / pool.kv_blocks
+            rep.scrape_index += 1
+            scrape_s = math.inf
+        else:
+            break
+    _set_wake(pool, rep)
+
+
+@njit(cache=True, nogil=True)
+def advance(pools, tables, worlds, replicas, slots, providers, requests, w, until_s):
+    """Runs world w up to `until_s`; whatever ends on the way joins the finished list.
+
+    The list is in order of time within a replica, and replica by replica within one call.
+    """
+    world = worlds[w]
+    for r in range(replicas.shape[1]):
+        if replicas[w, r].wake_s <= until_s:
+            rep = replicas[w, r]
+            _advance_replica(pools[rep.pool], tables, world, rep, slots, requests, w, r, until_s)
+    if world.next_call_s <= until_s:
+        end_provider_calls(world, providers, requests, w, until_s)
+    world.clock_s = until_s
+
+
+@njit(cache=True, nogil=True)
+def drain(pools, tables, worlds, replicas, slots, providers, requests, w):
+    """Runs world w until nothing is in flight; takes no scrapes and leaves its clock at the last `advance`."""
+    clock_s = worlds[w].clock_s
+    advance(pools, tables, worlds, replicas, slots, providers, requests, w, LAST_INSTANT_S)
+    worlds[w].clock_s = clock_s
+
+
+@njit(cache=True, nogil=True)
+def pop_finished(worlds, requests, w):
+    """Next request of world w that has ended (whatever its status), or -1."""
+    world = worlds[w]
+    i = int(world.first_finished)
+    if i >= 0:
+        world.first_finished = requests[w, i].next
+        if world.first_finished < 0:
+            world.last_finished = -1
+    return i
+
+
+@njit(cache=True, nogil=True)
+def busy_seconds(rep, now_s):
+    """Seconds during which a replica has had something to do, up to now."""
+    return rep.busy_s + max(now_s - rep.busy_from_s, 0.0)

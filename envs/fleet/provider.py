@@ -1,0 +1,126 @@
+"""Third-party providers: a call ends at ttft + tpot (output - 1) after it was sent; a token bucket limits the rate.
+
+The calls of a world wait in one heap, ordered by the time they end; its p-th entry is `requests[w, p].call_heap`.
+"""
+
+# ruff: noqa: ANN001, ANN201 (Numba infers the types of kernels)
+from __future__ import annotations
+
+import math
+
+from numba import njit
+
+from envs.fleet.queues import finished_append
+from envs.fleet.state import ABANDONED, COMPLETED, FAILED, IN_FLIGHT
+
+
+@njit(cache=True, nogil=True)
+def _bucket(provider, now_s):
+    """Requests that the rate limit allows at once."""
+    if math.isinf(provider.requests_per_s):
+        return math.inf
+    return min(provider.bucket_size, provider.bucket + (now_s - provider.bucket_at_s) * provider.requests_per_s)
+
+
+@njit(cache=True, nogil=True)
+def provider_available(providers, w, v, now_s):
+    """Whether a call to provider v is legal now, as far as its rate limit goes."""
+    return _bucket(providers[w, v], now_s) >= 1.0
+
+
+@njit(cache=True, nogil=True)
+def _ends_s(requests, w, p):
+    return requests[w, requests[w, p].call_heap].completed_at_s
+
+
+@njit(cache=True, nogil=True)
+def _push_call(world, requests, w, i):
+    p = world.provider_calls
+    world.provider_calls += 1
+    end_s = requests[w, i].completed_at_s
+    while p > 0:
+        parent = (p - 1) >> 1
+        if _ends_s(requests, w, parent) <= end_s:
+            break
+        requests[w, p].call_heap = requests[w, parent].call_heap
+        p = parent
+    requests[w, p].call_heap = i
+    world.next_call_s = _ends_s(requests, w, 0)
+
+
+@njit(cache=True, nogil=True)
+def _pop_call(world, requests, w):
+    first = int(requests[w, 0].call_heap)
+    world.provider_calls -= 1
+    size = world.provider_calls
+    i = int(requests[w, size].call_heap)
+    end_s = requests[w, i].completed_at_s
+    p = 0
+    while True:
+        child = 2 * p + 1
+        if child >= size:
+            break
+        if child + 1 < size and _ends_s(requests, w, child + 1) < _ends_s(requests, w, child):
+            child += 1
+        if _ends_s(requests, w, child) >= end_s:
+            break
+        requests[w, p].call_heap = requests[w, child].call_heap
+        p = child
+    requests[w, p].call_heap = i
+    world.next_call_s = _ends_s(requests, w, 0) if size > 0 else math.inf
+    return first
+
+
+@njit(cache=True, nogil=True)
+def submit_provider(pools, tables, worlds, replicas, slots, providers, requests, w, v, i, now_s, ttft_s, tpot_s):
+    """Sends request i to provider v now.
+
+    Without room in the rate limit the call fails at once. A user whose patience ends before the first token leaves then.
+
+    Args:
+        pools, tables, worlds, replicas, slots, providers, requests: `Fleet.arrays`.
+        w: World.
+        v: Provider.
+        i: Request, whose inputs are filled in.
+        now_s: Time; the world must have been advanced to it.
+        ttft_s: Time to the first token of this call.
+        tpot_s: Time per further token.
+    """
+    world, provider, request = worlds[w], providers[w, v], requests[w, i]
+    world.submitted += 1
+    request.replica = -1 - v
+    request.dispatched_at_s = now_s
+    provider.bucket = _bucket(provider, now_s)
+    provider.bucket_at_s = now_s
+    if provider.bucket < 1.0:
+        request.status = FAILED
+        request.completed_at_s = now_s
+        world.failed += 1
+        finished_append(world, requests, w, i)
+        return
+    provider.bucket -= 1.0
+    provider.in_flight += 1
+    provider.calls += 1
+    request.status = IN_FLIGHT
+    if now_s + ttft_s > request.patience_until_s:
+        request.completed_at_s = max(request.patience_until_s, now_s)
+    else:
+        request.first_token_at_s = now_s + ttft_s
+        request.completed_at_s = now_s + ttft_s + tpot_s * (request.output_tokens - 1)
+    _push_call(world, requests, w, i)
+
+
+@njit(cache=True, nogil=True)
+def end_provider_calls(world, providers, requests, w, until_s):
+    """Ends the provider calls of a world up to `until_s`."""
+    while world.provider_calls > 0 and world.next_call_s <= until_s:
+        i = _pop_call(world, requests, w)
+        request = requests[w, i]
+        providers[w, -1 - request.replica].in_flight -= 1
+        if math.isnan(request.first_token_at_s):
+            request.status = ABANDONED
+            world.abandoned += 1
+        else:
+            request.status = COMPLETED
+            world.completed += 1
+        finished_append(world, requests, w, i)

@@ -1,0 +1,184 @@
+"""Linked lists through `requests` and the heap of finishing decodes: constant or logarithmic time, no allocation.
+
+A request waits in one list at a time (hold, waiting, prefill or finished), so one field `next` serves them all. The
+running list, in order of admission, is doubly linked because a request leaves it from anywhere.
+"""
+
+# ruff: noqa: ANN001, ANN201 (Numba infers the types of kernels)
+from __future__ import annotations
+
+from numba import njit
+
+
+@njit(cache=True, nogil=True)
+def wait_append(rep, requests, w, i):
+    """Last in line at the engine."""
+    requests[w, i].next = -1
+    if rep.wait_tail >= 0:
+        requests[w, rep.wait_tail].next = i
+    else:
+        rep.wait_head = i
+    rep.wait_tail = i
+    rep.waiting += 1
+
+
+@njit(cache=True, nogil=True)
+def wait_prepend(rep, requests, w, i):
+    """First in line: a preempted request."""
+    requests[w, i].next = rep.wait_head
+    if rep.wait_head < 0:
+        rep.wait_tail = i
+    rep.wait_head = i
+    rep.waiting += 1
+
+
+@njit(cache=True, nogil=True)
+def wait_pop(rep, requests, w):
+    """Takes the first in line, which must exist."""
+    rep.wait_head = requests[w, rep.wait_head].next
+    if rep.wait_head < 0:
+        rep.wait_tail = -1
+    rep.waiting -= 1
+
+
+@njit(cache=True, nogil=True)
+def hold_append(rep, requests, w, i):
+    """Last in the gateway's hold queue."""
+    requests[w, i].next = -1
+    if rep.hold_tail >= 0:
+        requests[w, rep.hold_tail].next = i
+    else:
+        rep.hold_head = i
+    rep.hold_tail = i
+    rep.held += 1
+
+
+@njit(cache=True, nogil=True)
+def release_held(rep, requests, w):
+    """Lets held requests through to the engine while it has fewer than the cap."""
+    while rep.hold_head >= 0 and rep.in_flight - rep.held < rep.in_flight_cap:
+        i = int(rep.hold_head)
+        rep.hold_head = requests[w, i].next
+        if rep.hold_head < 0:
+            rep.hold_tail = -1
+        rep.held -= 1
+        wait_append(rep, requests, w, i)
+
+
+@njit(cache=True, nogil=True)
+def prefill_append(rep, requests, w, i):
+    """Adds a request to those that prefill in the iteration being put together."""
+    requests[w, i].next = -1
+    if rep.prefill_tail >= 0:
+        requests[w, rep.prefill_tail].next = i
+    else:
+        rep.prefill_head = i
+    rep.prefill_tail = i
+
+
+@njit(cache=True, nogil=True)
+def running_append(rep, requests, w, i, sorted_by_row):
+    """Last of the running list; where `sorted_by_row`, behind the last request with a lower row."""
+    behind = int(rep.running_tail)
+    if sorted_by_row:
+        while behind >= 0 and behind > i:
+            behind = int(requests[w, behind].before)
+    ahead = requests[w, behind].after if behind >= 0 else rep.running_head
+    requests[w, i].before = behind
+    requests[w, i].after = ahead
+    if behind >= 0:
+        requests[w, behind].after = i
+    else:
+        rep.running_head = i
+    if ahead >= 0:
+        requests[w, ahead].before = i
+    else:
+        rep.running_tail = i
+    rep.running += 1
+
+
+@njit(cache=True, nogil=True)
+def running_remove(rep, requests, w, i):
+    """Takes a request out of the running list."""
+    before, after = requests[w, i].before, requests[w, i].after
+    if before >= 0:
+        requests[w, before].after = after
+    else:
+        rep.running_head = after
+    if after >= 0:
+        requests[w, after].before = before
+    else:
+        rep.running_tail = before
+    rep.running -= 1
+
+
+@njit(cache=True, nogil=True)
+def finished_append(world, requests, w, i):
+    """Last of the world's list of requests that have ended and were not yet popped."""
+    requests[w, i].next = -1
+    if world.last_finished >= 0:
+        requests[w, world.last_finished].next = i
+    else:
+        world.first_finished = i
+    world.last_finished = i
+
+
+@njit(cache=True, nogil=True)
+def _sift_up(slots, w, r, p, finish_at, i):
+    while p > 0:
+        parent = (p - 1) >> 1
+        if slots[w, r, parent].finish_at <= finish_at:
+            break
+        slots[w, r, p].finish_at = slots[w, r, parent].finish_at
+        slots[w, r, p].request = slots[w, r, parent].request
+        p = parent
+    slots[w, r, p].finish_at = finish_at
+    slots[w, r, p].request = i
+
+
+@njit(cache=True, nogil=True)
+def _sift_down(slots, w, r, p, size, finish_at, i):
+    while True:
+        child = 2 * p + 1
+        if child >= size:
+            break
+        if child + 1 < size and slots[w, r, child + 1].finish_at < slots[w, r, child].finish_at:
+            child += 1
+        if slots[w, r, child].finish_at >= finish_at:
+            break
+        slots[w, r, p].finish_at = slots[w, r, child].finish_at
+        slots[w, r, p].request = slots[w, r, child].request
+        p = child
+    slots[w, r, p].finish_at = finish_at
+    slots[w, r, p].request = i
+
+
+@njit(cache=True, nogil=True)
+def heap_push(slots, w, r, size, finish_at, i):
+    """Adds a decode to a heap of `size` entries."""
+    _sift_up(slots, w, r, size, finish_at, i)
+
+
+@njit(cache=True, nogil=True)
+def heap_pop(slots, w, r, size):
+    """Removes the decode that finishes first from a heap of `size` entries and returns its request."""
+    i = int(slots[w, r, 0].request)
+    if size > 1:
+        _sift_down(slots, w, r, 0, size - 1, slots[w, r, size - 1].finish_at, int(slots[w, r, size - 1].request))
+    return i
+
+
+@njit(cache=True, nogil=True)
+def heap_remove(slots, w, r, size, i):
+    """Removes a preempted decode, found by a scan (preemption is rare)."""
+    p = 0
+    while slots[w, r, p].request != i:
+        p += 1
+    last = size - 1
+    if p == last:
+        return
+    finish_at, request = slots[w, r, last].finish_at, int(slots[w, r, last].request)
+    if p > 0 and finish_at < slots[w, r, (p - 1) >> 1].finish_at:
+        _sift_up(slots, w, r, p, finish_at, request)
+    else:
+        _sift_down(slots, w, r, p, last, finish_at, request)
