@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the comparison and prints it; bad input exits 2."""
     args = parser().parse_args(argv)
-    check_numbers(args)
+    check_flags(args)
     from envs.scenario import load_scenario
     from evaluation.document import check_target, to_document, write_json
     from evaluation.report import build_report
@@ -114,7 +114,7 @@ def select_baselines(scenario: Scenario, wanted: str, runs: list[str]) -> tuple[
     """The tuned heuristics asked for, and whether the shuffled mix is among them."""
     if wanted == "none":
         return {}, False
-    from agents.tuning import baselines_for
+    from agents.baselines import baselines_for
 
     known = baselines_for(scenario, run_dir=Path(runs[0]) if runs else None)
     known.pop(SHUFFLED_MIX, None)
@@ -145,11 +145,14 @@ def pairs(items: list[str], flag: str) -> dict[str, str]:
     return {key.strip(): value for key, _, value in (item.partition("=") for item in items)}
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-    """Refuses counts that make no comparison."""
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuses flags that make no comparison, before anything heavy is imported."""
     for flag, value, least in (("--episodes", args.episodes, 1), ("--seed", args.seed, 0)):
         if value < least:
             raise InputError(f"{flag} {value} is not legal; legal is {least} or more")
+    for flag, value in (("--trace-format", args.trace_format), ("--columns", args.columns)):
+        if value is not None and args.trace is None:
+            raise InputError(f"{flag} {value!r} needs --trace FILE")
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers {args.workers} is not legal; legal is 1 or more")
 
