@@ -135,7 +135,9 @@ class Shadow:
 
     def finished(self, id: str, outcome: Outcome) -> bool:
         """Records what happened; False if the request is unknown or was recorded before."""
-        self.state.end(id, outcome.status, outcome.output_tokens, outcome.attempt_ttft_s, outcome.attempt_e2e_s)
+        kind = self.bundle.layout.kind[self.candidate.get(outcome.served_by, -1)]
+        taught = outcome.output_tokens if kind <= v.PROVIDER else None  # a stored answer says nothing of an engine
+        self.state.end(id, outcome.status, taught, outcome.attempt_ttft_s, outcome.attempt_e2e_s)
         with self._lock:
             pending = self._pending.pop(id, None)
         if pending is None:

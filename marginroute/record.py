@@ -85,7 +85,7 @@ def record_of(
         choice=decision.name,
         kind=decision.kind,
         probability=decision.probability,
-        reason_usd={part: round(usd, 9) for part, usd in decision.reason_usd.items()},
+        reason_usd={part: round(usd, 9) + 0.0 for part, usd in decision.reason_usd.items()},
         runner_up=decision.runner_up,
         runner_up_usd=round(decision.runner_up_usd, 9),
         guard=decision.guard,

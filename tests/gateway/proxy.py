@@ -128,6 +128,14 @@ class Proxy:
             return 200, "error in the stream"
         return 200, "".join(x["choices"][0]["delta"].get("content") or "" for x in chunks if x["choices"])
 
+    def hang_up(self, group: str, message: str) -> None:
+        """Asks for a stream and leaves after its first line."""
+        body = json.dumps({"model": group, "messages": [{"role": "user", "content": message}], "stream": True}).encode()
+        headers = {"Authorization": "Bearer sk-premium", "Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/chat/completions", body, headers)
+        with urllib.request.urlopen(request, timeout=30) as response:
+            response.readline()
+
     def probe(self) -> dict:
         self.ask("only-a", "probe", key="sk-probe")
         return json.loads((self.folder / "probe.json").read_text())

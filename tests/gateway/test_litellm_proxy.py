@@ -69,7 +69,8 @@ def runs(bundle_folder, tmp_path_factory):
             thread.start()
         for thread in threads:
             thread.join()
-        records = wait_for_records(log, len(SEQUENCE) + SHUFFLED)
+        proxies["with"].hang_up("only-a", "hello long")
+        records = wait_for_records(log, len(SEQUENCE) + SHUFFLED + 1)
         probe = proxies["with"].probe()
         yield {"results": results, "records": records, "probe": probe, "output": proxies["with"].text(), "log": log}
     finally:
@@ -128,7 +129,7 @@ def test_shadow_changes_nothing(runs):
 
 def test_one_record_per_request(runs):
     records = runs["records"]
-    assert len(records) == len(SEQUENCE) + SHUFFLED
+    assert len(records) == len(SEQUENCE) + SHUFFLED + 1  # and the client that hung up
     assert len({record["id"] for record in records}) == len(records)
     assert all(record["schema"] == 1 and record["mode"] == "shadow" for record in records)
     assert {record["policy"] for record in records} == {"bid-price"}
@@ -199,4 +200,4 @@ def test_no_prompt_in_the_log(runs):
 def split(records):
     """Records of the sequence in order, and of the shuffled group, in order of decision."""
     records = sorted(records, key=lambda record: record["decided_at_s"])
-    return records[: len(SEQUENCE)], records[len(SEQUENCE) :]
+    return records[: len(SEQUENCE)], records[len(SEQUENCE) : -1]

@@ -1,0 +1,178 @@
+"""Train/serve parity: a gateway that watches a simulated fleet's requests shows its policy the world's own View."""
+
+import numpy as np
+import pytest
+from test_telemetry import Clock
+
+from envs import world as kernel
+from envs import worlds as worlds_module
+from envs.fleet.state import COMPLETED
+from envs.scenario import load_scenario
+from envs.worlds import FleetWorlds
+from marginroute import latency, telemetry
+from marginroute import view as v
+from marginroute.bundle import Bundle
+from marginroute.guard import GuardLimits
+from marginroute.heuristics import LeastInFlight, MarginParameters, MarginRule
+from marginroute.quality import QualityPrior
+from marginroute.telemetry import GatewayState
+
+DECISIONS = 400
+
+
+def bundle_of(plant):
+    quality = plant.scenario.workload_spec.quality
+    terms = {
+        name: {field: float(plant.terms[k][field]) for field in plant.terms.dtype.names}
+        for k, name in enumerate(plant.layout.class_names)
+    }
+    stations = len(plant.layout.station_names)
+    return Bundle(
+        policy=MarginRule("bid-price", MarginParameters((0.0,) * stations, cap_share=0.05)),
+        fallback=LeastInFlight("least-in-flight"),
+        limits=GuardLimits(),
+        layout=plant.layout,
+        static_signals=plant.static_signals,
+        slots=plant.slots,
+        terms=terms,
+        output_tokens=plant.output_tokens,
+        prior=QualityPrior(
+            np.array(quality.prior_ability),
+            np.array(quality.slope),
+            quality.signal_correlation,
+            quality.nobody_can_share,
+        ),
+        scenario={},
+    )
+
+
+class Mirror:
+    """Replays what happened to the requests of a world since the last decision into a GatewayState."""
+
+    def __init__(self, worlds, state, clock):
+        self.worlds, self.state, self.clock = worlds, state, clock
+        self.open = {}  # request -> has its first token
+
+    def sent(self, i, c):
+        layout, load = self.worlds.plant.layout, self.worlds.loads[0, i]
+        classes, tasks = layout.class_names[load["class_index"]], layout.task_names[load["task_index"]]
+        self.state.begin(str(i), c, int(load["prompt_tokens"]), classes, tasks)
+        self.open[i] = False
+
+    def catch_up(self, now_s):
+        requests, events = self.worlds.fleet.requests[0], []
+        for i, started in self.open.items():
+            first_s, end_s = requests[i]["first_token_at_s"], requests[i]["completed_at_s"]
+            if not started and first_s <= now_s:
+                events.append((first_s, 0, i))
+            if requests[i]["status"] >= COMPLETED and end_s <= now_s:
+                events.append((end_s, 1, i))
+        for at_s, ended, i in sorted(events):
+            self.clock.now_s = at_s
+            if not ended:
+                self.state.first_token(str(i))
+                self.open[i] = True
+            else:
+                done = requests[i]["status"] == COMPLETED
+                self.state.end(str(i), "completed" if done else "failed", int(requests[i]["output_tokens"]))
+                del self.open[i]
+        self.clock.now_s = now_s
+
+
+@pytest.fixture(scope="module")
+def views():
+    """Pairs of the world's View and the gateway's, decision by decision."""
+    scenario = load_scenario("quickstart")
+    worlds = FleetWorlds(scenario, 1)
+    worlds.load(0, scenario.generate(3, split="validation"))
+    bundle, clock = bundle_of(worlds.plant), Clock()
+    caps = bundle.policy.in_flight_caps(worlds.plant.layout, worlds.plant.slots)
+    worlds.set_in_flight_caps(caps)
+    clock.now_s = 0.0
+    hold_s = float(worlds.plant.config[0]["hold_s"])
+    state = GatewayState(bundle, clock, can={"cache", "defer", "shed", "hold"}, hold_s=hold_s)
+    mirror, seen, pairs = Mirror(worlds, state, clock), set(), []
+    layout, rng = worlds.plant.layout, np.random.default_rng(5)
+    while not worlds.done[0] and len(pairs) < DECISIONS:
+        desk = worlds.desks[0]
+        i, now_s = int(desk["current"]), float(desk["now_s"])
+        mirror.catch_up(now_s)
+        theirs = worlds.view()[0].copy()
+        for r in range(layout.n_replicas):
+            state.scraped(r, *theirs.signals[[v.WAITING, v.RUNNING, v.KV_USAGE, v.TELEMETRY_AGE_S], r])
+        load = worlds.loads[0, i]
+        serving = np.flatnonzero(theirs.legal & (layout.kind <= v.PROVIDER))
+        cache = layout.names.index("cache")
+        cached_tier = int(worlds.entries[0, load["prompt_key"]]["tier"]) if theirs.legal[cache] else None
+        ours = state.view(
+            int(load["prompt_tokens"]),
+            layout.class_names[load["class_index"]],
+            layout.task_names[load["task_index"]],
+            float(load["difficulty_signal"]),
+            waited_s=now_s - load["arrived_at_s"],
+            deadline_left_s=float(load["arrived_at_s"] + load["deadline_s"] - now_s),
+            attempt=2 if i in seen else 1,
+            available=serving,
+            cached_tier=cached_tier,
+        )
+        seen.add(i)
+        pairs.append((theirs, ours))
+        choice = int(rng.choice(np.flatnonzero(theirs.legal)[:-1]))
+        if layout.kind[choice] <= v.PROVIDER:
+            mirror.sent(i, choice)
+        worlds.step(np.array([choice]))
+    return pairs
+
+
+EXACT = [name for name in v.SIGNAL_NAMES if name not in ("decoding_tokens", "recent_ttft_s", "recent_tpot_s")]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_signal_is_the_worlds(views, name):
+    row = v.SIGNAL_NAMES.index(name)
+    for theirs, ours in views:
+        np.testing.assert_allclose(ours.signals[row], theirs.signals[row], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("row", [v.RECENT_TTFT_S, v.RECENT_TPOT_S])
+def test_own_latencies_are_the_worlds(views, row):
+    for theirs, ours in views:
+        np.testing.assert_allclose(ours.signals[row], theirs.signals[row], rtol=1e-6, atol=1e-9)
+
+
+def test_decoding_tokens_without_progress_reports_are_close(views):
+    """The gateway extrapolates streams by recent TPOT; the world knows each token."""
+    theirs = np.array([t.signals[v.DECODING_TOKENS] for t, _ in views])
+    ours = np.array([o.signals[v.DECODING_TOKENS] for _, o in views])
+    busy = theirs > 0
+    assert ((ours > 0) == busy).all()
+    error = np.abs(ours - theirs)[busy] / theirs[busy]
+    assert np.median(error) < 0.03
+    assert np.quantile(error, 0.95) < 0.15
+
+
+@pytest.mark.parametrize("name", v.REQUEST_NAMES)
+def test_request_is_the_worlds(views, name):
+    row = v.REQUEST_NAMES.index(name)
+    tolerance = 1e-6 if name == "expected_output_tokens" else 1e-9
+    for theirs, ours in views:
+        np.testing.assert_allclose(ours.request[row], theirs.request[row], rtol=tolerance)
+
+
+def test_legal_is_the_worlds(views):
+    for theirs, ours in views:
+        assert ours.legal.tolist() == theirs.legal.tolist()
+
+
+def test_every_kind_of_candidate_was_met(views):
+    legal = np.array([theirs.legal for theirs, _ in views])
+    assert legal.any(axis=0).all()
+    assert max(theirs.signals[v.HELD].max() for theirs, _ in views) > 0
+
+
+def test_horizons_of_running_means_are_the_worlds():
+    assert kernel.RECENT == latency.RECENT_ANSWERS
+    assert kernel.LENGTHS_RECENT == latency.RECENT_LENGTHS
+    assert kernel.ARRIVALS_RECENT == latency.RECENT_ARRIVALS
+    assert worlds_module.LENGTHS_PRIOR_WEIGHT == latency.PRIOR_LENGTHS
+    assert worlds_module.UNLIMITED == telemetry.UNLIMITED
