@@ -116,7 +116,7 @@ def select_baselines(scenario: Scenario, wanted: str, runs: list[str]) -> tuple[
         return {}, False
     from agents.baselines import baselines_for
 
-    known = baselines_for(scenario, run_dir=Path(runs[0]) if runs else None)
+    known: dict[str, Policy] = {**baselines_for(scenario, run_dir=Path(runs[0]) if runs else None)}
     known.pop(SHUFFLED_MIX, None)
     if wanted == "all":
         return known, True

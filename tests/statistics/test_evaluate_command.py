@@ -80,7 +80,7 @@ def two_heuristics(monkeypatch):
     from marginroute.heuristics import FixedTier, LeastInFlight
 
     known = {"least-in-flight": LeastInFlight("least-in-flight"), "fixed-small": FixedTier("fixed-small", 0)}
-    monkeypatch.setattr("agents.tuning.baselines_for", lambda scenario, run_dir=None: dict(known), raising=False)
+    monkeypatch.setattr("agents.baselines.baselines_for", lambda scenario, run_dir=None: dict(known))
     monkeypatch.setattr(
         evaluate, "load_policies", lambda runs: {"ppo": LeastInFlight("ppo", use_providers=True)} if runs else {}
     )
