@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     check_flags(args)
     from envs.scenario import load_scenario
+    from evaluation.arguments import pairs
     from evaluation.document import check_target, to_document, write_json
     from evaluation.report import build_report
     from evaluation.table import print_report
@@ -135,14 +136,6 @@ def shuffled_mixes(results: Mapping[str, EpisodeResults], of: list[str]) -> dict
     return {
         name: ShuffledMix(name, tier_shares=results[policy].tier_shares) for name, policy in zip(names, of, strict=True)
     }
-
-
-def pairs(items: list[str], flag: str) -> dict[str, str]:
-    """`key=value` words as a dictionary."""
-    for item in items:
-        if "=" not in item or item.startswith("="):
-            raise InputError(f"{flag} {item!r} is not legal; legal is KEY=VALUE")
-    return {key.strip(): value for key, _, value in (item.partition("=") for item in items)}
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -45,17 +45,28 @@ class Scorer(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.value[-1].weight)
 
-    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (B, C) of the candidates and values (B,)."""
+    def _inputs(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Normalised candidates (B, C, F) and context (B, G), advice logits and legal mask (B, C)."""
         candidate, context, advice, legal = split(observation, self.n_candidates, self.spec)
         x = ((candidate - self.candidate_mean) / self.candidate_std).clamp(-CLIP, CLIP)
         y = ((context - self.context_mean) / self.context_std).clamp(-CLIP, CLIP)
+        return x, y, advice, legal
+
+    def _score(self, x: Tensor, y: Tensor, advice: Tensor, legal: Tensor) -> Tensor:
         h = torch.relu(self.candidate(x) + self.context(y).unsqueeze(-2))
         logits = self.kappa * advice + self.head(torch.relu(self.hidden(h))).squeeze(-1)
-        logits = torch.where(legal > 0.5, logits, torch.full_like(logits, ILLEGAL_LOGIT))
+        return torch.where(legal > 0.5, logits, torch.full_like(logits, ILLEGAL_LOGIT))
+
+    def logits(self, observation: Tensor) -> Tensor:
+        """Logits (B, C), `ILLEGAL_LOGIT` where a candidate is not legal."""
+        return self._score(*self._inputs(observation))
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (B, C) of the candidates and values (B,)."""
+        x, y, advice, legal = self._inputs(observation)
         pooled = (x * legal.unsqueeze(-1)).sum(-2) / legal.sum(-1, keepdim=True)
         value = self.value(torch.cat([pooled, y], dim=-1)).squeeze(-1)
-        return torch.log_softmax(logits, dim=-1), value
+        return torch.log_softmax(self._score(x, y, advice, legal), dim=-1), value
 
 
 class ScorerPolicy(ActorCriticPolicy):

@@ -11,6 +11,12 @@ Progress = Callable[[int, int], None]
 """Called with (done, total); total may not change."""
 
 SPARSE_LINE_EVERY_S = 10.0
+_forced: list[bool] = []
+
+
+def force_bars() -> None:
+    """Shows bars even where stderr is no terminal (train.py -P)."""
+    _forced.append(True)
 
 
 def silent(done: int, total: int) -> None:
@@ -20,7 +26,7 @@ def silent(done: int, total: int) -> None:
 @contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
     """Yields a callback that shows how far the work titled `title` is."""
-    if sys.stderr.isatty():
+    if _forced or sys.stderr.isatty():
         with _rich_bar(title) as report:
             yield report
     else:
@@ -58,6 +64,6 @@ def _rich_bar(title: str) -> Iterator[Progress]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=Console(stderr=True)) as bar:
+    with RichProgress(*columns, console=Console(stderr=True, force_terminal=bool(_forced) or None)) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

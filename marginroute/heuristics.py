@@ -249,10 +249,11 @@ class FixedTier(RuleOfThumb):
 
 
 def uniform(view: View, seed: int) -> Array:
-    """A reproducible uniform in [0, 1) per candidate and decision, (..., C): a hash of seed, sequence and candidate."""
+    """A reproducible uniform in [0, 1) per candidate and decision, (..., C): a hash of seed, request and candidate."""
     with np.errstate(over="ignore"):
         sequence = view.request[v.SEQUENCE][..., None].astype(np.uint64)
-        x = sequence * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed) * np.uint64(0xD1B54A32D192ED03)
+        content = np.ascontiguousarray(view.request[v.DIFFICULTY_SIGNAL])[..., None].view(np.uint64)
+        x = sequence * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed) * np.uint64(0xD1B54A32D192ED03) + content
         x = x + np.arange(1, view.layout.n_candidates + 1, dtype=np.uint64) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

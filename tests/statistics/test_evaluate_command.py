@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import evaluate
+from evaluation import arguments
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,7 +61,7 @@ def test_bad_input_is_one_sentence(words, sentence, capsys):
 
 
 def test_pairs_keep_equal_signs_in_values():
-    assert evaluate.pairs(["a.b=1", "c=x=y"], "--set") == {"a.b": "1", "c": "x=y"}
+    assert arguments.pairs(["a.b=1", "c=x=y"], "--set") == {"a.b": "1", "c": "x=y"}
 
 
 def test_every_documented_flag_is_there():

@@ -1,0 +1,103 @@
+"""Where tuned baselines are kept: in a run folder, in the cache, or committed beside the scenarios.
+
+A file of tuned baselines names the scenario (by hash) that it was tuned for, the budget, the command, and for each
+baseline its parameters, validation margin and the spread between restarts.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agents.tuning import Budget, Rule, Tuned
+from envs import scenario_files
+from envs.scenario import Scenario
+from marginroute import heuristics
+from marginroute.errors import InputError
+
+SCHEMA = 1
+FILE = "baselines.yaml"
+CACHE = scenario_files.CONFIGS.parent / ".marginroute_cache" / "baselines"
+SHIPPED = scenario_files.CONFIGS / "baselines"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def save(path: Path, scenario: Scenario, tuned: dict[str, Tuned], budget: Budget, command: str) -> None:
+    """Writes tuned baselines."""
+    data = {
+        "schema": SCHEMA,
+        "scenario": scenario.name,
+        "scenario_hash": scenario.hash,
+        "command": command,
+        "budget": {name: getattr(budget, name) for name in budget.__dataclass_fields__},
+        "baselines": {
+            name: {
+                "validation_usd_per_1k": round(x.validation_usd_per_1k, 6),
+                "spread_pct": round(x.spread_pct, 4),
+                "requests": x.requests,
+                "restarts_usd_per_1k": [round(usd, 6) for usd in x.restarts_usd_per_1k],
+                "policy": heuristics.to_dict(x.policy),
+            }
+            for name, x in tuned.items()
+        },
+    }
+    write_text(path, yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
+
+
+def load(path: Path) -> tuple[dict[str, Any], dict[str, Rule]]:
+    """The file's content and its policies by name.
+
+    Raises:
+        InputError: unreadable, malformed, or of another schema.
+    """
+    data = scenario_files.read_yaml(path)
+    if data.get("schema") != SCHEMA or not isinstance(data.get("baselines"), dict):
+        raise InputError(f"{path} holds no tuned baselines of schema {SCHEMA}; tune them again with train.py --retune")
+    try:
+        return data, {name: heuristics.from_dict(row["policy"]) for name, row in data["baselines"].items()}
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{path} is incomplete ({error}); tune the baselines again with train.py --retune") from None
+
+
+def find(scenario: Scenario) -> Path | None:
+    """The file with baselines tuned for exactly this scenario: from the cache, or shipped."""
+    cached = CACHE / f"{scenario.hash}.yaml"
+    if cached.is_file():
+        return cached
+    for path in sorted(SHIPPED.glob("*.yaml")):
+        if scenario_files.read_yaml(path).get("scenario_hash") == scenario.hash:
+            return path
+    return None
+
+
+def baselines_for(scenario: Scenario, run_dir: Path | None = None) -> dict[str, Rule]:
+    """Tuned baselines of a scenario: a run's own, else cached or shipped ones.
+
+    Raises:
+        InputError: none were tuned for this scenario, or the run's do not fit its fleet.
+    """
+    path = run_dir / FILE if run_dir is not None and (run_dir / FILE).is_file() else find(scenario)
+    if path is None:
+        raise InputError(
+            f"no tuned baselines for scenario {scenario.name!r} (hash {scenario.hash}); "
+            "tune them with train.py on the same scenario, trace and --set values"
+        )
+    rules = load(path)[1]
+    stations = len(scenario.pool_names) + len(scenario.provider_names)
+    for name, rule in rules.items():
+        if isinstance(rule, heuristics.MarginRule) and len(rule.parameters.station_usd_per_s) != stations:
+            raise InputError(
+                f"{path}: {name} has prices for {len(rule.parameters.station_usd_per_s)} pools and providers, "
+                f"scenario {scenario.name!r} has {stations}; tune again with train.py --retune"
+            )
+    return rules

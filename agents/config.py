@@ -1,0 +1,69 @@
+"""How a policy is trained: one frozen object, a sentence per field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from envs import scenario_files
+from envs.scenario_fleet import NonNegative, Positive, Section
+
+Count = Annotated[int, Field(ge=1)]
+PREFIX = "training."
+
+
+class TrainingConfig(Section):
+    """Settings of PPO and of the choice of what is exported."""
+
+    steps: Count = Field(description="Decisions to learn from, over all worlds.")
+    n_envs: Count = Field(description="Worlds that play side by side.")
+    rollout_steps: Count = Field(description="Decisions of each world between two updates.")
+    epochs: Count = Field(description="Passes over a rollout.")
+    minibatch: Count = Field(description="Decisions per gradient step.")
+    learning_rate: Positive = Field(description="Adam's step size at the start; it falls linearly to a tenth.")
+    gae_lambda: Annotated[float, Field(ge=0.0, le=1.0)] = Field(description="Lambda of the advantage estimate.")
+    clip_range: Positive = Field(description="PPO's clip range.")
+    entropy_coefficient: NonNegative = Field(description="Weight of the entropy bonus.")
+    value_coefficient: NonNegative = Field(description="Weight of the critic's loss.")
+    max_grad_norm: Positive = Field(description="Norm at which gradients are clipped.")
+    target_kl: Positive | None = Field(description="KL at which an update stops early; null: never.")
+    tau_s: NonNegative = Field(description="Time constant of the discount in seconds; 0: only a decision's own signal.")
+    width: Count = Field(description="Hidden units of the scorer.")
+    temperature_share: Positive = Field(description="Advice temperature as a share of a request's value.")
+    normaliser_episodes: Count = Field(description="Episodes from which the feature normaliser is fitted.")
+    validation_episodes: Count = Field(description="Validation episodes on which checkpoints are compared.")
+    gate_episodes: Annotated[int, Field(ge=2)] = Field(description="Further validation episodes that decide the export.")
+    checkpoint_every_steps: Count = Field(description="Decisions between two checkpoints.")
+    validations: Count = Field(description="How often during training the policy is validated.")
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> TrainingConfig:
+        if self.minibatch > self.n_envs * self.rollout_steps:
+            raise ValueError(
+                f"has minibatch {self.minibatch} above n_envs * rollout_steps = {self.n_envs * self.rollout_steps}; "
+                "legal is at most that"
+            )
+        return self
+
+
+def load_training(path: Path | None, overrides: Mapping[str, Any]) -> TrainingConfig:
+    """The training configuration from a file (default: configs/training/default.yaml) and overrides.
+
+    Raises:
+        InputError: unreadable, unknown key, or a value out of range.
+    """
+    path = path or scenario_files.CONFIGS / "training" / "default.yaml"
+    data = scenario_files.apply_overrides(TrainingConfig, scenario_files.read_yaml(path), overrides)
+    try:
+        return TrainingConfig.model_validate(data)
+    except ValidationError as error:
+        raise scenario_files.input_error(error, TrainingConfig, data, {"": str(path)}, overrides) from None
+
+
+def split_overrides(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Overrides of the scenario, and those of the training configuration without their prefix `training.`."""
+    training = {key.removeprefix(PREFIX): value for key, value in overrides.items() if key.startswith(PREFIX)}
+    return {key: value for key, value in overrides.items() if not key.startswith(PREFIX)}, training

@@ -1,0 +1,101 @@
+"""Trained policy -> bundle: the only place that turns torch weights into what a gateway runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents.network import ScorerPolicy, to_numpy
+from envs.vector_env import ObservedWorlds
+from envs.worlds import Plant
+from marginroute import bundle
+from marginroute.bundle import Bundle
+from marginroute.features import FeatureSpec
+from marginroute.guard import GuardLimits
+from marginroute.heuristics import MarginRule, RuleOfThumb
+from marginroute.policy import Policy, ResidualPolicy
+from marginroute.view import Array
+
+NAME = "marginroute"  # the exported policy's name in tables, learned or not
+PARITY_SAMPLES = 64
+STALE_SCRAPES = 10.0  # scrape intervals after which telemetry is stale
+
+
+def residual_policy(policy: ScorerPolicy, advice: MarginRule, spec: FeatureSpec) -> ResidualPolicy:
+    """The trained scorer as the numpy runtime runs it."""
+    return ResidualPolicy(NAME, advice, spec, to_numpy(policy.scorer))
+
+
+def torch_logits(policy: ScorerPolicy, observation: Array) -> Array:
+    """Log-probabilities up to a constant as torch computes them: what the runtime has to reproduce, (B, C)."""
+    with torch.no_grad():
+        scorer = policy.scorer
+        return scorer.logits(torch.as_tensor(observation)).numpy()
+
+
+def sample_observations(plant: Plant, advice: MarginRule, spec: FeatureSpec, samples: int) -> Array:
+    """(B, D) observations of training episodes under the advice, spread over their length."""
+    worlds = ObservedWorlds(plant, 8, advice, spec)
+    worlds.load_all([plant.scenario.generate(seed, "train") for seed in range(8)])
+    steps = int(worlds.desks["n_requests"].min())
+    every = max(steps * 8 // samples, 1)
+    rows = []
+    for step in range(steps):
+        if step % every == 0:
+            rows.append(worlds.observe())
+        worlds.step(advice.decide_batch(worlds.view()))
+    return np.concatenate(rows)[:samples]
+
+
+def make_bundle(
+    plant: Plant,
+    policy: Policy,
+    fallback: MarginRule | RuleOfThumb,
+    evaluation: dict[str, Any],
+    provenance: dict[str, Any],
+) -> Bundle:
+    """A bundle for a scenario's fleet and contracts."""
+    scenario, terms = plant.scenario, plant.terms
+    assert terms.dtype.names is not None
+    return Bundle(
+        policy=policy,
+        fallback=fallback,
+        limits=GuardLimits(telemetry_age_s=STALE_SCRAPES * plant.spec.scrape_interval_s),
+        layout=plant.layout,
+        static_signals=plant.static_signals,
+        slots=plant.slots,
+        terms={
+            name: {key: float(terms[k][key]) for key in terms.dtype.names} for k, name in enumerate(scenario.class_names)
+        },
+        output_tokens=plant.output_tokens,
+        scenario={"name": scenario.name, "hash": scenario.hash},
+        evaluation=evaluation,
+        provenance=provenance,
+    )
+
+
+def export(
+    plant: Plant,
+    learned: ScorerPolicy | None,
+    advice: MarginRule,
+    spec: FeatureSpec | None,
+    fallback: MarginRule | RuleOfThumb,
+    folder: Path,
+    evaluation: dict[str, Any],
+    provenance: dict[str, Any],
+) -> Bundle:
+    """Writes a bundle: the learned policy, or the advice itself where the gate refused it (`learned` None)."""
+    if learned is None or spec is None:
+        made = make_bundle(plant, replace(advice, name=NAME), fallback, evaluation, provenance)
+        bundle.save(made, folder)
+        return made
+    made = make_bundle(plant, residual_policy(learned, advice, spec), fallback, evaluation, provenance)
+    observation = sample_observations(plant, advice, spec, PARITY_SAMPLES)
+    bundle.save(made, folder, {"observation": observation, "logits": torch_logits(learned, observation)})
+    return made
+
+

@@ -1,0 +1,253 @@
+"""Trains the router: tuned margin rule -> normaliser -> PPO on the learning signal -> choice on validation.
+
+The advice is `bid-price-fitted`. The network starts as the advice itself (zero head), is validated at intervals with its
+argmax policy, and the best validated weights are kept. Whether they are exported at all is decided elsewhere, on
+further validation episodes (the gate, see train.py).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import set_random_seed
+
+from agents.config import TrainingConfig
+from agents.export import residual_policy
+from agents.network import ScorerPolicy
+from agents.ppo import MarginPPO
+from agents.run import Run, check_archive
+from agents.tuning import Exploring, Objective
+from envs.vector_env import FleetVecEnv, ObservedWorlds
+from envs.worlds import Plant
+from marginroute.errors import InputError
+from marginroute.features import FeatureSpec, feature_spec
+from marginroute.heuristics import MarginRule
+from marginroute.policy import Policy
+
+Progress = Callable[[int, int], None]
+FIRST_TRAINING_SEED = 10_000  # episodes before it belong to tuning and to the fit of P(good)
+
+
+def fit_normaliser(plant: Plant, advice: MarginRule, config: TrainingConfig) -> tuple[FeatureSpec, float]:
+    """Feature columns normalised on episodes of a mildly exploring advice, and the mean |signal| in USD as its unit."""
+    spec = feature_spec(plant.layout, config.temperature_share)
+    worlds = ObservedWorlds(plant, config.normaliser_episodes, advice, spec)
+    worlds.load_all(
+        [plant.scenario.generate(FIRST_TRAINING_SEED + i, "train") for i in range(config.normaliser_episodes)]
+    )
+    policy = Exploring(advice, 0.1, seed=0)
+    candidates, contexts, signals = [], [], []
+    wide = plant.layout.n_candidates * spec.n_candidate
+    for step in range(int(worlds.desks["n_requests"].min())):
+        choices = policy.decide_batch(worlds.view())
+        if step % 8 == 0:
+            observation = worlds.observe()
+            candidates.append(observation[:, :wide].reshape(len(choices), -1, spec.n_candidate))
+            contexts.append(observation[:, wide : wide + spec.n_context])
+            signals.append(np.abs(worlds.signal_usd(choices)))
+        worlds.step(choices)
+    return spec.with_normaliser(np.concatenate(candidates), np.concatenate(contexts)), float(np.mean(signals))
+
+
+@dataclass
+class Validation:
+    """Mean margin of policies on fixed validation episodes."""
+
+    objective: Objective
+
+    def __call__(self, policy: Policy) -> float:
+        """USD per 1k first calls."""
+        return float(self.objective([policy])[0])  # type: ignore[list-item]
+
+
+class Watch(BaseCallback):
+    """Progress, fleet metrics, validation, and checkpoints during training.
+
+    Args:
+        run: where checkpoints and the best policy go.
+        config: intervals.
+        validate: margin of a policy on validation episodes.
+        advice, spec: of the policy that is validated.
+        progress: called with (steps done, steps in all).
+        log: called with a mapping of metrics after each validation.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        config: TrainingConfig,
+        validate: Callable[[Policy], float],
+        advice: MarginRule,
+        spec: FeatureSpec,
+        progress: Progress,
+        log: Callable[[dict[str, float]], None],
+    ) -> None:
+        super().__init__()
+        self._run, self._config, self._validate = run, config, validate
+        self._advice, self._spec, self._progress, self._log = advice, spec, progress, log
+        self._next_checkpoint = config.checkpoint_every_steps
+        self._episodes: list[dict[str, float]] = []
+        info = run.info()
+        self.history: list[dict[str, float]] = info["history"]
+        self.best_usd = max((row["margin_usd_per_1k"] for row in self.history), default=-np.inf)
+        self._every = max(config.steps // config.validations, 1)
+
+    def _on_training_start(self) -> None:
+        done = self.model.num_timesteps
+        self._next_checkpoint = done + self._config.checkpoint_every_steps
+        self._next_validation = done + self._every
+        if not self.history:
+            self._validated(0)
+
+    def _on_step(self) -> bool:
+        self._episodes += [info["fleet"] for info in self.locals["infos"] if info]
+        return True
+
+    def _on_rollout_end(self) -> None:
+        for key in self._episodes[0] if self._episodes else ():
+            self.logger.record(f"fleet/{key}", float(np.mean([episode[key] for episode in self._episodes])))
+        self._episodes = []
+
+    def _on_rollout_start(self) -> None:
+        done = self.model.num_timesteps
+        self._progress(min(done, self._config.steps), self._config.steps)
+        if done >= self._next_validation:
+            self._validated(done)
+            self._next_validation += self._every
+        if done >= self._next_checkpoint:
+            self.checkpoint()
+            self._next_checkpoint += self._config.checkpoint_every_steps
+
+    def _on_training_end(self) -> None:
+        self._validated(self.model.num_timesteps)
+        self._progress(self._config.steps, self._config.steps)
+
+    def _validated(self, steps: int) -> None:
+        assert isinstance(self.model.policy, ScorerPolicy)
+        usd = self._validate(residual_policy(self.model.policy, self._advice, self._spec))
+        self.logger.record("fleet/validation_margin_usd_per_1k", usd)
+        self.history.append({"steps": steps, "margin_usd_per_1k": usd})
+        self._run.update(history=self.history)
+        self._log({"steps": steps, "validation_margin_usd_per_1k": usd})
+        if usd > self.best_usd:
+            self.best_usd = usd
+            save_archive(self.model, self._run.policy_path)  # type: ignore[arg-type]
+
+    def checkpoint(self) -> None:
+        """Writes an archive that --resume continues from."""
+        save_archive(self.model, self._run.folder / "checkpoints" / f"step_{self.model.num_timesteps:010d}.zip")  # type: ignore[arg-type]
+
+
+def save_archive(model: MarginPPO, path: Path) -> None:
+    """Saves Stable-Baselines3's archive completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        model.save(Path(scratch) / "model.zip")
+        os.replace(Path(scratch) / "model.zip", path)
+
+
+def learning_rate(start: float) -> Callable[[float], float]:
+    """Falls linearly from `start` to a tenth of it."""
+
+    def at(progress_left: float) -> float:
+        return start * (0.1 + 0.9 * progress_left)
+
+    return at
+
+
+def make_model(
+    env: FleetVecEnv, config: TrainingConfig, spec: FeatureSpec, seed: int, tensorboard: Path | None
+) -> MarginPPO:
+    """An untrained PPO model whose policy is the advice."""
+    return MarginPPO(
+        ScorerPolicy,
+        env,
+        tau_s=config.tau_s,
+        n_steps=config.rollout_steps,
+        n_epochs=config.epochs,
+        batch_size=config.minibatch,
+        learning_rate=learning_rate(config.learning_rate),
+        gae_lambda=config.gae_lambda,
+        clip_range=config.clip_range,
+        ent_coef=config.entropy_coefficient,
+        vf_coef=config.value_coefficient,
+        max_grad_norm=config.max_grad_norm,
+        target_kl=config.target_kl,
+        policy_kwargs={"spec": spec.to_dict(), "width": config.width},
+        seed=seed,
+        device="cpu",
+        tensorboard_log=str(tensorboard) if tensorboard else None,
+    )
+
+
+def train(
+    plant: Plant,
+    advice: MarginRule,
+    config: TrainingConfig,
+    run: Run,
+    seed: int,
+    *,
+    resume: bool = False,
+    progress: Progress = lambda *_: None,
+    log: Callable[[dict[str, float]], None] = lambda _: None,
+) -> tuple[ScorerPolicy, FeatureSpec]:
+    """Trains and returns the policy that was best on validation, with its feature spec.
+
+    An interruption leaves a checkpoint in the run folder and passes on.
+
+    Raises:
+        InputError: `resume` and there is nothing whole to resume from.
+    """
+    torch.set_num_threads(1)
+    set_random_seed(seed)
+    spec, scale_usd = fit_normaliser(plant, advice, config)
+    first = FIRST_TRAINING_SEED * (seed + 2)
+    env = FleetVecEnv(
+        plant,
+        config.n_envs,
+        workloads=lambda episode: plant.scenario.generate(first + episode, "train"),
+        advice=advice,
+        spec=spec,
+        signal_scale_usd=scale_usd,
+        stagger=True,
+    )
+    if resume:
+        model = load_archive(run.newest_checkpoint(), env)
+        env.episodes = int(model.num_timesteps // max(np.mean(env.worlds.desks["n_requests"]), 1))
+    else:
+        model = make_model(env, config, spec, seed, run.folder / "tb")
+    validate = Validation(Objective(plant, "validation", range(config.validation_episodes)))
+    watch = Watch(run, config, validate, advice, spec, progress, log)
+    try:
+        steps = config.steps - model.num_timesteps
+        if steps > 0:
+            model.learn(steps, callback=watch, reset_num_timesteps=not resume, tb_log_name="ppo")
+    except KeyboardInterrupt:
+        watch.checkpoint()
+        run.update(status="interrupted")
+        raise
+    watch.checkpoint()
+    best = load_archive(run.policy_path, None)
+    assert isinstance(best.policy, ScorerPolicy)
+    return best.policy, FeatureSpec.from_dict(best.policy_kwargs["spec"])
+
+
+def load_archive(path: Path, env: FleetVecEnv | None) -> MarginPPO:
+    """Loads Stable-Baselines3's archive.
+
+    Raises:
+        InputError: missing, corrupt, or made for another observation or action space.
+    """
+    check_archive(path)
+    try:
+        return MarginPPO.load(path, env=env, device="cpu")
+    except (ValueError, RuntimeError, KeyError, AttributeError, EOFError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(f"{path} cannot be loaded for this scenario ({reason}); train again") from None

@@ -1,0 +1,82 @@
+"""Writes the bundle of a finished run: the policy that a gateway loads.
+
+example:
+  python export.py runs/quickstart --out bundles/quickstart
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from marginroute.cli import main_guard
+from marginroute.errors import InputError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    description, _, epilog = (__doc__ or "").partition("\n\n")
+    parse = argparse.ArgumentParser(
+        prog="export.py", description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parse.add_argument("run", type=Path, metavar="RUN", help="run folder of train.py")
+    parse.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the bundle")
+    parse.add_argument("--evaluation", type=Path, metavar="FILE", help="evaluate.py --json of this run, for the model card")
+    return parse
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Exports; bad input exits 2 and leaves no folder."""
+    args = parser().parse_args(argv)
+    from agents import baselines
+    from agents.export import export
+    from agents.network import ScorerPolicy
+    from agents.run import Run
+    from agents.train import load_archive
+    from envs.worlds import Plant
+    from marginroute.features import FeatureSpec
+    from marginroute.heuristics import MarginRule
+
+    run = Run(args.run)
+    info = run.info()
+    if info.get("status") != "finished":
+        raise InputError(f"{args.run} is not finished (status: {info.get('status')}); train.py --resume {args.run}")
+    rules = baselines.load(run.folder / baselines.FILE)[1]
+    advice = rules["bid-price-fitted"]
+    assert isinstance(advice, MarginRule)
+    evaluation = {"gate": info["gate"]}
+    if args.evaluation is not None:
+        evaluation |= read_evaluation(args.evaluation, info["scenario"]["name"])
+    learned = load_archive(run.policy_path, None)
+    assert isinstance(learned.policy, ScorerPolicy)
+    bundle = export(
+        Plant(run.scenario()),
+        learned.policy if info["gate"]["learned"] else None,
+        advice,
+        FeatureSpec.from_dict(learned.policy_kwargs["spec"]),
+        rules["bid-price"],
+        args.out,
+        evaluation,
+        {key: info[key] for key in ("command", "seed", "versions")},
+    )
+    print(f"{args.out}: policy {bundle.policy.name}, learned: {bundle.learned}; read it: marginroute inspect {args.out}")
+    return 0
+
+
+def read_evaluation(path: Path, scenario: str) -> dict[str, object]:
+    """Headline figures of an evaluation document for the model card."""
+    try:
+        document = json.loads(path.read_text())
+        found = {key: document[key] for key in ("scenario", "episodes", "best_heuristic", "paired", "policies")}
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"{path} is not a file written by evaluate.py --json") from None
+    if found["scenario"] != scenario:
+        raise InputError(f"{path} is of scenario {found['scenario']!r}, the run of {scenario!r}")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

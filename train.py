@@ -1,0 +1,168 @@
+"""Trains a routing policy for a scenario, checks it on validation, and exports the better of policy and heuristic.
+
+examples:
+  python train.py                                     train on quickstart into runs/quickstart
+  python train.py azure_conversation --trace FILE --trace-format azure-llm
+  python train.py my_scenario.yaml -n 2000000 --seed 1 --out runs/mine --set training.learning_rate=5e-4
+  python train.py --resume runs/mine                  go on after an interruption
+  python train.py --list                              scenarios that ship
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from marginroute.cli import main_guard
+from marginroute.errors import InputError
+
+if TYPE_CHECKING:
+    from agents.config import TrainingConfig
+    from agents.run import Run
+    from envs.scenario import Scenario
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    description, _, epilog = (__doc__ or "").partition("\n\n")
+    parse = argparse.ArgumentParser(
+        prog="train.py", description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parse.add_argument("scenario", nargs="?", default="quickstart", help="name in configs/scenarios or path of a YAML")
+    parse.add_argument("-n", "--steps", type=int, metavar="N", help="decisions to learn from (default: configs/training)")
+    parse.add_argument("--seed", type=int, default=0, help="training seed (default: 0)")
+    parse.add_argument("--n-envs", type=int, metavar="N", help="worlds side by side (default: configs/training)")
+    parse.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: runs/SCENARIO)")
+    parse.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="overrides, dotted keys")
+    parse.add_argument("--resume", type=Path, metavar="RUN", help="go on from the newest checkpoint of a run folder")
+    parse.add_argument("--retune", action="store_true", help="tune the baselines even if tuned values exist")
+    parse.add_argument("--track", action="store_true", help="log to Weights & Biases (offline unless logged in)")
+    parse.add_argument("-P", "--progress", action="store_true", help="progress as a bar even if stderr is no terminal")
+    parse.add_argument("--trace", metavar="FILE", help="recorded requests in place of generated ones")
+    parse.add_argument("--trace-format", metavar="NAME", help="layout of the trace, such as azure-llm, litellm or csv")
+    parse.add_argument("--columns", metavar="NAME=COLUMN,...", help="for csv: our names and the file's columns")
+    parse.add_argument("--list", action="store_true", help="list the scenarios that ship, and stop")
+    return parse
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Trains; bad input exits 2, an interruption leaves a checkpoint and exits 130."""
+    arguments = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(arguments)
+    if args.list:
+        return list_scenarios()
+    for flag, value, least in (("-n", args.steps, 1), ("--seed", args.seed, 0), ("--n-envs", args.n_envs, 1)):
+        if value is not None and value < least:
+            raise InputError(f"{flag} {value} is not legal; legal is {least} or more")
+    from agents.config import load_training, split_overrides
+    from agents.run import Run
+    from evaluation.progress import force_bars
+
+    if args.progress:
+        force_bars()
+    if args.resume is not None:
+        run = Run(args.resume)
+        info = run.info()
+        return finish(run, run.scenario(), run.config(), int(info["seed"]), args, resume=True)
+    from envs.scenario import load_scenario
+    from evaluation.arguments import pairs
+
+    overrides, training = split_overrides(pairs(args.set, "--set"))
+    training |= {key: x for key, x in (("steps", args.steps), ("n_envs", args.n_envs)) if x is not None}
+    columns = pairs(args.columns.split(","), "--columns") if args.columns else None
+    scenario = load_scenario(args.scenario, overrides, args.trace, args.trace_format, columns)
+    config = load_training(None, training)
+    run = Run(args.out or Path("runs") / scenario.name)
+    run.create(scenario, config, args.seed, shlex.join(["python", "train.py", *arguments]))
+    return finish(run, scenario, config, args.seed, args, resume=False)
+
+
+def list_scenarios() -> int:
+    """Prints name and description of every shipped scenario."""
+    from envs import scenario_files
+
+    for path in sorted((scenario_files.CONFIGS / "scenarios").glob("*.yaml")):
+        print(f"{path.stem:<24}{scenario_files.read_yaml(path).get('description', '')}")
+    return 0
+
+
+def finish(
+    run: Run, scenario: Scenario, config: TrainingConfig, seed: int, args: argparse.Namespace, resume: bool
+) -> int:
+    """Baselines, training, gate and export; the steps that a new run and a resumed one share."""
+    from agents import baselines
+    from agents.export import export
+    from agents.train import train
+    from envs.worlds import Plant
+    from evaluation.gate import gate
+    from evaluation.progress import progress_bar
+    from marginroute.heuristics import MarginRule
+
+    plant = Plant(scenario)
+    rules = tuned_baselines(run, plant, args)
+    advice, fallback = rules["bid-price-fitted"], rules["bid-price"]
+    assert isinstance(advice, MarginRule)
+    log = tracker(run, scenario, seed) if args.track else lambda _: None
+    with progress_bar("training (decisions)") as progress:
+        policy, spec = train(plant, advice, config, run, seed, resume=resume, progress=progress, log=log)
+    with progress_bar("gate (validation episodes)") as progress:
+        verdict = gate(scenario, policy, advice, spec, config, progress)
+    provenance = {key: run.info()[key] for key in ("command", "seed", "versions")}
+    chosen = policy if verdict["learned"] else None
+    export(plant, chosen, advice, spec, fallback, run.bundle_path, {"gate": verdict}, provenance)
+    run.update(status="finished", gate=verdict)
+    print(
+        f"gate: learned minus {advice.name} = {verdict['delta_usd_per_1k']:+.4f} USD per 1k requests on validation, 95 % "
+        f"[{verdict['ci95'][0]:+.4f}, {verdict['ci95'][1]:+.4f}]; exported: "
+        f"{'the learned policy' if verdict['learned'] else advice.name + ' (learned: none)'}"
+    )
+    print(f"run folder {run.folder}; compare it: python evaluate.py {args.scenario} --policy {run.folder}")
+    return 0
+
+
+def tuned_baselines(run: Run, plant: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """The scenario's tuned baselines, tuned now if there are none (or --retune), kept in the run folder."""
+    import shutil
+
+    from agents import baselines
+
+    scenario, target = plant.scenario, run.folder / baselines.FILE
+    if target.is_file():
+        return baselines.load(target)[1]
+    found = None if args.retune else baselines.find(scenario)
+    if found is None:
+        from agents.tuning import Budget, tune_baselines
+        from evaluation.progress import progress_bar
+
+        budget = Budget()
+        with progress_bar(f"tuning baselines ({budget.requests:,} requests per restart)") as progress:
+            tuned = tune_baselines(plant, budget, progress)
+        baselines.save(target, scenario, tuned, budget, run.info()["command"])
+        baselines.write_text(baselines.CACHE / f"{scenario.hash}.yaml", target.read_text())
+    else:
+        shutil.copyfile(found, target)
+    return baselines.load(target)[1]
+
+
+def tracker(run: Run, scenario: Scenario, seed: int) -> Any:
+    """Starts a Weights & Biases run that follows TensorBoard; offline unless the user is logged in."""
+    import wandb
+
+    mode = "online" if wandb.api.api_key else "offline"
+    wandb.init(
+        project="marginroute",
+        name=run.folder.name,
+        dir=str(run.folder),
+        mode=mode,
+        sync_tensorboard=True,
+        config={"scenario": scenario.name, "scenario_hash": scenario.hash, "seed": seed},
+    )
+    return wandb.log
+
+
+if __name__ == "__main__":
+    sys.exit(main())
