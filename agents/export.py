@@ -72,6 +72,7 @@ def make_bundle(
             name: {key: float(terms[k][key]) for key in terms.dtype.names} for k, name in enumerate(scenario.class_names)
         },
         output_tokens=plant.output_tokens,
+        prior=plant.prior,
         scenario={"name": scenario.name, "hash": scenario.hash},
         evaluation=evaluation,
         provenance=provenance,

@@ -23,7 +23,7 @@ from marginroute.heuristics import DifficultyThreshold, MarginParameters, Margin
 from marginroute.view import Array, Layout, View
 
 Rule = MarginRule | RuleOfThumb
-Progress = Callable[[str, int, int], None]  # what, done, total
+Progress = Callable[[int, int], None]  # done, total
 
 AGREEMENT = 0.005  # restarts agree when their validation margins differ by less than this share
 EXPLORED_SHARE = 0.2  # of decisions made at random while outcomes are logged for the fit of P(good)
@@ -244,7 +244,7 @@ def tune_baselines(plant: Plant, budget: Budget, progress: Progress = lambda *_:
     Args:
         plant: the scenario's constants.
         budget: what each may spend.
-        progress: called with (what, done, total).
+        progress: called with (done, total) restarts.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     import warnings
@@ -255,13 +255,10 @@ def tune_baselines(plant: Plant, budget: Budget, progress: Progress = lambda *_:
     searched = ("difficulty-threshold", "expected-margin", "bid-price", "bid-price-fitted")
     total, done = len(searched) * 2, 0
 
-    def report(name: str) -> Callable[[], None]:
-        def step() -> None:
-            nonlocal done
-            done += 1
-            progress(name, min(done, total), total)
-
-        return step
+    def report() -> None:
+        nonlocal done
+        done += 1
+        progress(min(done, total), total)
 
     tuned: dict[str, Tuned] = {}
     for t, tier in enumerate(plant.layout.tier_names):
@@ -274,17 +271,15 @@ def tune_baselines(plant: Plant, budget: Budget, progress: Progress = lambda *_:
         ("least-in-flight", heuristics.LeastInFlight),
     ):
         tuned[name] = _best_of([cls(name, use_providers=flag) for flag in both], objective, validation)
-    progress("difficulty-threshold", done, total)
+    progress(done, total)
 
     def margin(name: str, priced: bool, fitted: quality.FittedQuality | None = None) -> Tuned:
         def suggest(trial: optuna.Trial, plant: Plant) -> Rule:
             return _margin_rule(name, trial, plant, priced, fitted)
 
-        return _tune(suggest, plant, objective, validation, budget, report(name))
+        return _tune(suggest, plant, objective, validation, budget, report)
 
-    tuned["difficulty-threshold"] = _tune(
-        _difficulty_threshold, plant, objective, validation, budget, report("difficulty-threshold")
-    )
+    tuned["difficulty-threshold"] = _tune(_difficulty_threshold, plant, objective, validation, budget, report)
     tuned["expected-margin"] = margin("expected-margin", priced=False)
     tuned["bid-price"] = margin("bid-price", priced=True)
     outcomes = log_outcomes(plant, tuned["bid-price"].policy, range(1000, 1064))

@@ -21,6 +21,7 @@ from envs.scenario import Scenario
 from envs.workload.requests import Workload
 from marginroute import view as v
 from marginroute.policy import Policy
+from marginroute.quality import QualityPrior
 from marginroute.view import Array, Layout, View
 
 UNLIMITED = 1e9  # slots and KV tokens of a candidate that has no engine of ours
@@ -38,6 +39,7 @@ class Plant:
         sigmas: (max(V, 1), 2) spread of ln TTFT and ln TPOT of providers.
         slots: (P,) sequence slots of a replica of each pool.
         output_tokens: (K, J) the operator's prior mean of output tokens.
+        prior: public prior of P(good) by tier.
     """
 
     def __init__(self, scenario: Scenario) -> None:
@@ -50,6 +52,13 @@ class Plant:
         sigmas = [(p.ttft_sigma, p.tpot_sigma) for p in self.spec.providers]
         self.sigmas = np.array(sigmas or [(0.0, 0.0)], dtype=np.float64)
         self.slots = np.array([float(p.max_num_seqs) for p in self.spec.pools])
+        quality = scenario.workload_spec.quality
+        self.prior = QualityPrior(
+            ability=np.array(quality.prior_ability),
+            slope=np.array(quality.slope),
+            signal_correlation=quality.signal_correlation,
+            nobody_can_share=quality.nobody_can_share,
+        )
         self.output_tokens = np.tile(scenario.expected_output_tokens, (len(scenario.class_names), 1))
 
     def _layout(self) -> Layout:
