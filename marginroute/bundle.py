@@ -195,8 +195,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: missing, malformed, tampered with, or of another format or feature version.
     """
     path = folder / "manifest.json"
+    data = _read(folder, "manifest.json")
     try:
-        manifest = json.loads(_read(folder, "manifest.json"))
+        manifest = json.loads(data)
         digest, fmt, version = manifest["digest"], manifest["format"], manifest["feature_version"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is not a bundle manifest; export the policy again") from None

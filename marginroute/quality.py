@@ -50,7 +50,8 @@ def normal_cdf(x: Array | float) -> Array:
     for coefficient in _DENOMINATOR[1:]:
         bottom = bottom * size + coefficient
     below = np.exp(-0.5 * size * size) * top / bottom
-    return np.where(x > 0.0, 1.0 - below, below)
+    cdf: Array = np.where(x > 0.0, 1.0 - below, below)
+    return cdf
 
 
 def prior_p_good(
@@ -148,7 +149,8 @@ class FittedQuality:
             + self.slope[tier, task] * np.log(inside / (1.0 - inside))
             + self.length[tier] * log_length
         )
-        return np.where(tier >= 0, 1.0 / (1.0 + np.exp(-logit)), prior)
+        fitted: Array = np.where(tier >= 0, 1.0 / (1.0 + np.exp(-logit)), prior)
+        return fitted
 
     def to_dict(self) -> dict[str, list[object]]:
         """Plain lists, for YAML and bundles."""

@@ -96,11 +96,12 @@ def callback(observer: Observer | None) -> Any:
 
     if observer is None:
         return CustomLogger()
+    watch: Observer = observer
 
     class ShadowLogger(CustomLogger):  # type: ignore[misc]
         """LiteLLM calls these by keyword: their names and those of their arguments are its interface."""
 
-        marginroute = observer
+        marginroute = watch
 
         async def async_filter_deployments(
             self,
@@ -111,38 +112,38 @@ def callback(observer: Observer | None) -> Any:
             parent_otel_span: Any = None,
         ) -> Any:
             try:
-                observer.decide(healthy_deployments, messages, request_kwargs or {})
+                watch.decide(healthy_deployments, messages, request_kwargs or {})
             except Exception as error:
-                observer.failed("decision", error)
+                watch.failed("decision", error)
             return healthy_deployments
 
         async def async_pre_call_deployment_hook(self, kwargs: dict[str, Any], call_type: Any) -> None:
             try:
-                observer.sent(kwargs)
+                watch.sent(kwargs)
             except Exception as error:
-                observer.failed("start of a call", error)
+                watch.failed("start of a call", error)
 
         async def async_post_call_failure_deployment_hook(
             self, request_data: Any, exception: Exception, call_type: Any, fallback_depth: int | None = None
         ) -> None:
             try:
-                observer.attempt_failed(request_data)
+                watch.attempt_failed(request_data)
             except Exception as error:
-                observer.failed("end of a call", error)
+                watch.failed("end of a call", error)
 
         async def async_post_call_failure_hook(
             self, request_data: Any, original_exception: Exception, user_api_key_dict: Any, traceback_str: Any = None
         ) -> None:
             try:
-                observer.request_failed(request_data)
+                watch.request_failed(request_data)
             except Exception as error:
-                observer.failed("record of a failure", error)
+                watch.failed("record of a failure", error)
 
         async def async_log_success_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
             try:
-                observer.completed(kwargs)
+                watch.completed(kwargs)
             except Exception as error:
-                observer.failed("record of an answer", error)
+                watch.failed("record of an answer", error)
 
     return ShadowLogger()
 
@@ -152,8 +153,8 @@ def _build_shadow() -> Any:
 
     try:
         observer = build(settings_from(os.environ))
-    except InputError as error:
-        log.error("marginroute: shadow mode is off: %s", error)
+    except Exception as error:  # a gateway must start without us
+        log.error("marginroute: shadow mode is off: %s", error if isinstance(error, InputError) else repr(error))
         return callback(None)
     atexit.register(observer.shadow.close)
     return callback(observer)

@@ -173,17 +173,17 @@ class Observer:
             )
         return candidate
 
-    def _known(self, what: str, name: Any) -> str | None:
+    def _known(self, what: str, name: Any) -> str:
         """A class or task that the bundle knows; the default for any other."""
         layout, settings = self.shadow.bundle.layout, self.settings
         known = layout.class_names if what == "class" else layout.task_names
-        default = settings.default_class if what == "class" else settings.default_task
+        default = (settings.default_class if what == "class" else settings.default_task) or known[0]
         if name is None or name == "":
-            name = default or None
-        if name is None or name in known:
-            return name
-        self._warn_once(f"{what} {name!r} is not in the bundle; taken as {default or known[0]!r}")
-        return default if default in known else None
+            return default
+        if name in known:
+            return str(name)
+        self._warn_once(f"{what} {str(name)[:60]!r} is not in the bundle; taken as {default!r}")
+        return default
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned and len(self._warned) < 100:

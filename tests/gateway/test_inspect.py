@@ -63,6 +63,11 @@ def test_missing_bundle_is_refused_in_one_sentence(tmp_path, capsys, name):
     assert err.count("\n") == 1
 
 
+def test_folder_without_manifest_is_called_so(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "manifest.json is missing" in capsys.readouterr().err
+
+
 def test_module_runs(bundle_folder):
     run = [sys.executable, "-m", "marginroute", "inspect", str(bundle_folder)]
     done = subprocess.run(run, capture_output=True, text=True, timeout=30)
