@@ -55,7 +55,10 @@ class Scenario(Section):
     workload: WorkloadSection = Field(description="What is asked, or the name of a file in configs/workloads.")
     horizon_s: Positive = Field(description="Length of an episode in seconds.")
     requests_per_episode: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Exact number of requests of an episode; left out: whatever arrives."
+        None, description="Exact number of requests of an episode at load_scale 1; left out: whatever arrives."
+    )
+    load_scale: Positive = Field(
+        1.0, description="Multiplies arrivals per second; a trace is played that much faster than recorded."
     )
     trace: TraceSection | None = Field(None, description="Recorded requests; left out: the generator.")
 
@@ -140,7 +143,7 @@ class Scenario(Section):
         rng = np.random.default_rng([SPLIT_CODE[split], int(seed), _SEED_SALT])
         if self.recorded is None:
             return generate(self.workload_spec, rng)
-        given = window(self.recorded, SPLIT_CODE[split], self.horizon_s, rng, self.class_names)
+        given = window(self.recorded, SPLIT_CODE[split], self.horizon_s, rng, self.class_names, self.load_scale)
         return generate(self.workload_spec, rng, given)
 
     @cached_property

@@ -150,11 +150,12 @@ def workload_spec(scenario: Scenario) -> WorkloadSpec:
     prompt = _mixtures(scenario, "prompt_tokens")
     output = _mixtures(scenario, "output_tokens")
     patience = [customer.patience for customer in classes.values()]
+    count = scenario.requests_per_episode
     deadlines = [customer.delay_tolerant for customer in classes.values()]
     return WorkloadSpec(
-        arrivals=workload.arrivals.build(),
+        arrivals=workload.arrivals.build().scaled(scenario.load_scale),
         horizon_s=scenario.horizon_s,
-        requests_per_episode=scenario.requests_per_episode,
+        requests_per_episode=None if count is None else max(1, round(count * scenario.load_scale)),
         class_share=class_share,
         task_share=tuple(task_share),
         tenants=tuple(customer.tenants for customer in classes.values()),

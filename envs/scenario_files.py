@@ -49,7 +49,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read ({error.strerror}); legal is a readable YAML file") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8 text; legal is a YAML file") from None
-    data = parse_yaml(text, str(path))
+    data = parse_yaml(text, _relative(path))
     if not isinstance(data, dict):
         raise InputError(f"{path}: holds {_shown(data)}; legal is a mapping of keys to values")
     return data
@@ -61,7 +61,7 @@ def parse_yaml(text: str, source: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InputError(f"{source}, line {line}: {error.problem}; legal is YAML with each key once") from None
+        raise InputError(f"{source}, line {line}: {error.problem}; legal is well-formed YAML, each key once") from None
     except yaml.YAMLError as error:
         raise InputError(f"{source}: {str(error).splitlines()[0]}; legal is YAML") from None
 

@@ -38,6 +38,10 @@ class GammaArrivals:
         """Long-run arrivals per second."""
         return self.rate_per_s
 
+    def scaled(self, factor: float) -> GammaArrivals:
+        """The same process with `factor` times the rate."""
+        return GammaArrivals(self.rate_per_s * factor, self.gap_cv)
+
     def draw(self, rng: np.random.Generator, horizon_s: float, count: int | None = None) -> Array:
         """Ascending arrival times (M,) in [0, horizon_s); exactly `count` of them if given."""
         shape = self.gap_cv**-2
@@ -82,6 +86,10 @@ class MmppArrivals:
     def mean_rate_per_s(self) -> float:
         """Long-run arrivals per second."""
         return float(self.stationary() @ np.array(self.rate_per_s))
+
+    def scaled(self, factor: float) -> MmppArrivals:
+        """The same states with `factor` times the rates."""
+        return MmppArrivals(tuple(rate * factor for rate in self.rate_per_s), self.dwell_s, self.jump)
 
     def path(self, rng: np.random.Generator, horizon_s: float) -> tuple[Array, Array]:
         """States (D,) in order and times (D + 1,) between which they hold, from 0 to horizon_s; starts stationary."""

@@ -128,7 +128,12 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def window(
-    trace: Trace, part: int, horizon_s: float, rng: np.random.Generator, class_names: tuple[str, ...] = ()
+    trace: Trace,
+    part: int,
+    horizon_s: float,
+    rng: np.random.Generator,
+    class_names: tuple[str, ...] = (),
+    speed: float = 1.0,
 ) -> GivenRequests:
     """A stretch of one part of the trace, starting at random; it never leaves the part.
 
@@ -138,21 +143,26 @@ def window(
         horizon_s: wanted length; a part that is shorter gives all it has.
         rng: draws the start.
         class_names: the scenario's classes; used if the trace names nothing else.
+        speed: seconds of the trace played in one second.
     """
     low_s, high_s = (edge * trace.span_s for edge in SPLIT_EDGES[part : part + 2])
-    length_s = min(horizon_s, high_s - low_s)
+    length_s = min(horizon_s * speed, high_s - low_s)
     for _ in range(_TRIES):
         start_s = low_s + rng.random() * (high_s - low_s - length_s)
         first, last = np.searchsorted(trace.arrived_at_s, (start_s, start_s + length_s))
         if last > first:
-            return _cut(trace, slice(int(first), int(last)), start_s, length_s, class_names)
+            times = (start_s, length_s, speed)
+            return _cut(trace, slice(int(first), int(last)), times, class_names)
     raise InputError(
         f"{trace.path}: no requests between {low_s:.0f} s and {high_s:.0f} s; "
         "legal is a trace whose first 60, next 20 and last 20 % of time all have requests"
     )
 
 
-def _cut(trace: Trace, rows: slice, start_s: float, length_s: float, class_names: tuple[str, ...]) -> GivenRequests:
+def _cut(
+    trace: Trace, rows: slice, times: tuple[float, float, float], class_names: tuple[str, ...]
+) -> GivenRequests:
+    start_s, length_s, speed = times
     class_index = None
     if trace.class_name is not None and set(np.unique(trace.class_name)) <= set(class_names):
         index = {name: number for number, name in enumerate(class_names)}
@@ -162,10 +172,10 @@ def _cut(trace: Trace, rows: slice, start_s: float, length_s: float, class_names
         key = trace.prompt_key[rows].copy()
         key[key >= 0] = np.unique(key[key >= 0], return_inverse=True)[1]
     return GivenRequests(
-        arrived_at_s=trace.arrived_at_s[rows] - start_s,
+        arrived_at_s=(trace.arrived_at_s[rows] - start_s) / speed,
         prompt_tokens=trace.prompt_tokens[rows].copy(),
         output_tokens=trace.output_tokens[rows].copy(),
         class_index=class_index,
         prompt_key=key,
-        horizon_s=length_s,
+        horizon_s=length_s / speed,
     )

@@ -30,7 +30,7 @@ def quickstart():
 def test_name_lists_follow_the_files(quickstart):
     assert quickstart.class_names == ("enterprise", "team", "batch")
     assert quickstart.task_names == ("chat", "extraction", "code", "reasoning")
-    assert quickstart.tier_names == ("small", "medium", "large", "frontier")
+    assert quickstart.tier_names == ("small", "medium", "large", "hosted")
     assert quickstart.pool_names == ("small", "medium", "large")
     assert quickstart.provider_names == ("api",)
 
@@ -99,6 +99,16 @@ def test_quickstart_has_exactly_1200_requests(quickstart):
     assert {quickstart.generate(seed).n_requests for seed in range(10)} == {1200}
 
 
+def test_load_scale_multiplies_arrivals(quickstart):
+    heavy = load_scenario("quickstart", {"load_scale": "1.5"})
+    assert heavy.generate(0).n_requests == 1800 and heavy.hash != quickstart.hash
+    counts = []
+    for scale in (1.0, 2.0):
+        free = load_scenario("quickstart", {"requests_per_episode": None, "load_scale": scale})
+        counts.append(np.mean([free.generate(seed).n_requests for seed in range(40)]))
+    assert counts[1] / counts[0] == pytest.approx(2.0, rel=0.05)
+
+
 def test_quickstart_mix(quickstart):
     workloads = [quickstart.generate(seed) for seed in range(30)]
     batch = np.mean([(w.class_index == 2).mean() for w in workloads])
@@ -144,13 +154,13 @@ def test_fleet_spec(quickstart):
     assert spec.n_replicas == sum(pool.replicas for pool in quickstart.fleet.pools.values())
     assert spec.scrape_interval_s == quickstart.fleet.telemetry.scrape_interval_s
     assert [quickstart.tier_names[pool.tier] for pool in spec.pools] == ["small", "medium", "large"]
-    assert quickstart.tier_names[spec.providers[0].tier] == "frontier"
+    assert quickstart.tier_names[spec.providers[0].tier] == "hosted"
 
 
 def test_list_price_becomes_numbers(quickstart):
     provider = quickstart.fleet.providers["api"]
-    assert provider.price_of is None and provider.price_source.startswith("openai/gpt-4.1")
-    assert (provider.input_usd_per_mtok, provider.output_usd_per_mtok) == (2.0, 8.0)
+    assert provider.price_of is None and provider.price_source.startswith("anthropic/claude-haiku-4-5")
+    assert (provider.input_usd_per_mtok, provider.output_usd_per_mtok) == (1.0, 5.0)
 
 
 def test_expected_output_tokens_are_the_means_of_draws(quickstart):

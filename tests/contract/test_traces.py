@@ -169,6 +169,11 @@ def test_missing_file_unknown_format_and_columns(tmp_path):
         parse_columns("arrived_at")
 
 
+def one_to_one(overrides=None, *trace):
+    """The Azure scenario at the speed of the recording."""
+    return load_scenario("azure_conversation", {"load_scale": 1.0, **(overrides or {})}, *trace)
+
+
 @pytest.fixture
 def steady(tmp_path):
     """One request per second for 1,000 s; prompt length tells the second."""
@@ -178,7 +183,7 @@ def steady(tmp_path):
 
 @pytest.mark.parametrize(("split", "part"), [("train", 0), ("validation", 1), ("heldout", 2)])
 def test_windows_stay_in_their_part_and_never_wrap(steady, split, part):
-    scenario = load_scenario("azure_conversation", {"horizon_s": 150.0}, trace=steady, trace_format="csv")
+    scenario = one_to_one({"horizon_s": 150.0}, steady, "csv")
     starts = set()
     for seed in range(60):
         workload = scenario.generate(seed, split)
@@ -193,15 +198,21 @@ def test_windows_stay_in_their_part_and_never_wrap(steady, split, part):
 
 
 def test_a_short_part_gives_a_shorter_horizon(steady):
-    scenario = load_scenario("azure_conversation", {"horizon_s": 500.0}, trace=steady, trace_format="csv")
+    scenario = one_to_one({"horizon_s": 500.0}, steady, "csv")
     assert scenario.generate(0, "train").horizon_s == 500.0
     assert scenario.generate(0, "heldout").horizon_s == pytest.approx(200.0)
     assert scenario.generate(0, "heldout").n_requests == 200
 
 
+def test_load_scale_plays_the_trace_faster(steady):
+    workload = one_to_one({"horizon_s": 50.0, "load_scale": 4.0}, steady, "csv").generate(0)
+    assert workload.horizon_s == 50.0 and workload.n_requests in (199, 200, 201)
+    np.testing.assert_allclose(np.diff(workload.arrived_at_s), 0.25)
+
+
 def test_an_empty_part_is_an_error(tmp_path):
     path = write(tmp_path, "arrived_at,prompt_tokens,output_tokens\n0,1,2\n1,1,2\n1000,1,2\n")
-    scenario = load_scenario("azure_conversation", {"horizon_s": 50.0}, trace=path, trace_format="csv")
+    scenario = one_to_one({"horizon_s": 50.0}, path, "csv")
     with pytest.raises(InputError, match="no requests between 600 s and 800 s"):
         scenario.generate(0, "validation")
 
@@ -211,35 +222,35 @@ def test_trace_decides_class_and_recurrence_where_it_can(tmp_path):
     rows = "".join(f"{second},{second + 1},7,{names[second % 3]},{second % 2}\n" for second in range(200))
     path = write(tmp_path, "t,p,o,c,k\n" + rows)
     columns = {**COLUMNS, "prompt_key": "k"}
-    scenario = load_scenario("azure_conversation", {"horizon_s": 60.0}, path, "csv", columns)
+    scenario = one_to_one({"horizon_s": 60.0}, path, "csv", columns)
     workload = scenario.generate(0)
     assert (np.diff(workload.class_index) % 3 == 1).all()
     assert set(workload.prompt_key) == {0, 1}
     assert len(np.unique(workload.output_tokens)) == 1 and len(np.unique(workload.prompt_tokens)) == 2
     bad = write(tmp_path, "t,p,o,c\n0,1,2,team\n1,1,2,gold\n", "bad.csv")
     with pytest.raises(InputError, match=r"line 3: class 'gold' is not in the plans"):
-        load_scenario("azure_conversation", None, bad, "csv", COLUMNS)
+        one_to_one(None, bad, "csv", COLUMNS)
 
 
 def test_unknown_team_names_of_a_gateway_log_leave_the_mix_to_the_scenario(tmp_path):
     calls = [{**CALL, "startTime": second, "cache_key": None} for second in range(100)]
     calls[5] = {**calls[5], "metadata": {"user_api_key_team_alias": "unheard"}}
-    scenario = load_scenario("azure_conversation", {"horizon_s": 40.0}, write(tmp_path, lines(*calls)), "litellm")
+    scenario = one_to_one({"horizon_s": 40.0}, write(tmp_path, lines(*calls)), "litellm")
     assert len(np.unique(scenario.generate(0).class_index)) > 1
 
 
 def test_hash_follows_the_content_of_the_trace_not_its_place(tmp_path, steady):
     moved = write(tmp_path, steady.read_bytes(), "moved.csv")
     other = write(tmp_path, steady.read_bytes().replace(b"5,6,7", b"5,6,8"), "other.csv")
-    hashes = [load_scenario("azure_conversation", None, path, "csv").hash for path in (steady, moved, other)]
+    hashes = [one_to_one(None, path, "csv").hash for path in (steady, moved, other)]
     assert hashes[0] == hashes[1] != hashes[2]
-    assert load_scenario("azure_conversation").hash not in hashes
+    assert one_to_one().hash not in hashes
 
 
 def test_a_request_that_no_replica_can_hold_is_an_error(tmp_path):
     path = write(tmp_path, "arrived_at,prompt_tokens,output_tokens\n0,1000000,2\n")
     with pytest.raises(InputError, match=r"fewer than the largest request \(1000002\)"):
-        load_scenario("azure_conversation", None, path, "csv")
+        one_to_one(None, path, "csv")
 
 
 def test_fit_command_prints_a_workload(tmp_path, steady):
