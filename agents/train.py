@@ -122,7 +122,8 @@ class Watch(BaseCallback):
             self._validated(done)
             self._next_validation += self._every
         if done >= self._next_checkpoint:
-            self.checkpoint()
+            path = self._run.folder / "checkpoints" / f"step_{done:010d}.zip"
+            save_archive(self.model, path)  # type: ignore[arg-type]
             self._next_checkpoint += self._config.checkpoint_every_steps
 
     def _on_training_end(self) -> None:
@@ -139,10 +140,6 @@ class Watch(BaseCallback):
         if usd > self.best_usd:
             self.best_usd = usd
             save_archive(self.model, self._run.policy_path)  # type: ignore[arg-type]
-
-    def checkpoint(self) -> None:
-        """Writes an archive that --resume continues from."""
-        save_archive(self.model, self._run.folder / "checkpoints" / f"step_{self.model.num_timesteps:010d}.zip")  # type: ignore[arg-type]
 
 
 def save_archive(model: MarginPPO, path: Path) -> None:
@@ -225,15 +222,15 @@ def train(
         model = make_model(env, config, spec, seed, run.folder / "tb")
     validate = Validation(Objective(plant, "validation", range(config.validation_episodes)))
     watch = Watch(run, config, validate, advice, spec, progress, log)
-    try:
-        steps = config.steps - model.num_timesteps
-        if steps > 0:
+    steps = config.steps - model.num_timesteps
+    if steps > 0:
+        try:
             model.learn(steps, callback=watch, reset_num_timesteps=not resume, tb_log_name="ppo")
-    except KeyboardInterrupt:
-        watch.checkpoint()
-        run.update(status="interrupted")
-        raise
-    watch.checkpoint()
+        except KeyboardInterrupt:
+            run.update(status="interrupted")
+            raise
+        finally:
+            save_archive(model, run.folder / "checkpoints" / f"step_{model.num_timesteps:010d}.zip")
     best = load_archive(run.policy_path, None)
     assert isinstance(best.policy, ScorerPolicy)
     return best.policy, FeatureSpec.from_dict(best.policy_kwargs["spec"])
