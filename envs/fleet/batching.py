@@ -28,7 +28,7 @@ where it needs none; preemption in the middle of a prefill truncates the prompt 
 batch (requests times longest prompt) counts against the budget of prefill-first; its victim is the latest arrival.
 """
 
-# ruff: noqa: ANN001, ANN201 (Numba infers the types of kernels)
+# ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
 from __future__ import annotations
 
 import math

@@ -11,7 +11,7 @@ Order of calls for one request: `advance(.., w, now)`, read, `submit(.., w, r, i
 `pop_finished` after any call. Compiled code and the interpreter (NUMBA_DISABLE_JIT=1) give the same numbers.
 """
 
-# ruff: noqa: ANN001, ANN201 (Numba infers the types of kernels)
+# ruff: noqa: ANN001, ANN201, ANN202, D417 (Numba infers the types of kernels)
 from __future__ import annotations
 
 import math

@@ -80,6 +80,25 @@ def _interpolate(at: FloatArray, axis: FloatArray, values: FloatArray) -> FloatA
     return values[left] * (1.0 - share) + values[left + 1] * share
 
 
+def _prefill_table(name: str, data: Mapping[str, Any]) -> FloatArray:
+    """Dense prefill seconds, (rows of 64 prefix tokens, q + 1)."""
+    if "prefill_root_knots" not in data:
+        return np.zeros((1, 1))
+    root_at, prefix_at = _knots(data, "prefill_root_knots", name), np.zeros(1)
+    if "prefill_prefix_knots" in data:
+        prefix_at = _knots(data, "prefill_prefix_knots", name)
+    for key, axis in (("prefill_root_knots", root_at), ("prefill_prefix_knots", prefix_at)):
+        _check_axis(axis, key, name)
+    values = _knots(data, "prefill_s", name)
+    if values.shape != (prefix_at.size, root_at.size) or prefix_at[0] != 0 or np.any(prefix_at % BIN_TOKENS):
+        raise InputError(
+        raise InputError(f"profile '{name}': 'decode_mean_kv_knots' after the first: legal is multiples of {BIN_TOKENS}")
+            f"per prefill_prefix_knots (0 first, multiples of {BIN_TOKENS}), one column per prefill_root_knots"
+        )
+    rows = _interpolate(np.arange(0.0, prefix_at[-1] + 1.0, BIN_TOKENS), prefix_at, values)
+    return _interpolate(np.arange(0.0, root_at[-1] + 1.0), root_at, rows.T).T.copy()
+
+
 def compact_profile(name: str, data: Mapping[str, Any]) -> Profile:
     """Profile from fitted knots.
 
@@ -87,8 +106,8 @@ def compact_profile(name: str, data: Mapping[str, Any]) -> Profile:
         name: Name for messages.
         data: `token_knots` and `token_s`; `decode_batch_knots` (n), `decode_mean_kv_knots` (m, multiples of 64 but for
             the first) and `decode_s` (n, m); the scalars `prefill_square_s`, `prefill_product_s`, `prefill_prefix_s`
-            (default 0); optionally `prefill_root_knots` and `prefill_s`, further seconds over q. All other entries
-            are kept as facts.
+            (default 0); optionally `prefill_prefix_knots` (multiples of 64, from 0), `prefill_root_knots` and
+            `prefill_s` (prefix, root), further seconds over (x, q). All other entries are kept as facts.
 
     Raises:
         InputError: A knot is missing, not finite, or the axes do not ascend or fit.
@@ -117,12 +136,9 @@ def compact_profile(name: str, data: Mapping[str, Any]) -> Profile:
     base = rows[:, :-1] - slope * mean_at[:-1]
     upper = mean_at[1:].astype(np.int64)
     upper[-1] = _OPEN_END
-    prefill_s = np.zeros(1)
-    if "prefill_root_knots" in data:
-        root_at = _knots(data, "prefill_root_knots", name)
-        _check_axis(root_at, "prefill_root_knots", name)
-        prefill_s = _interpolate(np.arange(0.0, root_at[-1] + 1.0), root_at, _knots(data, "prefill_s", name))
-    used = {"token_knots", "token_s", "decode_batch_knots", "decode_mean_kv_knots", "decode_s", "prefill_s"}
+    prefill_s = _prefill_table(name, data)
+    used = {"token_knots", "token_s", "decode_batch_knots", "decode_mean_kv_knots", "decode_s"}
+    used |= {"prefill_prefix_knots", "prefill_root_knots", "prefill_s"}
     scalars = {
         key: float(_knots({key: data.get(key, 0.0)}, key, name))
         for key in ("prefill_square_s", "prefill_product_s", "prefill_prefix_s", "multi_prefill_share")
@@ -133,13 +149,30 @@ def compact_profile(name: str, data: Mapping[str, Any]) -> Profile:
         decode_upper_tokens=upper,
         decode_base_s=base,
         decode_slope_s=slope,
-        prefill_s=prefill_s[None, :],
+        prefill_s=prefill_s,
         facts={key: value for key, value in data.items() if key not in used and key not in scalars},
         **scalars,
     )
-    if profile.token_s[1:].min(initial=np.inf) <= 0.0:
-        raise InputError(f"profile '{name}': 'token_s' has a value that is not above 0 seconds")
+    _check_positive(profile)
     return profile
+
+
+def _check_positive(profile: Profile) -> None:
+    """No iteration on the knots may take 0 seconds or less."""
+    token_s, prefill_s, decode_s = profile.token_s, profile.prefill_s, profile.decode_base_s
+    batches = min(len(decode_s), len(token_s))
+    shortest = decode_s + profile.decode_slope_s * np.array([0, *profile.decode_upper_tokens[:-1]])
+    columns = min(prefill_s.shape[1], len(token_s))
+    totals = {
+        "token_s": token_s[1:],
+        "decode_s": token_s[1:batches, None] + shortest[1:batches],
+        "prefill_s": token_s[1:columns] + prefill_s[:, 1:columns],
+    }
+    for key, seconds in totals.items():
+        if seconds.size and seconds.min() <= 0.0:
+            raise InputError(
+                f"profile '{profile.name}': '{key}' makes an iteration of {seconds.min():.3g} s, legal is > 0"
+            )
 
 
 def tables_profile(name: str, tables: Mapping[str, Any]) -> Profile:

@@ -3,7 +3,7 @@
 The calls of a world wait in one heap, ordered by the time they end; its p-th entry is `requests[w, p].call_heap`.
 """
 
-# ruff: noqa: ANN001, ANN201 (Numba infers the types of kernels)
+# ruff: noqa: ANN001, ANN201, ANN202, D417 (Numba infers the types of kernels)
 from __future__ import annotations
 
 import math
@@ -75,7 +75,7 @@ def _pop_call(world, requests, w):
 def submit_provider(pools, tables, worlds, replicas, slots, providers, requests, w, v, i, now_s, ttft_s, tpot_s):
     """Sends request i to provider v now.
 
-    Without room in the rate limit the call fails at once. A user whose patience ends before the first token leaves then.
+    Without room in the rate limit the call fails at once. A user leaves when patience ends before the first token.
 
     Args:
         pools, tables, worlds, replicas, slots, providers, requests: `Fleet.arrays`.

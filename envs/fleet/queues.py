@@ -4,7 +4,7 @@ A request waits in one list at a time (hold, waiting, prefill or finished), so o
 running list, in order of admission, is doubly linked because a request leaves it from anywhere.
 """
 
-# ruff: noqa: ANN001, ANN201 (Numba infers the types of kernels)
+# ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
 from __future__ import annotations
 
 from numba import njit

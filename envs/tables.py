@@ -1,0 +1,102 @@
+"""CSV files in, files out: numeric columns with errors that name file, line and column; whole files or none."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+
+from marginroute.errors import InputError
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[str]]:
+    try:
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+            yield file
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or "not a gzip file"
+        raise InputError(f"{path}: cannot be read ({reason}); legal is a CSV file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text; legal is a CSV file") from None
+    except csv.Error as error:
+        raise InputError(f"{path}: {error}; legal is a CSV file") from None
+
+
+def _number(text: str, path: Path, line: int, column: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{path}, line {line}: {column} = {text!r}; legal is a finite number")
+    return value
+
+
+def read_columns(path: Path, columns: Sequence[str] | None = None, text: Sequence[str] = ()) -> dict[str, FloatArray]:
+    """Numeric columns of a CSV file with a header, gzipped where the name ends in .gz.
+
+    Args:
+        path: The file.
+        columns: Columns to read, all required; None: all but `text`.
+        text: Columns to leave out.
+
+    Returns:
+        Name to values, (rows,).
+
+    Raises:
+        InputError: The file cannot be read, a column is missing, or a cell is no finite number.
+    """
+    with _opened(path) as file:
+        reader = csv.reader(file)
+        header = [name.strip() for name in next(reader, [])]
+        wanted = [name for name in header if name not in text] if columns is None else list(columns)
+        missing = [name for name in wanted if name not in header]
+        if missing or not wanted:
+            raise InputError(
+                f"{path}: columns are {', '.join(header) or 'none'}; legal is {', '.join(wanted) or 'some'}"
+            )
+        at = [header.index(name) for name in wanted]
+        rows = []
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                legal = f"legal is {len(header)}, as in the header"
+                raise InputError(f"{path}, line {reader.line_num}: {len(cells)} cells; {legal}")
+            pairs = zip(at, wanted, strict=True)
+            rows.append([_number(cells[index], path, reader.line_num, name) for index, name in pairs])
+    if not rows:
+        raise InputError(f"{path}: no rows; legal is one or more")
+    return dict(zip(wanted, np.array(rows).T.copy(), strict=True))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is either complete or untouched."""
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", newline="", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = file.name
+            file.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error.strerror}); legal is a file in a folder you own") from None
