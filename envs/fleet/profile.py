@@ -92,7 +92,7 @@ def _prefill_table(name: str, data: Mapping[str, Any]) -> FloatArray:
     values = _knots(data, "prefill_s", name)
     if values.shape != (prefix_at.size, root_at.size) or prefix_at[0] != 0 or np.any(prefix_at % BIN_TOKENS):
         raise InputError(
-        raise InputError(f"profile '{name}': 'decode_mean_kv_knots' after the first: legal is multiples of {BIN_TOKENS}")
+            f"profile '{name}': 'prefill_s' has shape {values.shape}, legal is {(prefix_at.size, root_at.size)}: a row "
             f"per prefill_prefix_knots (0 first, multiples of {BIN_TOKENS}), one column per prefill_root_knots"
         )
     rows = _interpolate(np.arange(0.0, prefix_at[-1] + 1.0, BIN_TOKENS), prefix_at, values)
