@@ -1,0 +1,188 @@
+"""The engine against Vidur, request by request, on recorded runs of Vidur.
+
+`--truth DIR` holds pairs CASE.csv[.gz] (one row per request) and CASE.json (Vidur's configuration and `result`);
+`--tables DIR` holds HARDWARE_tables.npz, Vidur's own iteration times; the longest HARDWARE that begins a case's name is
+its table. The engine runs in parity mode (Vidur's scheduler with its quirks) on those tables.
+
+`--fitted DIR` repeats every case with a compact profile fitted to HARDWARE_grid.csv[.gz] of that folder, which is how
+the engine is meant to be used; then the errors of the percentiles are what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import common
+from envs.calibrate import calibrate_iterations
+from envs.fleet.profile import Profile, compact_profile, tables_profile
+from envs.fleet.replay import replay
+from envs.fleet.state import COMPLETED, FleetSpec, PoolSpec
+from envs.tables import FloatArray, read_columns
+from marginroute.cli import main_guard
+from marginroute.errors import InputError
+
+SCHEDULERS = {"vllm": ("prefill-first", "max_tokens_in_batch"), "sarathi": ("sarathi", "chunk_size")}
+COLUMNS = ("arrived_at", "prompt_tokens", "output_tokens", "ttft", "e2e", "restarts")
+INSTANTS = {"ttft": "prefill_completed_at", "e2e": "completed_at"}  # recorded with more digits than the differences
+PERCENTILES = (50, 95, 99)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); legal is a JSON file") from None
+
+
+def parity_spec(path: Path, profile: Profile, quirks: bool = True) -> FleetSpec:
+    """The fleet that a case's configuration describes.
+
+    Raises:
+        InputError: An entry is missing, or the case is outside what the engine models.
+    """
+    data = _json(path)
+    try:
+        cluster, result = data["config"]["cluster_config"], data["result"]
+        scheduler, replica = cluster["replica_scheduler_config"], cluster["replica_config"]
+        if scheduler["name"] not in SCHEDULERS:
+            raise InputError(f"{path}: scheduler {scheduler['name']!r}; legal is {', '.join(SCHEDULERS)}")
+        if cluster["num_replicas"] != 1 or replica["num_pipeline_stages"] != 1:
+            raise InputError(f"{path}: several replicas or pipeline stages; legal is one of each")
+        mode, budget = SCHEDULERS[scheduler["name"]]
+        pool = PoolSpec(
+            name=path.stem,
+            profile=profile,
+            kv_blocks=result["num_blocks"],
+            block_size_tokens=scheduler["block_size"],
+            max_num_seqs=scheduler["batch_size_cap"],
+            max_num_batched_tokens=scheduler[budget],
+            scheduler=mode,
+            watermark_share=scheduler["watermark_blocks_fraction"],
+            vidur_quirks=quirks,
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: entry {error} is missing; legal is Vidur's configuration with its result") from None
+    return FleetSpec((pool,), scrape_interval_s=1e12)
+
+
+def _errors_pct(ours: FloatArray, truth: FloatArray) -> dict[str, float]:
+    ratios = np.percentile(ours, PERCENTILES) / np.percentile(truth, PERCENTILES) - 1.0
+    return {f"p{p}": round(float(100.0 * ratio), 6) + 0.0 for p, ratio in zip(PERCENTILES, ratios, strict=True)}
+
+
+def compare(truth: dict[str, FloatArray], spec: FleetSpec) -> dict[str, Any]:
+    """Differences between the engine and the recorded run."""
+    arrived_at, output_tokens = truth["arrived_at"], truth["output_tokens"].astype(np.int64)
+    fleet = replay(spec, arrived_at, truth["prompt_tokens"].astype(np.int64), output_tokens)
+    done = fleet.requests[0]
+    ttft_s, e2e_s = done["first_token_at_s"] - arrived_at, done["completed_at_s"] - arrived_at
+    steps = np.maximum(output_tokens - 1, 1)
+    several = output_tokens > 1
+    pairs = {"ttft": (ttft_s, truth["ttft"]), "e2e": (e2e_s, truth["e2e"])}
+    if several.any():
+        pairs["tpot"] = (((e2e_s - ttft_s) / steps)[several], ((truth["e2e"] - truth["ttft"]) / steps)[several])
+    return {
+        "requests": len(arrived_at),
+        "completed": int((done["status"] == COMPLETED).sum()),
+        "restarts": int(done["restarts"].sum()),
+        "max_abs_dttft_s": float(np.abs(ttft_s - truth["ttft"]).max()),
+        "max_rel_de2e": float(np.abs(e2e_s / truth["e2e"] - 1.0).max()),
+        "restarts_equal": bool((done["restarts"] == truth["restarts"]).all()),
+        "percentile_errors_pct": {name: _errors_pct(*pair) for name, pair in pairs.items()},
+    }
+
+
+def _recorded(rows: Path) -> dict[str, FloatArray]:
+    """Columns of a recorded run; TTFT and E2E from the instants where they are there."""
+    columns = read_columns(rows)
+    missing = [name for name in COLUMNS if name not in columns]
+    if missing:
+        raise InputError(f"{rows}: column {missing[0]!r} is missing; legal is {', '.join(COLUMNS)}")
+    for name, instant in INSTANTS.items():
+        if instant in columns:
+            columns[name] = columns[instant] - columns["arrived_at"]
+    return columns
+
+
+def _hardware(case: str, names: list[str], folder: Path) -> str:
+    fitting = [name for name in names if case.startswith(f"{name}_")]
+    if not fitting:
+        raise InputError(f"{folder}: no table for case {case!r}; legal is a name that it begins with")
+    return max(fitting, key=len)
+
+
+def find_cases(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Case name to its configuration and rows."""
+    cases = {}
+    for path in sorted(folder.glob("*.json")):
+        rows = [folder / f"{path.stem}{ending}" for ending in (".csv.gz", ".csv")]
+        found = [row for row in rows if row.is_file()]
+        if found:
+            cases[path.stem] = (path, found[0])
+    if not cases:
+        raise InputError(f"{folder}: no case; legal is a folder with pairs CASE.json and CASE.csv[.gz]")
+    return cases
+
+
+def run_cases(truth: Path, tables: Path, fitted: Path | None = None) -> dict[str, Any]:
+    """All cases of a folder, and those with fitted profiles where asked for."""
+    names = [path.name.removesuffix("_tables.npz") for path in sorted(tables.glob("*_tables.npz"))]
+    profiles: dict[str, tuple[Profile, Profile | None]] = {}
+    exact, compact = {}, {}
+    for case, (configuration, rows) in find_cases(truth).items():
+        name = _hardware(case, names, tables)
+        if name not in profiles:
+            with np.load(tables / f"{name}_tables.npz") as arrays:
+                profiles[name] = (tables_profile(name, dict(arrays)), _fit(fitted, name))
+        recorded = _recorded(rows)
+        exact[case] = compare(recorded, parity_spec(configuration, profiles[name][0]))
+        figures = exact[case]
+        common.note(f"{case}: dTTFT {figures['max_abs_dttft_s']:.1e} s, dE2E {figures['max_rel_de2e']:.1e}")
+        if profiles[name][1] is not None:
+            compact[case] = compare(recorded, parity_spec(configuration, profiles[name][1]))
+    return {"cases": exact, **({"fitted_cases": compact, **_worst(compact)} if compact else {})}
+
+
+def _fit(folder: Path | None, name: str) -> Profile | None:
+    if folder is None:
+        return None
+    paths = [path for ending in (".csv.gz", ".csv") if (path := folder / f"{name}_grid{ending}").is_file()]
+    if not paths:
+        raise InputError(f"{folder}: no {name}_grid.csv[.gz]; legal is a folder with one grid per table")
+    common.note(f"fitting {name}")
+    return compact_profile(name, calibrate_iterations(paths[0], {}))
+
+
+def _worst(cases: dict[str, Any]) -> dict[str, float]:
+    errors = [
+        abs(value)
+        for case in cases.values()
+        for percentiles in case["percentile_errors_pct"].values()
+        for value in percentiles.values()
+    ]
+    return {
+        "fitted_median_error_pct": round(float(np.median(errors)), 3),
+        "fitted_largest_error_pct": round(max(errors), 3),
+    }
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Compares and prints."""
+    parser: argparse.ArgumentParser = common.parser(__doc__)
+    parser.add_argument("--truth", type=Path, required=True, metavar="DIR", help="recorded runs of Vidur")
+    parser.add_argument("--tables", type=Path, required=True, metavar="DIR", help="Vidur's look-up tables")
+    parser.add_argument("--fitted", type=Path, metavar="DIR", help="grids to fit compact profiles to")
+    arguments = parser.parse_args(argv)
+    common.emit("vidur_parity", run_cases(arguments.truth, arguments.tables, arguments.fitted))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
