@@ -15,7 +15,7 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
-from marginroute.features import CLIP, FeatureSpec, split
+from marginroute.features import FeatureSpec, split
 from marginroute.policy import Network
 
 ILLEGAL_LOGIT = -1e9
@@ -45,28 +45,23 @@ class Scorer(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.value[-1].weight)
 
-    def _inputs(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Normalised candidates (B, C, F) and context (B, G), advice logits and legal mask (B, C)."""
-        candidate, context, advice, legal = split(observation, self.n_candidates, self.spec)
-        x = ((candidate - self.candidate_mean) / self.candidate_std).clamp(-CLIP, CLIP)
-        y = ((context - self.context_mean) / self.context_std).clamp(-CLIP, CLIP)
-        return x, y, advice, legal
-
-    def _score(self, x: Tensor, y: Tensor, advice: Tensor, legal: Tensor) -> Tensor:
-        h = torch.relu(self.candidate(x) + self.context(y).unsqueeze(-2))
-        logits = self.kappa * advice + self.head(torch.relu(self.hidden(h))).squeeze(-1)
-        return torch.where(legal > 0.5, logits, torch.full_like(logits, ILLEGAL_LOGIT))
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (B, C) of the candidates and values (B,)."""
+        candidate, context, _, legal = split(observation, self.n_candidates, self.spec)
+        pooled = (candidate * legal.unsqueeze(-1)).sum(-2) / legal.sum(-1, keepdim=True)
+        x = (pooled - self.candidate_mean) / self.candidate_std
+        y = (context - self.context_mean) / self.context_std
+        value = self.value(torch.cat([x, y], dim=-1)).squeeze(-1)
+        return torch.log_softmax(self.logits(observation), dim=-1), value
 
     def logits(self, observation: Tensor) -> Tensor:
         """Logits (B, C), `ILLEGAL_LOGIT` where a candidate is not legal."""
-        return self._score(*self._inputs(observation))
-
-    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (B, C) of the candidates and values (B,)."""
-        x, y, advice, legal = self._inputs(observation)
-        pooled = (x * legal.unsqueeze(-1)).sum(-2) / legal.sum(-1, keepdim=True)
-        value = self.value(torch.cat([pooled, y], dim=-1)).squeeze(-1)
-        return torch.log_softmax(self._score(x, y, advice, legal), dim=-1), value
+        candidate, context, advice, legal = split(observation, self.n_candidates, self.spec)
+        w1, wg = self.candidate.weight / self.candidate_std, self.context.weight / self.context_std
+        bias = self.context.bias - w1 @ self.candidate_mean - wg @ self.context_mean  # the normaliser, folded in
+        h = torch.relu(candidate @ w1.T + (context @ wg.T + bias).unsqueeze(-2))
+        logits = self.kappa * advice + self.head(torch.relu(self.hidden(h))).squeeze(-1)
+        return torch.where(legal > 0.5, logits, torch.full_like(logits, ILLEGAL_LOGIT))
 
 
 class ScorerPolicy(ActorCriticPolicy):

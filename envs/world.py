@@ -111,9 +111,6 @@ MEAN = np.dtype([("value", "f8"), ("weight", "f8")])
 """Running means of output tokens by class and task, `(N, K, J)`."""
 
 WAIT = -2  # a choice that leaves its world where it is
-RECENT = 10.0  # answers that the moving means of latency look back (LiteLLM's latency strategy keeps ten)
-LENGTHS_RECENT = 200.0
-ARRIVALS_RECENT = 50.0
 
 running_mean = njit(cache=True, inline="always")(latency.running_mean)
 
@@ -206,11 +203,11 @@ def _post_finished(
     )  # fmt: skip
     mine = own[w, c]
     since_sent_s = request.first_token_at_s - request.dispatched_at_s
-    mine.recent_ttft_s, weight = running_mean(mine.recent_ttft_s, mine.weight, since_sent_s, RECENT)
-    mine.recent_tpot_s, weight = running_mean(mine.recent_tpot_s, mine.weight, tpot_s, RECENT)
+    mine.recent_ttft_s, weight = running_mean(mine.recent_ttft_s, mine.weight, since_sent_s, latency.RECENT_ANSWERS)
+    mine.recent_tpot_s, weight = running_mean(mine.recent_tpot_s, mine.weight, tpot_s, latency.RECENT_ANSWERS)
     mine.weight = weight
     mean = lengths[w, k, load.task_index]
-    mean.value, mean.weight = running_mean(mean.value, mean.weight, load.output_tokens, LENGTHS_RECENT)
+    mean.value, mean.weight = running_mean(mean.value, mean.weight, load.output_tokens, latency.RECENT_LENGTHS)
     if load.prompt_key >= 0 and config[0].cache_capacity > 0:
         cache_store(
             config, desks, entries, ledger_usd, w, k, load.prompt_key, load.tenant_index, tiers[c], answer,
@@ -369,7 +366,7 @@ def _go_on(
         desk.cursor += 1
         counts[w, books.FIRST_CALLS, loads[w, i].class_index] += 1
         gap_s = next_s - desk.last_arrival_s
-        desk.arrival_gap_s, _ = running_mean(desk.arrival_gap_s, desk.cursor, gap_s, ARRIVALS_RECENT)
+        desk.arrival_gap_s, _ = running_mean(desk.arrival_gap_s, desk.cursor, gap_s, latency.RECENT_ARRIVALS)
         desk.last_arrival_s = next_s
     desk.current = i
 

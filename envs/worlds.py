@@ -19,13 +19,13 @@ from envs.fleet.iteration import linear_coefficients
 from envs.fleet.state import record_array
 from envs.scenario import Scenario
 from envs.workload.requests import Workload
+from marginroute import latency
 from marginroute import view as v
 from marginroute.policy import Policy
 from marginroute.quality import QualityPrior
 from marginroute.view import Array, Layout, View
 
 UNLIMITED = 1e9  # slots and KV tokens of a candidate that has no engine of ours
-LENGTHS_PRIOR_WEIGHT = 20.0  # requests that the operator's mean output length counts for at the start
 
 
 class Plant:
@@ -246,7 +246,7 @@ class FleetWorlds:
         self.own["recent_ttft_s"][w] = static[v.FIXED_TTFT_S, :stations]
         self.own["recent_tpot_s"][w] = static[v.FIXED_TPOT_S, :stations] + static[v.BASE_S, :stations]
         self.own["weight"][w] = 0.0
-        self.lengths["value"][w], self.lengths["weight"][w] = self.plant.output_tokens, LENGTHS_PRIOR_WEIGHT
+        self.lengths["value"][w], self.lengths["weight"][w] = self.plant.output_tokens, latency.PRIOR_LENGTHS
         self.entries["stored_at_s"][w] = -np.inf
         for array in (self.ledger_usd, self.counts, self.action_counts):
             array[w] = 0

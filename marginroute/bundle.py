@@ -117,7 +117,7 @@ def parity_logits(policy: ResidualPolicy, observation: Array) -> Array:
     spec = policy.spec
     n_candidates = (observation.shape[-1] - spec.n_context) // (spec.n_candidate + 2)
     candidate, context, advice, legal = split_observation(observation, n_candidates, spec)
-    return np.where(legal > 0.5, policy.network.logits(candidate, context, advice, spec), -np.inf)
+    return np.where(legal > 0.5, policy.folded.logits(candidate, context, advice), -np.inf)
 
 
 def save(bundle: Bundle, folder: Path, parity: dict[str, Array] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,7 +45,7 @@ def best_legal(scores: Array, legal: Array) -> Array:
 
 
 def explain(
-    policy: str, view: View, scores: Array, reason_usd: dict[str, Array], scale_usd: float = 1.0
+    policy: str, view: View, scores: Array, reason_usd: Callable[[int], dict[str, float]], scale_usd: float = 1.0
 ) -> Decision:
     """Turns the scores of one view into a Decision with its runner-up.
 
@@ -52,25 +53,22 @@ def explain(
         policy: name to record.
         view: one decision (no leading axis).
         scores: (C,) by which the policy ranks; `scale_usd` turns a difference of them into USD.
-        reason_usd: parts of the expected USD, each (C,).
+        reason_usd: parts of the expected USD of a candidate.
         scale_usd: USD per unit of score.
     """
     ranked = np.where(view.legal, scores, -np.inf)
     choice = int(ranked.argmax())
-    runner_up, runner_up_usd = "", 0.0
-    rest = ranked.copy()
-    rest[choice] = -np.inf
-    second = int(rest.argmax())
-    if np.isfinite(rest[second]):
-        runner_up = view.layout.names[second]
-        runner_up_usd = float(ranked[choice] - ranked[second]) * scale_usd
+    best = float(ranked[choice])
+    ranked[choice] = -np.inf
+    second = int(ranked.argmax())
+    there_is_another = ranked[second] > -np.inf
     return Decision(
         candidate=choice,
         name=view.layout.names[choice],
         kind=KINDS[int(view.layout.kind[choice])],
         probability=1.0,
         policy=policy,
-        reason_usd={part: float(usd[choice]) for part, usd in reason_usd.items()},
-        runner_up=runner_up,
-        runner_up_usd=runner_up_usd,
+        reason_usd=reason_usd(choice),
+        runner_up=view.layout.names[second] if there_is_another else "",
+        runner_up_usd=(best - float(ranked[second])) * scale_usd if there_is_another else 0.0,
     )

@@ -12,6 +12,7 @@ corrects. `FeatureSpec.version` changes whenever the meaning of any column chang
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from marginroute.heuristics import Assessment
 from marginroute.view import KINDS, Array, Layout, View
 
 FEATURE_VERSION = 1
-CLIP = 10.0  # every feature stays inside +-CLIP, before and after normalisation
+CLIP = 10.0  # every feature stays inside +-CLIP before it is normalised
+MIN_STD = 0.05  # of a normalised feature, so that a nearly constant column cannot swamp the others
 MIN_LOGIT = -30.0  # advice logits below this are as good as never
 
 
@@ -54,6 +56,11 @@ class FeatureSpec:
     temperature_share: float = 0.03
     version: int = field(default=FEATURE_VERSION)
 
+    @cached_property
+    def drift_limit(self) -> Array:
+        """(G,) distance of a context feature from its mean beyond which it is far outside training."""
+        return CLIP * self.context_std
+
     @property
     def n_candidate(self) -> int:
         """F."""
@@ -73,7 +80,7 @@ class FeatureSpec:
 
         def moments(x: Array) -> tuple[Array, Array]:
             std = x.std(axis=0)
-            return x.mean(axis=0), np.where(std > 1e-6, std, 1.0)
+            return x.mean(axis=0), np.where(std > 1e-6, np.maximum(std, MIN_STD), 1.0)
 
         candidate_mean, candidate_std = moments(candidate.reshape(-1, self.n_candidate).astype(np.float64))
         context_mean, context_std = moments(context.reshape(-1, self.n_context).astype(np.float64))
@@ -128,119 +135,114 @@ class FeatureSpec:
 
 
 CANDIDATE_FEATURES = (
-    *(Feature(f"kind_{kind}", "0/1", "identity") for kind in KINDS),
     Feature("legal", "0/1", "identity"),
     Feature("p_good", "probability", "identity"),
-    Feature("ttft_to_slo", "ratio", "ln(x + 0.01)"),
-    Feature("tpot_to_slo", "ratio", "ln(x + 0.01)"),
-    Feature("ttft_s", "s", "ln(x + 0.001)"),
-    Feature("tpot_s", "s per token", "ln(x + 0.001)"),
     Feature("cost", "share of value", "identity"),
     Feature("credit", "share of value", "identity"),
     Feature("refund", "share of value", "identity"),
     Feature("congestion", "share of value", "identity"),
-    Feature("advice", "score below the best legal one, share of value", "-ln(1 + 10 x)"),
     Feature("fill", "in flight per slot", "identity"),
-    Feature("held", "requests", "ln(1 + x)"),
-    Feature("pending_prefill", "tokens", "ln(1 + x) / 4"),
-    Feature("waiting", "requests, scraped", "ln(1 + x)"),
     Feature("kv_usage", "share, scraped", "identity"),
-    Feature("telemetry_age_s", "s", "ln(1 + x)"),
+    Feature("ttft_to_slo", "ratio", "ln(x + 0.001)"),
+    Feature("tpot_to_slo", "ratio", "ln(x + 0.001)"),
+    Feature("ttft_s", "s", "ln(x + 0.001)"),
+    Feature("tpot_s", "s per token", "ln(x + 0.001)"),
     Feature("recent_ttft_s", "s", "ln(x + 0.001)"),
+    Feature("below_best", "advice score below the best legal one, tenths of the value", "ln(1 + x)"),
+    Feature("held", "requests", "ln(1 + x)"),
+    Feature("pending_prefill", "tokens", "ln(1 + x)"),
+    Feature("waiting", "requests, scraped", "ln(1 + x)"),
+    Feature("telemetry_age_s", "s", "ln(1 + x)"),
 )
+_LOG_FROM, _LOG1P_FROM = 8, 13  # rows of the two groups of transforms above
+CONTEXT_FEATURES = (
+    Feature("difficulty_signal", "standard deviations", "identity"),
+    Feature("fleet_fill", "mean in flight per slot over replicas", "identity"),
+    Feature("urgency", "1 / (1 s + time to the deadline)", "identity"),
+    Feature("prompt_tokens", "tokens", "ln(1 + x)"),
+    Feature("expected_output_tokens", "tokens", "ln(1 + x)"),
+    Feature("waited_s", "s", "ln(1 + x)"),
+    Feature("arrival_rate_per_s", "requests/s", "ln(1 + x)"),
+    Feature("value_usd", "millionths of a USD", "ln(1 + x)"),
+)
+_CONTEXT_LOG1P_FROM = 3
 
 
 def feature_spec(layout: Layout, temperature_share: float = 0.03) -> FeatureSpec:
     """The specification for a fleet's tiers, classes and tasks, with an identity normaliser."""
-    candidate = (*CANDIDATE_FEATURES, *(Feature(f"tier_{name}", "0/1", "identity") for name in layout.tier_names))
+    constant = (*(f"kind_{kind}" for kind in KINDS), *(f"tier_{name}" for name in layout.tier_names))
+    candidate = (*CANDIDATE_FEATURES, *(Feature(name, "0/1", "identity") for name in constant))
     context = (
         *(Feature(f"class_{name}", "0/1", "identity") for name in layout.class_names),
         *(Feature(f"task_{name}", "0/1", "identity") for name in layout.task_names),
-        Feature("prompt_tokens", "tokens", "ln(x) - 6"),
-        Feature("expected_output_tokens", "tokens", "ln(x) - 5"),
-        Feature("difficulty_signal", "standard deviations", "identity"),
-        Feature("value_usd", "USD", "ln(x) + 6"),
-        Feature("waited_s", "s", "ln(1 + x)"),
-        Feature("deadline_left_s", "s", "ln(1 + x), 0 if none"),
-        Feature("arrival_rate_per_s", "requests/s", "ln(1 + x)"),
-        Feature("fleet_fill", "mean in flight per slot over replicas", "identity"),
+        *CONTEXT_FEATURES,
     )
     f, g = len(candidate), len(context)
     return FeatureSpec(candidate, context, np.zeros(f), np.ones(f), np.zeros(g), np.ones(g), temperature_share)
 
 
-def _one_hot(index: Array, size: int) -> Array:
-    """(..., size) of 0/1; an index outside 0..size-1 gives zeros."""
-    return (index[..., None] == np.arange(size)).astype(np.float32)
+def _clip(rows: Array) -> Array:
+    """Clips in place; `np.clip` costs several times as much on the few numbers of one decision."""
+    np.maximum(rows, -CLIP, out=rows)
+    return np.minimum(rows, CLIP, out=rows)
+
+
+def _last(rows: Array) -> Array:
+    """(F, ...) -> (..., F), a view."""
+    return rows.transpose(*range(1, rows.ndim), 0)
 
 
 def candidate_features(view: View, assessment: Assessment) -> Array:
     """(..., C, F) float32, clipped, not normalised."""
-    s, q = view.signals, view.request[..., None]
-    a, layout = assessment, view.layout
-    value = np.maximum(a.value_usd, 1e-9)
-    best = np.where(view.legal, a.score_usd, -np.inf).max(axis=-1, keepdims=True)
-    below = np.maximum((best - a.score_usd) / value, 0.0)
-    columns = (
-        view.legal,
-        a.p_good,
-        np.log((q[v.WAITED_S] + a.ttft_s) / q[v.SLO_TTFT_S] + 0.01),
-        np.log(a.tpot_s / q[v.SLO_TPOT_S] + 0.01),
-        np.log(a.ttft_s + 1e-3),
-        np.log(a.tpot_s + 1e-3),
-        a.cost_usd / value,
-        a.credit_usd / value,
-        a.refund_usd / value,
-        a.congestion_usd / value,
-        -np.log1p(10.0 * below),
-        s[v.IN_FLIGHT] / s[v.SLOTS],
-        np.log1p(s[v.HELD]),
-        np.log1p(s[v.PENDING_PREFILL_TOKENS]) / 4.0,
-        np.log1p(s[v.WAITING]),
-        s[v.KV_USAGE],
-        np.log1p(s[v.TELEMETRY_AGE_S]),
-        np.log(s[v.RECENT_TTFT_S] + 1e-3),
-    )
-    n_kinds, n_tiers = len(KINDS), len(layout.tier_names)
-    out = np.empty((*view.legal.shape, n_kinds + len(columns) + n_tiers), dtype=np.float32)
-    out[..., :n_kinds] = _one_hot(layout.kind, n_kinds)
-    for j, column in enumerate(columns):
-        out[..., n_kinds + j] = column
-    out[..., n_kinds + len(columns) :] = _one_hot(layout.tier, n_tiers)
-    return np.clip(out, -CLIP, CLIP, out=out)
+    s, q, a, layout = view.signals, view.request[..., None], assessment, view.layout
+    per_value = 1.0 / np.maximum(a.value_usd, 1e-9)
+    n = len(CANDIDATE_FEATURES)
+    rows = np.empty((n + len(layout.one_hot), *view.legal.shape), dtype=np.float32)
+    rows[0] = view.legal
+    rows[1] = a.p_good
+    rows[2:6] = a.parts_usd * per_value
+    rows[6] = a.fill
+    rows[7] = s[v.KV_USAGE]
+    rows[8:10] = a.latency_s / q[v.SLO_TTFT_S : v.SLO_TPOT_S + 1]
+    rows[10:12] = a.latency_s
+    rows[12] = s[v.RECENT_TTFT_S]
+    rows[13] = np.maximum(a.best_usd - a.score_usd, 0.0) * (10.0 * per_value)
+    rows[14:18] = s[v.HELD : v.TELEMETRY_AGE_S + 1]
+    logs = rows[_LOG_FROM:_LOG1P_FROM]
+    logs += 1e-3
+    np.log(logs, out=logs)
+    np.log1p(rows[_LOG1P_FROM:n], out=rows[_LOG1P_FROM:n])
+    _clip(rows[:n])
+    rows[n:] = layout.one_hot.reshape(-1, *([1] * (view.legal.ndim - 1)), layout.n_candidates)
+    return _last(rows)
 
 
 def context_features(view: View, assessment: Assessment) -> Array:
     """(..., G) float32, clipped, not normalised."""
-    s, q, layout = view.signals, view.request, view.layout
-    replicas = layout.n_replicas
-    deadline = q[v.DEADLINE_LEFT_S]
-    fill = (s[v.IN_FLIGHT][..., :replicas] / s[v.SLOTS][..., :replicas]).mean(axis=-1)
-    columns = (
-        np.log(q[v.PROMPT_TOKENS]) - 6.0,
-        np.log(q[v.EXPECTED_OUTPUT_TOKENS]) - 5.0,
-        q[v.DIFFICULTY_SIGNAL],
-        np.log(np.maximum(assessment.value_usd[..., 0], 1e-9)) + 6.0,
-        np.log1p(q[v.WAITED_S]),
-        np.log1p(np.where(np.isfinite(deadline), np.maximum(deadline, 0.0), 0.0)),
-        np.log1p(q[v.ARRIVAL_RATE_PER_S]),
-        fill,
-    )
-    n_classes, n_tasks = len(layout.class_names), len(layout.task_names)
-    out = np.empty((*q.shape[1:], n_classes + n_tasks + len(columns)), dtype=np.float32)
-    out[..., :n_classes] = _one_hot(q[v.CLASS_INDEX], n_classes)
-    out[..., n_classes : n_classes + n_tasks] = _one_hot(q[v.TASK_INDEX], n_tasks)
-    for j, column in enumerate(columns):
-        out[..., n_classes + n_tasks + j] = column
-    return np.clip(out, -CLIP, CLIP, out=out)
+    q, layout = view.request, view.layout
+    one_hot = layout.class_and_task[q[v.CLASS_INDEX].astype(np.int64), q[v.TASK_INDEX].astype(np.int64)]
+    n, replicas = one_hot.shape[-1], layout.n_replicas
+    out = np.empty((*q.shape[1:], n + len(CONTEXT_FEATURES)), dtype=np.float32)
+    out[..., :n] = one_hot
+    rest = out[..., n:]
+    rest[..., 0] = q[v.DIFFICULTY_SIGNAL]
+    rest[..., 1] = np.add.reduce(assessment.fill[..., :replicas], axis=-1) / replicas
+    rest[..., 2] = 1.0 / (1.0 + np.maximum(q[v.DEADLINE_LEFT_S], 0.0))
+    rest[..., 3] = q[v.PROMPT_TOKENS]
+    rest[..., 4] = q[v.EXPECTED_OUTPUT_TOKENS]
+    rest[..., 5] = q[v.WAITED_S]
+    rest[..., 6] = q[v.ARRIVAL_RATE_PER_S]
+    rest[..., 7] = 1e6 * assessment.value_usd[..., 0]
+    logs = rest[..., _CONTEXT_LOG1P_FROM:]
+    np.log1p(logs, out=logs)
+    return _clip(out)
 
 
-def advice_logits(view: View, assessment: Assessment, temperature_share: float) -> Array:
+def advice_logits(assessment: Assessment, temperature_share: float) -> Array:
     """(..., C) float32: (score - best legal score) / temperature, from MIN_LOGIT to 0."""
-    best = np.where(view.legal, assessment.score_usd, -np.inf).max(axis=-1, keepdims=True)
     temperature_usd = np.maximum(temperature_share * assessment.value_usd, 1e-9)
-    logits = (assessment.score_usd - best) / temperature_usd
-    return np.clip(logits, MIN_LOGIT, 0.0).astype(np.float32)
+    logits = (assessment.score_usd - assessment.best_usd) / temperature_usd
+    return np.minimum(np.maximum(logits, MIN_LOGIT), 0.0).astype(np.float32)
 
 
 def observe(view: View, assessment: Assessment, spec: FeatureSpec) -> Array:
@@ -251,7 +253,7 @@ def observe(view: View, assessment: Assessment, spec: FeatureSpec) -> Array:
         [
             candidate.reshape(*lead, -1),
             context_features(view, assessment),
-            advice_logits(view, assessment, spec.temperature_share),
+            advice_logits(assessment, spec.temperature_share),
             view.legal.astype(np.float32),
         ],
         axis=-1,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from marginroute import features
 from marginroute import view as v
-from marginroute.decision import Decision
-from marginroute.features import CLIP
+from marginroute.decision import Decision, best_legal
+from marginroute.features import FeatureSpec
 from marginroute.heuristics import MarginRule, RuleOfThumb
 from marginroute.policy import Policy, ResidualPolicy
 from marginroute.view import Array, Layout, View
@@ -22,8 +22,7 @@ class GuardLimits:
 
     Attributes:
         telemetry_age_s: oldest scrape of any replica that is still trusted.
-        drift_features: number of context features that may sit at the clip (more than CLIP standard deviations away
-            from training) at once.
+        drift_features: number of context features that may lie more than ten standard deviations away from training.
     """
 
     telemetry_age_s: float = 60.0
@@ -53,37 +52,46 @@ class GuardedPolicy:
         """Name of the guarded policy."""
         return self.policy.name
 
-    def objection(self, view: View) -> str:
-        """Why the policy must not decide this view: `stale`, `not-finite`, `drift`; empty if it may."""
-        ages = view.signals[v.TELEMETRY_AGE_S]
-        if not ages.max() <= self.limits.telemetry_age_s:
-            return "stale"
-        if not (np.isfinite(view.signals).all() and not np.isnan(view.request).any()):
-            return "not-finite"
-        if isinstance(self.policy, ResidualPolicy):
-            spec = self.policy.spec
-            context = features.context_features(view, self.policy.advice.assess(view))
-            z = np.abs((context - spec.context_mean) / spec.context_std)
-            if (z >= CLIP).sum() > self.limits.drift_features:
-                return "drift"
-        return ""
+    def _stale(self, view: View) -> Array:
+        """(...,) whether a scrape is older than the limit, or of unknown age."""
+        age_s = np.maximum.reduce(view.signals[v.TELEMETRY_AGE_S], axis=-1)
+        return np.logical_not(age_s <= self.limits.telemetry_age_s)
+
+    def drift(self, context: Array, spec: FeatureSpec) -> Array:
+        """(...,) whether too many context features (..., G) lie far outside what was trained on."""
+        far = np.abs(context - spec.context_mean) >= spec.drift_limit
+        return np.add.reduce(far, axis=-1, dtype=np.int64) > self.limits.drift_features
 
     def decide(self, view: View) -> Decision:
         """The policy's decision, or the fallback's with the guard's reason."""
-        objection = self.objection(view)
-        if objection:
-            return replace(self.fallback.decide(view), guard=objection)
-        return self.policy.decide(view)
+        if self._stale(view):
+            return self._hand_over(view, "stale")
+        if isinstance(self.policy, ResidualPolicy):
+            inputs = self.policy.inputs(view)
+            if self.drift(inputs.context, self.policy.spec):
+                return self._hand_over(view, "drift")
+            decision = self.policy.decide_on(view, inputs)
+        else:
+            decision = self.policy.decide(view)
+        if not math.isfinite(sum(decision.reason_usd.values())):  # a NaN anywhere wins the argmax and shows here
+            return self._hand_over(view, "not-finite")
+        return decision
+
+    def _hand_over(self, view: View, reason: str) -> Decision:
+        """The fallback's decision, on signals without NaN."""
+        clean = View(view.layout, np.nan_to_num(view.signals), np.nan_to_num(view.request, posinf=np.inf), view.legal)
+        return replace(self.fallback.decide(clean), guard=reason)
 
     def decide_batch(self, view: View) -> Array:
-        """As `decide`, world by world only where the guard objects."""
-        if view.legal.ndim == 1:
-            return np.asarray(self.decide(view).candidate)
-        choice = self.policy.decide_batch(view)
-        objected = np.array([bool(self.objection(view[w])) for w in range(len(choice))])
-        if objected.any():
-            choice = np.where(objected, self.fallback.decide_batch(view), choice)
-        return choice
+        """As `decide` for N worlds at once."""
+        objected = self._stale(view) | np.isnan(view.signals.sum(axis=(0, -1))) | np.isnan(view.request.sum(axis=0))
+        if isinstance(self.policy, ResidualPolicy):
+            inputs = self.policy.inputs(view)
+            objected = objected | self.drift(inputs.context, self.policy.spec)
+            choice = best_legal(self.policy.logits(inputs), view.legal)
+        else:
+            choice = self.policy.decide_batch(view)
+        return np.where(objected, self.fallback.decide_batch(view), choice) if objected.any() else choice
 
     def in_flight_caps(self, layout: Layout, slots: Array) -> Array | None:
         """The policy's caps."""

@@ -15,6 +15,7 @@ All functions work on (..., C) arrays.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,54 +25,68 @@ from marginroute import view as v
 from marginroute.decision import Decision, best_legal, explain
 from marginroute.errors import InputError
 from marginroute.quality import FittedQuality
-from marginroute.view import DEFER, PROVIDER, SHED, Array, Layout, View
+from marginroute.view import PROVIDER, Array, Layout, View
 
 LAST_RESORT = 1e6  # score distance that separates what a rule of thumb wants from what it takes only if it must
+DEFER_COLUMN = -2  # candidates end with cache, defer, shed
 MAX_FILL = 2.0  # fill of a replica beyond which its congestion price no longer rises
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Assessment:
-    """Expected USD of each candidate for a request, part by part; every array is (..., C).
+    """Expected USD of each candidate for a request; arrays are (..., C) unless said otherwise.
 
     Attributes:
         p_good: probability of a good answer.
-        ttft_s, tpot_s: estimated latency, in seconds (TTFT counts from now).
+        latency_s: (2, ..., C) estimated TTFT from now, and TPOT, in seconds.
+        stay: probability that the user is still there for the first token; 0 for *defer* and *shed*.
+        fill: in-flight requests per sequence slot.
         value_usd: (..., 1) value of the request when answered, the base of refunds and credits.
-        revenue_usd, refund_usd, credit_usd, unserved_usd, cost_usd: expected parts of the margin.
-        bad_usd: what a bad answer loses, weighted with the chance that the user stays for it.
-        congestion_usd: price of the capacity taken; not a cash flow.
-        idle_usd: margin if no queue, no missed SLO and no impatience stood in the way.
-        margin_usd: sum of the cash parts.
+        usage_usd: (..., 1) what the customer pays for it.
+        unserved_usd: (..., 1) credit if it gets no answer.
+        bad_usd: loss by a bad answer, times `stay`.
+        parts_usd: (4, ..., C) cost of the answer, expected service credits, expected refunds, and congestion (the
+            price of the capacity taken; not a cash flow).
+        margin_usd: expected cash; what *defer* is worth by the rule's own estimate.
         score_usd: margin minus congestion; what the rule ranks by.
+        best_usd: (..., 1) highest score of a legal candidate.
     """
 
     p_good: Array
-    ttft_s: Array
-    tpot_s: Array
+    latency_s: Array
+    stay: Array
+    fill: Array
     value_usd: Array
-    revenue_usd: Array
-    refund_usd: Array
-    credit_usd: Array
+    usage_usd: Array
     unserved_usd: Array
-    cost_usd: Array
     bad_usd: Array
-    congestion_usd: Array
-    idle_usd: Array
+    parts_usd: Array
     margin_usd: Array
     score_usd: Array
+    best_usd: Array
 
-    def parts(self) -> dict[str, Array]:
-        """The reason of a decision, in USD by part; the cash parts add up to the margin."""
-        return {
-            "revenue": self.revenue_usd,
-            "refunds": -self.refund_usd,
-            "service_credits": -self.credit_usd,
-            "unserved_credits": -self.unserved_usd,
-            "cost": -self.cost_usd,
-            "margin": self.margin_usd,
-            "congestion": -self.congestion_usd,
+    def parts(self, candidate: int) -> dict[str, float]:
+        """Expected USD of one candidate of a single view, by part; the cash parts add up to the margin.
+
+        A deferred request has no cash yet: its expected margin is that of a later answer.
+        """
+        c = candidate
+        stay, margin = float(self.stay[c]), float(self.margin_usd[c])
+        revenue = stay * float(self.usage_usd[0])
+        cost, credits, refunds, congestion = (-usd for usd in self.parts_usd[:, c].tolist())
+        unserved = -(1.0 - stay) * float(self.unserved_usd[0])
+        later = margin - (revenue + refunds + credits + unserved + cost)
+        if abs(later) > 1e-12:
+            unserved, later = 0.0, margin
+        parts = {
+            "revenue": revenue,
+            "refunds": refunds,
+            "service_credits": credits,
+            "unserved_credits": unserved,
+            "cost": cost,
+            "later_answer": later if abs(later) > 1e-12 else 0.0,
         }
+        return {**parts, "margin": margin, "congestion": congestion}
 
 
 @dataclass(frozen=True)
@@ -99,8 +114,14 @@ class MarginParameters:
     defer_share: float = 0.9
     cap_share: float = 2.0
 
+    @cached_property
+    def price(self) -> Array:
+        """(..., S + 1) price per second of work by station; 0 for candidates without one."""
+        prices = np.asarray(self.station_usd_per_s, dtype=np.float64)
+        return np.concatenate([prices, np.zeros((*prices.shape[:-1], 1))], axis=-1)
 
-def p_exceeds(estimate: Array, limit: Array, sharpness: float) -> Array:
+
+def p_exceeds(estimate: Array, limit: Array, sharpness: Array | float) -> Array:
     """Probability that a latency ends above `limit` when `estimate` is expected; 0 where the limit is infinite."""
     ratio = np.power(estimate / limit, sharpness)
     return ratio / (1.0 + ratio)
@@ -108,62 +129,48 @@ def p_exceeds(estimate: Array, limit: Array, sharpness: float) -> Array:
 
 def assess(view: View, parameters: MarginParameters, quality: FittedQuality | None = None) -> Assessment:
     """Puts USD on every candidate of a view."""
-    s, q = view.signals, view.request[..., None]
-    a = parameters.sharpness
+    s, q, layout = view.signals, view.request[..., None], view.layout
     p_good = s[v.P_GOOD_PRIOR] if quality is None else quality.p_good(view)
-    ttft_s, tpot_s, work_s = latency.estimate(view)
-    output_tokens = q[v.EXPECTED_OUTPUT_TOKENS]
-    usage_usd = pricing.tokens_usd(q[v.PROMPT_TOKENS], output_tokens, q[v.INPUT_PRICE_USD], q[v.OUTPUT_PRICE_USD])
+    latency_s, work_s = latency.estimate(view)
+    prompt_tokens, output_tokens = q[v.PROMPT_TOKENS], q[v.EXPECTED_OUTPUT_TOKENS]
+    usage_usd = pricing.tokens_usd(prompt_tokens, output_tokens, q[v.INPUT_PRICE_USD], q[v.OUTPUT_PRICE_USD])
     value_usd = usage_usd + q[v.REQUEST_VALUE_USD]
-    bad_usd = pricing.refund_usd(value_usd, q[v.REFUND_SHARE], q[v.BAD_ANSWER_USD])
-    cost_usd = pricing.tokens_usd(q[v.PROMPT_TOKENS], output_tokens, s[v.INPUT_USD], s[v.OUTPUT_USD]) + s[v.CALL_USD]
-    ttft_seen_s = q[v.WAITED_S] + ttft_s * parameters.ttft_scale
-    tpot_seen_s = tpot_s * parameters.tpot_scale
-    credit_usd = pricing.service_credit_usd(
-        value_usd,
-        p_exceeds(ttft_seen_s, q[v.SLO_TTFT_S], a),
-        p_exceeds(tpot_seen_s, q[v.SLO_TPOT_S], a),
-        p_exceeds(ttft_seen_s + tpot_seen_s * output_tokens, q[v.SLO_E2E_S], a),
-        q[v.TTFT_CREDIT_SHARE],
-        q[v.TPOT_CREDIT_SHARE],
-        q[v.E2E_CREDIT_SHARE],
-    )
     unserved_usd = pricing.unserved_credit_usd(value_usd, q[v.UNSERVED_CREDIT_SHARE], q[v.UNSERVED_CREDIT_USD])
-    stay = 1.0 - p_exceeds(ttft_seen_s, q[v.PATIENCE_S], a)
-    station_usd_per_s = np.asarray(parameters.station_usd_per_s)
-    no_station = np.zeros((*station_usd_per_s.shape[:-1], 1))
-    price = np.concatenate([station_usd_per_s, no_station], axis=-1)[..., view.layout.station]
-    fill = np.minimum(s[v.IN_FLIGHT] / s[v.SLOTS], MAX_FILL)
-    congestion_usd = price * work_s * np.power(fill, parameters.fill_power)
-    idle_usd = usage_usd - (1.0 - p_good) * bad_usd - cost_usd
+    bad_now_usd = pricing.refund_usd(value_usd, q[v.REFUND_SHARE], q[v.BAD_ANSWER_USD])
 
-    kind = view.layout.kind
-    answers = (kind != DEFER) & (kind != SHED)
-    serve_idle = np.where(view.legal & (kind <= PROVIDER), idle_usd, -np.inf).max(axis=-1, keepdims=True)
-    deferred = parameters.defer_share * np.maximum(serve_idle, -unserved_usd)
-    revenue_usd = np.where(answers, stay * usage_usd, 0.0)
-    bad_usd = np.where(answers, stay * bad_usd, 0.0)
-    refund_usd = (1.0 - p_good) * bad_usd
-    credit_usd = np.where(answers, stay * credit_usd, 0.0)
-    lost_usd = np.where(answers, (1.0 - stay) * unserved_usd, np.where(kind == SHED, unserved_usd, 0.0))
-    margin_usd = revenue_usd - refund_usd - credit_usd - lost_usd - cost_usd
-    margin_usd = np.where(kind == DEFER, deferred, margin_usd)
+    seen_s = np.empty((4, *work_s.shape))  # TTFT, TPOT and E2E as their SLOs see them, TTFT as patience sees it
+    np.multiply(latency_s[0], parameters.ttft_scale, out=seen_s[0])
+    np.multiply(latency_s[1], parameters.tpot_scale, out=seen_s[1])
+    seen_s[0] += q[v.WAITED_S]
+    seen_s[2] = seen_s[0] + seen_s[1] * output_tokens
+    seen_s[3] = seen_s[0]
+    missed = p_exceeds(seen_s, q[v.SLO_TTFT_S : v.PATIENCE_S + 1], parameters.sharpness)
+    stay = (1.0 - missed[3]) * layout.answers
+    bad_usd = stay * bad_now_usd
+    fill = s[v.IN_FLIGHT] / s[v.SLOTS]
+
+    parts_usd = np.empty((4, *work_s.shape))
+    cost_usd, credit_usd, refund_usd, congestion_usd = parts_usd
+    paid_usd = pricing.tokens_usd(prompt_tokens, output_tokens, s[v.INPUT_USD], s[v.OUTPUT_USD])
+    np.add(paid_usd, s[v.CALL_USD], out=cost_usd)
+    credited_share = np.add.reduce(missed[:3] * q[v.TTFT_CREDIT_SHARE : v.E2E_CREDIT_SHARE + 1])
+    np.multiply(stay, pricing.service_credit_usd(value_usd, credited_share), out=credit_usd)
+    np.multiply(1.0 - p_good, bad_usd, out=refund_usd)
+    rise = np.power(np.minimum(fill, MAX_FILL), parameters.fill_power)
+    np.multiply(parameters.price[..., layout.station] * work_s, rise, out=congestion_usd)
+
+    margin_usd = stay * (usage_usd + unserved_usd) - unserved_usd - np.add.reduce(parts_usd[:3])
+    if np.logical_or.reduce(view.legal[..., DEFER_COLUMN], axis=None):
+        idle_usd = usage_usd - (1.0 - p_good) * bad_now_usd - cost_usd
+        able = view.legal & (layout.kind <= PROVIDER)
+        later_usd = np.where(able, idle_usd, -unserved_usd).max(axis=-1, keepdims=True)
+        margin_usd[..., DEFER_COLUMN] = (parameters.defer_share * later_usd)[..., 0]
+    score_usd = margin_usd - congestion_usd
+    best_usd = np.maximum.reduce(np.where(view.legal, score_usd, -np.inf), axis=-1, keepdims=True)
     return Assessment(
-        p_good=p_good,
-        ttft_s=ttft_s,
-        tpot_s=tpot_s,
-        value_usd=value_usd,
-        revenue_usd=revenue_usd,
-        refund_usd=refund_usd,
-        credit_usd=credit_usd,
-        unserved_usd=lost_usd,
-        cost_usd=cost_usd,
-        bad_usd=bad_usd,
-        congestion_usd=congestion_usd,
-        idle_usd=idle_usd,
-        margin_usd=margin_usd,
-        score_usd=margin_usd - congestion_usd,
-    )
+        p_good, latency_s, stay, fill, value_usd, usage_usd, unserved_usd, bad_usd, parts_usd, margin_usd, score_usd,
+        best_usd,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,7 @@ class MarginRule:
     def decide(self, view: View) -> Decision:
         """The best candidate, with its reason in USD."""
         assessment = self.assess(view)
-        return explain(self.name, view, assessment.score_usd, assessment.parts())
+        return explain(self.name, view, assessment.score_usd, assessment.parts)
 
     def in_flight_caps(self, layout: Layout, slots: Array) -> Array | None:
         """Caps per station: a tuned multiple of the sequence slots."""
@@ -217,7 +224,7 @@ class RuleOfThumb:
 
     def decide(self, view: View) -> Decision:
         """The candidate it ranks first; rules of thumb give no reason in USD."""
-        return explain(self.name, view, self.scores(view), {}, scale_usd=0.0)
+        return explain(self.name, view, self.scores(view), lambda _: {}, scale_usd=0.0)
 
     def in_flight_caps(self, layout: Layout, slots: Array) -> Array | None:
         """Leaves the configured caps."""

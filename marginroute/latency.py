@@ -28,14 +28,14 @@ def running_mean(mean: float, weight: float, value: float, horizon: float) -> tu
     return mean + (value - mean) / weight, weight
 
 
-def estimate(view: View) -> tuple[Array, Array, Array]:
+def estimate(view: View) -> tuple[Array, Array]:
     """Seconds of TTFT and TPOT, and work in seconds, that each candidate would need for the request.
 
     Work is the engine time that the request takes from others: its prefill, and its share of every decode iteration
     with the iteration's fixed part spread over a full batch.
 
     Returns:
-        ttft_s, tpot_s, work_s: each (..., C).
+        latency_s: (2, ..., C), TTFT and TPOT; work_s: (..., C).
     """
     s = view.signals
     prompt_tokens = view.request[v.PROMPT_TOKENS][..., None]
@@ -50,12 +50,13 @@ def estimate(view: View) -> tuple[Array, Array, Array]:
     ahead = np.maximum(np.maximum(s[v.IN_FLIGHT] + 1.0 - slots, crowded_out), 0.0)
     wait_s = ahead * output_tokens * decode_s / slots
     prefill_s = pending_tokens * s[v.PREFILL_TOKEN_S]
-    ttft_s = s[v.FIXED_TTFT_S] + iterations * decode_s + prefill_s + wait_s
-    tpot_s = s[v.FIXED_TPOT_S] + decode_s
+    latency_s = np.empty((2, *prefill_s.shape))
+    np.add(iterations * decode_s, prefill_s + wait_s, out=latency_s[0])
+    latency_s[1] = decode_s
+    latency_s += s[v.FIXED_TTFT_S : v.FIXED_TPOT_S + 1]
     per_output_token_s = (
         s[v.DECODE_SEQ_S]
         + s[v.KV_TOKEN_S] * (prompt_tokens + 0.5 * output_tokens)
         + s[v.BASE_S] / s[v.SLOTS]
     )
-    work_s = prompt_tokens * s[v.PREFILL_TOKEN_S] + output_tokens * per_output_token_s
-    return ttft_s, tpot_s, work_s
+    return latency_s, prompt_tokens * s[v.PREFILL_TOKEN_S] + output_tokens * per_output_token_s

@@ -106,7 +106,7 @@ class Shadow:
         decision = self._policy.decide(view)
         digest = self.bundle.digest[:12]
         record = record_of(decision, view, id=id, decided_at_s=time.time(), mode="shadow", bundle=digest)
-        ttft_s, tpot_s, _ = latency.estimate(view)
+        (ttft_s, tpot_s), _ = latency.estimate(view)
         with self._lock:
             self._pending[id] = _Pending(record, time.monotonic(), class_name, task_name, ttft_s, tpot_s)
         return decision

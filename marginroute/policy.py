@@ -2,24 +2,26 @@
 
 The network scores each candidate with shared weights, so one set serves fleets of any size:
 
-    x_c = clip((f_c - mean) / std)                       normalised candidate features, (C, F)
-    y   = clip((g - mean) / std)                         normalised context, (G,)
+    x_c = (f_c - mean) / std                             normalised candidate features, (C, F)
+    y   = (g - mean) / std                               normalised context, (G,)
     h_c = relu(x_c W1 + y Wg + b1)
     logit_c = kappa * advice_c + relu(h_c W2 + b2) . head
 
-The head starts at zero in training, so that the untrained policy is the advice itself.
+The normaliser is folded into W1, Wg and b1 before it runs. The head starts at zero in training, so that the untrained
+policy is the advice itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from marginroute import features
 from marginroute.decision import Decision, best_legal, explain
-from marginroute.features import CLIP, FeatureSpec
+from marginroute.features import FeatureSpec
 from marginroute.heuristics import Assessment, MarginRule
 from marginroute.view import Array, Layout, View
 
@@ -65,17 +67,37 @@ class Network:
         """The weights by name."""
         return {name: getattr(self, name) for name in WEIGHT_NAMES}
 
-    def logits(self, candidate: Array, context: Array, advice: Array, spec: FeatureSpec) -> Array:
-        """Logits (..., C) from raw features (..., C, F) and (..., G) and advice logits (..., C)."""
-        x = ((candidate - spec.candidate_mean) / spec.candidate_std).astype(np.float32)
-        y = ((context - spec.context_mean) / spec.context_std).astype(np.float32)
-        np.clip(x, -CLIP, CLIP, out=x)
-        np.clip(y, -CLIP, CLIP, out=y)
-        h = x @ self.candidate + (y @ self.context + self.bias_1)[..., None, :]
+    def folded(self, spec: FeatureSpec) -> Network:
+        """The same function of raw features: normaliser folded into the first layer."""
+        candidate = self.candidate / spec.candidate_std[:, None].astype(np.float32)
+        context = self.context / spec.context_std[:, None].astype(np.float32)
+        shift = spec.candidate_mean.astype(np.float32) @ candidate + spec.context_mean.astype(np.float32) @ context
+        return replace(self, candidate=candidate, context=context, bias_1=self.bias_1 - shift)
+
+    def logits(self, candidate: Array, context: Array, advice: Array) -> Array:
+        """Logits (..., C) of a folded network from (..., C, F) and (..., G) features and advice logits (..., C)."""
+        h = candidate @ self.candidate
+        h += (context @ self.context + self.bias_1)[..., None, :]
         np.maximum(h, 0.0, out=h)
-        h = h @ self.hidden + self.bias_2
+        h = h @ self.hidden
+        h += self.bias_2
         np.maximum(h, 0.0, out=h)
         return advice * self.kappa + h @ self.head
+
+
+@dataclass(slots=True, eq=False)
+class Inputs:
+    """What the network of a residual policy looks at.
+
+    Attributes:
+        assessment: the advice's view of every candidate.
+        candidate: (..., C, F) features; context: (..., G) features; advice: (..., C) logits.
+    """
+
+    assessment: Assessment
+    candidate: Array
+    context: Array
+    advice: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,29 +116,45 @@ class ResidualPolicy:
     spec: FeatureSpec
     network: Network
 
-    def logits(self, view: View) -> tuple[Array, Assessment]:
-        """Logits (..., C) and the advice's assessment that they start from."""
+    @cached_property
+    def folded(self) -> Network:
+        """The network on raw features."""
+        return self.network.folded(self.spec)
+
+    def inputs(self, view: View) -> Inputs:
+        """Everything the network looks at."""
         assessment = self.advice.assess(view)
-        logits = self.network.logits(
+        return Inputs(
+            assessment,
             features.candidate_features(view, assessment),
             features.context_features(view, assessment),
-            features.advice_logits(view, assessment, self.spec.temperature_share),
-            self.spec,
+            features.advice_logits(assessment, self.spec.temperature_share),
         )
-        return logits, assessment
+
+    def logits(self, inputs: Inputs) -> Array:
+        """Logits (..., C), legal or not."""
+        return self.folded.logits(inputs.candidate, inputs.context, inputs.advice)
 
     def decide_batch(self, view: View) -> Array:
         """The most probable legal candidate of each view."""
-        return best_legal(self.logits(view)[0], view.legal)
+        return best_legal(self.logits(self.inputs(view)), view.legal)
 
     def decide(self, view: View) -> Decision:
         """The most probable legal candidate, with the advice's parts and the network's correction in USD."""
-        logits, assessment = self.logits(view)
+        return self.decide_on(view, self.inputs(view))
+
+    def decide_on(self, view: View, inputs: Inputs) -> Decision:
+        """As `decide`, on inputs that have been computed already."""
+        logits, assessment = self.logits(inputs), inputs.assessment
         scale_usd = self.spec.temperature_share * float(assessment.value_usd[0])
-        parts = assessment.parts()
-        best = np.where(view.legal, assessment.score_usd, -np.inf).max()
-        parts["learned"] = logits * scale_usd - (assessment.score_usd - best)
-        return explain(self.name, view, logits, parts, scale_usd)
+
+        def reason(c: int) -> dict[str, float]:
+            learned_usd = logits[c] * scale_usd - (assessment.score_usd[c] - assessment.best_usd[0])
+            parts = assessment.parts(c)
+            parts["learned"] = float(learned_usd)
+            return parts
+
+        return explain(self.name, view, logits, reason, scale_usd)
 
     def in_flight_caps(self, layout: Layout, slots: Array) -> Array | None:
         """The advice's tuned caps."""

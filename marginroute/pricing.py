@@ -28,20 +28,14 @@ def refund_usd(value_usd: Number, refund_share: Number, bad_answer_usd: Number) 
     return refund_share * value_usd + bad_answer_usd
 
 
-def service_credit_usd(
-    value_usd: Number,
-    missed_ttft: Number,
-    missed_tpot: Number,
-    missed_e2e: Number,
-    ttft_share: Number,
-    tpot_share: Number,
-    e2e_share: Number,
-) -> Number:
+def service_credit_usd(value_usd: Number, credited_share: Number) -> Number:
     """USD credited for missed SLOs of one answered request; never more than its value.
 
-    `missed_*` are 0/1 indicators of what happened or probabilities of what may happen.
+    Args:
+        value_usd: V.
+        credited_share: sum of the credit shares of the SLOs that were missed, or of share times probability.
     """
-    return value_usd * np.minimum(missed_ttft * ttft_share + missed_tpot * tpot_share + missed_e2e * e2e_share, 1.0)
+    return value_usd * np.minimum(credited_share, 1.0)
 
 
 def unserved_credit_usd(value_usd: Number, unserved_share: Number, unserved_usd: Number) -> Number:

@@ -12,6 +12,7 @@ counts them itself. Scraped signals are as old as `TELEMETRY_AGE_S` says.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,16 +39,16 @@ SIGNALS = (
     ("p_good_prior", "P(good answer) by the public prior of the tier"),
     ("in_flight", "requests sent there by this gateway and not completed, held ones included"),
     ("in_flight_cap", "requests that may be at the engine at once; more wait in the gateway"),
-    ("held", "requests waiting in the gateway's hold queue"),
-    ("pending_prefill_tokens", "prompt tokens in flight without a first token yet"),
     ("decoding", "requests in flight that are streaming"),
     ("decoding_tokens", "prompt and streamed tokens of those"),
     ("recent_ttft_s", "s, moving mean of TTFT of answers completed there"),
     ("recent_tpot_s", "s, moving mean of TPOT of answers completed there"),
-    ("waiting", "scraped: requests waiting in the engine"),
     ("running", "scraped: requests running in the engine"),
     ("kv_usage", "scraped: share of KV blocks in use"),
-    ("telemetry_age_s", "s since that scrape"),
+    ("held", "requests waiting in the gateway's hold queue"),
+    ("pending_prefill_tokens", "prompt tokens in flight without a first token yet"),
+    ("waiting", "scraped: requests waiting in the engine"),
+    ("telemetry_age_s", "s since the last scrape"),
 )
 SIGNAL_NAMES = tuple(name for name, _ in SIGNALS)
 (
@@ -66,15 +67,15 @@ SIGNAL_NAMES = tuple(name for name, _ in SIGNALS)
     P_GOOD_PRIOR,
     IN_FLIGHT,
     IN_FLIGHT_CAP,
-    HELD,
-    PENDING_PREFILL_TOKENS,
     DECODING,
     DECODING_TOKENS,
     RECENT_TTFT_S,
     RECENT_TPOT_S,
-    WAITING,
     RUNNING,
     KV_USAGE,
+    HELD,
+    PENDING_PREFILL_TOKENS,
+    WAITING,
     TELEMETRY_AGE_S,
 ) = range(len(SIGNALS))
 N_STATIC_SIGNALS = P_GOOD_PRIOR
@@ -98,12 +99,12 @@ REQUEST = (
     ("slo_ttft_s", "s; inf: none"),
     ("slo_tpot_s", "s; inf: none"),
     ("slo_e2e_s", "s; inf: none"),
+    ("patience_s", "s, median time to first token that users of the class tolerate; inf: any"),
     ("ttft_credit_share", "of the value, when missed"),
     ("tpot_credit_share", "of the value, when missed"),
     ("e2e_credit_share", "of the value, when missed"),
     ("unserved_credit_share", "of the value, when not answered"),
     ("unserved_credit_usd", "USD, when not answered"),
-    ("patience_s", "s, median time to first token that users of the class tolerate; inf: any"),
 )
 REQUEST_NAMES = tuple(name for name, _ in REQUEST)
 (
@@ -124,12 +125,12 @@ REQUEST_NAMES = tuple(name for name, _ in REQUEST)
     SLO_TTFT_S,
     SLO_TPOT_S,
     SLO_E2E_S,
+    PATIENCE_S,
     TTFT_CREDIT_SHARE,
     TPOT_CREDIT_SHARE,
     E2E_CREDIT_SHARE,
     UNSERVED_CREDIT_SHARE,
     UNSERVED_CREDIT_USD,
-    PATIENCE_S,
 ) = range(len(REQUEST))
 
 
@@ -159,10 +160,31 @@ class Layout:
         """C."""
         return len(self.names)
 
-    @property
+    @cached_property
     def n_replicas(self) -> int:
         """R, the candidates that are replicas; they come first."""
         return int((self.kind == REPLICA).sum())
+
+    @cached_property
+    def answers(self) -> Array:
+        """(C,) 1.0 for candidates that answer the request, 0.0 for *defer* and *shed*."""
+        return (self.kind <= CACHE).astype(np.float64)
+
+    @cached_property
+    def class_and_task(self) -> Array:
+        """(K, J, K + J) float32: one-hot of the class, then of the task."""
+        k, j = len(self.class_names), len(self.task_names)
+        table = np.zeros((k, j, k + j), dtype=np.float32)
+        table[:, :, :k] = np.eye(k)[:, None]
+        table[:, :, k:] = np.eye(j)
+        return table
+
+    @cached_property
+    def one_hot(self) -> Array:
+        """(5 + T, C) float32: kind, then tier."""
+        kinds = self.kind == np.arange(len(KINDS))[:, None]
+        tiers = self.tier == np.arange(len(self.tier_names))[:, None]
+        return np.concatenate([kinds, tiers]).astype(np.float32)
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Plain lists, for a bundle's manifest."""

@@ -104,15 +104,12 @@ def post_served(
     ttft_ok = ttft_s <= term.slo_ttft_s
     tpot_ok = tpot_s <= term.slo_tpot_s
     e2e_ok = e2e_s <= term.slo_e2e_s
-    credit_usd = service_credit_usd(
-        value_usd,
-        0.0 if ttft_ok else 1.0,
-        0.0 if tpot_ok else 1.0,
-        0.0 if e2e_ok else 1.0,
-        term.ttft_credit_share,
-        term.tpot_credit_share,
-        term.e2e_credit_share,
+    credited_share = (
+        (0.0 if ttft_ok else term.ttft_credit_share)
+        + (0.0 if tpot_ok else term.tpot_credit_share)
+        + (0.0 if e2e_ok else term.e2e_credit_share)
     )
+    credit_usd = service_credit_usd(value_usd, credited_share)
     post(ledger_usd, w, USAGE_REVENUE, k, revenue_usd)
     post(ledger_usd, w, cost_account, k, -cost_usd)
     post(ledger_usd, w, SLO_CREDITS, k, -credit_usd)

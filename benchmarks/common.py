@@ -1,0 +1,55 @@
+"""The envelope that every benchmark prints: one JSON object with machine, commit and figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line with `--quick`."""
+    parse = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parse.add_argument("--quick", action="store_true", help="a short run, for a smoke test; figures are rough")
+    return parse
+
+
+def commit() -> str:
+    """The checkout's commit, with + if files differ from it."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    import os
+
+    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
+
+
+def emit(benchmark: str, figures: dict[str, Any], **more: Any) -> None:
+    """Prints the one JSON object."""
+    json.dump({"benchmark": benchmark, "machine": machine(), "commit": commit(), "figures": figures, **more}, sys.stdout, indent=1)
+    print()
+
+
+def note(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
