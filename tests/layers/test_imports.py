@@ -18,6 +18,7 @@ HEAVY = ("torch", "numba", "stable_baselines3")
 LEVEL_0 = ("marginroute",)
 LEVELS_0_2 = (*LEVEL_0, "envs.workload", "envs.economics", "envs.fleet")
 ENVIRONMENT = ("gymnasium", "numba", "numpy", "pydantic", "stable_baselines3.common.vec_env", "yaml")
+LEARNING = ("onnx", "optuna", "rich", "scipy", "sklearn", "stable_baselines3", "tensorboard", "torch", "wandb")
 LAYERS = {
     "marginroute": (LEVEL_0, ("numpy",)),
     "envs.workload": ((*LEVEL_0, "envs.workload"), ("numba", "numpy")),
@@ -25,11 +26,7 @@ LAYERS = {
     "envs.economics": ((*LEVEL_0, "envs.economics"), ("numba", "numpy")),
     "envs.fleet": ((*LEVEL_0, "envs.workload", "envs.fleet"), ("numba", "numpy")),
     "envs": ((*LEVEL_0, "envs"), ENVIRONMENT),
-    "agents": (
-        (*LEVEL_0, "envs", "agents"),
-        (*ENVIRONMENT, "onnx", "optuna", "rich", "scipy", "sklearn", "stable_baselines3")
-        + ("tensorboard", "torch", "wandb"),
-    ),
+    "agents": ((*LEVEL_0, "envs", "agents"), (*ENVIRONMENT, *LEARNING)),
     "evaluation": (
         (*LEVEL_0, "envs", "agents", "evaluation"),
         ("numpy", "plotly", "polars", "rich", "scipy"),
