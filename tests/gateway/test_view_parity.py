@@ -4,12 +4,9 @@ import numpy as np
 import pytest
 from test_telemetry import Clock
 
-from envs import world as kernel
-from envs import worlds as worlds_module
 from envs.fleet.state import COMPLETED
 from envs.scenario import load_scenario
 from envs.worlds import FleetWorlds
-from marginroute import latency, telemetry
 from marginroute import view as v
 from marginroute.bundle import Bundle
 from marginroute.guard import GuardLimits
@@ -168,11 +165,3 @@ def test_every_kind_of_candidate_was_met(views):
     legal = np.array([theirs.legal for theirs, _ in views])
     assert legal.any(axis=0).all()
     assert max(theirs.signals[v.HELD].max() for theirs, _ in views) > 0
-
-
-def test_horizons_of_running_means_are_the_worlds():
-    assert kernel.RECENT == latency.RECENT_ANSWERS
-    assert kernel.LENGTHS_RECENT == latency.RECENT_LENGTHS
-    assert kernel.ARRIVALS_RECENT == latency.RECENT_ARRIVALS
-    assert worlds_module.LENGTHS_PRIOR_WEIGHT == latency.PRIOR_LENGTHS
-    assert worlds_module.UNLIMITED == telemetry.UNLIMITED
