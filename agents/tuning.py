@@ -41,11 +41,11 @@ class Budget:
         validation_episodes: on which restarts are compared.
     """
 
-    requests: int = 3_000_000
-    episodes: int = 12
-    population: int = 20
+    requests: int = 4_000_000
+    episodes: int = 16
+    population: int = 16
     restarts: int = 4
-    validation_episodes: int = 24
+    validation_episodes: int = 32
 
 
 @dataclass
