@@ -29,7 +29,6 @@ from marginroute.errors import InputError
 
 SCHEDULERS = {"vllm": ("prefill-first", "max_tokens_in_batch"), "sarathi": ("sarathi", "chunk_size")}
 COLUMNS = ("arrived_at", "prompt_tokens", "output_tokens", "ttft", "e2e", "restarts")
-INSTANTS = {"ttft": "prefill_completed_at", "e2e": "completed_at"}  # recorded with more digits than the differences
 PERCENTILES = (50, 95, 99)
 
 
@@ -99,14 +98,13 @@ def compare(truth: dict[str, FloatArray], spec: FleetSpec) -> dict[str, Any]:
 
 
 def _recorded(rows: Path) -> dict[str, FloatArray]:
-    """Columns of a recorded run; TTFT and E2E from the instants where they are there."""
+    """Columns of a recorded run; TTFT from the instant where it is there, which has a fixed number of decimals."""
     columns = read_columns(rows)
     missing = [name for name in COLUMNS if name not in columns]
     if missing:
         raise InputError(f"{rows}: column {missing[0]!r} is missing; legal is {', '.join(COLUMNS)}")
-    for name, instant in INSTANTS.items():
-        if instant in columns:
-            columns[name] = columns[instant] - columns["arrived_at"]
+    if "prefill_completed_at" in columns:
+        columns["ttft"] = columns["prefill_completed_at"] - columns["arrived_at"]
     return columns
 
 

@@ -4,6 +4,9 @@ Time moves only through `advance`. Replicas do not touch each other, so each one
 iteration to the next, as far as `until_s`; an iteration that spans `until_s` stays in progress, and what can be read is
 as of the last one that ended. A replica without an event before `until_s` costs one comparison (`wake_s`).
 
+The next iteration starts when the one before ends, but is put together only once time moves on: what is sent at the
+instant of a start takes part in it, in whatever order the calls at that instant come. Until then planned == done.
+
 A scrape is a snapshot of waiting, running and KV use at phase + j * interval, whatever the times at which `advance` was
 called; only the last one at or before now can be read.
 
@@ -89,15 +92,11 @@ def reset_world(pools, tables, worlds, replicas, slots, providers, requests, w):
 
 @njit(cache=True, nogil=True)
 def _notice_arrival(pool, rep, now_s):
-    """The line at the engine is not empty any more: start now if idle, else look after the iteration in progress.
-
-    An idle replica starts at the next `advance`, so that requests sent at one instant share the first iteration.
-    """
+    """The line at the engine is not empty any more: start now if idle, else look after the iteration in progress."""
     if math.isinf(rep.iteration_end_s):
-        rep.planned = rep.done = 0
         rep.iteration_end_s = now_s
         _set_wake(pool, rep)
-    else:
+    elif rep.planned > rep.done:
         rep.planned = rep.done + 1
 
 
@@ -195,14 +194,14 @@ def _advance_replica(pool, tables, world, rep, slots, requests, w, r, until_s):
         scrape_s = _next_scrape_s(pool, rep)
     while True:
         stop_s = min(scrape_s, until_s)
-        if rep.iteration_end_s <= stop_s:
-            if rep.planned > rep.done:
-                count_iterations(pool, rep, slots, w, r, _ended_by(rep, stop_s) - rep.done)
-                if rep.done < rep.planned:
-                    rep.iteration_end_s = rep.segment_start_s + elapsed_s(rep, rep.done + 1)
-                    continue
+        if rep.planned > rep.done and rep.iteration_end_s <= stop_s:
+            count_iterations(pool, rep, slots, w, r, _ended_by(rep, stop_s) - rep.done)
+            if rep.done < rep.planned:
+                rep.iteration_end_s = rep.segment_start_s + elapsed_s(rep, rep.done + 1)
+            else:
                 rep.iteration_end_s = rep.segment_start_s + elapsed_s(rep, rep.done)
                 end_iteration(pool, world, rep, slots, requests, w, r, rep.iteration_end_s)
+        elif rep.planned == rep.done and rep.iteration_end_s < stop_s:
             start_iteration(pool, tables, world, rep, slots, requests, w, r, rep.iteration_end_s)
         elif scrape_s <= until_s:
             rep.scraped_at_s = scrape_s

@@ -1,0 +1,65 @@
+"""Random fleets and loads for the engine's invariants."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import strategies as st
+
+from envs.fleet.profile import Profile, compact_profile
+from envs.fleet.state import NO_CAP, PoolSpec
+
+
+def small_profile() -> Profile:
+    """Every term of an iteration is there, with several bins and a prefix axis."""
+    return compact_profile(
+        "small",
+        {
+            "token_knots": [1, 8, 32, 128],
+            "token_s": [0.010, 0.011, 0.015, 0.040],
+            "decode_batch_knots": [1, 4, 16],
+            "decode_mean_kv_knots": [1, 64, 128, 256],
+            "decode_s": [[0.0, 0.001, 0.002, 0.005], [0.001, 0.003, 0.006, 0.013], [0.003, 0.010, 0.021, 0.047]],
+            "prefill_root_knots": [0, 64, 256],
+            "prefill_prefix_knots": [0, 64, 256],
+            "prefill_s": [[0.0, 0.001, 0.004], [0.001, 0.002, 0.006], [0.002, 0.004, 0.009]],
+            "prefill_square_s": 1e-7,
+            "prefill_product_s": 2e-7,
+            "prefill_prefix_s": 1e-6,
+            "multi_prefill_share": 0.1,
+        },
+    )
+
+
+@st.composite
+def pools(draw: st.DrawFn, scheduler: str | None = None, quirks: bool = False) -> PoolSpec:
+    """Small engines: few blocks, so that preemption happens, few slots, so that queues form."""
+    max_num_seqs = draw(st.integers(1, 12))
+    return PoolSpec(
+        "pool",
+        small_profile(),
+        replicas=draw(st.integers(1, 3)),
+        kv_blocks=draw(st.integers(12, 80)),
+        block_size_tokens=draw(st.sampled_from([1, 3, 4, 16])),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=draw(st.integers(max_num_seqs, 64)),
+        scheduler=scheduler or draw(st.sampled_from(["vllm-v1", "prefill-first", "sarathi"])),
+        in_flight_cap=draw(st.sampled_from([1, 3, 8, NO_CAP])),
+        watermark_share=draw(st.sampled_from([0.0, 0.05])),
+        vidur_quirks=quirks,
+    )
+
+
+def load(
+    seed: int, n: int, requests_per_s: float, most_prompt: int = 60, most_output: int = 40
+) -> dict[str, np.ndarray]:
+    """n requests; some arrive together, some have no patience."""
+    rng = np.random.default_rng(seed)
+    gaps = rng.exponential(1.0 / requests_per_s, n) * (rng.random(n) < 0.8)
+    arrived_at_s = np.cumsum(gaps) + 0.25
+    patience_s = np.where(rng.random(n) < 0.3, rng.exponential(0.4, n), np.inf)
+    return {
+        "arrived_at_s": arrived_at_s,
+        "prompt_tokens": rng.integers(1, most_prompt + 1, n),
+        "output_tokens": rng.integers(1, most_output + 1, n),
+        "patience_s": patience_s,
+    }
