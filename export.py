@@ -1,6 +1,6 @@
 """Writes the bundle of a finished run: the policy that a gateway loads.
 
-example:
+Try:
   python export.py runs/quickstart --out bundles/quickstart
 """
 
@@ -23,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parse.add_argument("run", type=Path, metavar="RUN", help="run folder of train.py")
     parse.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the bundle")
-    parse.add_argument("--evaluation", type=Path, metavar="FILE", help="evaluate.py --json of this run, for the model card")
+    parse.add_argument(
+        "--evaluation", type=Path, metavar="FILE", help="evaluate.py --json of this run, for the model card"
+    )
     return parse
 
 
@@ -62,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         evaluation,
         {key: info[key] for key in ("command", "seed", "versions")},
     )
-    print(f"{args.out}: policy {bundle.policy.name}, learned: {bundle.learned}; read it: marginroute inspect {args.out}")
+    print(
+        f"{args.out}: policy {bundle.policy.name}, learned: {bundle.learned}; read it: marginroute inspect {args.out}"
+    )
     return 0
 
 

@@ -1,6 +1,6 @@
 """Trains a routing policy for a scenario, checks it on validation, and exports the better of policy and heuristic.
 
-examples:
+Try:
   python train.py                                     train on quickstart into runs/quickstart
   python train.py azure_conversation --trace FILE --trace-format azure-llm
   python train.py my_scenario.yaml -n 2000000 --seed 1 --out runs/mine --set training.learning_rate=5e-4
@@ -32,11 +32,15 @@ def parser() -> argparse.ArgumentParser:
         prog="train.py", description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parse.add_argument("scenario", nargs="?", default="quickstart", help="name in configs/scenarios or path of a YAML")
-    parse.add_argument("-n", "--steps", type=int, metavar="N", help="decisions to learn from (default: configs/training)")
+    parse.add_argument(
+        "-n", "--steps", type=int, metavar="N", help="decisions to learn from (default: configs/training)"
+    )
     parse.add_argument("--seed", type=int, default=0, help="training seed (default: 0)")
     parse.add_argument("--n-envs", type=int, metavar="N", help="worlds side by side (default: configs/training)")
     parse.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: runs/SCENARIO)")
-    parse.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="overrides, dotted keys")
+    parse.add_argument(
+        "--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="overrides, dotted keys"
+    )
     parse.add_argument("--resume", type=Path, metavar="RUN", help="go on from the newest checkpoint of a run folder")
     parse.add_argument("--retune", action="store_true", help="tune the baselines even if tuned values exist")
     parse.add_argument("--track", action="store_true", help="log to Weights & Biases (offline unless logged in)")
@@ -94,7 +98,6 @@ def finish(
     run: Run, scenario: Scenario, config: TrainingConfig, seed: int, args: argparse.Namespace, resume: bool
 ) -> int:
     """Baselines, training, gate and export; the steps that a new run and a resumed one share."""
-    from agents import baselines
     from agents.export import export
     from agents.train import train
     from envs.worlds import Plant
@@ -116,7 +119,7 @@ def finish(
     export(plant, chosen, advice, spec, fallback, run.bundle_path, {"gate": verdict}, provenance)
     run.update(status="finished", gate=verdict)
     print(
-        f"gate: learned minus {advice.name} = {verdict['delta_usd_per_1k']:+.4f} USD per 1k requests on validation, 95 % "
+        f"gate: learned minus {advice.name} = {verdict['delta_usd_per_1k']:+.4f} USD per 1k validation requests, 95 % "
         f"[{verdict['ci95'][0]:+.4f}, {verdict['ci95'][1]:+.4f}]; exported: "
         f"{'the learned policy' if verdict['learned'] else advice.name + ' (learned: none)'}"
     )
@@ -138,7 +141,7 @@ def tuned_baselines(run: Run, plant: Any, args: argparse.Namespace) -> dict[str,
         from agents.tuning import Budget, tune_baselines
         from evaluation.progress import progress_bar
 
-        budget = Budget()
+        budget = Budget(requests=run.config().tuning_requests)
         with progress_bar(f"tuning baselines ({budget.requests:,} requests per restart)") as progress:
             tuned = tune_baselines(plant, budget, progress)
         baselines.save(target, scenario, tuned, budget, run.info()["command"])

@@ -35,8 +35,11 @@ class TrainingConfig(Section):
     temperature_share: Positive = Field(description="Advice temperature as a share of a request's value.")
     normaliser_episodes: Count = Field(description="Episodes from which the feature normaliser is fitted.")
     validation_episodes: Count = Field(description="Validation episodes on which checkpoints are compared.")
-    gate_episodes: Annotated[int, Field(ge=2)] = Field(description="Further validation episodes that decide the export.")
+    gate_episodes: Annotated[int, Field(ge=2)] = Field(
+        description="Further validation episodes that decide the export."
+    )
     checkpoint_every_steps: Count = Field(description="Decisions between two checkpoints.")
+    tuning_requests: Count = Field(description="Simulated requests for one restart of one baseline, where it is tuned.")
     validations: Count = Field(description="How often during training the policy is validated.")
 
     @model_validator(mode="after")

@@ -69,7 +69,8 @@ def make_bundle(
         static_signals=plant.static_signals,
         slots=plant.slots,
         terms={
-            name: {key: float(terms[k][key]) for key in terms.dtype.names} for k, name in enumerate(scenario.class_names)
+            name: {key: float(terms[k][key]) for key in terms.dtype.names}
+            for k, name in enumerate(scenario.class_names)
         },
         output_tokens=plant.output_tokens,
         prior=plant.prior,
@@ -98,5 +99,3 @@ def export(
     observation = sample_observations(plant, advice, spec, PARITY_SAMPLES)
     bundle.save(made, folder, {"observation": observation, "logits": torch_logits(learned, observation)})
     return made
-
-

@@ -17,11 +17,13 @@ def fit_quality(
     """Ridge logistic regression with the prior's logit as offset.
 
     Args:
-        tier, task: (B,) indices of the model that answered and of the task type.
+        tier: (B,) index of the model that answered.
+        task: (B,) index of the task type.
         prior: (B,) prior P(good) of that tier.
         prompt_tokens: (B,).
         good: (B,) 0 or 1; only resolved outcomes, never censored ones counted as bad.
-        n_tiers, n_tasks: T, J.
+        n_tiers: T.
+        n_tasks: J.
     """
     cells = n_tiers * n_tasks
     cell = tier * n_tasks + task

@@ -1,7 +1,7 @@
 """Trains the router: tuned margin rule -> normaliser -> PPO on the learning signal -> choice on validation.
 
-The advice is `bid-price-fitted`. The network starts as the advice itself (zero head), is validated at intervals with its
-argmax policy, and the best validated weights are kept. Whether they are exported at all is decided elsewhere, on
+The advice is `bid-price-fitted`. The network starts as the advice itself (zero head), is validated at intervals with
+its argmax policy, and the best validated weights are kept. Whether they are exported at all is decided elsewhere, on
 further validation episodes (the gate, see train.py).
 """
 

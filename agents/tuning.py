@@ -41,7 +41,7 @@ class Budget:
         validation_episodes: on which restarts are compared.
     """
 
-    requests: int = 4_000_000
+    requests: int = 2_000_000
     episodes: int = 16
     population: int = 16
     restarts: int = 4
@@ -106,9 +106,7 @@ def stack(rules: list[Rule], worlds_each: int) -> Rule:
     first = rules[0]
     if isinstance(first, MarginRule):
         sets = [rule.parameters for rule in rules if isinstance(rule, MarginRule)]
-        stacked = {
-            f.name: column([getattr(p, f.name) for p in sets], (n, -1)) for f in fields(MarginParameters)
-        }
+        stacked = {f.name: column([getattr(p, f.name) for p in sets], (n, -1)) for f in fields(MarginParameters)}
         return replace(first, parameters=MarginParameters(**stacked))
     assert isinstance(first, DifficultyThreshold)
     thresholds = [rule for rule in rules if isinstance(rule, DifficultyThreshold)]
@@ -182,7 +180,9 @@ def _search(
     suggest: Suggest, plant: Plant, objective: Objective, budget: Budget, seed: int, start: dict[str, float] | None
 ) -> tuple[Rule, int]:
     """One CMA-ES run; returns the best rule on the objective and the simulated requests spent."""
-    sampler = optuna.samplers.CmaEsSampler(seed=seed, popsize=budget.population, x0=start, sigma0=0.25 if start else None)
+    sampler = optuna.samplers.CmaEsSampler(
+        seed=seed, popsize=budget.population, x0=start, sigma0=0.25 if start else None
+    )
     study = optuna.create_study(direction="maximize", sampler=sampler)
     best, best_usd, spent = None, -np.inf, 0
     while best is None or spent < budget.requests:
@@ -197,7 +197,12 @@ def _search(
 
 
 def _tune(
-    suggest: Suggest, plant: Plant, objective: Objective, validation: Objective, budget: Budget, report: Callable[[], None]
+    suggest: Suggest,
+    plant: Plant,
+    objective: Objective,
+    validation: Objective,
+    budget: Budget,
+    report: Callable[[], None],
 ) -> Tuned:
     """Restarts until the two best agree on validation, or the restarts are spent."""
     found: list[tuple[float, Rule]] = []

@@ -22,8 +22,12 @@ def commit() -> str:
     """The checkout's commit, with + if files differ from it."""
     root = Path(__file__).resolve().parent.parent
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
@@ -46,7 +50,11 @@ def machine() -> dict[str, Any]:
 
 def emit(benchmark: str, figures: dict[str, Any], **more: Any) -> None:
     """Prints the one JSON object."""
-    json.dump({"benchmark": benchmark, "machine": machine(), "commit": commit(), "figures": figures, **more}, sys.stdout, indent=1)
+    json.dump(
+        {"benchmark": benchmark, "machine": machine(), "commit": commit(), "figures": figures, **more},
+        sys.stdout,
+        indent=1,
+    )
     print()
 
 

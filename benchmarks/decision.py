@@ -88,7 +88,9 @@ def main() -> None:
         figures[f"breakdown_us_{candidates}"] = {
             name: round(float(np.median(measure(calls, part, views))), 1) for name, part in parts.items()
         }
-    common.emit("decision", figures, network=f"scorer, width {WIDTH}", policy="guarded residual policy with reason in USD")
+    common.emit(
+        "decision", figures, network=f"scorer, width {WIDTH}", policy="guarded residual policy with reason in USD"
+    )
 
 
 if __name__ == "__main__":

@@ -2,20 +2,16 @@
 
 `env_steps_per_cpu_s` is train.py's path: rollouts in one kernel call over all worlds, elapsed-time discount, update.
 The reference is the same environment, network and hyperparameters behind 8 single environments in Stable-Baselines3's
-DummyVecEnv, with its own rollout loop (scalar discount, ledger reward), in the same process. `stock_sb3` is PPO as it is
-usually set up there: MlpPolicy, no mask, 8 environments, batch 64, 10 epochs. Wall figures run one and two processes at
+DummyVecEnv, with its own rollout loop (scalar discount, ledger reward), in the same process. `stock_sb3` is PPO as it
+is usually set up there: MlpPolicy, no mask, 8 environments, batch 64, 10 epochs. Wall figures run one and two processes at
 once, one thread each; they are meaningful on idle cores only.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 from typing import Any
-
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
 
 import torch
 from stable_baselines3 import PPO
@@ -112,7 +108,9 @@ def main() -> None:
         common.note("one and two processes")
         figures["wall_speedup_2_cores"] = round(wall_speedup(steps), 2)
     settings = {name: getattr(config, name) for name in ("n_envs", "rollout_steps", "epochs", "minibatch", "width")}
-    common.emit("training", figures, network="candidate scorer with mask (stock: MlpPolicy 64x64 tanh, no mask)", **settings)
+    common.emit(
+        "training", figures, network="candidate scorer with mask (stock: MlpPolicy 64x64 tanh, no mask)", **settings
+    )
 
 
 if __name__ == "__main__":

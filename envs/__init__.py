@@ -1,7 +1,7 @@
 """The world: what happens whether or not anyone learns.
 
-Importing this package registers `marginroute/Fleet-v0` with Gymnasium (the environment itself is imported only when it is
-made) and chooses where Numba keeps compiled kernels.
+Importing this package registers `marginroute/Fleet-v0` with Gymnasium (the environment itself is imported only when it
+is made) and chooses where Numba keeps compiled kernels.
 """
 
 import hashlib

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -26,7 +26,7 @@ class FleetEnv(gymnasium.Env[Array, np.int64]):
 
     | space | meaning |
     | --- | --- |
-    | action `Discrete(C)` | candidates: replicas (pool by pool), third-party providers, cached answer, *defer*, *shed* |
+    | action `Discrete(C)` | candidates: replicas (pool by pool), providers, cached answer, *defer*, *shed* |
     | observation `Box(D)` | candidate features (C x F), context (G), advice logits (C), legal mask (C), all float32 |
 
     **Reward**: change of the ledger in USD since the last decision: revenue, refunds, service credits, API spend,
@@ -55,7 +55,7 @@ class FleetEnv(gymnasium.Env[Array, np.int64]):
     Version history: v0, the first.
     """
 
-    metadata = {"render_modes": ["ansi"], "render_fps": 4}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 4}
 
     def __init__(
         self,
@@ -110,9 +110,7 @@ class FleetEnv(gymnasium.Env[Array, np.int64]):
             "ledger_usd": worlds.ledger_usd[0].copy(),
         }
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Array, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         """Starts an episode."""
         super().reset(seed=seed)
         options = options or {}

@@ -14,7 +14,7 @@ in units of `signal_scale_usd`. Evaluation never sees it; see docs/learning.md f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from gymnasium import spaces
@@ -221,7 +221,7 @@ class FleetVectorEnv(VectorEnv):
         **kwargs: ignored options of Gymnasium's registry (max_episode_steps).
     """
 
-    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """One world, from decision to decision: joins the served fleet (queues) with the ledger (money).
 
 A world is a gateway in front of a fleet. Between two decisions it (1) carries out the last one, (2) advances the fleet
-to the next decision epoch (an arrival, or a held batch job that is offered again), (3) posts every request that ended on
-the way and the seconds that passed, and (4) writes what the gateway can know now into the View's buffers.
+to the next decision epoch (an arrival, or a held batch job that is offered again), (3) posts every request that ended
+on the way and the seconds that passed, and (4) writes what the gateway can know now into the View's buffers.
 
 The batch queue is first in, first out: a deferred request comes back as a new decision after `hold_s`, and may be
 deferred again while its deadline leaves room. At the horizon the backlog is settled inside the last step: the fleet
@@ -271,9 +271,7 @@ def _act(
         p = c - config[0].n_replicas
         ttft_s, tpot_s = _provider_latency(static, sigmas, load, c, p)
         load.answered_by = c
-        submit_provider(
-            pools, tables, worlds, replicas, slots, providers, requests, w, p, i, now_s, ttft_s, tpot_s
-        )
+        submit_provider(pools, tables, worlds, replicas, slots, providers, requests, w, p, i, now_s, ttft_s, tpot_s)
     elif kind == v.CACHE:
         _serve_from_cache(config, terms, desks, loads, entries, ledger_usd, counts, w, i)
     elif kind == v.DEFER:
@@ -376,7 +374,7 @@ def _show(
     config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries, lengths,
     signals, request_view, legal, p_true, w,
 ):  # fmt: skip
-    """Writes the View of the current decision, and beside it the hidden P(good) that only the learner's signal reads."""
+    """Writes the View of the current decision, and beside it the hidden P(good) that only the learner reads."""
     desk = desks[w]
     i = desk.current
     load = loads[w, i]
@@ -488,7 +486,7 @@ def step(
     desks, loads, prior, truth, good, own, entries, lengths, ledger_usd, counts, actions,
     signals, request_view, legal, p_true, choices,
 ):  # fmt: skip
-    """Carries out one choice in every world, `choices` (N,), and takes each to its next decision; skips ended worlds."""
+    """Carries out one choice in every world, `choices` (N,), and takes each to its next decision; skips ended ones."""
     for w in range(desks.shape[0]):
         if desks[w].done == 1 or choices[w] == WAIT:
             desks[w].reward_usd = 0.0

@@ -55,8 +55,6 @@ def estimate(view: View) -> tuple[Array, Array]:
     latency_s[1] = decode_s
     latency_s += s[v.FIXED_TTFT_S : v.FIXED_TPOT_S + 1]
     per_output_token_s = (
-        s[v.DECODE_SEQ_S]
-        + s[v.KV_TOKEN_S] * (prompt_tokens + 0.5 * output_tokens)
-        + s[v.BASE_S] / s[v.SLOTS]
+        s[v.DECODE_SEQ_S] + s[v.KV_TOKEN_S] * (prompt_tokens + 0.5 * output_tokens) + s[v.BASE_S] / s[v.SLOTS]
     )
     return latency_s, prompt_tokens * s[v.PREFILL_TOKEN_S] + output_tokens * per_output_token_s
