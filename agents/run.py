@@ -1,13 +1,13 @@
 """The run folder: everything needed to repeat, resume, evaluate and export a training.
 
-run.json        command, seed, versions, scenario name and hash, status, history of validations, gate
-scenario.json   the resolved scenario
-training.json   the training configuration
-baselines.yaml  tuned baselines
-policy.zip      Stable-Baselines3's archive of the policy chosen on validation
-checkpoints/    archives of the training, the newest is what --resume continues from
-tb/             TensorBoard
-bundle/         the export, as the gate decided
+- run.json: command, seed, versions, scenario name and hash, status, history of validations, gate
+- scenario.json: the resolved scenario
+- training.json: the training configuration
+- baselines.yaml: tuned baselines
+- policy.zip: Stable-Baselines3's archive of the policy chosen on validation
+- checkpoints/: archives of the training, the newest is what --resume continues from
+- tb/: TensorBoard
+- bundle/: the export, as the gate decided
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ Everything here is compiled and takes record arrays with the world as leading ax
 and thousands. Shapes: N worlds, M requests, R replicas, V providers, C candidates, T tiers, K classes, J tasks.
 """
 
+# ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
 from __future__ import annotations
 
 import numpy as np

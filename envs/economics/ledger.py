@@ -139,7 +139,7 @@ def post_unserved(
     cost_account: int,
     cost_usd: float,
 ) -> None:
-    """Posts a request without an answer (`count` is SHED, ABANDONED or FAILED): its credit, and what was spent on it."""
+    """Posts a request without an answer (`count` is SHED, ABANDONED or FAILED): its credit, and what was spent."""
     term = terms[k]
     value_usd = (
         tokens_usd(prompt_tokens, expected_output_tokens, term.input_usd_per_token, term.output_usd_per_token)
