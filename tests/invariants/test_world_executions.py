@@ -1,0 +1,52 @@
+"""One kernel, two executions: compiled and interpreted code give the same numbers, to the last bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from envs.scenario import load_scenario
+from envs.worlds import FleetWorlds
+
+ROOT = Path(__file__).parents[2]
+
+
+def episode():
+    """Two short worlds of quickstart, random legal play: every figure as exact text."""
+    scenario = load_scenario("quickstart", {"horizon_s": 5.0, "requests_per_episode": 24})
+    worlds = FleetWorlds(scenario, 2)
+    worlds.load_all([scenario.generate(seed, "validation") for seed in (3, 4)])
+    worlds.set_in_flight_caps(np.full(len(scenario.pool_names), 2))
+    rng, views = np.random.default_rng(0), []
+    while not worlds.done.all():
+        views.append([float(x).hex() for x in (worlds.signals.sum(), worlds.request[:9].sum(), worlds.legal.sum())])
+        worlds.step(np.where(worlds.legal, rng.random(worlds.legal.shape), -1.0).argmax(axis=1))
+    times = np.array([worlds.fleet.requests[name] for name in ("first_token_at_s", "completed_at_s")])
+    return {
+        "ledger_usd": [float(x).hex() for x in worlds.ledger_usd.ravel()],
+        "counts": worlds.counts.ravel().tolist(),
+        "actions": worlds.action_counts.tolist(),
+        "times": [float(x).hex() for x in times.ravel()],
+        "views": views,
+    }
+
+
+def test_the_interpreter_gives_the_same_numbers():
+    script = "import json, test_world_executions as t; print(json.dumps(t.episode()))"
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    interpreted, compiled = json.loads(done.stdout), episode()
+    assert interpreted == compiled
+    assert all(sum(row) >= 24 for row in compiled["actions"])
+    assert np.count_nonzero(np.sum(compiled["actions"], axis=0)) >= 4
