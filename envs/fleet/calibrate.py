@@ -32,6 +32,9 @@ BATCH_COLUMNS = (
 _WEIGHTS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the smoothness penalty, chosen by cross-validation
 _FAINT = 1e-3  # pull to zero of what the rows do not tell apart, relative to a bend
 _FOLDS = 4
+TILE_TOKENS = 128  # matrix kernels compute whole tiles of tokens, so time steps up behind a full one
+_LAST_STEP_TOKENS = 1024  # beyond, a step is small against the iteration
+_SIZES_AT_STEP = 20  # different batch sizes within 64 tokens on either side: fewer cannot tell a step from noise
 _DIGITS = 6
 
 
@@ -133,6 +136,15 @@ def _choose_knots(values: FloatArray, most: int, candidates: FloatArray) -> Floa
     return np.array([*knots, max(top, knots[-1] + candidates[0])])
 
 
+def _with_steps(knots: FloatArray, tokens: FloatArray) -> FloatArray:
+    """Adds a pair of knots wherever a tile is full and there are rows on both sides: time may jump there."""
+    seen = np.unique(tokens)
+    edges = np.arange(TILE_TOKENS, _LAST_STEP_TOKENS + 1.0, TILE_TOKENS)
+    sizes = [min(np.sum((seen > e - 64) & (seen <= e)), np.sum((seen > e) & (seen <= e + 64))) for e in edges]
+    found = edges[np.array(sizes) >= _SIZES_AT_STEP]
+    return np.unique([*knots, *found, *(found + 1.0)])
+
+
 def _axes(measured: Measured) -> _Axes:
     tokens = measured.prefill_tokens + measured.batch
     decodes, prefills = measured.batch > 0, measured.prefills > 0
@@ -146,7 +158,7 @@ def _axes(measured: Measured) -> _Axes:
     sixtyfours = np.unique(np.concatenate([64 * doubling, 64 * np.arange(1.0, 33.0)]))
     large = min(1.0 + len(tokens) / 2000, 3.0)  # a table of thousands of rows carries more knots
     return _Axes(
-        token=_choose_knots(tokens, min(24 + len(tokens) // 40, 128), fine),
+        token=_with_steps(_choose_knots(tokens, min(24 + len(tokens) // 40, 128), fine), tokens),
         batch=_choose_knots(measured.batch[decodes], int(12 * large), fine),
         mean_kv=_choose_knots(measured.kv[decodes] / measured.batch[decodes], int(6 * large), sixtyfours),
         root=_choose_knots(np.sqrt(measured.square[prefills]), int(10 * large), fine),
@@ -184,13 +196,18 @@ def _design(measured: Measured, axes: _Axes, share: float) -> FloatArray:
 
 
 def _bends(knots: FloatArray) -> FloatArray:
-    """Rows that measure how far each inner knot's value is from the line between its neighbours, (knots - 2, knots)."""
-    inner = np.arange(1, len(knots) - 1)
+    """Rows that measure how far each inner knot's value is from the line between its neighbours, (<= knots - 2, knots).
+
+    Knots beside a step are free.
+    """
+    step = (np.diff(knots) == 1.0) & (knots[:-1] % TILE_TOKENS == 0.0)
+    inner = np.flatnonzero(~(step[1:] | step[:-1])) + 1
     share = (knots[inner] - knots[inner - 1]) / (knots[inner + 1] - knots[inner - 1])
     rows = np.zeros((len(inner), len(knots)))
-    rows[inner - 1, inner - 1] = share - 1.0
-    rows[inner - 1, inner] = 1.0
-    rows[inner - 1, inner + 1] = -share
+    each = np.arange(len(inner))
+    rows[each, inner - 1] = share - 1.0
+    rows[each, inner] = 1.0
+    rows[each, inner + 1] = -share
     return rows
 
 
