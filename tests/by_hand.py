@@ -168,7 +168,10 @@ def workload(scenario: Scenario, *rows: dict, horizon_s: float = 60.0) -> Worklo
     kinds = {"good": "u1"} | dict.fromkeys(
         ("class_index", "task_index", "tenant_index", "prompt_tokens", "output_tokens", "prompt_key"), "i4"
     )
-    columns = {name: np.array([row[name] for row in full], dtype=kinds.get(name, "f8")) for name in default}
+    columns = {
+        name: np.array([row[name] for row in full], dtype=kinds.get(name, "f8")).reshape(len(full), *np.shape(value))
+        for name, value in default.items()
+    }
     return Workload(**columns, horizon_s=horizon_s)
 
 

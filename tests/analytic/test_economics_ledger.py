@@ -8,6 +8,7 @@ from by_hand import API, CACHE, METERED, NIGHT, ONE, SEATS, SHED, TWO_A, Played,
 from envs.economics import ledger as books
 from envs.economics.ledger import ACCOUNTS
 from envs.economics.plans import TERMS
+from envs.fleet_env import FleetEnv
 from marginroute import pricing
 
 EXPECTED_OUTPUT_TOKENS = 113.12108535461  # mean of the lognormal of `by_hand`, median 100, sigma 0.5, cut at 400
@@ -164,9 +165,17 @@ def test_cache_pays_per_entry_and_earns_in_full(hand_env):
 
 
 def test_credits_never_exceed_the_value():
-    assert pricing.service_credit_usd(2.0, 1.0, 1.0, 1.0, 0.6, 0.5, 0.4) == 2.0
-    assert pricing.service_credit_usd(2.0, 1.0, 0.0, 1.0, 0.3, 0.5, 0.2) == 1.0
-    assert pricing.service_credit_usd(2.0, 0.5, 0.0, 0.0, 0.3, 0.5, 0.2) == pytest.approx(0.3)
+    assert pricing.service_credit_usd(2.0, 0.3 + 0.2) == 1.0
+    assert pricing.service_credit_usd(2.0, 0.6 + 0.5 + 0.4) == 2.0
+    np.testing.assert_allclose(pricing.service_credit_usd(2.0, np.array([0.15, 1.0, 3.0])), [0.3, 2.0, 2.0])
+
+
+def test_credit_shares_above_one_pay_the_value_once(tmp_path):
+    """TTFT and TPOT at 80 % each, both missed: the customer gets back what it paid, not more."""
+    slo = {"ttft_s": 0.4, "ttft_credit_share": 0.8, "tpot_s": 0.015, "tpot_credit_share": 0.8}
+    env = FleetEnv(by_hand.scenario(tmp_path, {"plans.classes.metered.slo": slo}))
+    played = Played(env, workload(env.worlds.plant.scenario, {}), [API])
+    assert played.usd("slo_credits") == exactly(-REVENUE_USD)
 
 
 def test_gpu_hours_formula_is_what_the_ledger_posts(hand_env):

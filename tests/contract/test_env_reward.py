@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from by_hand import Played, workload
+from by_hand import GPU_USD_PER_S, SEAT_USD_PER_S, Played, workload
 
 from envs.economics import ledger as books
 from envs.fleet_env import FleetEnv
@@ -71,15 +71,19 @@ def test_signs_of_the_accounts(env):
     assert all(totals[name] < 0.0 for name in ("refunds", "api_spend", "gpu_hours", "energy", "unserved_credits"))
 
 
-def test_an_episode_without_requests_pays_for_its_gpus(hand_env):
+@pytest.mark.parametrize("earlier", [[], [{}]], ids=["first episode", "after another"])
+def test_an_episode_without_requests_pays_for_its_gpus(hand_env, earlier):
     """Nothing arrives: nothing to decide, but the hour is paid; the first step reports it."""
-    none = workload(hand_env.worlds.plant.scenario, {"arrived_at_s": 70.0})  # after the horizon of 60 s
-    observation, _ = hand_env.reset(options={"workload": none})
+    scenario = hand_env.worlds.plant.scenario
+    if earlier:
+        Played(hand_env, workload(scenario, *earlier), [0])
+    observation, _ = hand_env.reset(options={"workload": workload(scenario)})
     assert hand_env.observation_space.contains(observation)
     _, reward, _, truncated, info = hand_env.step(0)
     assert truncated
-    assert info["ledger_usd"].sum() == pytest.approx(60.0 * (4 * 500.0 / (365.25 * 86400 / 12) - 0.005))
+    assert info["ledger_usd"].sum() == pytest.approx(60.0 * (SEAT_USD_PER_S - GPU_USD_PER_S))
     assert reward == pytest.approx(info["ledger_usd"].sum())
+    assert hand_env.step(0)[1] == 0.0
 
 
 def test_step_after_the_end_changes_nothing(hand_env):
