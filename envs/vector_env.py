@@ -264,10 +264,10 @@ class FleetVectorEnv(VectorEnv):
         rewards, dones = self.worlds.reward_usd.copy(), self.worlds.done
         final: dict[str, Any] = {}
         if dones.any():
-            last = self.worlds.observe()
+            last, last_info = self.worlds.observe(), self._info()
             final_obs = np.full(self.num_envs, None, dtype=object)
             for w in np.flatnonzero(dones):
                 final_obs[w] = last[w]
                 self.worlds.load(int(w), self._workload())
-            final = {"final_obs": final_obs, "_final_obs": dones, "final_info": self._info(), "_final_info": dones}
+            final = {"final_obs": final_obs, "_final_obs": dones, "final_info": last_info, "_final_info": dones}
         return self.worlds.observe(), rewards, np.zeros(self.num_envs, dtype=np.bool_), dones, {**self._info(), **final}

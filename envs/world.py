@@ -16,6 +16,8 @@ and thousands. Shapes: N worlds, M requests, R replicas, V providers, C candidat
 # ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import njit
 
@@ -188,7 +190,8 @@ def _post_finished(
     counts[w, books.RESTARTS, k] += request.restarts
     if request.status != COMPLETED:
         count = books.ABANDONED if request.status == ABANDONED else books.FAILED
-        cost_usd = load.prompt_tokens * static[v.INPUT_USD, c]
+        tokens = load.prompt_tokens if c >= config[0].n_replicas and request.status == ABANDONED else request.computed
+        cost_usd = tokens * static[v.INPUT_USD, c]
         _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, count, account, cost_usd)
         return
     ttft_s = request.first_token_at_s - load.arrived_at_s
@@ -219,8 +222,8 @@ def _post_finished(
 @njit(cache=True, nogil=True)
 def _provider_latency(static, sigmas, load, c, p):
     """TTFT and TPOT in seconds that provider `p` will take for a request; the same whenever it is asked."""
-    ttft_s = static[v.FIXED_TTFT_S, c] * np.exp(sigmas[p, 0] * load.ttft_noise)
-    return ttft_s, static[v.FIXED_TPOT_S, c] * np.exp(sigmas[p, 1] * load.tpot_noise)
+    ttft_s = static[v.FIXED_TTFT_S, c] * math.exp(sigmas[p, 0] * load.ttft_noise)
+    return ttft_s, static[v.FIXED_TPOT_S, c] * math.exp(sigmas[p, 1] * load.tpot_noise)
 
 
 @njit(cache=True, nogil=True)
@@ -490,7 +493,7 @@ def step(
     """Carries out one choice in every world, `choices` (N,), and takes each to its next decision; skips ended ones."""
     for w in range(desks.shape[0]):
         if desks[w].done == 1 or choices[w] == WAIT:
-            desks[w].reward_usd = 0.0
+            _account(desks, ledger_usd, w)  # nothing, unless the episode ended before its first decision
             desks[w].elapsed_s = 0.0
             continue
         _act(

@@ -159,12 +159,13 @@ class FleetWorlds:
         self.signals = np.zeros((len(v.SIGNALS), n, c))
         self.signals[: v.N_STATIC_SIGNALS] = self.plant.static_signals[:, None, :]
         self.signals[v.IN_FLIGHT_CAP] = UNLIMITED
-        self.request = np.zeros((len(v.REQUEST), n))
+        self.request = np.ones((len(v.REQUEST), n))  # until the first decision: anything that divides
         self.legal = np.zeros((n, c), dtype=np.bool_)
         self.p_true = np.zeros((n, c))
         self.desks["done"] = 1
         self._rows, self._keys = 0, 0
         self._allocate(max_requests, 1)
+        self._caps = self.fleet.replicas["in_flight_cap"].copy()
 
     def _allocate(self, rows: int, keys: int) -> None:
         """Makes room for `rows` requests and `keys` prompt keys per world; running episodes survive."""
@@ -251,6 +252,7 @@ class FleetWorlds:
         for array in (self.ledger_usd, self.counts, self.action_counts):
             array[w] = 0
         engine.reset_world(*self.fleet.arrays, w)
+        self.fleet.replicas["in_flight_cap"][w] = self._caps[w]
         kernel.begin(*self._arguments, w)
 
     def load_all(self, workloads: Sequence[Workload]) -> None:
@@ -268,6 +270,7 @@ class FleetWorlds:
         per_pool = np.array([p.in_flight_cap for p in spec.pools]) if caps is None else np.asarray(caps)
         per_replica = np.clip(per_pool, 1, state.NO_CAP)[..., spec.pool_of_replica].astype(np.int64)
         per_replica = np.ascontiguousarray(np.broadcast_to(per_replica, (self.n_worlds, spec.n_replicas)))
+        self._caps = per_replica
         kernel.set_in_flight_caps(*self.fleet.arrays, self.desks, per_replica)
         self.signals[v.IN_FLIGHT_CAP, :, : spec.n_replicas] = per_replica
 

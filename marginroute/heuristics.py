@@ -164,7 +164,9 @@ def assess(view: View, parameters: MarginParameters, quality: FittedQuality | No
         idle_usd = usage_usd - (1.0 - p_good) * bad_now_usd - cost_usd
         able = view.legal & (layout.kind <= PROVIDER)
         later_usd = np.where(able, idle_usd, -unserved_usd).max(axis=-1, keepdims=True)
-        margin_usd[..., DEFER_COLUMN] = (parameters.defer_share * later_usd)[..., 0]
+        later_usd = (parameters.defer_share * later_usd)[..., 0]
+        may_defer = view.legal[..., DEFER_COLUMN]
+        margin_usd[..., DEFER_COLUMN] = np.where(may_defer, later_usd, margin_usd[..., DEFER_COLUMN])
     score_usd = margin_usd - congestion_usd
     best_usd = np.maximum.reduce(np.where(view.legal, score_usd, -np.inf), axis=-1, keepdims=True)
     return Assessment(

@@ -155,11 +155,12 @@ def _axes(measured: Measured) -> _Axes:
         )
     doubling = np.unique(np.concatenate([2 ** np.arange(19.0), 3 * 2 ** np.arange(18.0)]))
     fine = np.unique(np.concatenate([doubling, np.arange(16.0, 8193.0, 16.0)]))
+    fours = np.unique(np.concatenate([doubling, np.arange(4.0, 1025.0, 4.0)]))
     sixtyfours = np.unique(np.concatenate([64 * doubling, 64 * np.arange(1.0, 33.0)]))
     large = min(1.0 + len(tokens) / 2000, 3.0)  # a table of thousands of rows carries more knots
     return _Axes(
         token=_with_steps(_choose_knots(tokens, min(24 + len(tokens) // 40, 128), fine), tokens),
-        batch=_choose_knots(measured.batch[decodes], int(12 * large), fine),
+        batch=_choose_knots(measured.batch[decodes], int(12 * large), fours),
         mean_kv=_choose_knots(measured.kv[decodes] / measured.batch[decodes], int(6 * large), sixtyfours),
         root=_choose_knots(np.sqrt(measured.square[prefills]), int(10 * large), fine),
         prefix=np.unique([0.0, *_choose_knots(measured.prefix[behind], int(4 * large), sixtyfours)]),
@@ -231,8 +232,9 @@ def _solve(design: FloatArray, seconds: FloatArray, smoothness: FloatArray, weig
     system = np.vstack([design / seconds[:, None], penalty])
     norm = np.sqrt((system**2).sum(axis=0))
     norm[norm == 0.0] = 1.0
-    target = np.concatenate([np.ones(len(seconds)), np.zeros(len(penalty))])
-    return np.linalg.lstsq(system / norm, target, rcond=1e-12)[0] / norm
+    system /= norm
+    right = system[: len(seconds)].sum(axis=0)  # the target is 1 for every row and 0 for every penalty
+    return np.linalg.lstsq(system.T @ system, right, rcond=1e-14)[0] / norm
 
 
 def _cross_validated(measured: Measured, axes: _Axes, share: float, weight: float) -> FloatArray:
@@ -246,6 +248,15 @@ def _cross_validated(measured: Measured, axes: _Axes, share: float, weight: floa
         solution = _solve(design[kept], measured.seconds[kept], smoothness, weight)
         errors[out] = design[out] @ solution / measured.seconds[out] - 1.0
     return errors
+
+
+def _continued(prefill: FloatArray, axes: _Axes, measured: Measured) -> FloatArray:
+    """What a prefix adds, continued in proportion to the chunk beyond the longest chunk that was seen behind one."""
+    longest = np.sqrt(measured.square[measured.prefix > 0].max())
+    last = int(np.searchsorted(axes.root, longest, side="right")) - 1
+    added = (prefill - prefill[0])[:, last : last + 1] / axes.root[last]
+    outside = axes.root > max(longest, axes.root[min(last + 1, len(axes.root) - 1)])
+    return np.where(outside, prefill[0] + added * axes.root, prefill)
 
 
 def _rounded(values: FloatArray) -> Any:
@@ -265,16 +276,15 @@ def fit_iterations(measured: Measured, facts: dict[str, Any]) -> dict[str, Any]:
     """
     axes = _axes(measured)
     shares = (0.0, 0.05, 0.1, 0.15) if (measured.prefills > 1).any() else (0.0,)
-    tried = {
-        (share, weight): _cross_validated(measured, axes, share, weight)
-        for share in shares
-        for weight in (_WEIGHTS if share == shares[0] else _WEIGHTS[1:2])
-    }
+    tried = {(share, _WEIGHTS[1]): _cross_validated(measured, axes, share, _WEIGHTS[1]) for share in shares}
+    share, _ = min(tried, key=lambda option: float(np.mean(np.abs(tried[option]))))
+    tried |= {(share, weight): _cross_validated(measured, axes, share, weight) for weight in _WEIGHTS}
     share, weight = min(tried, key=lambda option: float(np.mean(np.abs(tried[option]))))
     errors = np.abs(tried[share, weight])
     solution = _solve(_design(measured, axes, share), measured.seconds, _smoothness(axes), weight)
     sizes = [len(axes.token), len(axes.batch) * len(axes.mean_kv), len(axes.prefix) * len(axes.root)]
     token, decode, prefill, rest = np.split(solution, np.cumsum(sizes))
+    prefill = _continued(prefill.reshape(len(axes.prefix), -1), axes, measured)
     quantiles = np.quantile(errors, [0.5, 0.95, 1.0]) * 100.0
     return {
         **facts,
@@ -294,7 +304,7 @@ def fit_iterations(measured: Measured, facts: dict[str, Any]) -> dict[str, Any]:
         "decode_s": _rounded(decode.reshape(len(axes.batch), -1)),
         "prefill_prefix_knots": axes.prefix.astype(int).tolist(),
         "prefill_root_knots": axes.root.astype(int).tolist(),
-        "prefill_s": _rounded(prefill.reshape(len(axes.prefix), -1)),
+        "prefill_s": _rounded(prefill),
         "prefill_square_s": _rounded(rest[0]),
         "prefill_product_s": _rounded(rest[1]),
         "multi_prefill_share": share,
