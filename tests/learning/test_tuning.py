@@ -1,0 +1,137 @@
+"""Tuning: the same budget and episodes for every baseline, and a fit of P(good) that finds what is there."""
+
+import numpy as np
+import pytest
+
+from agents import baselines
+from agents.quality import fit_quality
+from agents.tuning import Budget, Objective, tune_baselines
+from marginroute.errors import InputError
+from marginroute.heuristics import DifficultyThreshold, MarginParameters, MarginRule, from_dict, to_dict
+from marginroute.quality import normal_cdf
+
+NAMES = ("random", "round-robin", "least-in-flight", "difficulty-threshold", "expected-margin", "bid-price")
+
+
+def test_every_named_baseline_is_tuned(tiny_plant, tiny_tuned):
+    tuned, _ = tiny_tuned
+    fixed = [f"fixed-{tier}" for tier in tiny_plant.layout.tier_names]
+    assert set(tuned) == {*fixed, *NAMES, "bid-price-fitted"}
+    for name, found in tuned.items():
+        assert found.policy.name == name and np.isfinite(found.validation_usd_per_1k)
+    assert tuned["bid-price-fitted"].policy.quality is not None and tuned["bid-price"].policy.quality is None
+    assert not any(tuned["expected-margin"].policy.parameters.station_usd_per_s)
+    assert any(tuned["bid-price"].policy.parameters.station_usd_per_s)
+
+
+def test_every_search_gets_the_same_budget(tiny_tuned):
+    tuned, budget = tiny_tuned
+    searched = ("difficulty-threshold", "expected-margin", "bid-price", "bid-price-fitted")
+    spent = {tuned[name].requests for name in searched}
+    assert spent == {2 * budget.population * budget.episodes * 25}  # two restarts of one generation
+    assert all(len(tuned[name].restarts_usd_per_1k) == 2 for name in searched)
+    for name in searched:
+        best, second = tuned[name].restarts_usd_per_1k
+        assert best == tuned[name].validation_usd_per_1k >= second
+        assert tuned[name].spread_pct == pytest.approx(100.0 * (best - second) / abs(best))
+
+
+def test_tuning_is_reproducible(tiny_plant, tiny_tuned):
+    tuned, budget = tiny_tuned
+    again = tune_baselines(tiny_plant, budget)
+    assert {name: to_dict(x.policy) for name, x in again.items()} == {
+        name: to_dict(x.policy) for name, x in tuned.items()
+    }
+
+
+def test_rules_side_by_side_earn_what_each_earns_alone(small_plant):
+    objective = Objective(small_plant, "train", range(2))
+    stations = len(small_plant.layout.station_names)
+    ranks = (0, 1, 2, 3)
+    rules = [
+        MarginRule("a", MarginParameters((0.0,) * stations, cap_share=0.05)),
+        MarginRule("b", MarginParameters((0.01,) * stations, 2.0, 1.5, 0.5, 2.0, 1.0, 4.0)),
+    ]
+    thresholds = [DifficultyThreshold("t", ranks, (-1.0, 0.0, 1.0), shift) for shift in (0.0, 3.0)]
+    for pair in (rules, thresholds):
+        together = objective(list(pair))
+        np.testing.assert_array_equal(together, [objective([rule])[0] for rule in pair])
+        assert together[0] != together[1]
+
+
+def test_objective_plays_the_same_episodes_each_time(small_plant):
+    rule = MarginRule("a", MarginParameters((0.0,) * len(small_plant.layout.station_names)))
+    objective = Objective(small_plant, "train", range(2))
+    assert objective([rule])[0] == objective([rule])[0] == Objective(small_plant, "train", range(2))([rule])[0]
+    assert objective([rule])[0] != Objective(small_plant, "validation", range(2))([rule])[0]
+
+
+def test_fit_recovers_what_a_task_changes():
+    """Outcomes drawn from prior and truth that differ by task: the fit predicts the truth, not the prior."""
+    rng = np.random.default_rng(0)
+    n = 40_000
+    tier, task = rng.integers(0, 2, n), rng.integers(0, 2, n)
+    signal = rng.standard_normal(n)
+    shift = np.array([[1.0, -1.0], [0.0, 0.5]])[tier, task]
+    prior, truth = normal_cdf(0.5 - 0.5 * signal), normal_cdf(0.5 - 0.5 * signal + shift)
+    good = (rng.random(n) < truth).astype(float)
+    fitted = fit_quality(tier, task, prior, np.full(n, 1000.0), good, n_tiers=2, n_tasks=2)
+    logit = fitted.intercept[tier, task] + fitted.slope[tier, task] * np.log(prior / (1.0 - prior))
+    predicted = 1.0 / (1.0 + np.exp(-logit))
+    assert np.abs(predicted - truth).mean() < 0.02 < 0.1 < np.abs(prior - truth).mean()
+    assert fitted.length == pytest.approx(0.0, abs=1e-6)
+
+
+def test_no_outcomes_no_correction():
+    none = np.array([], dtype=np.int64)
+    fitted = fit_quality(none, none, none.astype(float), none.astype(float), none.astype(float), 2, 3)
+    assert not fitted.intercept.any() and (fitted.slope == 1.0).all() and not fitted.length.any()
+
+
+def test_tuned_baselines_survive_their_file(tmp_path, tiny_plant, tiny_tuned):
+    tuned, budget = tiny_tuned
+    path = tmp_path / "baselines.yaml"
+    baselines.save(path, tiny_plant.scenario, tuned, budget, "a test")
+    data, rules = baselines.load(path)
+    assert data["scenario_hash"] == tiny_plant.scenario.hash and data["budget"]["population"] == budget.population
+    assert {name: to_dict(rule) for name, rule in rules.items()} == {
+        name: to_dict(found.policy) for name, found in tuned.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("schema: 2\nbaselines: {}", "no tuned baselines of schema 1"),
+        ("schema: 1\nbaselines: {a: {}}", "incomplete"),
+        ("schema: 1\nbaselines: {a: {policy: {rule: clever}}}", "unknown heuristic rule 'clever'"),
+        ("schema: 1\nbaselines: {a: {policy: {rule: margin, name: a}}}", "missing or unknown parameter"),
+        ("schema: 1\nbaselines: {a: {policy: {rule: random, name: a, sides: 6}}}", "missing or unknown parameter"),
+        ("schema: 1\nbaselines: {a: {policy: [1, 2]}}", "is no mapping"),
+        ("[", "well-formed YAML"),
+    ],
+)
+def test_a_broken_file_is_refused(tmp_path, text, words):
+    path = tmp_path / "baselines.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=words):
+        baselines.load(path)
+
+
+def test_prices_of_another_fleet_are_refused(tmp_path, small_scenario, tiny_plant, tiny_tuned):
+    rule = MarginRule("bid-price", MarginParameters((0.0, 0.0)))
+    data = {"schema": 1, "scenario_hash": "0", "baselines": {"bid-price": {"policy": to_dict(rule)}}}
+    import yaml
+
+    (tmp_path / baselines.FILE).write_text(yaml.safe_dump(data))
+    with pytest.raises(InputError, match="has prices for 2 pools and providers"):
+        baselines.baselines_for(small_scenario, tmp_path)
+
+
+def test_heuristics_survive_plain_data(tiny_tuned):
+    for found in tiny_tuned[0].values():
+        assert to_dict(from_dict(to_dict(found.policy))) == to_dict(found.policy)
+
+
+def test_budget_defaults_restart_at_least_twice():
+    assert Budget().restarts >= 2
