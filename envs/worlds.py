@@ -165,7 +165,7 @@ class FleetWorlds:
         self.desks["done"] = 1
         self._rows, self._keys = 0, 0
         self._allocate(max_requests, 1)
-        self._caps = self.fleet.replicas["in_flight_cap"].copy()
+        self._caps = self._per_replica(None)
 
     def _allocate(self, rows: int, keys: int) -> None:
         """Makes room for `rows` requests and `keys` prompt keys per world; running episodes survive."""
@@ -266,13 +266,16 @@ class FleetWorlds:
 
     def set_in_flight_caps(self, caps: Array | None) -> None:
         """Sets the in-flight cap of every replica of each pool, (P,) or (N, P); None restores the configured ones."""
+        self._caps = self._per_replica(caps)
+        kernel.set_in_flight_caps(*self.fleet.arrays, self.desks, self._caps)
+        self.signals[v.IN_FLIGHT_CAP, :, : self.plant.spec.n_replicas] = self._caps
+
+    def _per_replica(self, caps: Array | None) -> Array:
+        """(N, R) caps from (P,) or (N, P) ones, or the configured ones."""
         spec = self.plant.spec
         per_pool = np.array([p.in_flight_cap for p in spec.pools]) if caps is None else np.asarray(caps)
         per_replica = np.clip(per_pool, 1, state.NO_CAP)[..., spec.pool_of_replica].astype(np.int64)
-        per_replica = np.ascontiguousarray(np.broadcast_to(per_replica, (self.n_worlds, spec.n_replicas)))
-        self._caps = per_replica
-        kernel.set_in_flight_caps(*self.fleet.arrays, self.desks, per_replica)
-        self.signals[v.IN_FLIGHT_CAP, :, : spec.n_replicas] = per_replica
+        return np.ascontiguousarray(np.broadcast_to(per_replica, (self.n_worlds, spec.n_replicas)))
 
     def view(self) -> View:
         """The View of every world's current decision, over buffers that the next step overwrites."""
