@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 from by_hand import API, CACHE, DEFER, METERED, NIGHT, ONE, SHED, TWO_A, TWO_B, Played, workload
 
+from envs.fleet.state import NO_CAP
+from envs.fleet_env import FleetEnv
+from envs.worlds import FleetWorlds, Plant
 from marginroute import view as v
 from marginroute.errors import InputError
 
@@ -45,8 +48,6 @@ def test_provider_answers_at_its_price_and_pace(hand_env):
 
 def test_provider_noise_is_lognormal_around_the_median(tmp_path):
     keys = {"fleet.providers.api.ttft_sigma": 0.4, "fleet.providers.api.tpot_sigma": 0.2}
-    from envs.fleet_env import FleetEnv
-
     env = FleetEnv(by_hand.scenario(tmp_path, keys))
     Played(env, episode(env, {"provider_noise": [1.0, -1.0]}), [API])
     request = env.worlds.fleet.requests[0, 0]
@@ -208,3 +209,12 @@ def test_caps_last_one_episode(hand_env):
 def test_illegal_caps_are_refused(hand_env, caps, words):
     with pytest.raises(InputError, match=words):
         hand_env.reset(options={"in_flight_caps": caps})
+
+
+def test_worlds_start_with_the_configured_caps(tmp_path):
+    """Nobody set a cap: replicas have that of their pool, in the View too."""
+    plant = Plant(by_hand.scenario(tmp_path, {"fleet.pools.two.in_flight_cap": 3}))
+    worlds = FleetWorlds(plant, 2)
+    worlds.load_all([workload(plant.scenario, {})] * 2)
+    assert worlds.fleet.replicas["in_flight_cap"].tolist() == [[NO_CAP, 3, 3]] * 2
+    assert worlds.signals[v.IN_FLIGHT_CAP, 0, :3].tolist() == [NO_CAP, 3, 3]
