@@ -6,10 +6,13 @@ is made) and chooses where Numba keeps compiled kernels.
 
 import hashlib
 import os
+import shutil
+import time
 from pathlib import Path
 
 import gymnasium
 
+KEEP_KERNELS_S = 3 * 86400.0  # folders of other states of the sources are removed after that
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -21,7 +24,12 @@ def _use_kernel_cache() -> None:
     """
     sources = [*sorted((_ROOT / "envs").rglob("*.py")), *sorted((_ROOT / "marginroute").glob("*.py"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(_ROOT / ".marginroute_cache" / "kernels" / digest))
+    kernels = _ROOT / ".marginroute_cache" / "kernels"
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(kernels / digest))
+    if kernels.is_dir():
+        for old in kernels.iterdir():
+            if old.name != digest and old.stat().st_mtime < time.time() - KEEP_KERNELS_S:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def register() -> None:
