@@ -131,6 +131,8 @@ def save(bundle: Bundle, folder: Path, parity: dict[str, Array] | None = None) -
     Raises:
         InputError: the folder exists and is not a bundle.
     """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; name a new folder for the export")
     if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").is_file():
         raise InputError(f"{folder} exists and is not a bundle; name a new folder for the export")
     policy, files = bundle.policy, {}
@@ -165,7 +167,10 @@ def save(bundle: Bundle, folder: Path, parity: dict[str, Array] | None = None) -
         }
     )
     manifest["digest"] = _digest(manifest)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder.parent} cannot be made ({error.strerror}); name another folder") from None
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         complete = Path(scratch) / "bundle"
         complete.mkdir()
@@ -233,7 +238,9 @@ def load(folder: str | Path) -> Bundle:
     folder = Path(folder)
     try:
         return _load(folder, read_manifest(folder))
-    except (KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder} lacks something that this marginroute needs ({error}); export it again") from None
 
 
@@ -248,7 +255,7 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Bundle:
         network = Network(*(weights[name] for name in WEIGHT_NAMES))
         policy = ResidualPolicy(manifest["policy"], policy, FeatureSpec.from_dict(manifest["spec"]), network)
         ours, theirs = parity_logits(policy, parity["observation"]), parity["logits"]
-        legal = np.isfinite(ours)
+        legal = ours != -np.inf
         if not np.allclose(ours[legal], theirs[legal], rtol=0.0, atol=PARITY_TOLERANCE):
             raise InputError(f"{folder} does not reproduce its parity vectors to {PARITY_TOLERANCE} on this machine")
     return Bundle(

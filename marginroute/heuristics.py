@@ -261,7 +261,7 @@ def uniform(view: View, seed: int) -> Array:
     """A reproducible uniform in [0, 1) per candidate and decision, (..., C): a hash of seed, request and candidate."""
     with np.errstate(over="ignore"):
         sequence = view.request[v.SEQUENCE][..., None].astype(np.uint64)
-        content = np.ascontiguousarray(view.request[v.DIFFICULTY_SIGNAL])[..., None].view(np.uint64)
+        content = np.array(view.request[v.DIFFICULTY_SIGNAL], dtype=np.float64)[..., None].view(np.uint64)
         x = sequence * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed) * np.uint64(0xD1B54A32D192ED03) + content
         x = x + np.arange(1, view.layout.n_candidates + 1, dtype=np.uint64) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -390,6 +390,8 @@ def from_dict(data: dict[str, Any]) -> MarginRule | RuleOfThumb:
     Raises:
         InputError: an unknown rule, or a parameter that the rule does not have.
     """
+    if not isinstance(data, dict):
+        raise InputError(f"heuristic {data!r} is no mapping; legal is a rule with its parameters")
     arguments = {key: tuple(x) if isinstance(x, list) else x for key, x in data.items() if key != "rule"}
     rule = RULES.get(data.get("rule", ""))
     if rule is None:
