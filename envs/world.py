@@ -24,94 +24,10 @@ from numba import njit
 from envs.economics import ledger as books
 from envs.fleet import engine
 from envs.fleet.provider import provider_available, submit_provider
+from envs.fleet.response_cache import append, unlink
 from envs.fleet.state import ABANDONED, COMPLETED
 from marginroute import latency
 from marginroute import view as v
-
-LOAD = np.dtype(
-    [
-        ("arrived_at_s", "f8"),
-        ("deadline_s", "f8"),
-        ("patience_s", "f8"),
-        ("difficulty_signal", "f8"),
-        ("ttft_noise", "f8"),
-        ("tpot_noise", "f8"),
-        ("class_index", "i4"),
-        ("task_index", "i4"),
-        ("tenant_index", "i4"),
-        ("prompt_tokens", "i4"),
-        ("output_tokens", "i4"),
-        ("prompt_key", "i4"),
-        ("answered_by", "i4"),  # candidate that the request was last sent to
-        ("next_held", "i4"),  # batch queue
-        ("offer_at_s", "f8"),
-    ]
-)
-"""The workload as records, `(N, M)`, with the gateway's bookkeeping of each request."""
-
-DESK = np.dtype(
-    [
-        ("now_s", "f8"),
-        ("horizon_s", "f8"),
-        ("elapsed_s", "f8"),  # between the last two decisions
-        ("reward_usd", "f8"),
-        ("margin_usd", "f8"),
-        ("arrival_gap_s", "f8"),  # moving mean
-        ("last_arrival_s", "f8"),
-        ("n_requests", "i4"),
-        ("cursor", "i4"),  # next arrival
-        ("current", "i4"),  # request being decided
-        ("held_head", "i4"),
-        ("held_tail", "i4"),
-        ("sequence", "i4"),
-        ("lru_head", "i4"),  # least recently used key of the response cache
-        ("lru_tail", "i4"),
-        ("cached", "i4"),
-        ("illegal", "i4"),  # choices that were not legal and became shed
-        ("done", "i4"),
-    ]
-)
-"""The gateway's own state, `(N,)`."""
-
-CONFIG = np.dtype(
-    [
-        ("gpu_usd_per_s", "f8"),
-        ("hold_s", "f8"),
-        ("cache_capacity", "i4"),
-        ("cache_ttl_s", "f8"),
-        ("cache_lookup_s", "f8"),
-        ("cache_entry_usd", "f8"),
-        ("n_replicas", "i4"),
-        ("n_providers", "i4"),
-        ("last_provider", "i4"),  # settles the batch queue at the horizon; -1: no provider
-    ]
-)
-"""What holds for all worlds of a scenario, `(1,)`."""
-
-OWN = np.dtype(
-    [
-        ("recent_ttft_s", "f8"),
-        ("recent_tpot_s", "f8"),
-        ("weight", "f8"),
-        ("busy_s", "f8"),  # of a replica within the horizon, filled in at its end; not for gateways
-    ]
-)
-"""What the gateway measured itself per replica and provider, `(N, R + V)`."""
-
-ENTRY = np.dtype(
-    [
-        ("stored_at_s", "f8"),  # -inf: not in the cache
-        ("tenant_index", "i4"),
-        ("tier", "i4"),
-        ("good", "i4"),
-        ("older", "i4"),
-        ("newer", "i4"),
-    ]
-)
-"""The response cache by prompt key, `(N, keys)`: an LRU list through `older` and `newer`."""
-
-MEAN = np.dtype([("value", "f8"), ("weight", "f8")])
-"""Running means of output tokens by class and task, `(N, K, J)`."""
 
 WAIT = -2  # a choice that leaves its world where it is
 
@@ -119,42 +35,14 @@ running_mean = njit(cache=True, inline="always")(latency.running_mean)
 
 
 @njit(cache=True, nogil=True)
-def _cache_unlink(desks, entries, w, key):
-    desk, entry = desks[w], entries[w, key]
-    if entry.older >= 0:
-        entries[w, entry.older].newer = entry.newer
-    else:
-        desk.lru_head = entry.newer
-    if entry.newer >= 0:
-        entries[w, entry.newer].older = entry.older
-    else:
-        desk.lru_tail = entry.older
-    desk.cached -= 1
-    entry.stored_at_s = -np.inf
-
-
-@njit(cache=True, nogil=True)
-def _cache_append(desks, entries, w, key, stored_at_s):
-    desk, entry = desks[w], entries[w, key]
-    entry.stored_at_s = stored_at_s
-    entry.older, entry.newer = desk.lru_tail, -1
-    if desk.lru_tail >= 0:
-        entries[w, desk.lru_tail].newer = key
-    else:
-        desk.lru_head = key
-    desk.lru_tail = key
-    desk.cached += 1
-
-
-@njit(cache=True, nogil=True)
 def cache_store(config, desks, entries, ledger_usd, w, k, key, tenant, tier, good, now_s):
     """Stores an answer under its prompt key, evicting the least recently used one if the cache is full."""
     desk = desks[w]
     if entries[w, key].stored_at_s > -np.inf:
-        _cache_unlink(desks, entries, w, key)
+        unlink(desks, entries, w, key)
     elif desk.cached >= config[0].cache_capacity:
-        _cache_unlink(desks, entries, w, desk.lru_head)
-    _cache_append(desks, entries, w, key, now_s)
+        unlink(desks, entries, w, desk.lru_head)
+    append(desks, entries, w, key, now_s)
     entry = entries[w, key]
     entry.tenant_index, entry.tier, entry.good = tenant, tier, good
     books.post(ledger_usd, w, books.CACHE, k, -config[0].cache_entry_usd)
@@ -232,8 +120,8 @@ def _serve_from_cache(config, terms, desks, loads, entries, ledger_usd, counts, 
     load, desk = loads[w, i], desks[w]
     key = load.prompt_key
     stored_at_s = entries[w, key].stored_at_s
-    _cache_unlink(desks, entries, w, key)
-    _cache_append(desks, entries, w, key, stored_at_s)
+    unlink(desks, entries, w, key)
+    append(desks, entries, w, key, stored_at_s)
     ttft_s = desk.now_s + config[0].cache_lookup_s - load.arrived_at_s
     books.post_served(
         ledger_usd, counts, terms, w, load.class_index, load.prompt_tokens, load.output_tokens, ttft_s, 0.0, ttft_s,

@@ -16,9 +16,11 @@ from envs import world as kernel
 from envs.economics.ledger import ACCOUNTS, COUNTS
 from envs.fleet import engine, state
 from envs.fleet.iteration import linear_coefficients
+from envs.fleet.response_cache import ENTRY
 from envs.fleet.state import record_array
 from envs.scenario import Scenario
 from envs.workload.requests import Workload
+from envs.world_state import CONFIG, DESK, LOAD, MEAN, OWN
 from marginroute import latency
 from marginroute import view as v
 from marginroute.policy import Policy
@@ -33,7 +35,7 @@ class Plant:
 
     Attributes:
         layout: the candidates.
-        config: (1,) `world.CONFIG`.
+        config: (1,) `world_state.CONFIG`.
         terms: (K,) contracts.
         static_signals: (S_static, C) first rows of the View's signals.
         sigmas: (max(V, 1), 2) spread of ln TTFT and ln TPOT of providers.
@@ -92,7 +94,7 @@ class Plant:
 
     def _config(self) -> Any:
         fleet = self.scenario.fleet
-        config = record_array(1, kernel.CONFIG)
+        config = record_array(1, CONFIG)
         row = config[0]
         row["gpu_usd_per_s"] = (
             sum(p.replicas * p.gpus_per_replica * p.gpu_usd_per_hour for p in fleet.pools.values()) / 3600.0
@@ -150,9 +152,9 @@ class FleetWorlds:
         layout, terms = self.plant.layout, self.plant.terms
         n, c, k = n_worlds, layout.n_candidates, len(terms)
         stations = self.plant.spec.n_replicas + len(self.plant.spec.providers)
-        self.desks = record_array(n, kernel.DESK)
-        self.own = record_array((n, stations), kernel.OWN)
-        self.lengths = record_array((n, k, len(layout.task_names)), kernel.MEAN)
+        self.desks = record_array(n, DESK)
+        self.own = record_array((n, stations), OWN)
+        self.lengths = record_array((n, k, len(layout.task_names)), MEAN)
         self.ledger_usd = np.zeros((n, len(ACCOUNTS), k + 1))
         self.counts = np.zeros((n, len(COUNTS), k), dtype=np.int64)
         self.action_counts = np.zeros((n, len(v.KINDS)), dtype=np.int64)
@@ -173,7 +175,7 @@ class FleetWorlds:
         old = self.__dict__.get("fleet")
         if rows > self._rows:
             fleet = state.allocate(self.plant.spec, n, rows)
-            loads = record_array((n, rows), kernel.LOAD)
+            loads = record_array((n, rows), LOAD)
             prior, truth = np.zeros((n, rows, tiers)), np.zeros((n, rows, tiers))
             good = np.zeros((n, rows, tiers), dtype=np.uint8)
             if old is not None:
@@ -185,7 +187,7 @@ class FleetWorlds:
             self.fleet, self.loads, self.prior, self.truth, self.good = fleet, loads, prior, truth, good
             self._rows = rows
         if keys > self._keys:
-            entries = record_array((n, keys), kernel.ENTRY)
+            entries = record_array((n, keys), ENTRY)
             entries["stored_at_s"] = -np.inf
             if self._keys:
                 entries[:, : self._keys] = self.entries
@@ -238,7 +240,7 @@ class FleetWorlds:
         requests["prompt_tokens"], requests["output_tokens"] = workload.prompt_tokens, workload.output_tokens
         requests["patience_until_s"] = workload.arrived_at_s + workload.patience_s
         desk = self.desks[w : w + 1]
-        desk[...] = np.zeros((), dtype=kernel.DESK)
+        desk[...] = np.zeros((), dtype=DESK)
         for name in ("held_head", "held_tail", "lru_head", "lru_tail", "current"):
             desk[name] = -1
         desk["n_requests"], desk["horizon_s"] = m, workload.horizon_s

@@ -14,6 +14,7 @@ All functions work on (..., C) arrays.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -206,14 +207,14 @@ _FALLBACK_ORDER = LAST_RESORT * np.array([0.0, 0.0, 2.0, -2.0, -3.0])
 
 
 @dataclass(frozen=True)
-class RuleOfThumb:
+class RuleOfThumb(ABC):
     """Base of the rules without money: subclasses rank replicas and providers by `preference`."""
 
     name: str
 
+    @abstractmethod
     def preference(self, view: View) -> Array:
         """Higher is better, (..., C); read for replicas and providers only, within +-LAST_RESORT."""
-        raise NotImplementedError
 
     def scores(self, view: View) -> Array:
         """A cached answer first, then by preference, then defer, then shed."""

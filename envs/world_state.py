@@ -1,0 +1,82 @@
+"""Record types of a world beside its fleet: requests with the gateway's bookkeeping, its desk, and what it has learned.
+
+Scalar fields only, so that the kernels of `envs.world` compile once for every scenario. Shapes: N worlds, M requests,
+R replicas, V providers, K classes, J tasks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+LOAD = np.dtype(
+    [
+        ("arrived_at_s", "f8"),
+        ("deadline_s", "f8"),
+        ("patience_s", "f8"),
+        ("difficulty_signal", "f8"),
+        ("ttft_noise", "f8"),
+        ("tpot_noise", "f8"),
+        ("class_index", "i4"),
+        ("task_index", "i4"),
+        ("tenant_index", "i4"),
+        ("prompt_tokens", "i4"),
+        ("output_tokens", "i4"),
+        ("prompt_key", "i4"),
+        ("answered_by", "i4"),  # candidate that the request was last sent to
+        ("next_held", "i4"),  # batch queue
+        ("offer_at_s", "f8"),
+    ]
+)
+"""The workload as records, `(N, M)`, with the gateway's bookkeeping of each request."""
+
+DESK = np.dtype(
+    [
+        ("now_s", "f8"),
+        ("horizon_s", "f8"),
+        ("elapsed_s", "f8"),  # between the last two decisions
+        ("reward_usd", "f8"),
+        ("margin_usd", "f8"),
+        ("arrival_gap_s", "f8"),  # moving mean
+        ("last_arrival_s", "f8"),
+        ("n_requests", "i4"),
+        ("cursor", "i4"),  # next arrival
+        ("current", "i4"),  # request being decided
+        ("held_head", "i4"),
+        ("held_tail", "i4"),
+        ("sequence", "i4"),
+        ("lru_head", "i4"),  # least recently used key of the response cache
+        ("lru_tail", "i4"),
+        ("cached", "i4"),
+        ("illegal", "i4"),  # choices that were not legal and became shed
+        ("done", "i4"),
+    ]
+)
+"""The gateway's own state, `(N,)`."""
+
+CONFIG = np.dtype(
+    [
+        ("gpu_usd_per_s", "f8"),
+        ("hold_s", "f8"),
+        ("cache_capacity", "i4"),
+        ("cache_ttl_s", "f8"),
+        ("cache_lookup_s", "f8"),
+        ("cache_entry_usd", "f8"),
+        ("n_replicas", "i4"),
+        ("n_providers", "i4"),
+        ("last_provider", "i4"),  # settles the batch queue at the horizon; -1: no provider
+    ]
+)
+"""What holds for all worlds of a scenario, `(1,)`."""
+
+OWN = np.dtype(
+    [
+        ("recent_ttft_s", "f8"),
+        ("recent_tpot_s", "f8"),
+        ("weight", "f8"),
+        ("busy_s", "f8"),  # of a replica within the horizon, filled in at its end; not for gateways
+    ]
+)
+"""What the gateway measured itself per replica and provider, `(N, R + V)`."""
+
+MEAN = np.dtype([("value", "f8"), ("weight", "f8")])
+"""Running means of output tokens by class and task, `(N, K, J)`."""
