@@ -247,7 +247,7 @@ def test_export_to_something_that_is_there(refused, finished_run, tmp_path, targ
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("do not lose")
     (tmp_path / "file").write_text("neither")
-    assert target in refused(export.main, finished_run, "--out", tmp_path / target)
+    assert str(tmp_path / target.partition("/")[0]) in refused(export.main, finished_run, "--out", tmp_path / target)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "work"]
 
 
