@@ -158,7 +158,7 @@ def assess(view: View, parameters: MarginParameters, quality: FittedQuality | No
     np.multiply(stay, pricing.service_credit_usd(value_usd, credited_share), out=credit_usd)
     np.multiply(1.0 - p_good, bad_usd, out=refund_usd)
     rise = np.power(np.minimum(fill, MAX_FILL), parameters.fill_power)
-    np.multiply(parameters.price[..., layout.station] * work_s, rise, out=congestion_usd)
+    np.multiply(np.take(parameters.price, layout.station, axis=-1) * work_s, rise, out=congestion_usd)
 
     margin_usd = stay * (usage_usd + unserved_usd) - unserved_usd - np.add.reduce(parts_usd[:3])
     if np.logical_or.reduce(view.legal[..., DEFER_COLUMN], axis=None):

@@ -9,13 +9,13 @@ slope in difficulty and n the share of prompts that nobody can answer. Averaging
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from marginroute import view as v
-from marginroute.view import Array, View
+from marginroute.view import Array, Layout, View
 
 # Hart (1968), algorithm 5666, as given by G. West, "Better approximations to cumulative normal functions" (2005).
 _NUMERATOR = (
@@ -136,21 +136,28 @@ class FittedQuality:
     intercept: Array
     slope: Array
     length: Array
+    _bound: tuple[Layout, tuple[Array, Array, Array]] | None = field(default=None, init=False, repr=False)
 
     def p_good(self, view: View) -> Array:
         """(..., C) probabilities for the candidates of a view."""
-        prior = view.signals[v.P_GOOD_PRIOR]
-        tier = view.layout.tier
-        task = view.request[v.TASK_INDEX].astype(np.int64)[..., None]
-        inside = np.clip(prior, 1e-6, 1.0 - 1e-6)
+        task = view.request[v.TASK_INDEX].astype(np.int64)
+        intercept, slope, length = self._by_candidate(view.layout)
+        prior = np.minimum(np.maximum(view.signals[v.P_GOOD_PRIOR], 1e-6), 1.0 - 1e-6)
         log_length = np.log(view.request[v.PROMPT_TOKENS] * 1e-3)[..., None]
-        logit = (
-            self.intercept[tier, task]
-            + self.slope[tier, task] * np.log(inside / (1.0 - inside))
-            + self.length[tier] * log_length
-        )
-        fitted: Array = np.where(tier >= 0, 1.0 / (1.0 + np.exp(-logit)), prior)
+        logit = intercept[task] + slope[task] * np.log(prior / (1.0 - prior)) + length * log_length
+        fitted: Array = 1.0 / (1.0 + np.exp(-logit))
         return fitted
+
+    def _by_candidate(self, layout: Layout) -> tuple[Array, Array, Array]:
+        """Intercept (J, C), slope (J, C) and length (C,) of a layout's candidates; kept for the next view."""
+        if self._bound is None or self._bound[0] is not layout:
+            known = layout.tier >= 0  # a candidate without a tier keeps its prior: 0 + 1 * logit + 0
+            intercept = np.where(known, self.intercept[layout.tier].T, 0.0)
+            slope = np.where(known, self.slope[layout.tier].T, 1.0)
+            bound = (layout, (intercept, slope, np.where(known, self.length[layout.tier], 0.0)))
+            object.__setattr__(self, "_bound", bound)
+            return bound[1]
+        return self._bound[1]
 
     def to_dict(self) -> dict[str, list[object]]:
         """Plain lists, for YAML and bundles."""
