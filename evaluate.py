@@ -74,7 +74,7 @@ def compare(scenario: Scenario, args: argparse.Namespace) -> tuple[str | None, d
     from evaluation.progress import progress_bar
     from evaluation.protocol import best_on_validation, evaluate_policies
 
-    examined = load_policies(args.policy)
+    examined = load_policies(args.policy, scenario)
     heuristics, with_mix = select_baselines(scenario, args.baselines, args.policy)
     if not examined and not heuristics:
         raise InputError("nothing to compare: give at least one --policy or one of --baselines")
@@ -97,13 +97,13 @@ def compare(scenario: Scenario, args: argparse.Namespace) -> tuple[str | None, d
     return best, results
 
 
-def load_policies(runs: list[str]) -> dict[str, Policy]:
+def load_policies(runs: list[str], scenario: Scenario) -> dict[str, Policy]:
     """Policies of run folders or bundles by name; runs whose policies share a name are told apart by folder."""
     if not runs:
         return {}
     from agents.run import load_policy
 
-    policies = [(Path(run), load_policy(Path(run))) for run in runs]
+    policies = [(Path(run), load_policy(Path(run), scenario)) for run in runs]
     names = [policy.name for _, policy in policies]
     return {
         policy.name if names.count(policy.name) == 1 else f"{policy.name}:{run.name}": policy

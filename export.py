@@ -40,15 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     from agents.train import load_archive
     from envs.worlds import Plant
     from marginroute.features import FeatureSpec
-    from marginroute.heuristics import MarginRule
 
     run = Run(args.run)
     info = run.info()
     if info.get("status") != "finished":
         raise InputError(f"{args.run} is not finished (status: {info.get('status')}); train.py --resume {args.run}")
-    rules = baselines.load(run.folder / baselines.FILE)[1]
-    advice = rules["bid-price-fitted"]
-    assert isinstance(advice, MarginRule)
+    advice, fallback = baselines.advice_and_fallback(run.folder / baselines.FILE)
     evaluation = {"gate": info["gate"]}
     if args.evaluation is not None:
         evaluation |= read_evaluation(args.evaluation, info["scenario"]["name"])
@@ -59,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         learned.policy if info["gate"]["learned"] else None,
         advice,
         FeatureSpec.from_dict(learned.policy_kwargs["spec"]),
-        rules["bid-price"],
+        fallback,
         args.out,
         evaluation,
         {key: info[key] for key in ("command", "seed", "versions")},
@@ -75,7 +72,7 @@ def read_evaluation(path: Path, scenario: str) -> dict[str, object]:
     try:
         document = json.loads(path.read_text())
         found = {key: document[key] for key in ("scenario", "episodes", "best_heuristic", "paired", "policies")}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} is not a file written by evaluate.py --json") from None
     if found["scenario"] != scenario:
         raise InputError(f"{path} is of scenario {found['scenario']!r}, the run of {scenario!r}")

@@ -69,6 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.progress:
         force_bars()
     if args.resume is not None:
+        given = [
+            word for word in arguments if word.startswith(("-n", "--steps", "--n-envs", "--set", "--seed", "--trace"))
+        ]
+        if given:
+            raise InputError(f"--resume goes on as the run was started; {given[0]} is not legal beside it")
         run = Run(args.resume)
         info = run.info()
         return finish(run, run.scenario(), run.config(), int(info["seed"]), args, resume=True)
@@ -98,17 +103,15 @@ def finish(
     run: Run, scenario: Scenario, config: TrainingConfig, seed: int, args: argparse.Namespace, resume: bool
 ) -> int:
     """Baselines, training, gate and export; the steps that a new run and a resumed one share."""
+    from agents import baselines
     from agents.export import export
     from agents.train import train
     from envs.worlds import Plant
     from evaluation.gate import gate
     from evaluation.progress import progress_bar
-    from marginroute.heuristics import MarginRule
 
     plant = Plant(scenario)
-    rules = tuned_baselines(run, plant, args)
-    advice, fallback = rules["bid-price-fitted"], rules["bid-price"]
-    assert isinstance(advice, MarginRule)
+    advice, fallback = baselines.advice_and_fallback(tuned_baselines(run, plant, args))
     log = tracker(run, scenario, seed) if args.track else lambda _: None
     with progress_bar("training (decisions)") as progress:
         policy, spec = train(plant, advice, config, run, seed, resume=resume, progress=progress, log=log)
@@ -123,19 +126,29 @@ def finish(
         f"[{verdict['ci95'][0]:+.4f}, {verdict['ci95'][1]:+.4f}]; exported: "
         f"{'the learned policy' if verdict['learned'] else advice.name + ' (learned: none)'}"
     )
-    print(f"run folder {run.folder}; compare it: python evaluate.py {args.scenario} --policy {run.folder}")
+    print(f"run folder {run.folder}; compare it: {compare_command(run)}")
     return 0
 
 
-def tuned_baselines(run: Run, plant: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """The scenario's tuned baselines, tuned now if there are none (or --retune), kept in the run folder."""
+def compare_command(run: Run) -> str:
+    """The evaluation of a run on its own scenario: the arguments of its training that name or change the scenario."""
+    words = parser().parse_args(shlex.split(run.info()["command"])[2:])
+    command = ["python", "evaluate.py", words.scenario, "--policy", str(run.folder)]
+    for flag, value in (("--trace", words.trace), ("--trace-format", words.trace_format), ("--columns", words.columns)):
+        command += [flag, value] if value else []
+    overrides = [word for word in words.set if not word.startswith("training.")]
+    return shlex.join([*command, *(["--set", *overrides] if overrides else [])])
+
+
+def tuned_baselines(run: Run, plant: Any, args: argparse.Namespace) -> Path:
+    """The run's file of tuned baselines; tuned now if there are none for the scenario (or --retune)."""
     import shutil
 
     from agents import baselines
 
     scenario, target = plant.scenario, run.folder / baselines.FILE
     if target.is_file():
-        return baselines.load(target)[1]
+        return target
     found = None if args.retune else baselines.find(scenario)
     if found is None:
         from agents.tuning import Budget, tune_baselines
@@ -148,7 +161,7 @@ def tuned_baselines(run: Run, plant: Any, args: argparse.Namespace) -> dict[str,
         baselines.write_text(baselines.CACHE / f"{scenario.hash}.yaml", target.read_text())
     else:
         shutil.copyfile(found, target)
-    return baselines.load(target)[1]
+    return target
 
 
 def tracker(run: Run, scenario: Scenario, seed: int) -> Any:

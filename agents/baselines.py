@@ -69,6 +69,19 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Rule]]:
         raise InputError(f"{path} is incomplete ({error}); tune the baselines again with train.py --retune") from None
 
 
+def advice_and_fallback(path: Path) -> tuple[heuristics.MarginRule, Rule]:
+    """The rule that a network corrects and the one that the guard hands over to, from a file of tuned baselines.
+
+    Raises:
+        InputError: as `load`, or one of the two is missing.
+    """
+    rules = load(path)[1]
+    advice, fallback = rules.get("bid-price-fitted"), rules.get("bid-price")
+    if not isinstance(advice, heuristics.MarginRule) or fallback is None:
+        raise InputError(f"{path} lacks bid-price or bid-price-fitted; tune the baselines again with train.py --retune")
+    return advice, fallback
+
+
 def find(scenario: Scenario) -> Path | None:
     """The file with baselines tuned for exactly this scenario: from the cache, or shipped."""
     cached = CACHE / f"{scenario.hash}.yaml"

@@ -17,7 +17,7 @@ import platform
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from agents.baselines import write_text
 from agents.config import TrainingConfig
@@ -25,7 +25,9 @@ from envs.scenario import Scenario
 from marginroute import __version__, bundle
 from marginroute.errors import InputError
 from marginroute.policy import Policy
+from marginroute.view import Layout
 
+Model = TypeVar("Model", Scenario, TrainingConfig)
 PACKAGES = ("torch", "stable-baselines3", "gymnasium", "numpy", "numba", "optuna", "scipy")
 
 
@@ -68,7 +70,10 @@ class Run:
         """
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise InputError(f"{self.folder} is not empty; name a new folder with --out, or go on with --resume")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot be made ({error.strerror}); name a new folder with --out") from None
         write_text(self.folder / "scenario.json", scenario.model_dump_json(indent=1) + "\n")
         write_text(self.folder / "training.json", config.model_dump_json(indent=1) + "\n")
         self.update(
@@ -88,9 +93,12 @@ class Run:
         """
         path = self.folder / "run.json"
         try:
-            return dict(json.loads(path.read_text()))
-        except (OSError, ValueError):
-            raise InputError(f"{self.folder} is not a run folder ({path.name} is missing or broken)") from None
+            data = json.loads(path.read_text())
+            if {"command", "seed", "scenario", "versions", "history"} <= data.keys():
+                return dict(data)
+        except (OSError, ValueError, AttributeError):
+            pass
+        raise InputError(f"{self.folder} is not a run folder ({path.name} is missing or broken)")
 
     def update(self, **values: Any) -> None:
         """Sets entries of run.json."""
@@ -100,17 +108,24 @@ class Run:
 
     def scenario(self) -> Scenario:
         """The scenario as it was resolved."""
-        return Scenario.model_validate_json(self._text("scenario.json"), strict=False)
+        return self._read("scenario.json", Scenario)
 
     def config(self) -> TrainingConfig:
         """The training configuration."""
-        return TrainingConfig.model_validate_json(self._text("training.json"))
+        return self._read("training.json", TrainingConfig)
 
-    def _text(self, name: str) -> str:
+    def _read(self, name: str, model: type[Model]) -> Model:
         try:
-            return (self.folder / name).read_text()
+            return model.model_validate_json((self.folder / name).read_text(), strict=False)
         except OSError:
             raise InputError(f"{self.folder} is not a complete run folder ({name} is missing)") from None
+        except ValueError:
+            raise InputError(f"{self.folder / name} is broken or of another version; train again") from None
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether it got as far as a first checkpoint."""
+        return any((self.folder / "checkpoints").glob("step_*.zip"))
 
     def newest_checkpoint(self) -> Path:
         """The archive to resume from.
@@ -140,18 +155,45 @@ def check_archive(path: Path) -> Path:
     raise InputError(f"{path} is missing or corrupt; resume from another checkpoint or train again")
 
 
-def load_policy(folder: Path) -> Policy:
-    """The guarded policy of a run folder or a bundle.
+def check_fits(layout: Layout, scenario: Scenario, folder: Path) -> None:
+    """Refuses a policy that was made for other pools, providers, tiers, classes or tasks; replicas may differ.
 
     Raises:
-        InputError: neither, an unfinished run, or a bundle that does not verify.
+        InputError: the first difference.
     """
+    stations = (*scenario.pool_names, *scenario.provider_names)
+    for what, theirs, ours in (
+        ("pools and providers", layout.station_names, stations),
+        ("tiers", layout.tier_names, scenario.tier_names),
+        ("classes", layout.class_names, scenario.class_names),
+        ("tasks", layout.task_names, scenario.task_names),
+    ):
+        if theirs != ours:
+            raise InputError(
+                f"{folder} was trained for the {what} {', '.join(theirs)}; scenario {scenario.name!r} has "
+                f"{', '.join(ours)}; train on that scenario"
+            )
+
+
+def load_policy(folder: Path, scenario: Scenario | None = None) -> Policy:
+    """The guarded policy of a run folder or a bundle, for the scenario that it will decide in.
+
+    Raises:
+        InputError: neither, an unfinished run, a bundle that does not verify, or one of another fleet.
+    """
+    read = bundle.load(_bundle_folder(folder))
+    if scenario is not None:
+        check_fits(read.layout, scenario, folder)
+    return read.guarded()
+
+
+def _bundle_folder(folder: Path) -> Path:
     if (folder / "manifest.json").is_file():
-        return bundle.load(folder).guarded()
+        return folder
     run = Run(folder)
     status = run.info().get("status")
     if not (run.bundle_path / "manifest.json").is_file():
         raise InputError(
             f"{folder} has no exported policy (status: {status}); finish it with train.py --resume {folder}"
         )
-    return bundle.load(run.bundle_path).guarded()
+    return run.bundle_path

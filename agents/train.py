@@ -134,12 +134,12 @@ class Watch(BaseCallback):
         assert isinstance(self.model.policy, ScorerPolicy)
         usd = self._validate(residual_policy(self.model.policy, self._advice, self._spec))
         self.logger.record("fleet/validation_margin_usd_per_1k", usd)
+        if usd > self.best_usd:  # before it enters the history: an interruption must not leave a best without policy
+            self.best_usd = usd
+            save_archive(self.model, self._run.policy_path)  # type: ignore[arg-type]
         self.history.append({"steps": steps, "margin_usd_per_1k": usd})
         self._run.update(history=self.history)
         self._log({"steps": steps, "validation_margin_usd_per_1k": usd})
-        if usd > self.best_usd:
-            self.best_usd = usd
-            save_archive(self.model, self._run.policy_path)  # type: ignore[arg-type]
 
 
 def save_archive(model: MarginPPO, path: Path) -> None:
@@ -215,9 +215,9 @@ def train(
         signal_scale_usd=scale_usd,
         stagger=True,
     )
-    if resume:
+    if resume and run.has_checkpoint:
         model = load_archive(run.newest_checkpoint(), env)
-        env.episodes = int(model.num_timesteps // max(np.mean(env.worlds.desks["n_requests"]), 1))
+        env.episodes = int(model.num_timesteps // plant.scenario.generate(first, "train").n_requests)
     else:
         model = make_model(env, config, spec, seed, run.folder / "tb")
     validate = Validation(Objective(plant, "validation", range(config.validation_episodes)))
@@ -225,7 +225,7 @@ def train(
     steps = config.steps - model.num_timesteps
     if steps > 0:
         try:
-            model.learn(steps, callback=watch, reset_num_timesteps=not resume, tb_log_name="ppo")
+            model.learn(steps, callback=watch, reset_num_timesteps=model.num_timesteps == 0, tb_log_name="ppo")
         except KeyboardInterrupt:
             run.update(status="interrupted")
             raise

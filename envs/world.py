@@ -29,7 +29,7 @@ from envs.fleet.state import ABANDONED, COMPLETED
 from marginroute import latency
 from marginroute import view as v
 
-WAIT = -2  # a choice that leaves its world where it is
+WAIT = np.iinfo(np.int64).min  # a choice that leaves its world where it is
 
 running_mean = njit(cache=True, inline="always")(latency.running_mean)
 
@@ -256,7 +256,7 @@ def _go_on(
         desk.cursor += 1
         counts[w, books.FIRST_CALLS, loads[w, i].class_index] += 1
         gap_s = next_s - desk.last_arrival_s
-        desk.arrival_gap_s, _ = running_mean(desk.arrival_gap_s, desk.cursor, gap_s, latency.RECENT_ARRIVALS)
+        desk.arrival_gap_s, _ = running_mean(desk.arrival_gap_s, desk.cursor - 1, gap_s, latency.RECENT_ARRIVALS)
         desk.last_arrival_s = next_s
     desk.current = i
 
@@ -380,7 +380,9 @@ def step(
 ):  # fmt: skip
     """Carries out one choice in every world, `choices` (N,), and takes each to its next decision; skips ended ones."""
     for w in range(desks.shape[0]):
-        if desks[w].done == 1 or choices[w] == WAIT:
+        if choices[w] == WAIT:
+            continue
+        if desks[w].done == 1:
             _account(desks, ledger_usd, w)  # nothing, unless the episode ended before its first decision
             desks[w].elapsed_s = 0.0
             continue

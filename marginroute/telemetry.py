@@ -219,7 +219,7 @@ class GatewayState:
     def _arrive(self, now_s: float) -> None:
         self._arrivals += 1
         gap_s = now_s - self._last_arrival_s
-        self._gap_s, _ = running_mean(self._gap_s, self._arrivals, gap_s, RECENT_ARRIVALS)
+        self._gap_s, _ = running_mean(self._gap_s, self._arrivals - 1, gap_s, RECENT_ARRIVALS)
         self._last_arrival_s = now_s
 
 

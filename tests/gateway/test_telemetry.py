@@ -132,7 +132,7 @@ def test_view_of_an_idle_gateway():
     assert view.request[v.INPUT_PRICE_USD] == 1e-5
     assert view.request[v.SLO_TTFT_S] == 0.4
     assert view.request[v.SLO_E2E_S] == math.inf
-    assert view.request[v.ARRIVAL_RATE_PER_S] == pytest.approx(1.0 / 2.0)  # the first gap weighs half
+    assert view.request[v.ARRIVAL_RATE_PER_S] == pytest.approx(1.0 / 4.0)
     assert view.request[[v.WAITED_S, v.DEADLINE_LEFT_S]].tolist() == [1.0, 60.0]
     assert (view.signals[: v.N_STATIC_SIGNALS] == bundle.static_signals).all()
     small, large = bundle.prior.p_good(0.5)
@@ -219,7 +219,7 @@ def test_retry_ends_the_first_attempt_and_is_no_arrival():
     state.begin("a", 0, 100)
     clock.now_s += 2.0
     again = state.view(9, attempt=2, waited_s=2.0)
-    assert again.request[v.ARRIVAL_RATE_PER_S] == pytest.approx(1.0)
+    assert again.request[v.ARRIVAL_RATE_PER_S] == pytest.approx(0.5)
     assert again.request[v.SEQUENCE] == 1
     state.begin("a", 1, 100)
     assert state.counters()["in_flight"].tolist() == [0, 1, 0, 0, 0, 0]
@@ -243,7 +243,7 @@ def test_arrival_rate_is_the_worlds_running_mean(gaps_s):
     for count, gap_s in enumerate(gaps_s, start=1):
         clock.now_s += gap_s
         rate = state.view(9).request[v.ARRIVAL_RATE_PER_S]
-        mean_s, _ = latency.running_mean(mean_s, count, gap_s, latency.RECENT_ARRIVALS)
+        mean_s, _ = latency.running_mean(mean_s, count - 1, gap_s, latency.RECENT_ARRIVALS)
         assert rate == pytest.approx(1.0 / mean_s, rel=1e-6)
 
 

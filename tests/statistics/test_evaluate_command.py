@@ -82,9 +82,8 @@ def two_heuristics(monkeypatch):
 
     known = {"least-in-flight": LeastInFlight("least-in-flight"), "fixed-small": FixedTier("fixed-small", 0)}
     monkeypatch.setattr("agents.baselines.baselines_for", lambda scenario, run_dir=None: dict(known))
-    monkeypatch.setattr(
-        evaluate, "load_policies", lambda runs: {"ppo": LeastInFlight("ppo", use_providers=True)} if runs else {}
-    )
+    ppo = LeastInFlight("ppo", use_providers=True)
+    monkeypatch.setattr(evaluate, "load_policies", lambda runs, scenario: {"ppo": ppo} if runs else {})
 
 
 SMALL = ["quickstart", "--set", "horizon_s=10", "requests_per_episode=30", "--episodes", "3", "--workers", "1"]
