@@ -1,7 +1,7 @@
 """One world of the fleet engine that runs by the clock on the wall: seconds there times `speed` are its seconds.
 
-The world moves when a request arrives and when an iteration ends. For the latter an event loop's timer is set a
-millisecond early (its resolution) and the rest is waited for without sleeping, so tokens are late by the work that the
+The world moves when a request arrives and when an iteration ends. For the latter an event loop's timer is set
+two milliseconds early (it may come late) and the rest is waited for without sleeping, so tokens are late by the work that the
 loop has to do, not by the timer. A loop that cannot keep up hands over several tokens at once; the world's times stay
 right, since they are the engine's.
 """
@@ -23,7 +23,7 @@ from envs.fleet.state import COMPLETED, FAILED, NO_CAP, Fleet, FleetSpec, alloca
 from envs.fleet.streaming import next_change_s, streamed
 
 MOST_IN_FLIGHT = 8192  # over all replicas and providers
-TIMER_S = 0.001  # resolution of an event loop's timers
+TIMER_S = 0.002  # an event loop's timers come up to a millisecond late, and the process may have to be woken
 
 
 @dataclasses.dataclass(frozen=True)
