@@ -47,7 +47,7 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     )
     endpoint.add_argument("--max-concurrency", type=int, default=64, metavar="N", help="largest batch (default 64)")
     endpoint.add_argument("--max-context", type=int, default=4096, metavar="TOKENS", help="longest (default 4096)")
-    endpoint.add_argument("--repeats", type=int, default=12, metavar="N", help="times each prefill is measured (12)")
+    endpoint.add_argument("--repeats", type=int, default=6, metavar="N", help="prompts per measured prefill (6)")
     endpoint.add_argument("--max-requests", type=int, default=3000, metavar="N", help="most requests sent (3000)")
     endpoint.add_argument("--max-seconds", type=float, default=900.0, metavar="S", help="longest duration (900)")
 

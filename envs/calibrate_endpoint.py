@@ -30,6 +30,8 @@ BEHIND = (1.125, 1.25, 1.5, 1.75, 1.95, 2.75, 3.75)  # prompts of several chunks
 BESIDE = (16, 64, 128, 512)  # chunks beside large batches, which tell token(T) from decode(n)
 LONGEST_PROMPT = 32768  # until which a second chunk is looked for
 HELD_OUT = ((12, 700), (5, 300), (24, 200))  # (streams, prompt or context): measured, not fitted on
+AGREE = 0.03  # relative difference of two measurements above which there is a third
+MOST_BUDGET_TRIES = 12
 BAR = 30
 
 
@@ -73,12 +75,12 @@ def plan(max_concurrency: int, max_context: int, budget_tokens: int) -> list[_St
     """The experiments, quick ones first."""
     room = budget_tokens - 1
     limit = max(max_context, 2 * budget_tokens)
-    chunks = [c for c in CHUNKS if c < min(room, max_context)] + [room - 8]
+    chunks = [c for c in CHUNKS if c < room - 8] + [room - 8]
     # no short rest behind a full chunk: it would be lost in the noise
     behind = [c for share in BEHIND if (c := int(budget_tokens * share)) <= limit]
     steps = [_Step("prefill", 1, c) for c in [*chunks, *behind]]
     batches = sorted({max(max_concurrency // 8, 2), max(max_concurrency // 2, 2)})
-    steps += [_Step("prefill", n, c) for n in batches for c in BESIDE if c < min(room, max_context)]
+    steps += [_Step("prefill", n, c) for n in batches for c in BESIDE if c < room - n]
     contexts = _ladder(SHORTEST_CONTEXT, max_context, 4)
     steps += [_Step("decode", n, m) for m in contexts for n in _ladder(1, max_concurrency, 2)]
     for batch, tokens in HELD_OUT:
@@ -97,44 +99,81 @@ def _expected_s(step: _Step, bench: Bench, per_token_s: float, repeats: int) -> 
 
 
 async def _find_budget(bench: Bench, max_context: int, max_model_len: int | None) -> None:
-    """Longer and longer prompts, until one is prefilled in several chunks."""
-    prompt_tokens = max_context
+    """Longer and longer prompts, until one is prefilled in several chunks, twice alike."""
+    prompt_tokens, found = max_context, 0
     limit = min(LONGEST_PROMPT, (max_model_len or LONGEST_PROMPT) - 64)
-    while not await bench.find_budget(prompt_tokens):
-        if prompt_tokens >= limit:
-            raise InputError(
-                f"{bench.client.url}: a prompt of {prompt_tokens} tokens was not prefilled in chunks; legal is an "
-                "engine whose max_num_batched_tokens is below that"
-            )
-        prompt_tokens = min(2 * prompt_tokens, limit)
+    for _ in range(MOST_BUDGET_TRIES):
+        if await bench.find_budget(prompt_tokens):
+            if bench.budget_tokens == found:
+                return
+            found = bench.budget_tokens
+        elif prompt_tokens >= limit:
+            break
+        else:
+            prompt_tokens = min(2 * prompt_tokens, limit)
+    raise InputError(
+        f"{bench.client.url}: prompts of up to {prompt_tokens} tokens were not seen to be prefilled in chunks; legal is "
+        "an engine with chunked prefill and a max_num_batched_tokens below that"
+    )
+
+
+async def _rows(bench: Bench, step: _Step, repeats: int) -> list[Row]:
+    """One measurement; none where it is too long or too much for the endpoint."""
+    try:
+        if step.kind == "decode":
+            return await bench.decode(step.batch, step.tokens)
+        return await bench.prefill(step.tokens, step.batch, repeats)
+    except HttpError as error:
+        if error.status not in (400, 413, 429, 503):
+            raise
+        return []
+
+
+def _disagree(passes: list[list[Row]]) -> bool:
+    """Whether measurements of one step differ by more than noise should."""
+    seconds = [[row.seconds for row in rows] for rows in passes]
+    return (
+        len(seconds) > 1
+        and len(set(map(len, seconds))) == 1
+        and bool(np.any(np.ptp(seconds, 0) > AGREE * np.min(seconds, 0)))
+    )
+
+
+def _median_rows(passes: list[list[Row]]) -> list[Row]:
+    """One row per iteration; passes that found another number of chunks than the last are left out."""
+    same = [rows for rows in passes if len(rows) == len(passes[-1])]
+    return [
+        dataclasses.replace(rows[0], seconds=float(np.median([row.seconds for row in rows])))
+        for rows in zip(*same, strict=True)
+    ]
 
 
 async def _measure(bench: Bench, arguments: argparse.Namespace, max_model_len: int | None) -> list[tuple[_Step, Row]]:
-    """Runs the plan; what the limits leave no room for is left out, the held-out part excepted."""
+    """Runs the plan twice, and a third time where the two differ; limits cut it short."""
     await bench.probe()
     await _find_budget(bench, arguments.max_context, max_model_len)
     _, ttft_s = await bench.overhead_s(arguments.max_context, 1)
     per_token_s = ttft_s / arguments.max_context
     steps = plan(arguments.max_concurrency, arguments.max_context, bench.budget_tokens)
-    costs = [_expected_s(step, bench, per_token_s, arguments.repeats) / bench.speed for step in steps]
-    progress, spent_s, found = _Progress(len(steps), sum(costs)), 0.0, []
-    for step, cost_s in zip(steps, costs, strict=True):
-        if bench.exhausted:
-            print("limit of requests or seconds reached: the rest is left out", file=sys.stderr)
-            break
-        try:
-            if step.kind == "decode":
-                rows = await bench.decode(step.batch, step.tokens)
-            else:
-                rows = await bench.prefill(step.tokens, step.batch, arguments.repeats)
-        except HttpError as error:
-            if error.status not in (400, 413, 429, 503):
-                raise
-            rows = []  # too long or too many for this endpoint
-        found += [(step, row) for row in rows]
-        spent_s += cost_s
-        progress.step(f"{step.kind} {step.batch} x {step.tokens}", spent_s / sum(costs))
-    return found
+    costs = {step: _expected_s(step, bench, per_token_s, arguments.repeats) / bench.speed for step in steps}
+    progress, spent_s, passes = (
+        _Progress(2 * len(steps), 2.0 * sum(costs.values())),
+        0.0,
+        {step: list[list[Row]]() for step in steps},
+    )
+    expected_s = 2.0 * sum(costs.values())
+    for number in range(3):
+        again = steps if number < 2 else [step for step in steps if _disagree(passes[step])]
+        for step in again:
+            if bench.exhausted:
+                print("limit of requests or seconds reached: the rest is left out", file=sys.stderr)
+                return [(step, row) for step, found in passes.items() if found for row in _median_rows(found)]
+            if rows := await _rows(bench, step, arguments.repeats):
+                passes[step].append(rows)
+            spent_s += costs[step]
+            if number < 2:
+                progress.step(f"{step.kind} {step.batch} x {step.tokens}", spent_s / expected_s)
+    return [(step, row) for step, found in passes.items() if found for row in _median_rows(found)]
 
 
 def measured(rows: list[Row]) -> Measured:

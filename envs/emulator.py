@@ -24,7 +24,7 @@ import numpy as np
 
 from envs.emulator_metrics import ReplicaMetrics, metrics_page
 from envs.emulator_requests import Asked, RequestError, Writer, parse
-from envs.emulator_world import Answer, LiveFleet, Station
+from envs.emulator_world import Answer, LiveFleet, Station, fine_loop
 from envs.simulate import compiled, fleet_section
 from marginroute.errors import InputError
 
@@ -257,6 +257,6 @@ def run(arguments: argparse.Namespace) -> int:
         host_words = f"[{host}]" if ":" in host else host
         print(f"http://{host_words}:{port}/{name}/v1  model {station.model}", flush=True)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=SHUTDOWN_S)
-    with contextlib.closing(sock):
-        uvicorn.Server(config).run(sockets=[sock])
+    with contextlib.closing(sock), asyncio.Runner(loop_factory=fine_loop) as runner:
+        runner.run(uvicorn.Server(config).serve(sockets=[sock]))
     return 0

@@ -1,9 +1,8 @@
 """One world of the fleet engine that runs by the clock on the wall: seconds there times `speed` are its seconds.
 
-The world moves when a request arrives and when an iteration ends. For the latter an event loop's timer is set
-two milliseconds early (it may come late) and the rest is waited for without sleeping, so tokens are late by the work that the
-loop has to do, not by the timer. A loop that cannot keep up hands over several tokens at once; the world's times stay
-right, since they are the engine's.
+The world moves when a request arrives and when an iteration ends. Event loops round their timers up to milliseconds;
+`fine_loop` does not, so tokens are late by the work that the loop has to do. A loop that cannot keep up hands over
+several tokens at once; the world's times stay right, since they are the engine's.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+import select
+import selectors
 import time
 from collections.abc import Callable
 
@@ -23,7 +24,26 @@ from envs.fleet.state import COMPLETED, FAILED, NO_CAP, Fleet, FleetSpec, alloca
 from envs.fleet.streaming import next_change_s, streamed
 
 MOST_IN_FLIGHT = 8192  # over all replicas and providers
-TIMER_S = 0.002  # an event loop's timers come up to a millisecond late, and the process may have to be woken
+
+
+if hasattr(selectors, "EpollSelector"):
+
+    class _FineSelector(selectors.EpollSelector):
+        """Waits for microseconds, where epoll itself waits for whole milliseconds."""
+
+        def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+            """Events within `timeout` seconds."""
+            if timeout is not None and timeout > 0.0:
+                select.select([self.fileno()], [], [], timeout)
+                timeout = 0.0
+            return super().select(timeout)
+
+
+def fine_loop() -> asyncio.AbstractEventLoop:
+    """An event loop with fine timers, where the system has them."""
+    if hasattr(selectors, "EpollSelector"):
+        return asyncio.SelectorEventLoop(_FineSelector())
+    return asyncio.new_event_loop()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,10 +257,8 @@ class LiveFleet:
             return
         loop = asyncio.get_running_loop()
         left_s = (self._due_s - self.now_s) / self.speed
-        if left_s > TIMER_S:
-            self._timer = loop.call_later(left_s - TIMER_S, self._schedule)
-        elif left_s > 0.0:
-            self._timer = loop.call_soon(self._schedule)
+        if left_s > 0.0:
+            self._timer = loop.call_later(left_s, self._tick)
         else:
             self._timer = loop.call_soon(self._tick)
 

@@ -36,6 +36,7 @@ STREAM_PROMPT_TOKENS = 24
 FEWEST = 16  # iterations with which a measurement is good enough
 BUDGETS = tuple(2**k for k in range(8, 16))  # max_num_batched_tokens that are told apart
 FEWEST_SHOTS = 3
+BUDGET_SHOTS = 7
 HUBER_ROUNDS = 10
 SPREAD = 1.25  # between the streams of one batch: above, some did not decode all the time
 
@@ -172,18 +173,22 @@ class Bench:
 
     async def find_budget(self, prompt_tokens: int) -> bool:
         """Counts the chunks of a long prompt; False if it was prefilled in one."""
-        between = 8 + math.ceil(2.0 * self.round_trip_s / self.base_s)
-        stream = await self.ask(STREAM_PROMPT_TOKENS, prompt_tokens // BUDGETS[0] + 4 * between)
+        between, most = 8 + math.ceil(2.0 * self.round_trip_s / self.base_s), prompt_tokens // BUDGETS[0] + 1
+        stream = await self.ask(STREAM_PROMPT_TOKENS, (BUDGET_SHOTS + 2) * (most + between))
         await stream.first_token()
-        shot = await (await self.ask(prompt_tokens, 1)).whole()
+        shots = [await (await self.ask(prompt_tokens, 1)).whole() for _ in range(BUDGET_SHOTS)]
         clock = await stream.whole()
-        during = (clock.token_s > shot.sent_s) & (clock.token_s <= shot.token_s[0] + 0.5 * self.base_s / self.speed)
-        gaps = np.diff(clock.token_s)[during[1:]] * self.speed
-        long = gaps[gaps > max(0.5 * gaps.max(initial=0.0), 1.5 * self.base_s)]
-        if len(long) < 2:
+        gaps, width = np.diff(clock.token_s) * self.speed, most + 4
+        at = [int(np.argmin(np.abs(clock.token_s - shot.token_s[0]))) for shot in shots]
+        since = [clock.token_s[1:] > shot.sent_s for shot in shots]
+        before = [np.where(new, gaps, 0.0)[j - width : j] for j, new in zip(at, since, strict=True) if j >= width]
+        if not before:
             return False
-        ideal = shot.prompt_tokens / len(long)
-        self.budget_tokens = min(BUDGETS, key=lambda budget: abs(math.log(budget / ideal)))
+        usual = np.median(before, axis=0)
+        long = int(np.sum(usual > max(0.5 * usual.max(), 1.5 * self.base_s)))
+        if long < 2:
+            return False
+        self.budget_tokens = min(BUDGETS, key=lambda budget: abs(math.log(budget * long / shots[0].prompt_tokens)))
         return True
 
     async def overhead_s(self, prompt_tokens: int, repeats: int) -> tuple[int, float]:
@@ -196,6 +201,7 @@ def _seconds_of_chunks(token_s: FloatArray, at: list[int], chunks: int) -> Float
     """Seconds of an iteration with the first, second, ... chunk of a prompt, (chunks,).
 
     Token k comes at a + b k + sum_i d_i times the number of i-th chunks computed by then; b + d_i is what is wanted.
+    Processes that have slept long wake up late, so a token behind a chunk has a delay of its own.
 
     Args:
         token_s: When the tokens of a stream beside came.
@@ -203,9 +209,11 @@ def _seconds_of_chunks(token_s: FloatArray, at: list[int], chunks: int) -> Float
         chunks: Of every prompt.
     """
     k = np.arange(len(token_s))
-    steps = [np.searchsorted(np.sort(at) - (chunks - 1 - i), k, side="right") for i in range(chunks)]
-    solution = _robust(np.column_stack([np.ones(len(k)), k, *steps]), token_s)
-    return solution[1] + solution[2:]
+    ends = [np.sort(at) - (chunks - 1 - i) for i in range(chunks)]
+    steps = [np.searchsorted(end, k, side="right") for end in ends]
+    late = np.isin(k, np.concatenate(ends)).astype(np.float64)
+    solution = _robust(np.column_stack([np.ones(len(k)), k, *steps, late]), token_s)
+    return solution[1] + solution[2:-1]
 
 
 def _seconds_per_token(token_s: FloatArray) -> float:
