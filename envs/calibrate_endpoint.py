@@ -28,6 +28,7 @@ SHORTEST_CONTEXT = 64
 CHUNKS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 1792, 2048)
 BEHIND = (1.125, 1.25, 1.5, 1.75, 1.95, 2.75, 3.75)  # prompts of several chunks, in budgets
 BESIDE = (16, 64, 128, 512)  # chunks beside large batches, which tell token(T) from decode(n)
+AT_ONCE = ((2, 0.4), (2, 0.65), (2, 0.9), (3, 0.6), (4, 0.9))  # prompts in one iteration, share of the budget
 LONGEST_PROMPT = 32768  # until which a second chunk is looked for
 HELD_OUT = ((12, 700), (5, 300), (24, 200))  # (streams, prompt or context): measured, not fitted on
 AGREE = 0.03  # relative difference of two measurements above which there is a third
@@ -64,6 +65,7 @@ class _Step:
     batch: int
     tokens: int
     held_out: bool = False
+    prefills: int = 1
 
 
 def _ladder(low: int, high: int, factor: int) -> list[int]:
@@ -81,6 +83,7 @@ def plan(max_concurrency: int, max_context: int, budget_tokens: int) -> list[_St
     steps = [_Step("prefill", 1, c) for c in [*chunks, *behind]]
     batches = sorted({max(max_concurrency // 8, 2), max(max_concurrency // 2, 2)})
     steps += [_Step("prefill", n, c) for n in batches for c in BESIDE if c < room - n]
+    steps += [_Step("prefill", 1, int(room * share / k), prefills=k) for k, share in AT_ONCE]
     contexts = _ladder(SHORTEST_CONTEXT, max_context, 4)
     steps += [_Step("decode", n, m) for m in contexts for n in _ladder(1, max_concurrency, 2)]
     for batch, tokens in HELD_OUT:
@@ -92,7 +95,7 @@ def plan(max_concurrency: int, max_context: int, budget_tokens: int) -> list[_St
 def _expected_s(step: _Step, bench: Bench, per_token_s: float, repeats: int) -> float:
     """The fleet's seconds that a step is expected to take."""
     if step.kind == "prefill":
-        once_s = step.tokens * per_token_s + 6.0 * bench.base_s + 3.0 * bench.round_trip_s
+        once_s = step.prefills * step.tokens * per_token_s + 6.0 * bench.base_s + 3.0 * bench.round_trip_s
         return (repeats + 1) * once_s
     ramp_s = step.batch * step.tokens * per_token_s
     return 1.2 * ramp_s + WINDOW * bench.base_s * (1.0 + step.batch / 128.0) + 2.0 * bench.round_trip_s
@@ -112,8 +115,8 @@ async def _find_budget(bench: Bench, max_context: int, max_model_len: int | None
         else:
             prompt_tokens = min(2 * prompt_tokens, limit)
     raise InputError(
-        f"{bench.client.url}: prompts of up to {prompt_tokens} tokens were not seen to be prefilled in chunks; legal is "
-        "an engine with chunked prefill and a max_num_batched_tokens below that"
+        f"{bench.client.url}: prompts of up to {prompt_tokens} tokens were not seen to be prefilled in chunks; "
+        "legal is an engine with chunked prefill and a max_num_batched_tokens below that"
     )
 
 
@@ -122,7 +125,7 @@ async def _rows(bench: Bench, step: _Step, repeats: int) -> list[Row]:
     try:
         if step.kind == "decode":
             return await bench.decode(step.batch, step.tokens)
-        return await bench.prefill(step.tokens, step.batch, repeats)
+        return await bench.prefill(step.tokens, step.batch, repeats, step.prefills)
     except HttpError as error:
         if error.status not in (400, 413, 429, 503):
             raise
@@ -178,16 +181,19 @@ async def _measure(bench: Bench, arguments: argparse.Namespace, max_model_len: i
 
 def measured(rows: list[Row]) -> Measured:
     """Rows as the fit takes them."""
-    table = np.array([[row.batch, row.kv, row.chunk, row.prefix, row.seconds] for row in rows], dtype=np.float64)
-    batch, kv, chunk, prefix, seconds = table.T
-    prefills = (chunk > 0).astype(np.float64)
-    return Measured(prefills, chunk, chunk**2, chunk * prefix, prefix, batch, kv, seconds)
+    names = ("batch", "kv", "chunk", "prefix", "seconds", "prefills")
+    batch, kv, chunk, prefix, seconds, prefills = np.array(
+        [[getattr(row, name) for name in names] for row in rows], dtype=np.float64
+    ).T
+    prefills = prefills * (chunk > 0)
+    product = prefills * chunk * prefix
+    return Measured(prefills, prefills * chunk, prefills * chunk**2, product, prefills * prefix, batch, kv, seconds)
 
 
 def predicted_s(profile: Profile, row: Row) -> float:
     """What a profile says of a measured iteration."""
     decodes = np.full(row.batch, round(row.kv / row.batch), dtype=np.int64)
-    return batch_seconds(profile, decodes, [(row.chunk, row.prefix)] if row.chunk else [])
+    return batch_seconds(profile, decodes, [(row.chunk, row.prefix)] * row.prefills if row.chunk else [])
 
 
 async def _cache(client: Client) -> dict[str, Any]:
@@ -212,7 +218,7 @@ def _without_decodes(rows: list[Row]) -> list[Row]:
     kv, seconds = np.array([[row.kv, row.seconds] for row in alone]).T
     per_token_s = max(float(np.polyfit(kv, seconds, 1)[0]), 0.0) if len(alone) > 1 else 0.0
     beside = [row for row in rows if row.batch == 1 and row.chunk]
-    return [Row(0, 0.0, row.chunk, row.prefix, row.seconds - per_token_s * row.kv) for row in beside]
+    return [dataclasses.replace(row, batch=0, kv=0.0, seconds=row.seconds - per_token_s * row.kv) for row in beside]
 
 
 def fit(found: list[tuple[_Step, Row]], facts: dict[str, Any]) -> tuple[dict[str, Any], Profile]:

@@ -34,6 +34,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 MOST_BODY_BYTES = 64_000_000
 PROVIDER_CONTEXT_TOKENS = 1_000_000
+BACKLOG = 2048
 SHUTDOWN_S = 1  # streams that are still open get this long
 JSON, TEXT, EVENTS = b"application/json", b"text/plain; version=0.0.4; charset=utf-8", b"text/event-stream"
 
@@ -210,12 +211,15 @@ async def _stream(send: Send, answer: Answer, writer: Writer) -> None:
         if answer.tokens > sent:
             events, sent = writer.tokens(answer.tokens - sent, sent == 0), answer.tokens
             await send({"type": "http.response.body", "body": events, "more_body": True})
-    await send({"type": "http.response.body", "body": writer.end(sent)})
+    whole = sent == answer.output_tokens  # not where the server is stopping
+    await send({"type": "http.response.body", "body": writer.end(sent) if whole else b""})
 
 
 async def _whole_answer(send: Send, answer: Answer, writer: Writer) -> None:
     while not (answer.ended or answer.gone):
         await answer.more_than(answer.tokens)
+    if answer.ended and answer.tokens < answer.output_tokens:
+        raise RequestError(503, "the server is stopping", "stopping")
     if not answer.gone:
         await _reply(send, 200, writer.whole(answer.tokens))
 
@@ -227,6 +231,7 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
+        sock.listen(BACKLOG)  # whoever reads the address can connect
     except (OSError, OverflowError) as error:
         sock.close()
         reason = getattr(error, "strerror", None) or error
@@ -257,6 +262,12 @@ def run(arguments: argparse.Namespace) -> int:
         host_words = f"[{host}]" if ":" in host else host
         print(f"http://{host_words}:{port}/{name}/v1  model {station.model}", flush=True)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=SHUTDOWN_S)
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            app.live.stop()  # streams that are open end now
+            await super().shutdown(sockets)
+
     with contextlib.closing(sock), asyncio.Runner(loop_factory=fine_loop) as runner:
-        runner.run(uvicorn.Server(config).serve(sockets=[sock]))
+        runner.run(Server(config).serve(sockets=[sock]))
     return 0

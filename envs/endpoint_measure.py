@@ -7,7 +7,8 @@ iteration, and no network or tokeniser is in it. Two kinds of experiment:
   those of an iteration with n decodes of mean length m.
 * prefill (n, c): next to n streams, a prompt of c tokens that asks for one token. Its token comes at the end of the
   iteration that completes the prefill, at the same instant as a token of the streams; with k = ceil(c / (budget - n))
-  chunks the last k gaps are those of the chunks. Found for all repeats at once, from the times of all tokens.
+  chunks the last k gaps are those of the chunks. Several short prompts at once tell the number of tokens in the batch
+  from the sum of their squares. Found for all repeats at once, from the times of all tokens.
 
 Prompts are random words and never repeat, so that no prefix cache helps.
 """
@@ -20,6 +21,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ STREAM_PROMPT_TOKENS = 24
 FEWEST = 16  # iterations with which a measurement is good enough
 BUDGETS = tuple(2**k for k in range(8, 16))  # max_num_batched_tokens that are told apart
 FEWEST_SHOTS = 3
+TOGETHER = 0.4  # of an iteration: tokens that come closer to each other are of one
 BUDGET_SHOTS = 7
 HUBER_ROUNDS = 10
 SPREAD = 1.25  # between the streams of one batch: above, some did not decode all the time
@@ -43,13 +46,14 @@ SPREAD = 1.25  # between the streams of one batch: above, some did not decode al
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One measured iteration: n decodes over `kv` tokens together, one chunk behind a prefix, seconds."""
+    """One measured iteration: n decodes over `kv` tokens together, `prefills` equal chunks behind a prefix, seconds."""
 
     batch: int
     kv: float
     chunk: int
     prefix: int
     seconds: float
+    prefills: int = 1
 
 
 class Bench:
@@ -149,27 +153,34 @@ class Bench:
             return []
         return [Row(batch, kv, 0, 0, float(np.median(slopes)) * self.speed)]
 
-    async def prefill(self, prompt_tokens: int, batch: int, repeats: int) -> list[Row]:
-        """Iterations that prefill a prompt next to `batch` streams: one row per chunk."""
+    async def prefill(self, prompt_tokens: int, batch: int, repeats: int, prefills: int = 1) -> list[Row]:
+        """Iterations that prefill a prompt next to `batch` streams: one row per chunk.
+
+        With several `prefills` at once, which must fit into one iteration, those count whose tokens came together.
+        """
         k = len(self.chunks(prompt_tokens, batch))
         between = 4 + math.ceil(2.0 * self.round_trip_s / self.base_s)
         output_tokens = (repeats + 1) * (k + between) + 2 * between
         streams = await asyncio.gather(*(self.ask(STREAM_PROMPT_TOKENS, output_tokens) for _ in range(batch)))
         for stream in streams:
             await stream.first_token()
-        shots = []
+        shots, apart = [], []
         for _ in range(repeats):
-            shots.append(await (await self.ask(prompt_tokens, 1)).whole())
+            sent = await asyncio.gather(*(self.ask(prompt_tokens, 1) for _ in range(prefills)))
+            together = [await one.whole() for one in sent]
+            near = np.ptp([shot.token_s[0] for shot in together]) * self.speed < TOGETHER * self.base_s
+            shots += together[:1] if near else []
+            apart += [] if near else together
         clocks = await asyncio.gather(*(stream.whole() for stream in streams))
-        tokens = shots[-1].prompt_tokens
-        chunks = self.chunks(tokens, batch)
-        at = [int(np.argmin(np.abs(clocks[0].token_s - shot.token_s[0]))) for shot in shots]
-        at = [j for j in at if len(chunks) < j < len(clocks[0].token_s) - 1]
-        if len(at) < min(repeats, FEWEST_SHOTS):
+        token_s = clocks[0].token_s
+        at, others = ([int(np.argmin(np.abs(token_s - shot.token_s[0]))) for shot in some] for some in (shots, apart))
+        chunks = self.chunks(shots[-1].prompt_tokens, batch) if shots else []
+        at = [j for j in at if len(chunks) < j < len(token_s) - 1]
+        if len(at) < FEWEST_SHOTS:
             return []
-        seconds = _seconds_of_chunks(clocks[0].token_s, at, len(chunks)) * self.speed
+        seconds = _seconds_of_chunks(token_s, at, len(chunks), others) * self.speed
         kv = sum(clock.prompt_tokens for clock in clocks) + batch * float(np.mean(at))
-        return [Row(batch, kv, c, x, float(s)) for (c, x), s in zip(chunks, seconds, strict=True)]
+        return [Row(batch, kv, c, x, float(s), prefills) for (c, x), s in zip(chunks, seconds, strict=True)]
 
     async def find_budget(self, prompt_tokens: int) -> bool:
         """Counts the chunks of a long prompt; False if it was prefilled in one."""
@@ -197,7 +208,7 @@ class Bench:
         return answers[-1].prompt_tokens, float(np.median([answer.ttft_s for answer in answers])) * self.speed
 
 
-def _seconds_of_chunks(token_s: FloatArray, at: list[int], chunks: int) -> FloatArray:
+def _seconds_of_chunks(token_s: FloatArray, at: list[int], chunks: int, others: Sequence[int] = ()) -> FloatArray:
     """Seconds of an iteration with the first, second, ... chunk of a prompt, (chunks,).
 
     Token k comes at a + b k + sum_i d_i times the number of i-th chunks computed by then; b + d_i is what is wanted.
@@ -207,13 +218,15 @@ def _seconds_of_chunks(token_s: FloatArray, at: list[int], chunks: int) -> Float
         token_s: When the tokens of a stream beside came.
         at: Tokens that came together with the end of a prefill.
         chunks: Of every prompt.
+        others: Tokens that came together with the end of a prefill whose duration does not matter.
     """
     k = np.arange(len(token_s))
     ends = [np.sort(at) - (chunks - 1 - i) for i in range(chunks)]
     steps = [np.searchsorted(end, k, side="right") for end in ends]
+    steps += [k >= j for j in sorted(set(others))]
     late = np.isin(k, np.concatenate(ends)).astype(np.float64)
     solution = _robust(np.column_stack([np.ones(len(k)), k, *steps, late]), token_s)
-    return solution[1] + solution[2:-1]
+    return solution[1] + solution[2 : 2 + chunks]
 
 
 def _seconds_per_token(token_s: FloatArray) -> float:
@@ -237,8 +250,9 @@ def _robust(design: FloatArray, token_s: FloatArray) -> FloatArray:
 
 async def first_model(client: Client) -> tuple[str, int | None]:
     """Name and context length of the first model that the endpoint lists."""
+    page = await client.get("/v1/models")
     try:
-        listed = json.loads(await client.get("/v1/models"))["data"][0]
+        listed = json.loads(page)["data"][0]
         return str(listed["id"]), listed.get("max_model_len")
     except (ValueError, LookupError, TypeError, AttributeError):
         raise InputError(f"{client.url}: /v1/models lists no model; legal is --model NAME") from None
