@@ -36,9 +36,39 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--gpu-memory-gb", type=float, help="memory of one GPU")
     cache.add_argument("--gpus", type=int, help="GPUs of one replica")
 
+    endpoint = kinds.add_parser("endpoint", help="engine profile from measurements of a running OpenAI-compatible URL")
+    endpoint.add_argument("url", metavar="URL", help="base URL; /v1 is added where it is missing")
+    endpoint.add_argument("--out", type=Path, required=True, metavar="PROFILE.yaml", help="profile to write")
+    endpoint.add_argument("--title", default="", help="model and hardware in words")
+    endpoint.add_argument("--model", help="model to ask for (default: the first that the endpoint lists)")
+    endpoint.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
+    endpoint.add_argument(
+        "--speed", type=float, default=1.0, help="speed of an emulator: seconds are multiplied by it (default 1)"
+    )
+    endpoint.add_argument("--max-concurrency", type=int, default=64, metavar="N", help="largest batch (default 64)")
+    endpoint.add_argument("--max-context", type=int, default=4096, metavar="TOKENS", help="longest (default 4096)")
+    endpoint.add_argument("--repeats", type=int, default=6, metavar="N", help="prompts per measured prefill (6)")
+    endpoint.add_argument("--max-requests", type=int, default=3000, metavar="N", help="most requests sent (3000)")
+    endpoint.add_argument("--max-seconds", type=float, default=900.0, metavar="S", help="longest duration (900)")
+
+
+def _emulate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("fleet", metavar="FLEET", help="name in configs/fleets, or a YAML file")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="port, 0 for any free one (default 8000)")
+    parser.add_argument("--speed", type=float, default=1.0, metavar="X", help="fleet's seconds per second (default 1)")
+    parser.add_argument(
+        "--output-median", type=float, default=200.0, metavar="TOKENS", help="of output lengths not given (200)"
+    )
+    parser.add_argument(
+        "--output-sigma", type=float, default=0.8, metavar="S", help="standard deviation of their logarithm (0.8)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of lengths and provider latencies (0)")
+
 
 COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
     "simulate": ("envs.simulate", "what-if: latency of every request on a fleet", _simulate),
+    "emulate": ("envs.emulator", "serve a fleet as OpenAI-compatible endpoints", _emulate),
     "calibrate": ("envs.calibrate", "fit an engine profile", _calibrate),
 }
 

@@ -1,4 +1,4 @@
-"""`python -m envs calibrate iterations TABLE.csv --out PROFILE.yaml`."""
+"""`python -m envs calibrate iterations TABLE.csv | endpoint URL --out PROFILE.yaml`."""
 
 from __future__ import annotations
 
@@ -87,11 +87,19 @@ def calibrate_iterations(table: Path, facts: dict[str, Any]) -> dict[str, Any]:
     return profile
 
 
+def profile_text(profile: dict[str, Any]) -> str:
+    """A profile as YAML, with one line per row of numbers."""
+    return yaml.dump(_flowing(profile), Dumper=_Dumper, sort_keys=False, width=116, allow_unicode=True)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Fits, writes and says how well the profile describes the table."""
+    if arguments.kind == "endpoint":
+        from envs import calibrate_endpoint
+
+        return calibrate_endpoint.run(arguments)
     profile = calibrate_iterations(arguments.table, _facts(arguments))
-    text = yaml.dump(_flowing(profile), Dumper=_Dumper, sort_keys=False, width=116, allow_unicode=True)
-    write_whole(arguments.out, text)
+    write_whole(arguments.out, profile_text(profile))
     fit = profile["fit"]
     print(
         f"{arguments.out}: {fit['rows']} rows, {fit['unknowns']} unknowns; error of rows not seen: median "

@@ -31,8 +31,8 @@ class _FleetOnly:
     tier_names: tuple[str, ...]
 
 
-def load_fleet(name_or_path: str) -> FleetSpec:
-    """A fleet from configs/fleets or a file, without plans and workload.
+def fleet_section(name_or_path: str) -> FleetSection:
+    """A fleet from configs/fleets or a file, checked, with its engine profiles filled in and without prices looked up.
 
     Raises:
         InputError: One sentence: file, key path, value, what is legal.
@@ -43,17 +43,29 @@ def load_fleet(name_or_path: str) -> FleetSpec:
         section = FleetSection.model_validate(data)
     except ValidationError as error:
         raise scenario_files.input_error(error, FleetSection, data, files, ()) from None
-    for name, pool in section.pools.items():
-        if pool.tier not in section.tiers:
-            legal = ", ".join(section.tiers)
-            raise InputError(f"{path}: pools.{name}.tier: {pool.tier!r} is not a tier; legal is {legal}")
+    for kind in ("pools", "providers"):
+        for name, item in getattr(section, kind).items():
+            if item.tier not in section.tiers:
+                legal = ", ".join(section.tiers)
+                raise InputError(f"{path}: {kind}.{name}.tier: {item.tier!r} is not a tier; legal is {legal}")
 
     def place(*keys: str) -> str:
         return scenario_files.place(list(keys), files, ())
 
-    section = scenario_compile.with_profiles(section, place)
-    # providers take no part in this: their prices need not be resolvable
-    section = section.model_copy(update={"providers": {}})
+    return scenario_compile.with_profiles(section, place)
+
+
+def load_fleet(name_or_path: str) -> FleetSpec:
+    """A fleet from configs/fleets or a file, without plans and workload.
+
+    Raises:
+        InputError: One sentence: file, key path, value, what is legal.
+    """
+    return compiled(fleet_section(name_or_path))
+
+
+def compiled(section: FleetSection) -> FleetSpec:
+    """The engine's fleet; prices take no part in it."""
     only: Any = _FleetOnly(section, tuple(section.tiers))
     return scenario_compile.fleet_spec(only)
 

@@ -63,6 +63,16 @@ def _reset_replica(pool, rep, slots, w, r, phase):
 
 
 @njit(cache=True, nogil=True)
+def reset_request(requests, w, i):
+    """Row i as if it had never been submitted; its inputs stay as they are."""
+    request = requests[w, i]
+    request.status = NOT_SUBMITTED
+    request.replica = request.restarts = request.computed = 0
+    request.next = request.before = request.after = request.joined_at = -1
+    request.dispatched_at_s = request.first_token_at_s = request.completed_at_s = math.nan
+
+
+@njit(cache=True, nogil=True)
 def reset_world(pools, tables, worlds, replicas, slots, providers, requests, w):
     """Empties world w at time 0: idle replicas with their pool's cap, full rate limits, no request submitted.
 
@@ -83,11 +93,7 @@ def reset_world(pools, tables, worlds, replicas, slots, providers, requests, w):
         provider.bucket = provider.bucket_size
         provider.bucket_at_s = 0.0
     for i in range(requests.shape[1]):
-        request = requests[w, i]
-        request.status = NOT_SUBMITTED
-        request.replica = request.restarts = request.computed = 0
-        request.next = request.before = request.after = request.joined_at = -1
-        request.dispatched_at_s = request.first_token_at_s = request.completed_at_s = math.nan
+        reset_request(requests, w, i)
 
 
 @njit(cache=True, nogil=True)

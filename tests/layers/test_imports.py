@@ -38,6 +38,7 @@ TOP = ("envs.__main__", "benchmarks", *SCRIPTS)  # may import everything; nothin
 OPTIONAL = {
     "marginroute.adapters.litellm": ("litellm", "yaml"),
     "envs.scenario_compile": ("genai_prices",),
+    "envs.emulator": ("uvicorn",),
 }
 
 
