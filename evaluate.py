@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evaluation.arguments import check_trace_flags
 from marginroute.cli import main_guard
 from marginroute.errors import InputError
 
@@ -106,7 +107,7 @@ def load_policies(runs: list[str], scenario: Scenario) -> dict[str, Policy]:
     policies = [(Path(run), load_policy(Path(run), scenario)) for run in runs]
     names = [policy.name for _, policy in policies]
     return {
-        policy.name if names.count(policy.name) == 1 else f"{policy.name}:{run.name}": policy
+        policy.name if names.count(policy.name) == 1 else f"{policy.name}:{run}": policy
         for run, policy in policies
     }
 
@@ -143,9 +144,7 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag, value, least in (("--episodes", args.episodes, 1), ("--seed", args.seed, 0)):
         if value < least:
             raise InputError(f"{flag} {value} is not legal; legal is {least} or more")
-    for flag, value in (("--trace-format", args.trace_format), ("--columns", args.columns)):
-        if value is not None and args.trace is None:
-            raise InputError(f"{flag} {value!r} needs --trace FILE")
+    check_trace_flags(args)
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers {args.workers} is not legal; legal is 1 or more")
 

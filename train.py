@@ -16,8 +16,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluation.arguments import check_trace_flags
 from marginroute.cli import main_guard
 from marginroute.errors import InputError
+
+MAX_SEED = 400_000  # training seeds take 10,000 episodes each, out of the 2**32 that a split has
 
 if TYPE_CHECKING:
     from agents.config import TrainingConfig
@@ -62,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     for flag, value, least in (("-n", args.steps, 1), ("--seed", args.seed, 0), ("--n-envs", args.n_envs, 1)):
         if value is not None and value < least:
             raise InputError(f"{flag} {value} is not legal; legal is {least} or more")
+    if args.seed > MAX_SEED:
+        raise InputError(f"--seed {args.seed} is not legal; legal is 0 to {MAX_SEED}")
+    check_trace_flags(args)
     from agents.config import load_training, split_overrides
     from agents.run import Run
     from evaluation.progress import force_bars
@@ -87,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     config = load_training(None, training)
     run = Run(args.out or Path("runs") / scenario.name)
     run.create(scenario, config, args.seed, shlex.join(["python", "train.py", *arguments]))
+    run.update(retune=args.retune)
     return finish(run, scenario, config, args.seed, args, resume=False)
 
 
@@ -149,7 +156,7 @@ def tuned_baselines(run: Run, plant: Any, args: argparse.Namespace) -> Path:
     scenario, target = plant.scenario, run.folder / baselines.FILE
     if target.is_file():
         return target
-    found = None if args.retune else baselines.find(scenario)
+    found = None if run.info().get("retune") else baselines.find(scenario)
     if found is None:
         from agents.tuning import Budget, tune_baselines
         from evaluation.progress import progress_bar
@@ -158,7 +165,7 @@ def tuned_baselines(run: Run, plant: Any, args: argparse.Namespace) -> Path:
         with progress_bar(f"tuning baselines ({budget.requests:,} requests per restart)") as progress:
             tuned = tune_baselines(plant, budget, progress)
         baselines.save(target, scenario, tuned, budget, run.info()["command"])
-        baselines.write_text(baselines.CACHE / f"{scenario.hash}.yaml", target.read_text())
+        baselines.remember(scenario, target)
     else:
         shutil.copyfile(found, target)
     return target

@@ -6,6 +6,7 @@ baseline its parameters, validation margin and the spread between restarts.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -83,23 +84,35 @@ def advice_and_fallback(path: Path) -> tuple[heuristics.MarginRule, Rule]:
 
 
 def find(scenario: Scenario) -> Path | None:
-    """The file with baselines tuned for exactly this scenario: from the cache, or shipped."""
-    cached = CACHE / f"{scenario.hash}.yaml"
-    if cached.is_file():
-        return cached
-    for path in sorted(SHIPPED.glob("*.yaml")):
-        if scenario_files.read_yaml(path).get("scenario_hash") == scenario.hash:
-            return path
-    return None
+    """The file with baselines tuned for exactly this scenario, cached or shipped: the one with the larger budget."""
+    files = [path for path in (CACHE / f"{scenario.hash}.yaml", *sorted(SHIPPED.glob("*.yaml"))) if path.is_file()]
+    fitting = [path for path in files if scenario_files.read_yaml(path).get("scenario_hash") == scenario.hash]
+    return max(fitting, key=_budget, default=None)
+
+
+def _budget(path: Path) -> int:
+    """Simulated requests per restart that a file's baselines were tuned with."""
+    return int((scenario_files.read_yaml(path).get("budget") or {}).get("requests", 0))
+
+
+def remember(scenario: Scenario, path: Path) -> None:
+    """Keeps tuned baselines for later runs of the scenario, unless better tuned ones are known; quiet if it cannot."""
+    known = find(scenario)
+    if known is None or _budget(known) <= _budget(path):
+        with contextlib.suppress(OSError):
+            write_text(CACHE / f"{scenario.hash}.yaml", path.read_text())
 
 
 def baselines_for(scenario: Scenario, run_dir: Path | None = None) -> dict[str, Rule]:
-    """Tuned baselines of a scenario: a run's own, else cached or shipped ones.
+    """Tuned baselines of a scenario: a run's own if it is of this scenario, else cached or shipped ones.
 
     Raises:
         InputError: none were tuned for this scenario, or the run's do not fit its fleet.
     """
-    path = run_dir / FILE if run_dir is not None and (run_dir / FILE).is_file() else find(scenario)
+    path = find(scenario)
+    if run_dir is not None and (run_dir / FILE).is_file():
+        own = run_dir / FILE
+        path = own if scenario_files.read_yaml(own).get("scenario_hash") == scenario.hash else path
     if path is None:
         raise InputError(
             f"no tuned baselines for scenario {scenario.name!r} (hash {scenario.hash}); "

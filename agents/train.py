@@ -8,6 +8,7 @@ further validation episodes (the gate, see train.py).
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from marginroute.heuristics import MarginRule
 from marginroute.policy import Policy
 
 Progress = Callable[[int, int], None]
+MIN_SIGNAL_USD = 1e-9  # unit of the learning signal where nothing is worth anything
 FIRST_TRAINING_SEED = 10_000  # episodes before it belong to tuning and to the fit of P(good)
 
 
@@ -53,7 +55,9 @@ def fit_normaliser(plant: Plant, advice: MarginRule, config: TrainingConfig) -> 
             contexts.append(observation[:, wide : wide + spec.n_context])
             signals.append(np.abs(worlds.signal_usd(choices)))
         worlds.step(choices)
-    return spec.with_normaliser(np.concatenate(candidates), np.concatenate(contexts)), float(np.mean(signals))
+    return spec.with_normaliser(np.concatenate(candidates), np.concatenate(contexts)), max(
+        float(np.mean(signals)), MIN_SIGNAL_USD
+    )
 
 
 @dataclass
@@ -245,6 +249,6 @@ def load_archive(path: Path, env: FleetVecEnv | None) -> MarginPPO:
     check_archive(path)
     try:
         return MarginPPO.load(path, env=env, device="cpu")
-    except (ValueError, RuntimeError, KeyError, AttributeError, EOFError) as error:
+    except (ValueError, RuntimeError, KeyError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0][:120]
         raise InputError(f"{path} cannot be loaded for this scenario ({reason}); train again") from None

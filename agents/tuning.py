@@ -19,6 +19,7 @@ from agents.quality import fit_quality
 from envs.worlds import FleetWorlds, Plant
 from marginroute import heuristics, quality
 from marginroute import view as v
+from marginroute.errors import InputError
 from marginroute.heuristics import DifficultyThreshold, MarginParameters, MarginRule, RuleOfThumb
 from marginroute.view import Array, Layout, View
 
@@ -26,6 +27,7 @@ Rule = MarginRule | RuleOfThumb
 Progress = Callable[[int, int], None]  # done, total
 
 AGREEMENT = 0.005  # restarts agree when their validation margins differ by less than this share
+CHECKED_EPISODES = 16
 EXPLORED_SHARE = 0.2  # of decisions made at random while outcomes are logged for the fit of P(good)
 
 
@@ -243,6 +245,20 @@ def log_outcomes(plant: Plant, rule: Rule, seeds: Iterable[int]) -> dict[str, Ar
     }
 
 
+def check_requests(plant: Plant) -> None:
+    """Refuses a scenario whose episodes may be empty: nothing can be tuned or learned on them.
+
+    Raises:
+        InputError: one of the first episodes has no request.
+    """
+    scenario = plant.scenario
+    if any(scenario.generate(seed, "train").n_requests == 0 for seed in range(CHECKED_EPISODES)):
+        raise InputError(
+            f"scenario {scenario.name!r} has episodes of {scenario.horizon_s:g} s without a request; "
+            "legal is a longer horizon_s or more arrivals"
+        )
+
+
 def tune_baselines(plant: Plant, budget: Budget, progress: Progress = lambda *_: None) -> dict[str, Tuned]:
     """Tunes every baseline of a scenario.
 
@@ -251,6 +267,7 @@ def tune_baselines(plant: Plant, budget: Budget, progress: Progress = lambda *_:
         budget: what each may spend.
         progress: called with (done, total) restarts.
     """
+    check_requests(plant)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     import warnings
 

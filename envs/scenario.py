@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from envs import scenario_checks, scenario_compile, scenario_files
-from envs.scenario_fleet import FleetSection, Positive, Section
+from envs.scenario_fleet import FleetSection, Name, Positive, Section
 from envs.scenario_plans import PlansSection
 from envs.scenario_workload import WorkloadSection
 from envs.workload.generator import WorkloadSpec, generate
@@ -48,7 +48,7 @@ class TraceSection(Section):
 class Scenario(Section):
     """A complete, resolved scenario."""
 
-    name: str = Field(description="Name shown in reports.")
+    name: Name = Field(description="Name shown in reports and given to run folders.")
     description: str = Field("", description="One line about the scenario.")
     fleet: FleetSection = Field(description="What can answer, or the name of a file in configs/fleets.")
     plans: PlansSection = Field(description="What customers pay, or the name of a file in configs/plans.")
@@ -151,7 +151,15 @@ class Scenario(Section):
         """The recorded requests, if the scenario has any."""
         if self.trace is None:
             return None
-        return read_trace(self.trace.path, self.trace.format, self.trace.columns or None)
+        trace = read_trace(self.trace.path, self.trace.format, self.trace.columns or None)
+        if self.trace.sha256 and self.trace.sha256 != _digest(self.trace.path):
+            raise InputError(f"{self.trace.path}: is not the file that the run began with; legal is the same content")
+        return trace
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_scenario(
@@ -179,7 +187,8 @@ def load_scenario(
     data, files = scenario_files.compose(raw, path, overrides)
     data = scenario_files.apply_overrides(Scenario, data, overrides)
     if trace is not None:
-        data["trace"] = {"path": str(trace), "format": trace_format or "", "columns": dict(columns or {})}
+        trace_path = str(Path(trace).resolve())
+        data["trace"] = {"path": trace_path, "format": trace_format or "", "columns": dict(columns or {})}
         if trace_format not in READERS:
             raise InputError(f"trace format {trace_format!r} is not legal; legal is {', '.join(READERS)}")
     scenario = _validated(data, files, overrides)
@@ -206,8 +215,7 @@ def _resolved(scenario: Scenario, files: Mapping[str, str], overrides: Mapping[s
     update: dict[str, Any] = {"fleet": fleet}
     if scenario.trace is not None:
         _check_trace_classes(scenario)
-        with open(scenario.trace.path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = _digest(scenario.trace.path)
         update["trace"] = scenario.trace.model_copy(update={"sha256": digest})
         update["requests_per_episode"] = None
     return scenario.model_copy(update=update)

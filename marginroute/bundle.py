@@ -171,12 +171,20 @@ def save(bundle: Bundle, folder: Path, parity: dict[str, Array] | None = None) -
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder.parent} cannot be made ({error.strerror}); name another folder") from None
+    files["manifest.json"] = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+    try:
+        _write(folder, files)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}); name another folder") from None
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes and verifies the files beside the folder, then puts them in its place."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         complete = Path(scratch) / "bundle"
         complete.mkdir()
         for name, data in files.items():
             (complete / name).write_bytes(data)
-        (complete / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         load(complete)
         if folder.exists():
             shutil.rmtree(folder)

@@ -18,6 +18,7 @@ from marginroute.errors import InputError
 Array = np.ndarray[Any, Any]
 
 _AZURE = {"arrived_at": "TIMESTAMP", "prompt_tokens": "ContextTokens", "output_tokens": "GeneratedTokens"}
+MAX_UNIX_S = 1e11  # the year 5138; larger times are in milliseconds or finer
 _REQUIRED = ("arrived_at", "prompt_tokens", "output_tokens")
 _TEXT = ("class", "model", "prompt_key")
 _SECONDS = ("ttft_s", "e2e_s")
@@ -67,7 +68,10 @@ def _read(path: Path, columns: Mapping[str, str]) -> Trace:
     if frame.height == 0:
         raise InputError(f"{path}: has a header but no rows; legal is at least one request")
     _check_values(path, table, columns, frame)
-    arrived_at_s = _seconds(frame["arrived_at"].to_numpy(), text_times)
+    raw = frame["arrived_at"].to_numpy()
+    if not text_times and np.abs(raw).max() > MAX_UNIX_S:
+        raise InputError(f"{path}: {columns['arrived_at']} {raw[0]:.0f} looks like milliseconds; legal is seconds")
+    arrived_at_s = _seconds(raw, text_times)
     _check_order(path, table, columns["arrived_at"], arrived_at_s)
     return Trace(
         path=str(path),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from envs.workload.traces import Trace
-from envs.workload.traces_csv import MAX_TOKENS
+from envs.workload.traces_csv import MAX_TOKENS, MAX_UNIX_S
 from marginroute.errors import InputError
 
 Array = np.ndarray[Any, Any]
@@ -37,7 +37,9 @@ def read_litellm(path: Path, columns: Mapping[str, str] | None = None) -> Trace:
     rows: list[Row] = []
     skipped = 0
     for number, payload in _payloads(path):
-        if payload.get("status") == "failure" or any(word in str(payload.get("call_type")) for word in _NO_TEXT):
+        empty = payload.get("completion_tokens") == 0  # such as an answer from LiteLLM's own cache
+        no_text = any(word in str(payload.get("call_type")) for word in _NO_TEXT)
+        if payload.get("status") == "failure" or empty or no_text:
             skipped += 1
         else:
             rows.append(_row(path, number, payload))
@@ -124,6 +126,8 @@ def _instant(path: Path, number: int, payload: dict[str, Any], key: str) -> floa
         except ValueError:
             pass
     elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        if abs(value) > MAX_UNIX_S:
+            raise InputError(f"{path}, line {number}: {key} {value!r} looks like milliseconds; legal is seconds")
         return float(value)
     shown = "missing" if value is None else repr(value)
     raise InputError(f"{path}, line {number}: {key} is {shown}; legal is a Unix time in seconds or an ISO timestamp")

@@ -143,7 +143,7 @@ def test_bad_csv(tmp_path, content, columns, parts):
     [
         (lines(CALL) + '{"a":\n', ["line 2", "not JSON"]),
         ("[1]\n", ["line 1", "is list"]),
-        (lines({**CALL, "completion_tokens": 0}), ["line 1", "completion_tokens is 0"]),
+        (lines({**CALL, "completion_tokens": 0}), ["no answered call (1 skipped)"]),
         (lines({**CALL, "prompt_tokens": float("nan")}), ["line 1", "prompt_tokens is nan"]),
         (lines({**CALL, "startTime": None}), ["startTime is missing"]),
         (lines({**CALL, "startTime": "noon"}), ["startTime is 'noon'"]),
