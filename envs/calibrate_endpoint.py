@@ -169,7 +169,7 @@ def _without_decodes(rows: list[Row]) -> list[Row]:
     """
     alone = [row for row in rows if row.batch == 1 and not row.chunk]
     kv, seconds = np.array([[row.kv, row.seconds] for row in alone]).T
-    per_token_s = max(float(np.polyfit(kv, seconds, 1)[0]), 0.0) if len(alone) > 1 else 0.0
+    per_token_s = max(float(np.polyfit(kv, seconds, 1)[0]), 0.0)
     beside = [row for row in rows if row.batch == 1 and row.chunk]
     return [dataclasses.replace(row, batch=0, kv=0.0, seconds=row.seconds - per_token_s * row.kv) for row in beside]
 
@@ -181,8 +181,10 @@ def fit(found: list[tuple[Step, Row]], facts: dict[str, Any]) -> tuple[dict[str,
         InputError: Too little could be measured.
     """
     rows = [row for step, row in found if not step.held_out]
-    if len(rows) < 20:
-        raise InputError(f"{len(rows)} iterations could be measured; legal is 20 or more: raise the limits")
+    if len(rows) < 20 or sum(row.batch == 1 and not row.chunk for row in rows) < 2:
+        raise InputError(
+            f"{len(rows)} iterations could be measured; legal is 20 or more of all kinds: raise the limits"
+        )
     content = fit_iterations(measured([*rows, *_without_decodes(rows)]), facts)
     profile = compact_profile("endpoint", content)
     apart = [row for step, row in found if step.held_out]
