@@ -17,21 +17,16 @@ import numpy as np
 
 from envs.calibrate import profile_text
 from envs.endpoint_client import Client, HttpError
-from envs.endpoint_measure import WINDOW, Bench, Row, first_model
+from envs.endpoint_measure import Bench, Row, first_model
+from envs.endpoint_plan import Step, expected_s, plan
 from envs.fleet.calibrate import Measured, fit_iterations
 from envs.fleet.iteration import batch_seconds
 from envs.fleet.profile import Profile, compact_profile
 from envs.tables import write_whole
 from marginroute.errors import InputError
 
-SHORTEST_CONTEXT = 64
-CHUNKS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 1792, 2048)
-BEHIND = (1.125, 1.25, 1.5, 1.75, 1.95, 2.75, 3.75)  # prompts of several chunks, in budgets
-BESIDE = (16, 64, 128, 512)  # chunks beside large batches, which tell token(T) from decode(n)
-AT_ONCE = ((2, 0.4), (2, 0.65), (2, 0.9), (3, 0.6), (4, 0.9))  # prompts in one iteration, share of the budget
 LONGEST_PROMPT = 32768  # until which a second chunk is looked for
-HELD_OUT = ((12, 700), (5, 300), (24, 200))  # (streams, prompt or context): measured, not fitted on
-AGREE = 0.03  # relative difference of two measurements above which there is a third
+AGREE = 0.015  # relative difference of two measurements above which there is a third
 MOST_BUDGET_TRIES = 12
 BAR = 30
 
@@ -59,48 +54,6 @@ class _Progress:
             print(text, file=sys.stderr, flush=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    kind: str  # decode, prefill
-    batch: int
-    tokens: int
-    held_out: bool = False
-    prefills: int = 1
-
-
-def _ladder(low: int, high: int, factor: int) -> list[int]:
-    """low, low * factor, ... and high."""
-    return sorted({min(low * factor**k, high) for k in range(32)})
-
-
-def plan(max_concurrency: int, max_context: int, budget_tokens: int) -> list[_Step]:
-    """The experiments, quick ones first."""
-    room = budget_tokens - 1
-    limit = max(max_context, 2 * budget_tokens)
-    chunks = [c for c in CHUNKS if c < room - 8] + [room - 8]
-    # no short rest behind a full chunk: it would be lost in the noise
-    behind = [c for share in BEHIND if (c := int(budget_tokens * share)) <= limit]
-    steps = [_Step("prefill", 1, c) for c in [*chunks, *behind]]
-    batches = sorted({max(max_concurrency // 8, 2), max(max_concurrency // 2, 2)})
-    steps += [_Step("prefill", n, c) for n in batches for c in BESIDE if c < room - n]
-    steps += [_Step("prefill", 1, int(room * share / k), prefills=k) for k, share in AT_ONCE]
-    contexts = _ladder(SHORTEST_CONTEXT, max_context, 4)
-    steps += [_Step("decode", n, m) for m in contexts for n in _ladder(1, max_concurrency, 2)]
-    for batch, tokens in HELD_OUT:
-        if batch <= max_concurrency and tokens <= max_context:
-            steps += [_Step("decode", batch, tokens, True), _Step("prefill", batch, tokens, True)]
-    return steps
-
-
-def _expected_s(step: _Step, bench: Bench, per_token_s: float, repeats: int) -> float:
-    """The fleet's seconds that a step is expected to take."""
-    if step.kind == "prefill":
-        once_s = step.prefills * step.tokens * per_token_s + 6.0 * bench.base_s + 3.0 * bench.round_trip_s
-        return (repeats + 1) * once_s
-    ramp_s = step.batch * step.tokens * per_token_s
-    return 1.2 * ramp_s + WINDOW * bench.base_s * (1.0 + step.batch / 128.0) + 2.0 * bench.round_trip_s
-
-
 async def _find_budget(bench: Bench, max_context: int, max_model_len: int | None) -> None:
     """Longer and longer prompts, until one is prefilled in several chunks, twice alike."""
     prompt_tokens, found = max_context, 0
@@ -120,7 +73,7 @@ async def _find_budget(bench: Bench, max_context: int, max_model_len: int | None
     )
 
 
-async def _rows(bench: Bench, step: _Step, repeats: int) -> list[Row]:
+async def _rows(bench: Bench, step: Step, repeats: int) -> list[Row]:
     """One measurement; none where it is too long or too much for the endpoint."""
     try:
         if step.kind == "decode":
@@ -151,20 +104,20 @@ def _median_rows(passes: list[list[Row]]) -> list[Row]:
     ]
 
 
-async def _measure(bench: Bench, arguments: argparse.Namespace, max_model_len: int | None) -> list[tuple[_Step, Row]]:
+async def _measure(bench: Bench, arguments: argparse.Namespace, max_model_len: int | None) -> list[tuple[Step, Row]]:
     """Runs the plan twice, and a third time where the two differ; limits cut it short."""
     await bench.probe()
     await _find_budget(bench, arguments.max_context, max_model_len)
     _, ttft_s = await bench.overhead_s(arguments.max_context, 1)
     per_token_s = ttft_s / arguments.max_context
     steps = plan(arguments.max_concurrency, arguments.max_context, bench.budget_tokens)
-    costs = {step: _expected_s(step, bench, per_token_s, arguments.repeats) / bench.speed for step in steps}
+    costs = {step: expected_s(step, bench, per_token_s, arguments.repeats) / bench.speed for step in steps}
     progress, spent_s, passes = (
         _Progress(2 * len(steps), 2.0 * sum(costs.values())),
         0.0,
         {step: list[list[Row]]() for step in steps},
     )
-    expected_s = 2.0 * sum(costs.values())
+    total_s = 2.0 * sum(costs.values())
     for number in range(3):
         again = steps if number < 2 else [step for step in steps if _disagree(passes[step])]
         for step in again:
@@ -175,7 +128,7 @@ async def _measure(bench: Bench, arguments: argparse.Namespace, max_model_len: i
                 passes[step].append(rows)
             spent_s += costs[step]
             if number < 2:
-                progress.step(f"{step.kind} {step.batch} x {step.tokens}", spent_s / expected_s)
+                progress.step(f"{step.kind} {step.batch} x {step.tokens}", spent_s / total_s)
     return [(step, row) for step, found in passes.items() if found for row in _median_rows(found)]
 
 
@@ -216,20 +169,22 @@ def _without_decodes(rows: list[Row]) -> list[Row]:
     """
     alone = [row for row in rows if row.batch == 1 and not row.chunk]
     kv, seconds = np.array([[row.kv, row.seconds] for row in alone]).T
-    per_token_s = max(float(np.polyfit(kv, seconds, 1)[0]), 0.0) if len(alone) > 1 else 0.0
+    per_token_s = max(float(np.polyfit(kv, seconds, 1)[0]), 0.0)
     beside = [row for row in rows if row.batch == 1 and row.chunk]
     return [dataclasses.replace(row, batch=0, kv=0.0, seconds=row.seconds - per_token_s * row.kv) for row in beside]
 
 
-def fit(found: list[tuple[_Step, Row]], facts: dict[str, Any]) -> tuple[dict[str, Any], Profile]:
+def fit(found: list[tuple[Step, Row]], facts: dict[str, Any]) -> tuple[dict[str, Any], Profile]:
     """The profile, with its errors on what it was not fitted on.
 
     Raises:
         InputError: Too little could be measured.
     """
     rows = [row for step, row in found if not step.held_out]
-    if len(rows) < 20:
-        raise InputError(f"{len(rows)} iterations could be measured; legal is 20 or more: raise the limits")
+    if len(rows) < 20 or sum(row.batch == 1 and not row.chunk for row in rows) < 2:
+        raise InputError(
+            f"{len(rows)} iterations could be measured; legal is 20 or more of all kinds: raise the limits"
+        )
     content = fit_iterations(measured([*rows, *_without_decodes(rows)]), facts)
     profile = compact_profile("endpoint", content)
     apart = [row for step, row in found if step.held_out]

