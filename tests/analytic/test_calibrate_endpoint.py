@@ -34,6 +34,7 @@ def _latencies(profile, gap_s):
     return np.array([np.median(ttft_s), np.mean(ttft_s), np.median(tpot_s), np.mean(tpot_s)])
 
 
+@pytest.mark.slow  # measures wall-clock token gaps: needs idle cores
 def test_the_true_profile_comes_back(tmp_path, capsys):
     fleet, out = tmp_path / "fleet.yaml", tmp_path / "profile.yaml"
     fleet.write_text(FLEET.replace("kv_blocks: 2000", "kv_blocks: 20000"))

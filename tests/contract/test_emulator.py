@@ -98,6 +98,7 @@ def test_refusals(url):
     assert call(plain, {"prompt": "x", "emulate": {"output_tokens": -1}})[0] == 400
 
 
+@pytest.mark.slow  # measures wall-clock latency: needs idle cores
 def test_the_provider_has_its_latency_and_its_limit(url):
     body = {"prompt": "x", "max_tokens": 11, "ignore_eos": True}
     began_s = time.perf_counter()
@@ -126,6 +127,7 @@ async def _loaded(url, lengths):
     return [await one.whole() for one in running]
 
 
+@pytest.mark.slow  # measures wall-clock token times: needs idle cores
 def test_tokens_come_when_the_engine_says(url, fleet):
     """Against the same requests replayed; a loaded machine delays single tokens, hence the median."""
     rng = np.random.default_rng(0)
