@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from envs import scenario_checks, scenario_compile, scenario_files
-from envs.scenario_fleet import FleetSection, Name, Positive, Section
+from envs.scenario_fleet import FleetSection, Positive, Section
 from envs.scenario_plans import PlansSection
 from envs.scenario_workload import WorkloadSection
 from envs.workload.generator import WorkloadSpec, generate
@@ -48,7 +48,9 @@ class TraceSection(Section):
 class Scenario(Section):
     """A complete, resolved scenario."""
 
-    name: Name = Field(description="Name shown in reports and given to run folders.")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*$")] = Field(
+        description="Name shown in reports and given to run folders."
+    )
     description: str = Field("", description="One line about the scenario.")
     fleet: FleetSection = Field(description="What can answer, or the name of a file in configs/fleets.")
     plans: PlansSection = Field(description="What customers pay, or the name of a file in configs/plans.")
