@@ -120,7 +120,8 @@ def test_a_broken_file_is_refused(tmp_path, text, words):
 
 def test_prices_of_another_fleet_are_refused(tmp_path, small_scenario, tiny_plant, tiny_tuned):
     rule = MarginRule("bid-price", MarginParameters((0.0, 0.0)))
-    data = {"schema": 1, "scenario_hash": "0", "baselines": {"bid-price": {"policy": to_dict(rule)}}}
+    data = {"schema": 1, "scenario_hash": small_scenario.hash}
+    data["baselines"] = {"bid-price": {"policy": to_dict(rule)}}
     import yaml
 
     (tmp_path / baselines.FILE).write_text(yaml.safe_dump(data))
