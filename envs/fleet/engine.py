@@ -22,6 +22,7 @@ import math
 from numba import njit
 
 from envs.fleet.batching import blocks_for, count_iterations, elapsed_s, end_iteration, start_iteration
+from envs.fleet.prefix import reset_prefix_cache
 from envs.fleet.provider import end_provider_calls
 from envs.fleet.queues import finished_append, hold_append, release_held, wait_append
 from envs.fleet.state import FAILED, IN_FLIGHT, NOT_SUBMITTED
@@ -58,7 +59,8 @@ def _reset_replica(pool, rep, slots, w, r, phase):
     rep.scrape_phase_s = phase * pool.scrape_interval_s
     rep.scraped_at_s = rep.scrape_phase_s - pool.scrape_interval_s
     for p in range(pool.block_size_tokens):
-        slots[w, r, p].boundaries = 0
+        slots[w, rep.slot_at + p].boundaries = 0
+    reset_prefix_cache(pool, rep, slots, w)
     _set_wake(pool, rep)
 
 
@@ -85,7 +87,7 @@ def reset_world(pools, tables, worlds, replicas, slots, providers, requests, w):
     for i in range(requests.shape[1]):
         request = requests[w, i]
         request.status = NOT_SUBMITTED
-        request.replica = request.restarts = request.computed = 0
+        request.replica = request.restarts = request.computed = request.cached_tokens = request.hashed_blocks = 0
         request.next = request.before = request.after = request.joined_at = -1
         request.dispatched_at_s = request.first_token_at_s = request.completed_at_s = math.nan
 
