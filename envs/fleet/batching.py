@@ -45,7 +45,7 @@ from envs.fleet.iteration import (
     prefill_seconds,
     token_seconds,
 )
-from envs.fleet.prefix import find_prefix, index_blocks, let_go, take_prefix
+from envs.fleet.prefix import find_prefix, index_blocks, insert_by_admission, let_go, take_prefix
 from envs.fleet.queues import (
     finished_append,
     heap_pop,
@@ -464,9 +464,25 @@ def _end_prefill(pool, world, rep, slots, requests, w, r, i, now_s):
 
 
 @njit(cache=True, nogil=True)
+def _finish_by_admission(pool, world, rep, slots, requests, w, r, now_s):
+    """Completes the decodes that have their last token, in the order of the running list, which orders idle blocks."""
+    head, size = -1, rep.batch
+    while size > 0 and slots[w, rep.slot_at].finish_at <= rep.counter:
+        head = insert_by_admission(slots, requests, w, head, heap_pop(slots, w, rep.slot_at, size))
+        size -= 1
+    while head >= 0:
+        following = int(requests[w, head].next)
+        _leave_batch(pool, rep, slots, requests, w, r, head)
+        _complete(world, rep, requests, w, head, now_s)
+        head = following
+
+
+@njit(cache=True, nogil=True)
 def end_iteration(pool, world, rep, slots, requests, w, r, now_s):
     """Everything that happens at the end of the last planned iteration: completions, first tokens, releases."""
-    if rep.decodes:
+    if rep.decodes and pool.prefix_caching:
+        _finish_by_admission(pool, world, rep, slots, requests, w, r, now_s)
+    elif rep.decodes:
         while rep.batch > 0 and slots[w, rep.slot_at].finish_at <= rep.counter:
             i = heap_pop(slots, w, rep.slot_at, rep.batch)
             _leave_batch(pool, rep, slots, requests, w, r, i)

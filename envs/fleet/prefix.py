@@ -26,35 +26,14 @@ Buckets of 16 consecutive hashes lie side by side, because callers often number 
 # ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
 from __future__ import annotations
 
-from typing import Any
-
-from numba import config, njit, types
-from numba.extending import intrinsic
-
-
-def _out_of_line() -> None:
-    """Called first in a kernel, keeps LLVM from copying it into its callers.
-
-    Inlined at their few call sites, the kernels below slow an engine that does not use them by 7 %.
-    """
-
-
-if not config.DISABLE_JIT:
-
-    @intrinsic
-    def _out_of_line(typing_context: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            builder.function.attributes.add("noinline")
-            return context.get_dummy_value()
-
-        return types.void(), generate
+from numba import njit
 
 
 @njit(cache=True, nogil=True)
 def reset_prefix_cache(pool, rep, slots, w):
     """Empties the cache of a replica."""
     rep.idle_head = rep.idle_tail = rep.spare_head = -1
-    rep.reused_tokens = rep.evicted_blocks = rep.idle_blocks = 0
+    rep.reused_tokens = rep.evicted_blocks = rep.idle_blocks = rep.admissions = 0
     if pool.prefix_caching:
         for p in range(pool.bucket_mask + 1):
             slots[w, rep.block_at + 2 * p].bucket = -1
@@ -161,7 +140,6 @@ def find_prefix(pool, rep, slots, requests, w, i):
     Returns:
         Blocks that can be reused, and how many of them are idle.
     """
-    _out_of_line()
     request = requests[w, i]
     _evict_excess(pool, rep, slots, w)
     most = min(int(request.hash_count), (request.target - 1) // pool.block_size_tokens)
@@ -187,7 +165,6 @@ def _full_blocks(pool, request):
 @njit(cache=True, nogil=True)
 def index_blocks(pool, rep, slots, requests, w, i):
     """Enters the blocks that a request's prefill fills in the iteration being put together; it has them already."""
-    _out_of_line()
     request = requests[w, i]
     _evict_excess(pool, rep, slots, w)
     full = _full_blocks(pool, request)
@@ -200,7 +177,6 @@ def index_blocks(pool, rep, slots, requests, w, i):
 @njit(cache=True, nogil=True)
 def take_prefix(pool, rep, slots, requests, w, i, found):
     """An admitted request takes hold of the blocks of `find_prefix`; those that its first chunk fills are entered."""
-    _out_of_line()
     request = requests[w, i]
     for j in range(found):
         p = int(slots[w, request.hash_at + j].block)
@@ -210,6 +186,9 @@ def take_prefix(pool, rep, slots, requests, w, i, found):
             rep.kv_used_blocks += 1
         block.holders += 1
     request.hashed_blocks = found
+    if request.hash_count > 0:
+        slots[w, request.hash_at].admission = rep.admissions
+    rep.admissions += 1
     rep.reused_tokens += found * pool.block_size_tokens
     if request.restarts == 0:
         request.cached_tokens = found * pool.block_size_tokens
@@ -217,9 +196,29 @@ def take_prefix(pool, rep, slots, requests, w, i, found):
 
 
 @njit(cache=True, nogil=True)
+def insert_by_admission(slots, requests, w, head, i):
+    """Inserts a request into a list through `next`, those admitted first at its head; returns the head.
+
+    Requests without hashes have nothing whose place in the idle list their order decides, and go to the head.
+    """
+    request = requests[w, i]
+    behind, ahead = -1, head
+    if request.hash_count > 0:
+        admission = slots[w, request.hash_at].admission
+        while ahead >= 0 and (
+            requests[w, ahead].hash_count == 0 or slots[w, requests[w, ahead].hash_at].admission < admission
+        ):
+            behind, ahead = ahead, int(requests[w, ahead].next)
+    request.next = ahead
+    if behind < 0:
+        return i
+    requests[w, behind].next = i
+    return head
+
+
+@njit(cache=True, nogil=True)
 def let_go(pool, rep, slots, requests, w, i, held_blocks):
     """A request lets go of its blocks, those with a hash become idle unless somebody else holds them."""
-    _out_of_line()
     request = requests[w, i]
     _evict_excess(pool, rep, slots, w)
     full = _full_blocks(pool, request)

@@ -103,6 +103,7 @@ REPLICA = np.dtype(
         ("restarts", "i8"),
         ("reused_tokens", "i8"),  # not prefilled because their blocks were cached, after restarts too
         ("evicted_blocks", "i8"),
+        ("admissions", "i8"),  # counted with prefix caching only, preempted requests again
         # The segment: iterations of one composition, the j-th takes first_s + j * growth_s
         ("iteration_end_s", "f8"),  # of the iteration in progress, inf when idle
         ("segment_start_s", "f8"),
@@ -153,6 +154,7 @@ _SLOT_FIELDS: tuple[tuple[str, str, int], ...] = (  # name, type, byte: the kind
     ("chain", "i4", 8),  # cell behind: next block in the same bucket
     # Block j of a request, cell hash_at + j: its block_hash, an input of 0 or more, and
     ("block", "i4", 8),  # the block that the request holds; without meaning while it holds none
+    ("admission", "i4", 12),  # j = 0: requests that were admitted before this one
 )
 
 SLOT = np.dtype(
