@@ -13,6 +13,7 @@ Order of an iteration (`start_iteration`), by scheduler:
   wait meanwhile.
 
 With prefix caching (prefix.py) a request is admitted with the blocks that are cached for it, and prefills the rest.
+`caching` is True or None, a constant of compilation: each kernel is compiled for both, and costs nothing without.
 
 At most one running request is ever in the middle of its prefill: nothing is admitted behind a chunk that did not fit.
 
@@ -88,9 +89,9 @@ def _end_request(world, rep, requests, w, i, status, now_s):
 
 
 @njit(cache=True, nogil=True)
-def release_blocks(pool, rep, slots, requests, w, i, held_blocks):
+def release_blocks(pool, caching, rep, slots, requests, w, i, held_blocks):
     """Frees what a request holds, `held_blocks` blocks."""
-    if pool.prefix_caching:
+    if caching is not None:
         let_go(pool, rep, slots, requests, w, i, held_blocks)
     else:
         rep.kv_used_blocks -= held_blocks
@@ -108,7 +109,7 @@ def _join_batch(pool, rep, slots, requests, w, r, i, steps):
 
 
 @njit(cache=True, nogil=True)
-def _leave_batch(pool, rep, slots, requests, w, r, i):
+def _leave_batch(pool, caching, rep, slots, requests, w, r, i):
     """Undoes `_join_batch` but for the heap, frees the blocks, and writes `computed` up to date."""
     request = requests[w, i]
     slots[w, rep.slot_at + (request.joined_at - request.computed) % pool.block_size_tokens].boundaries -= 1
@@ -116,22 +117,22 @@ def _leave_batch(pool, rep, slots, requests, w, r, i):
     request.joined_at = -1
     rep.batch -= 1
     rep.kv_sum -= request.computed + 1
-    release_blocks(pool, rep, slots, requests, w, i, blocks_for(pool, request.computed))
+    release_blocks(pool, caching, rep, slots, requests, w, i, blocks_for(pool, request.computed))
     rep.changed = 1
 
 
 @njit(cache=True, nogil=True)
-def _preempt(pool, rep, slots, requests, w, r, i):
+def _preempt(pool, caching, rep, slots, requests, w, r, i):
     """Frees a running request's blocks and sends it to the front of the line, to recompute."""
     request = requests[w, i]
     target = request.target
     if request.joined_at >= 0:
         heap_remove(slots, w, rep.slot_at, rep.batch, i)
-        _leave_batch(pool, rep, slots, requests, w, r, i)
+        _leave_batch(pool, caching, rep, slots, requests, w, r, i)
         request.target = request.computed + 1
     else:
         held = request.computed if pool.scheduler == VLLM_V1 else target
-        release_blocks(pool, rep, slots, requests, w, i, blocks_for(pool, held))
+        release_blocks(pool, caching, rep, slots, requests, w, i, blocks_for(pool, held))
         rep.partial = -1
         if pool.vidur_quirks:
             request.target = request.computed
@@ -145,7 +146,7 @@ def _preempt(pool, rep, slots, requests, w, r, i):
 
 
 @njit(cache=True, nogil=True)
-def _squeeze(pool, rep, slots, requests, w, r):
+def _squeeze(pool, caching, rep, slots, requests, w, r):
     """Gives every decode, in order, the block it needs, preempting from the end of the running list.
 
     Returns:
@@ -163,7 +164,7 @@ def _squeeze(pool, rep, slots, requests, w, r):
             while alive and pool.kv_blocks - rep.kv_used_blocks < demand:
                 victim = int(rep.running_tail)
                 alive = victim != i
-                _preempt(pool, rep, slots, requests, w, r, victim)
+                _preempt(pool, caching, rep, slots, requests, w, r, victim)
                 preempted = 1
             if not alive:
                 break
@@ -173,13 +174,13 @@ def _squeeze(pool, rep, slots, requests, w, r):
 
 
 @njit(cache=True, nogil=True)
-def _grant_decode_blocks(pool, rep, slots, requests, w, r):
+def _grant_decode_blocks(pool, caching, rep, slots, requests, w, r):
     """Takes the blocks that the decode batch needs for one iteration; returns 1 if it had to preempt."""
     need = slots[w, rep.slot_at + rep.counter % pool.block_size_tokens].boundaries
     if rep.kv_used_blocks + need + pool.vidur_quirks <= pool.kv_blocks:
         rep.kv_used_blocks += need
         return 0
-    return _squeeze(pool, rep, slots, requests, w, r)
+    return _squeeze(pool, caching, rep, slots, requests, w, r)
 
 
 @njit(cache=True, nogil=True)
@@ -199,7 +200,7 @@ def _drop_head(world, rep, requests, w, now_s):
 
 
 @njit(cache=True, nogil=True)
-def _admit_chunked(pool, world, rep, slots, requests, w, budget, now_s):
+def _admit_chunked(pool, caching, world, rep, slots, requests, w, budget, now_s):
     """Admits waiting requests within the token budget.
 
     Returns:
@@ -212,7 +213,7 @@ def _admit_chunked(pool, world, rep, slots, requests, w, budget, now_s):
         i = int(rep.wait_head)
         request = requests[w, i]
         cached, idle, prefix = 0, 0, 0
-        if pool.prefix_caching:
+        if caching is not None:
             cached, idle = find_prefix(pool, rep, slots, requests, w, i)
             prefix = cached * pool.block_size_tokens
         chunk = min(request.target - prefix, budget - tokens)
@@ -225,7 +226,7 @@ def _admit_chunked(pool, world, rep, slots, requests, w, budget, now_s):
         request.computed = prefix + chunk
         wait_pop(rep, requests, w)
         rep.kv_used_blocks += blocks
-        if pool.prefix_caching:
+        if caching is not None:
             take_prefix(pool, rep, slots, requests, w, i, cached)
         running_append(rep, requests, w, i, False)
         prefill_append(rep, requests, w, i)
@@ -240,7 +241,7 @@ def _admit_chunked(pool, world, rep, slots, requests, w, budget, now_s):
 
 
 @njit(cache=True, nogil=True)
-def _admit_whole(pool, world, rep, slots, requests, w, now_s):
+def _admit_whole(pool, caching, world, rep, slots, requests, w, now_s):
     """Admits whole prompts for an iteration of their own; returns the same as `_admit_chunked`.
 
     A prompt longer than the budget runs alone.
@@ -251,7 +252,7 @@ def _admit_whole(pool, world, rep, slots, requests, w, now_s):
         i = int(rep.wait_head)
         request = requests[w, i]
         cached, idle, prefix = 0, 0, 0
-        if pool.prefix_caching:
+        if caching is not None:
             cached, idle = find_prefix(pool, rep, slots, requests, w, i)
             prefix = cached * pool.block_size_tokens
         chunk = request.target - prefix
@@ -268,7 +269,7 @@ def _admit_whole(pool, world, rep, slots, requests, w, now_s):
         request.computed = request.target
         wait_pop(rep, requests, w)
         rep.kv_used_blocks += blocks
-        if pool.prefix_caching:
+        if caching is not None:
             take_prefix(pool, rep, slots, requests, w, i, cached)
         running_append(rep, requests, w, i, pool.vidur_quirks != 0)
         prefill_append(rep, requests, w, i)
@@ -335,7 +336,7 @@ def _go_idle(rep, now_s):
 
 
 @njit(cache=True, nogil=True)
-def start_iteration(pool, tables, world, rep, slots, requests, w, r, now_s):
+def start_iteration(pool, caching, tables, world, rep, slots, requests, w, r, now_s):
     """Puts the next iteration together and starts it, or leaves the replica idle."""
     rep.prefill_head = rep.prefill_tail = -1
     prefills, tokens, squares = 0, 0, 0.0
@@ -344,15 +345,15 @@ def start_iteration(pool, tables, world, rep, slots, requests, w, r, now_s):
     decodes = 1
     if pool.scheduler == PREFILL_FIRST:
         prefills, tokens, squares, products, prefixes, rounded = _admit_whole(
-            pool, world, rep, slots, requests, w, now_s
+            pool, caching, world, rep, slots, requests, w, now_s
         )
         if prefills > 0:
             decodes = 0
         elif rep.batch > 0:
-            preempted = _grant_decode_blocks(pool, rep, slots, requests, w, r)
+            preempted = _grant_decode_blocks(pool, caching, rep, slots, requests, w, r)
     else:
         if rep.batch > 0:
-            preempted = _grant_decode_blocks(pool, rep, slots, requests, w, r)
+            preempted = _grant_decode_blocks(pool, caching, rep, slots, requests, w, r)
         budget = pool.max_num_batched_tokens - rep.batch
         i = int(rep.partial)
         if i >= 0 and budget > 0:
@@ -363,18 +364,18 @@ def start_iteration(pool, tables, world, rep, slots, requests, w, r, now_s):
             if pool.scheduler == VLLM_V1:
                 blocks = blocks_for(pool, prefix + chunk) - blocks_for(pool, prefix)
             if rep.kv_used_blocks + blocks > pool.kv_blocks:
-                _preempt(pool, rep, slots, requests, w, r, i)
+                _preempt(pool, caching, rep, slots, requests, w, r, i)
                 preempted, chunk = 1, 0
             else:
                 rep.kv_used_blocks += blocks
                 request.computed = prefix + chunk
-                if pool.prefix_caching:
+                if caching is not None:
                     index_blocks(pool, rep, slots, requests, w, i)
                 prefill_append(rep, requests, w, i)
                 budget -= chunk
         if not preempted or pool.scheduler != VLLM_V1:
             prefills, tokens, squares, products, prefixes, rounded = _admit_chunked(
-                pool, world, rep, slots, requests, w, budget, now_s
+                pool, caching, world, rep, slots, requests, w, budget, now_s
             )
         if chunk > 0:
             prefills += 1
@@ -440,12 +441,12 @@ def _complete(world, rep, requests, w, i, now_s):
 
 
 @njit(cache=True, nogil=True)
-def _end_prefill(pool, world, rep, slots, requests, w, r, i, now_s):
+def _end_prefill(pool, caching, world, rep, slots, requests, w, r, i, now_s):
     """A prefill is complete and has produced a token."""
     request = requests[w, i]
     if _gone(request, now_s):
         running_remove(rep, requests, w, i)
-        release_blocks(pool, rep, slots, requests, w, i, blocks_for(pool, request.computed))
+        release_blocks(pool, caching, rep, slots, requests, w, i, blocks_for(pool, request.computed))
         rep.pending_prefill_tokens -= request.prompt_tokens
         _end_request(world, rep, requests, w, i, ABANDONED, now_s)
         return
@@ -459,12 +460,12 @@ def _end_prefill(pool, world, rep, slots, requests, w, r, i, now_s):
     if steps > 0:
         _join_batch(pool, rep, slots, requests, w, r, i, steps)
     else:
-        release_blocks(pool, rep, slots, requests, w, i, blocks_for(pool, request.computed))
+        release_blocks(pool, caching, rep, slots, requests, w, i, blocks_for(pool, request.computed))
         _complete(world, rep, requests, w, i, now_s)
 
 
 @njit(cache=True, nogil=True)
-def _finish_by_admission(pool, world, rep, slots, requests, w, r, now_s):
+def _finish_by_admission(pool, caching, world, rep, slots, requests, w, r, now_s):
     """Completes the decodes that have their last token, in the order of the running list, which orders idle blocks."""
     head, size = -1, rep.batch
     while size > 0 and slots[w, rep.slot_at].finish_at <= rep.counter:
@@ -472,20 +473,21 @@ def _finish_by_admission(pool, world, rep, slots, requests, w, r, now_s):
         size -= 1
     while head >= 0:
         following = int(requests[w, head].next)
-        _leave_batch(pool, rep, slots, requests, w, r, head)
+        _leave_batch(pool, caching, rep, slots, requests, w, r, head)
         _complete(world, rep, requests, w, head, now_s)
         head = following
 
 
 @njit(cache=True, nogil=True)
-def end_iteration(pool, world, rep, slots, requests, w, r, now_s):
+def end_iteration(pool, caching, world, rep, slots, requests, w, r, now_s):
     """Everything that happens at the end of the last planned iteration: completions, first tokens, releases."""
-    if rep.decodes and pool.prefix_caching:
-        _finish_by_admission(pool, world, rep, slots, requests, w, r, now_s)
+    if caching is not None:
+        if rep.decodes:
+            _finish_by_admission(pool, caching, world, rep, slots, requests, w, r, now_s)
     elif rep.decodes:
         while rep.batch > 0 and slots[w, rep.slot_at].finish_at <= rep.counter:
             i = heap_pop(slots, w, rep.slot_at, rep.batch)
-            _leave_batch(pool, rep, slots, requests, w, r, i)
+            _leave_batch(pool, caching, rep, slots, requests, w, r, i)
             _complete(world, rep, requests, w, i, now_s)
     i = int(rep.prefill_head)
     if i >= 0:
@@ -495,7 +497,7 @@ def end_iteration(pool, world, rep, slots, requests, w, r, now_s):
             if requests[w, i].computed < requests[w, i].target:
                 rep.partial = i
             else:
-                _end_prefill(pool, world, rep, slots, requests, w, r, i, now_s)
+                _end_prefill(pool, caching, world, rep, slots, requests, w, r, i, now_s)
             i = following
     if rep.hold_head >= 0:
         release_held(rep, requests, w)

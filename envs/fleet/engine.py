@@ -188,7 +188,7 @@ def _last_scrape(pool, rep, until_s):
 
 
 @njit(cache=True, nogil=True)
-def _advance_replica(pool, tables, world, rep, slots, requests, w, r, until_s):
+def _advance_replica(pool, caching, tables, world, rep, slots, requests, w, r, until_s):
     """Runs one replica from iteration to iteration up to `until_s`, taking the last scrape on the way."""
     scrape_s = math.inf
     if _next_scrape_s(pool, rep) <= until_s and until_s < LAST_INSTANT_S:
@@ -202,9 +202,9 @@ def _advance_replica(pool, tables, world, rep, slots, requests, w, r, until_s):
                 rep.iteration_end_s = rep.segment_start_s + elapsed_s(rep, rep.done + 1)
             else:
                 rep.iteration_end_s = rep.segment_start_s + elapsed_s(rep, rep.done)
-                end_iteration(pool, world, rep, slots, requests, w, r, rep.iteration_end_s)
+                end_iteration(pool, caching, world, rep, slots, requests, w, r, rep.iteration_end_s)
         elif rep.planned == rep.done and rep.iteration_end_s < stop_s:
-            start_iteration(pool, tables, world, rep, slots, requests, w, r, rep.iteration_end_s)
+            start_iteration(pool, caching, tables, world, rep, slots, requests, w, r, rep.iteration_end_s)
         elif scrape_s <= until_s:
             rep.scraped_at_s = scrape_s
             rep.scraped_waiting = rep.waiting
@@ -227,7 +227,10 @@ def advance(pools, tables, worlds, replicas, slots, providers, requests, w, unti
     for r in range(replicas.shape[1]):
         if replicas[w, r].wake_s <= until_s:
             rep = replicas[w, r]
-            _advance_replica(pools[rep.pool], tables, world, rep, slots, requests, w, r, until_s)
+            if pools[rep.pool].prefix_caching:
+                _advance_replica(pools[rep.pool], True, tables, world, rep, slots, requests, w, r, until_s)
+            else:
+                _advance_replica(pools[rep.pool], None, tables, world, rep, slots, requests, w, r, until_s)
     if world.next_call_s <= until_s:
         end_provider_calls(world, providers, requests, w, until_s)
     world.clock_s = until_s
