@@ -17,10 +17,19 @@ from marginroute.cli import main_guard
 def _simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("fleet", metavar="FLEET", help="name in configs/fleets, or a YAML file")
     parser.add_argument(
-        "--requests", type=Path, required=True, metavar="FILE.csv", help="arrived_at, prompt_tokens, output_tokens"
+        "--requests",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="CSV with arrived_at, prompt_tokens, output_tokens and optionally hash_ids (numbers between spaces), "
+        "or JSON lines as in Mooncake's traces (timestamp in ms, input_length, output_length, hash_ids)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="CSV to write")
     parser.add_argument("--pool", metavar="NAME", help="pool that serves the requests (default: the first)")
+    parser.add_argument(
+        "--hash-block-tokens", type=int, default=512, metavar="N", help="prompt tokens per hash id (default: 512)"
+    )
+    parser.add_argument("--no-prefix-caching", action="store_true", help="ignore hash_ids: every prompt is prefilled")
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> None:

@@ -5,22 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import ValidationError
 
 from envs import scenario_compile, scenario_files
+from envs.fleet.hashes import Ragged, engine_hashes
 from envs.fleet.replay import replay
 from envs.fleet.state import COMPLETED, FleetSpec
+from envs.request_files import Requests, read_requests
 from envs.scenario_fleet import FleetSection
-from envs.tables import read_columns, write_whole
+from envs.tables import write_whole
 from marginroute.errors import InputError
-
-COLUMNS = ("arrived_at", "prompt_tokens", "output_tokens")
-MOST_TOKENS = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,33 +67,6 @@ def compiled(section: FleetSection) -> FleetSpec:
     return scenario_compile.fleet_spec(only)
 
 
-def read_requests(path: Path) -> dict[str, npt.NDArray[np.float64]]:
-    """Arrival times and token counts, checked.
-
-    Raises:
-        InputError: A cell is no number, time goes backwards, or a count is not a whole number of 1 or more.
-    """
-    columns = read_columns(path, COLUMNS)
-    arrived_at = columns["arrived_at"]
-    if arrived_at[0] < 0.0:
-        raise InputError(f"{path}, line 2: arrived_at = {arrived_at[0]:g}; legal is 0 or later")
-    back = np.flatnonzero(np.diff(arrived_at) < 0.0)
-    if back.size:
-        row = int(back[0]) + 1
-        before, value = arrived_at[row - 1], arrived_at[row]
-        raise InputError(
-            f"{path}, request {row + 1}: arrived_at = {value:g} after {before:g}; legal is ascending order"
-        )
-    for name in COLUMNS[1:]:
-        values = columns[name]
-        bad = np.flatnonzero((values < 1) | (values > MOST_TOKENS) | (values != np.floor(values)))
-        if bad.size:
-            row, value = int(bad[0]), values[bad[0]]
-            legal = f"legal is a whole number from 1 to {MOST_TOKENS}"
-            raise InputError(f"{path}, request {row + 1}: {name} = {value:g}; {legal}")
-    return columns
-
-
 def _pool_index(spec: FleetSpec, name: str | None) -> int:
     names = [pool.name for pool in spec.pools]
     if name is None:
@@ -110,27 +80,48 @@ def _cell(value: float) -> str:
     return "" if np.isnan(value) else repr(float(value))
 
 
+def _with_prefix_caching(
+    spec: FleetSpec, pool: int, requests: Requests, hash_block_tokens: int
+) -> tuple[FleetSpec, Ragged]:
+    """The fleet with prefix caching in one pool, and the requests' hashes in that pool's blocks."""
+    caching = dataclasses.replace(spec.pools[pool], prefix_caching=True)
+    hashes = engine_hashes(
+        requests.prompt_tokens,
+        requests.output_tokens,
+        (requests.hash_counts, requests.hash_ids),
+        hash_block_tokens,
+        caching.block_size_tokens,
+    )
+    return dataclasses.replace(spec, pools=(*spec.pools[:pool], caching, *spec.pools[pool + 1 :])), hashes
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Simulates and writes one row per request; a request whose context cannot fit has empty cells."""
     spec = load_fleet(arguments.fleet)
     pool = _pool_index(spec, arguments.pool)
-    columns = read_requests(arguments.requests)
-    arrived_at, output_tokens = columns["arrived_at"], columns["output_tokens"].astype(np.int64)
-    fleet = replay(spec, arrived_at, columns["prompt_tokens"].astype(np.int64), output_tokens, pool=pool)
+    requests, hashes = read_requests(arguments.requests), None
+    if requests.hash_ids is not None and not arguments.no_prefix_caching:
+        spec, hashes = _with_prefix_caching(spec, pool, requests, arguments.hash_block_tokens)
+    arrived_at, output_tokens = requests.arrived_at_s, requests.output_tokens
+    fleet = replay(spec, arrived_at, requests.prompt_tokens, output_tokens, pool=pool, hashes=hashes)
     done = fleet.requests[0]
     served = done["status"] == COMPLETED
     ttft_s = np.where(served, done["first_token_at_s"] - arrived_at, np.nan)
     e2e_s = np.where(served, done["completed_at_s"] - arrived_at, np.nan)
     tpot_s = np.where(output_tokens > 1, (e2e_s - ttft_s) / np.maximum(output_tokens - 1, 1), 0.0 * ttft_s)
-    lines = ["arrived_at,prompt_tokens,output_tokens,replica,ttft_s,tpot_s,e2e_s,restarts"]
+    lines = ["arrived_at,prompt_tokens,output_tokens,replica,ttft_s,tpot_s,e2e_s,restarts,cached_tokens"]
     for i in range(len(arrived_at)):
         times = ",".join(_cell(value) for value in (ttft_s[i], tpot_s[i], e2e_s[i]))
         lines.append(
-            f"{float(arrived_at[i])!r},{int(columns['prompt_tokens'][i])},{output_tokens[i]},{done['replica'][i]},"
-            f"{times},{done['restarts'][i]}"
+            f"{float(arrived_at[i])!r},{requests.prompt_tokens[i]},{output_tokens[i]},{done['replica'][i]},"
+            f"{times},{done['restarts'][i]},{done['cached_tokens'][i]}"
         )
     write_whole(arguments.out, "\n".join(lines) + "\n")
-    print(_summary(ttft_s, tpot_s, e2e_s, served), file=sys.stderr)
+    words = _summary(ttft_s, tpot_s, e2e_s, served)
+    if hashes is not None:
+        prompts = requests.prompt_tokens[served].sum()
+        words += f"; {done['cached_tokens'][served].sum() / max(prompts, 1):.1%} of their prompt tokens cached"
+    print(words, file=sys.stderr)
     return 0
 
 

@@ -21,18 +21,23 @@ FloatArray = npt.NDArray[np.float64]
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[str]]:
+def opened(path: Path, kind: str = "a CSV file") -> Iterator[IO[str]]:
+    """A text file to read, gzipped where the name ends in .gz; what goes wrong becomes one sentence.
+
+    Raises:
+        InputError: The file cannot be read or is no text.
+    """
     try:
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+        open_text = gzip.open if path.suffix == ".gz" else open
+        with open_text(path, "rt", encoding="utf-8-sig", newline="") as file:
             yield file
     except (OSError, EOFError) as error:
         reason = getattr(error, "strerror", None) or "not a gzip file"
-        raise InputError(f"{path}: cannot be read ({reason}); legal is a CSV file") from None
+        raise InputError(f"{path}: cannot be read ({reason}); legal is {kind}") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text; legal is a CSV file") from None
+        raise InputError(f"{path}: is not UTF-8 text; legal is {kind}") from None
     except csv.Error as error:
-        raise InputError(f"{path}: {error}; legal is a CSV file") from None
+        raise InputError(f"{path}: {error}; legal is {kind}") from None
 
 
 def _number(text: str, path: Path, line: int, column: str) -> float:
@@ -59,7 +64,7 @@ def read_columns(path: Path, columns: Sequence[str] | None = None, text: Sequenc
     Raises:
         InputError: The file cannot be read, a column is missing, or a cell is no finite number.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         reader = csv.reader(file)
         header = [name.strip() for name in next(reader, [])]
         wanted = [name for name in header if name not in text] if columns is None else list(columns)
@@ -81,6 +86,17 @@ def read_columns(path: Path, columns: Sequence[str] | None = None, text: Sequenc
     if not rows:
         raise InputError(f"{path}: no rows; legal is one or more")
     return dict(zip(wanted, np.array(rows).T.copy(), strict=True))
+
+
+def read_text_column(path: Path, column: str) -> list[str] | None:
+    """Cells of one column of a CSV file that `read_columns` has read, or None where the file does not have it."""
+    with opened(path) as file:
+        reader = csv.reader(file)
+        header = [name.strip() for name in next(reader, [])]
+        if column not in header:
+            return None
+        at = header.index(column)
+        return [cells[at] for cells in reader if cells]
 
 
 def write_whole(path: Path, text: str) -> None:

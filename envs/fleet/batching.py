@@ -12,6 +12,9 @@ Order of an iteration (`start_iteration`), by scheduler:
 * prefill-first (vLLM before V1): whole prompts, whenever any can be admitted, in iterations of their own; the decodes
   wait meanwhile.
 
+With prefix caching (prefix.py) a request is admitted with the blocks that are cached for it, and prefills the rest.
+`caching` is True or None, a constant of compilation: each kernel is compiled for both, and costs nothing without.
+
 At most one running request is ever in the middle of its prefill: nothing is admitted behind a chunk that did not fit.
 
 A decode batch that does not change is a *segment*: its j-th iteration takes first_s + j growth_s (see iteration.py)
@@ -43,6 +46,7 @@ from envs.fleet.iteration import (
     prefill_seconds,
     token_seconds,
 )
+from envs.fleet.prefix import find_prefix, index_blocks, insert_by_admission, let_go, take_prefix
 from envs.fleet.queues import (
     finished_append,
     heap_pop,
@@ -85,41 +89,50 @@ def _end_request(world, rep, requests, w, i, status, now_s):
 
 
 @njit(cache=True, nogil=True)
+def release_blocks(pool, caching, rep, slots, requests, w, i, held_blocks):
+    """Frees what a request holds, `held_blocks` blocks."""
+    if caching is not None:
+        let_go(pool, rep, slots, requests, w, i, held_blocks)
+    else:
+        rep.kv_used_blocks -= held_blocks
+
+
+@njit(cache=True, nogil=True)
 def _join_batch(pool, rep, slots, requests, w, r, i, steps):
     """A request whose prefill is complete decodes `steps` tokens from the next iteration on."""
     request = requests[w, i]
     request.joined_at = rep.counter
-    slots[w, r, (rep.counter - request.computed) % pool.block_size_tokens].boundaries += 1
-    heap_push(slots, w, r, rep.batch, rep.counter + steps, i)
+    slots[w, rep.slot_at + (rep.counter - request.computed) % pool.block_size_tokens].boundaries += 1
+    heap_push(slots, w, rep.slot_at, rep.batch, rep.counter + steps, i)
     rep.batch += 1
     rep.kv_sum += request.computed + 1
 
 
 @njit(cache=True, nogil=True)
-def _leave_batch(pool, rep, slots, requests, w, r, i):
+def _leave_batch(pool, caching, rep, slots, requests, w, r, i):
     """Undoes `_join_batch` but for the heap, frees the blocks, and writes `computed` up to date."""
     request = requests[w, i]
-    slots[w, r, (request.joined_at - request.computed) % pool.block_size_tokens].boundaries -= 1
+    slots[w, rep.slot_at + (request.joined_at - request.computed) % pool.block_size_tokens].boundaries -= 1
     request.computed += rep.counter - request.joined_at
     request.joined_at = -1
     rep.batch -= 1
     rep.kv_sum -= request.computed + 1
-    rep.kv_used_blocks -= blocks_for(pool, request.computed)
+    release_blocks(pool, caching, rep, slots, requests, w, i, blocks_for(pool, request.computed))
     rep.changed = 1
 
 
 @njit(cache=True, nogil=True)
-def _preempt(pool, rep, slots, requests, w, r, i):
+def _preempt(pool, caching, rep, slots, requests, w, r, i):
     """Frees a running request's blocks and sends it to the front of the line, to recompute."""
     request = requests[w, i]
     target = request.target
     if request.joined_at >= 0:
-        heap_remove(slots, w, r, rep.batch, i)
-        _leave_batch(pool, rep, slots, requests, w, r, i)
+        heap_remove(slots, w, rep.slot_at, rep.batch, i)
+        _leave_batch(pool, caching, rep, slots, requests, w, r, i)
         request.target = request.computed + 1
     else:
         held = request.computed if pool.scheduler == VLLM_V1 else target
-        rep.kv_used_blocks -= blocks_for(pool, held)
+        release_blocks(pool, caching, rep, slots, requests, w, i, blocks_for(pool, held))
         rep.partial = -1
         if pool.vidur_quirks:
             request.target = request.computed
@@ -133,7 +146,7 @@ def _preempt(pool, rep, slots, requests, w, r, i):
 
 
 @njit(cache=True, nogil=True)
-def _squeeze(pool, rep, slots, requests, w, r):
+def _squeeze(pool, caching, rep, slots, requests, w, r):
     """Gives every decode, in order, the block it needs, preempting from the end of the running list.
 
     Returns:
@@ -151,7 +164,7 @@ def _squeeze(pool, rep, slots, requests, w, r):
             while alive and pool.kv_blocks - rep.kv_used_blocks < demand:
                 victim = int(rep.running_tail)
                 alive = victim != i
-                _preempt(pool, rep, slots, requests, w, r, victim)
+                _preempt(pool, caching, rep, slots, requests, w, r, victim)
                 preempted = 1
             if not alive:
                 break
@@ -161,13 +174,13 @@ def _squeeze(pool, rep, slots, requests, w, r):
 
 
 @njit(cache=True, nogil=True)
-def _grant_decode_blocks(pool, rep, slots, requests, w, r):
+def _grant_decode_blocks(pool, caching, rep, slots, requests, w, r):
     """Takes the blocks that the decode batch needs for one iteration; returns 1 if it had to preempt."""
-    need = slots[w, r, rep.counter % pool.block_size_tokens].boundaries
+    need = slots[w, rep.slot_at + rep.counter % pool.block_size_tokens].boundaries
     if rep.kv_used_blocks + need + pool.vidur_quirks <= pool.kv_blocks:
         rep.kv_used_blocks += need
         return 0
-    return _squeeze(pool, rep, slots, requests, w, r)
+    return _squeeze(pool, caching, rep, slots, requests, w, r)
 
 
 @njit(cache=True, nogil=True)
@@ -187,65 +200,94 @@ def _drop_head(world, rep, requests, w, now_s):
 
 
 @njit(cache=True, nogil=True)
-def _admit_chunked(pool, world, rep, requests, w, budget, now_s):
-    """Admits waiting requests within the token budget; returns how many, their tokens, sum of squares."""
+def _admit_chunked(pool, caching, world, rep, slots, requests, w, budget, now_s):
+    """Admits waiting requests within the token budget.
+
+    Returns:
+        Requests admitted and tokens to compute for them; sums over them of chunk squared, chunk times cached prefix,
+        prefix, and prefix rounded up to 64 tokens.
+    """
     admitted, tokens, squares = 0, 0, 0.0
+    products, prefixes, rounded = 0.0, 0, 0
     while rep.wait_head >= 0 and rep.running < pool.max_num_seqs and tokens < budget:
         i = int(rep.wait_head)
         request = requests[w, i]
-        chunk = min(request.target, budget - tokens)
-        blocks = blocks_for(pool, chunk if pool.scheduler == VLLM_V1 else request.target)
-        if rep.kv_used_blocks + blocks + pool.watermark_blocks > pool.kv_blocks:
+        cached, idle, prefix = 0, 0, 0
+        if caching is not None:
+            cached, idle = find_prefix(pool, rep, slots, requests, w, i)
+            prefix = cached * pool.block_size_tokens
+        chunk = min(request.target - prefix, budget - tokens)
+        blocks = blocks_for(pool, prefix + chunk if pool.scheduler == VLLM_V1 else request.target) - cached
+        if rep.kv_used_blocks + idle + blocks + pool.watermark_blocks > pool.kv_blocks:
             break
         if _gone(request, now_s):
             _drop_head(world, rep, requests, w, now_s)
             continue
+        request.computed = prefix + chunk
         wait_pop(rep, requests, w)
         rep.kv_used_blocks += blocks
-        request.computed = chunk
+        if caching is not None:
+            take_prefix(pool, rep, slots, requests, w, i, cached)
         running_append(rep, requests, w, i, False)
         prefill_append(rep, requests, w, i)
         admitted += 1
         tokens += chunk
         squares += float(chunk) * chunk
-    return admitted, tokens, squares
+        if prefix > 0:
+            products += float(chunk) * prefix
+            prefixes += prefix
+            rounded += (prefix + 63) // 64 * 64
+    return admitted, tokens, squares, products, prefixes, rounded
 
 
 @njit(cache=True, nogil=True)
-def _admit_whole(pool, world, rep, requests, w, now_s):
-    """Admits whole prompts for an iteration of their own; returns how many, their tokens, sum of squares.
+def _admit_whole(pool, caching, world, rep, slots, requests, w, now_s):
+    """Admits whole prompts for an iteration of their own; returns the same as `_admit_chunked`.
 
     A prompt longer than the budget runs alone.
     """
     admitted, tokens, squares, longest = 0, 0, 0.0, 0
+    products, prefixes, rounded = 0.0, 0, 0
     while rep.wait_head >= 0 and rep.running < pool.max_num_seqs:
         i = int(rep.wait_head)
         request = requests[w, i]
-        blocks = blocks_for(pool, request.target)
-        if rep.kv_used_blocks + blocks + pool.watermark_blocks > pool.kv_blocks:
+        cached, idle, prefix = 0, 0, 0
+        if caching is not None:
+            cached, idle = find_prefix(pool, rep, slots, requests, w, i)
+            prefix = cached * pool.block_size_tokens
+        chunk = request.target - prefix
+        blocks = blocks_for(pool, request.target) - cached
+        if rep.kv_used_blocks + idle + blocks + pool.watermark_blocks > pool.kv_blocks:
             break
         longest = max(longest, request.target)
-        size = (admitted + 1) * longest if pool.vidur_quirks else tokens + request.target
+        size = (admitted + 1) * longest if pool.vidur_quirks else tokens + chunk
         if size > pool.max_num_batched_tokens and admitted > 0:
             break
         if _gone(request, now_s):
             _drop_head(world, rep, requests, w, now_s)
             continue
+        request.computed = request.target
         wait_pop(rep, requests, w)
         rep.kv_used_blocks += blocks
-        request.computed = request.target
+        if caching is not None:
+            take_prefix(pool, rep, slots, requests, w, i, cached)
         running_append(rep, requests, w, i, pool.vidur_quirks != 0)
         prefill_append(rep, requests, w, i)
         admitted += 1
-        tokens += request.target
-        squares += float(request.target) * request.target
-    return admitted, tokens, squares
+        tokens += chunk
+        squares += float(chunk) * chunk
+        if prefix > 0:
+            products += float(chunk) * prefix
+            prefixes += prefix
+            rounded += (prefix + 63) // 64 * 64
+    return admitted, tokens, squares, products, prefixes, rounded
 
 
 @njit(cache=True, nogil=True)
 def _safe_iterations(pool, tables, rep, slots, w, r, bin_index):
     """Decode iterations that need no scheduler in between; the first already has its blocks."""
-    bound = min(bin_iterations(pool, tables, rep.batch, rep.kv_sum, bin_index), slots[w, r, 0].finish_at - rep.counter)
+    until_finish = slots[w, rep.slot_at].finish_at - rep.counter
+    bound = min(bin_iterations(pool, tables, rep.batch, rep.kv_sum, bin_index), until_finish)
     free = pool.kv_blocks - rep.kv_used_blocks - pool.vidur_quirks
     size = pool.block_size_tokens
     if bound <= 1 or free >= rep.batch * ((bound - 1) // size + 1):
@@ -255,7 +297,7 @@ def _safe_iterations(pool, tables, rep, slots, w, r, bin_index):
     further = free // rep.batch * size
     free -= free // rep.batch * rep.batch
     while further < bound - 1:
-        need = slots[w, r, (rep.counter + 1 + further) % size].boundaries
+        need = slots[w, rep.slot_at + (rep.counter + 1 + further) % size].boundaries
         if need > free:
             break
         free -= need
@@ -294,21 +336,24 @@ def _go_idle(rep, now_s):
 
 
 @njit(cache=True, nogil=True)
-def start_iteration(pool, tables, world, rep, slots, requests, w, r, now_s):
+def start_iteration(pool, caching, tables, world, rep, slots, requests, w, r, now_s):
     """Puts the next iteration together and starts it, or leaves the replica idle."""
     rep.prefill_head = rep.prefill_tail = -1
     prefills, tokens, squares = 0, 0, 0.0
+    products, prefixes, rounded = 0.0, 0, 0
     chunk, prefix, preempted = 0, 0, 0
     decodes = 1
     if pool.scheduler == PREFILL_FIRST:
-        prefills, tokens, squares = _admit_whole(pool, world, rep, requests, w, now_s)
+        prefills, tokens, squares, products, prefixes, rounded = _admit_whole(
+            pool, caching, world, rep, slots, requests, w, now_s
+        )
         if prefills > 0:
             decodes = 0
         elif rep.batch > 0:
-            preempted = _grant_decode_blocks(pool, rep, slots, requests, w, r)
+            preempted = _grant_decode_blocks(pool, caching, rep, slots, requests, w, r)
     else:
         if rep.batch > 0:
-            preempted = _grant_decode_blocks(pool, rep, slots, requests, w, r)
+            preempted = _grant_decode_blocks(pool, caching, rep, slots, requests, w, r)
         budget = pool.max_num_batched_tokens - rep.batch
         i = int(rep.partial)
         if i >= 0 and budget > 0:
@@ -319,19 +364,26 @@ def start_iteration(pool, tables, world, rep, slots, requests, w, r, now_s):
             if pool.scheduler == VLLM_V1:
                 blocks = blocks_for(pool, prefix + chunk) - blocks_for(pool, prefix)
             if rep.kv_used_blocks + blocks > pool.kv_blocks:
-                _preempt(pool, rep, slots, requests, w, r, i)
+                _preempt(pool, caching, rep, slots, requests, w, r, i)
                 preempted, chunk = 1, 0
             else:
                 rep.kv_used_blocks += blocks
                 request.computed = prefix + chunk
+                if caching is not None:
+                    index_blocks(pool, rep, slots, requests, w, i)
                 prefill_append(rep, requests, w, i)
                 budget -= chunk
         if not preempted or pool.scheduler != VLLM_V1:
-            prefills, tokens, squares = _admit_chunked(pool, world, rep, requests, w, budget, now_s)
+            prefills, tokens, squares, products, prefixes, rounded = _admit_chunked(
+                pool, caching, world, rep, slots, requests, w, budget, now_s
+            )
         if chunk > 0:
             prefills += 1
             tokens += chunk
             squares += float(chunk) * chunk
+            products += float(chunk) * prefix
+            prefixes += prefix
+            rounded += (prefix + 63) // 64 * 64
     if rep.batch == 0 and prefills == 0:
         _go_idle(rep, now_s)
         return
@@ -340,15 +392,7 @@ def start_iteration(pool, tables, world, rep, slots, requests, w, r, now_s):
     if prefills == 0:
         _plan_decodes(pool, tables, rep, slots, w, r, preempted, now_s)
         return
-    seconds = prefill_seconds(
-        pool,
-        tables,
-        prefills,
-        squares,
-        float(chunk) * prefix,
-        float(prefix if chunk > 0 else 0),
-        (prefix + 63) // 64 * 64 if chunk > 0 else 0,
-    )
+    seconds = prefill_seconds(pool, tables, prefills, squares, products, float(prefixes), rounded)
     batch = rep.batch if decodes else 0
     seconds += token_seconds(pool, tables, tokens + batch)
     if batch > 0:
@@ -378,7 +422,7 @@ def count_iterations(pool, rep, slots, w, r, iterations):
         cycles = started // size
         blocks = cycles * rep.batch
         for j in range(cycles * size, started):
-            blocks += slots[w, r, (rep.counter + 1 + j) % size].boundaries
+            blocks += slots[w, rep.slot_at + (rep.counter + 1 + j) % size].boundaries
         rep.kv_used_blocks += blocks
     grown = iterations * rep.batch
     rep.counter += iterations
@@ -397,12 +441,12 @@ def _complete(world, rep, requests, w, i, now_s):
 
 
 @njit(cache=True, nogil=True)
-def _end_prefill(pool, world, rep, slots, requests, w, r, i, now_s):
+def _end_prefill(pool, caching, world, rep, slots, requests, w, r, i, now_s):
     """A prefill is complete and has produced a token."""
     request = requests[w, i]
     if _gone(request, now_s):
         running_remove(rep, requests, w, i)
-        rep.kv_used_blocks -= blocks_for(pool, request.computed)
+        release_blocks(pool, caching, rep, slots, requests, w, i, blocks_for(pool, request.computed))
         rep.pending_prefill_tokens -= request.prompt_tokens
         _end_request(world, rep, requests, w, i, ABANDONED, now_s)
         return
@@ -416,17 +460,34 @@ def _end_prefill(pool, world, rep, slots, requests, w, r, i, now_s):
     if steps > 0:
         _join_batch(pool, rep, slots, requests, w, r, i, steps)
     else:
-        rep.kv_used_blocks -= blocks_for(pool, request.computed)
+        release_blocks(pool, caching, rep, slots, requests, w, i, blocks_for(pool, request.computed))
         _complete(world, rep, requests, w, i, now_s)
 
 
 @njit(cache=True, nogil=True)
-def end_iteration(pool, world, rep, slots, requests, w, r, now_s):
+def _finish_by_admission(pool, caching, world, rep, slots, requests, w, r, now_s):
+    """Completes the decodes that have their last token, in the order of the running list, which orders idle blocks."""
+    head, size = -1, rep.batch
+    while size > 0 and slots[w, rep.slot_at].finish_at <= rep.counter:
+        head = insert_by_admission(slots, requests, w, head, heap_pop(slots, w, rep.slot_at, size))
+        size -= 1
+    while head >= 0:
+        following = int(requests[w, head].next)
+        _leave_batch(pool, caching, rep, slots, requests, w, r, head)
+        _complete(world, rep, requests, w, head, now_s)
+        head = following
+
+
+@njit(cache=True, nogil=True)
+def end_iteration(pool, caching, world, rep, slots, requests, w, r, now_s):
     """Everything that happens at the end of the last planned iteration: completions, first tokens, releases."""
-    if rep.decodes:
-        while rep.batch > 0 and slots[w, r, 0].finish_at <= rep.counter:
-            i = heap_pop(slots, w, r, rep.batch)
-            _leave_batch(pool, rep, slots, requests, w, r, i)
+    if caching is not None:
+        if rep.decodes:
+            _finish_by_admission(pool, caching, world, rep, slots, requests, w, r, now_s)
+    elif rep.decodes:
+        while rep.batch > 0 and slots[w, rep.slot_at].finish_at <= rep.counter:
+            i = heap_pop(slots, w, rep.slot_at, rep.batch)
+            _leave_batch(pool, caching, rep, slots, requests, w, r, i)
             _complete(world, rep, requests, w, i, now_s)
     i = int(rep.prefill_head)
     if i >= 0:
@@ -436,7 +497,7 @@ def end_iteration(pool, world, rep, slots, requests, w, r, now_s):
             if requests[w, i].computed < requests[w, i].target:
                 rep.partial = i
             else:
-                _end_prefill(pool, world, rep, slots, requests, w, r, i, now_s)
+                _end_prefill(pool, caching, world, rep, slots, requests, w, r, i, now_s)
             i = following
     if rep.hold_head >= 0:
         release_held(rep, requests, w)

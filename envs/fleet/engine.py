@@ -22,6 +22,7 @@ import math
 from numba import njit
 
 from envs.fleet.batching import blocks_for, count_iterations, elapsed_s, end_iteration, start_iteration
+from envs.fleet.prefix import reset_prefix_cache
 from envs.fleet.provider import end_provider_calls
 from envs.fleet.queues import finished_append, hold_append, release_held, wait_append
 from envs.fleet.state import FAILED, IN_FLIGHT, NOT_SUBMITTED
@@ -58,7 +59,8 @@ def _reset_replica(pool, rep, slots, w, r, phase):
     rep.scrape_phase_s = phase * pool.scrape_interval_s
     rep.scraped_at_s = rep.scrape_phase_s - pool.scrape_interval_s
     for p in range(pool.block_size_tokens):
-        slots[w, r, p].boundaries = 0
+        slots[w, rep.slot_at + p].boundaries = 0
+    reset_prefix_cache(pool, rep, slots, w)
     _set_wake(pool, rep)
 
 
@@ -67,7 +69,7 @@ def reset_request(requests, w, i):
     """Row i as if it had never been submitted; its inputs stay as they are."""
     request = requests[w, i]
     request.status = NOT_SUBMITTED
-    request.replica = request.restarts = request.computed = 0
+    request.replica = request.restarts = request.computed = request.cached_tokens = request.hashed_blocks = 0
     request.next = request.before = request.after = request.joined_at = -1
     request.dispatched_at_s = request.first_token_at_s = request.completed_at_s = math.nan
 
@@ -192,7 +194,7 @@ def _last_scrape(pool, rep, until_s):
 
 
 @njit(cache=True, nogil=True)
-def _advance_replica(pool, tables, world, rep, slots, requests, w, r, until_s):
+def _advance_replica(pool, caching, tables, world, rep, slots, requests, w, r, until_s):
     """Runs one replica from iteration to iteration up to `until_s`, taking the last scrape on the way."""
     scrape_s = math.inf
     if _next_scrape_s(pool, rep) <= until_s and until_s < LAST_INSTANT_S:
@@ -206,9 +208,9 @@ def _advance_replica(pool, tables, world, rep, slots, requests, w, r, until_s):
                 rep.iteration_end_s = rep.segment_start_s + elapsed_s(rep, rep.done + 1)
             else:
                 rep.iteration_end_s = rep.segment_start_s + elapsed_s(rep, rep.done)
-                end_iteration(pool, world, rep, slots, requests, w, r, rep.iteration_end_s)
+                end_iteration(pool, caching, world, rep, slots, requests, w, r, rep.iteration_end_s)
         elif rep.planned == rep.done and rep.iteration_end_s < stop_s:
-            start_iteration(pool, tables, world, rep, slots, requests, w, r, rep.iteration_end_s)
+            start_iteration(pool, caching, tables, world, rep, slots, requests, w, r, rep.iteration_end_s)
         elif scrape_s <= until_s:
             rep.scraped_at_s = scrape_s
             rep.scraped_waiting = rep.waiting
@@ -231,7 +233,10 @@ def advance(pools, tables, worlds, replicas, slots, providers, requests, w, unti
     for r in range(replicas.shape[1]):
         if replicas[w, r].wake_s <= until_s:
             rep = replicas[w, r]
-            _advance_replica(pools[rep.pool], tables, world, rep, slots, requests, w, r, until_s)
+            if pools[rep.pool].prefix_caching:
+                _advance_replica(pools[rep.pool], True, tables, world, rep, slots, requests, w, r, until_s)
+            else:
+                _advance_replica(pools[rep.pool], None, tables, world, rep, slots, requests, w, r, until_s)
     if world.next_call_s <= until_s:
         end_provider_calls(world, providers, requests, w, until_s)
     world.clock_s = until_s

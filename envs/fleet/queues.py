@@ -124,61 +124,61 @@ def finished_append(world, requests, w, i):
 
 
 @njit(cache=True, nogil=True)
-def _sift_up(slots, w, r, p, finish_at, i):
+def _sift_up(slots, w, at, p, finish_at, i):
     while p > 0:
         parent = (p - 1) >> 1
-        if slots[w, r, parent].finish_at <= finish_at:
+        if slots[w, at + parent].finish_at <= finish_at:
             break
-        slots[w, r, p].finish_at = slots[w, r, parent].finish_at
-        slots[w, r, p].request = slots[w, r, parent].request
+        slots[w, at + p].finish_at = slots[w, at + parent].finish_at
+        slots[w, at + p].request = slots[w, at + parent].request
         p = parent
-    slots[w, r, p].finish_at = finish_at
-    slots[w, r, p].request = i
+    slots[w, at + p].finish_at = finish_at
+    slots[w, at + p].request = i
 
 
 @njit(cache=True, nogil=True)
-def _sift_down(slots, w, r, p, size, finish_at, i):
+def _sift_down(slots, w, at, p, size, finish_at, i):
     while True:
         child = 2 * p + 1
         if child >= size:
             break
-        if child + 1 < size and slots[w, r, child + 1].finish_at < slots[w, r, child].finish_at:
+        if child + 1 < size and slots[w, at + child + 1].finish_at < slots[w, at + child].finish_at:
             child += 1
-        if slots[w, r, child].finish_at >= finish_at:
+        if slots[w, at + child].finish_at >= finish_at:
             break
-        slots[w, r, p].finish_at = slots[w, r, child].finish_at
-        slots[w, r, p].request = slots[w, r, child].request
+        slots[w, at + p].finish_at = slots[w, at + child].finish_at
+        slots[w, at + p].request = slots[w, at + child].request
         p = child
-    slots[w, r, p].finish_at = finish_at
-    slots[w, r, p].request = i
+    slots[w, at + p].finish_at = finish_at
+    slots[w, at + p].request = i
 
 
 @njit(cache=True, nogil=True)
-def heap_push(slots, w, r, size, finish_at, i):
+def heap_push(slots, w, at, size, finish_at, i):
     """Adds a decode to a heap of `size` entries."""
-    _sift_up(slots, w, r, size, finish_at, i)
+    _sift_up(slots, w, at, size, finish_at, i)
 
 
 @njit(cache=True, nogil=True)
-def heap_pop(slots, w, r, size):
+def heap_pop(slots, w, at, size):
     """Removes the decode that finishes first from a heap of `size` entries and returns its request."""
-    i = int(slots[w, r, 0].request)
+    i = int(slots[w, at].request)
     if size > 1:
-        _sift_down(slots, w, r, 0, size - 1, slots[w, r, size - 1].finish_at, int(slots[w, r, size - 1].request))
+        _sift_down(slots, w, at, 0, size - 1, slots[w, at + size - 1].finish_at, int(slots[w, at + size - 1].request))
     return i
 
 
 @njit(cache=True, nogil=True)
-def heap_remove(slots, w, r, size, i):
+def heap_remove(slots, w, at, size, i):
     """Removes a preempted decode, found by a scan (preemption is rare)."""
     p = 0
-    while slots[w, r, p].request != i:
+    while slots[w, at + p].request != i:
         p += 1
     last = size - 1
     if p == last:
         return
-    finish_at, request = slots[w, r, last].finish_at, int(slots[w, r, last].request)
-    if p > 0 and finish_at < slots[w, r, (p - 1) >> 1].finish_at:
-        _sift_up(slots, w, r, p, finish_at, request)
+    finish_at, request = slots[w, at + last].finish_at, int(slots[w, at + last].request)
+    if p > 0 and finish_at < slots[w, at + ((p - 1) >> 1)].finish_at:
+        _sift_up(slots, w, at, p, finish_at, request)
     else:
-        _sift_down(slots, w, r, p, last, finish_at, request)
+        _sift_down(slots, w, at, p, last, finish_at, request)

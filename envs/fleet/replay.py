@@ -11,6 +11,7 @@ import numpy.typing as npt
 from numba import njit
 
 from envs.fleet.engine import advance, drain, pop_finished, reset_world, submit
+from envs.fleet.hashes import Ragged, load_hashes
 from envs.fleet.state import Fleet, FleetSpec, allocate
 
 
@@ -49,6 +50,7 @@ def replay(
     output_tokens: npt.NDArray[np.int64],
     patience_s: npt.NDArray[np.float64] | None = None,
     pool: int = 0,
+    hashes: Ragged | None = None,
 ) -> Fleet:
     """Runs requests through one pool of a fleet, least in flight first.
 
@@ -59,16 +61,19 @@ def replay(
         output_tokens: (M,), 1 or more.
         patience_s: (M,) time to first token that each user tolerates; None: they never leave.
         pool: Index of the pool.
+        hashes: Block hashes in the engine's blocks, see `envs.fleet.hashes`; None: no request has any.
 
     Returns:
         The fleet with one world, whose `requests` hold the outcome.
     """
     arrived_at_s = np.ascontiguousarray(arrived_at_s, dtype=np.float64)
-    fleet = allocate(spec, 1, len(arrived_at_s))
+    fleet = allocate(spec, 1, len(arrived_at_s), 0 if hashes is None else len(hashes[1]))
     requests = fleet.requests[0, : len(arrived_at_s)]
     requests["prompt_tokens"] = prompt_tokens
     requests["output_tokens"] = output_tokens
     requests["patience_until_s"] = np.inf if patience_s is None else arrived_at_s + patience_s
+    if hashes is not None:
+        load_hashes(fleet, 0, hashes)
     first = sum(other.replicas for other in spec.pools[:pool])
     run_least_in_flight(*fleet.arrays, 0, arrived_at_s, first, first + spec.pools[pool].replicas)
     return fleet

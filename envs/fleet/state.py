@@ -8,7 +8,8 @@ type, so that a kernel compiles once for every fleet and its machine code is cac
     tables (L,)     all profiles, flattened, float64
     worlds (N,)     clock, finished list, heap of provider calls, conservation counters
     replicas (N, R) one engine each, pool-major order; the fields that a gateway may read come first
-    slots (N, R, S) working memory of a replica: heap of finishing decodes, histogram of KV block boundaries
+    slots (N, L)    working memory, cells of 16 bytes: per replica the heap of finishing decodes and the histogram of
+                    KV block boundaries, then, for prefix caching, per replica its blocks, and all requests' hashes
     providers (N, V)  calls in flight and the token bucket of the rate limit
     requests (N, M) inputs, outcome and the engine's own bookkeeping
 
@@ -50,6 +51,8 @@ POOL = np.dtype(
         ("watermark_blocks", "i8"),  # blocks that admission leaves free (prefill-first, sarathi)
         ("vidur_quirks", "i8"),  # 1: reproduce Vidur to the request (see envs/fleet/batching.py)
         ("skip_iterations", "i8"),  # 0: one event per iteration; results are equal, only slower
+        ("prefix_caching", "i8"),  # 1: blocks with a hash are kept and found again (see envs/fleet/prefix.py)
+        ("bucket_mask", "i8"),  # buckets of the hash map less one; their number is a power of two
         ("scrape_interval_s", "f8"),
         ("replicas", "i8"),
         ("in_flight_cap", "i8"),
@@ -98,6 +101,9 @@ REPLICA = np.dtype(
         ("decode_tokens_done", "i8"),
         ("iterations", "i8"),
         ("restarts", "i8"),
+        ("reused_tokens", "i8"),  # not prefilled because their blocks were cached, after restarts too
+        ("evicted_blocks", "i8"),
+        ("admissions", "i8"),  # counted with prefix caching only, preempted requests again
         # The segment: iterations of one composition, the j-th takes first_s + j * growth_s
         ("iteration_end_s", "f8"),  # of the iteration in progress, inf when idle
         ("segment_start_s", "f8"),
@@ -112,6 +118,10 @@ REPLICA = np.dtype(
         ("batch", "i8"),
         ("kv_sum", "i8"),  # tokens that the decodes attend to in the next iteration
         ("counter", "i8"),  # decode iterations so far, the clock of slots.finish_at
+        ("slot_at", "i8"),  # where its part of the world's slots begins
+        # Prefix cache
+        ("block_at", "i8"),  # where its blocks begin in the world's slots, two cells each
+        ("idle_blocks", "i8"),  # cached blocks that no request holds: free, the least recently used goes first
         # Queues: heads and tails in requests.next, requests.before / after
         ("wait_head", "i4"),
         ("wait_tail", "i4"),
@@ -122,18 +132,38 @@ REPLICA = np.dtype(
         ("partial", "i4"),  # the one running request whose prefill is not complete
         ("running_head", "i4"),  # order of admission
         ("running_tail", "i4"),
-        ("padding", "i4"),
+        ("idle_head", "i4"),  # least recently used idle block, in slots.before / after
+        ("idle_tail", "i4"),
+        ("spare_head", "i4"),  # cells that hold no block, in slots.after
         ("scrape_index", "i8"),
         ("scrape_phase_s", "f8"),
     ]
 )
 
+_SLOT_FIELDS: tuple[tuple[str, str, int], ...] = (  # name, type, byte: the kinds of cells share their bytes
+    # Decodes of a replica, from slot_at
+    ("finish_at", "i8", 0),  # heap position p: counter value after which the decode ends
+    ("request", "i4", 8),  # heap position p
+    ("boundaries", "i4", 12),  # p < block size: decodes that need a new block when counter % block size == p
+    # Block p of the prefix cache, cell block_at + 2 p, and the cell behind it
+    ("block_hash", "i8", 0),
+    ("holders", "i4", 8),  # requests that hold the block; 0: idle
+    ("bucket", "i4", 12),  # first block of bucket p of the hash map; -1: empty
+    ("before", "i4", 0),  # cell behind: list of idle blocks
+    ("after", "i4", 4),  # cell behind: list of idle blocks, or of spare cells
+    ("chain", "i4", 8),  # cell behind: next block in the same bucket
+    # Block j of a request, cell hash_at + j: its block_hash, an input of 0 or more, and
+    ("block", "i4", 8),  # the block that the request holds; without meaning while it holds none
+    ("admission", "i4", 12),  # j = 0: requests that were admitted before this one
+)
+
 SLOT = np.dtype(
-    [
-        ("finish_at", "i8"),  # heap position p: counter value after which the decode ends
-        ("request", "i4"),  # heap position p
-        ("boundaries", "i4"),  # p < block size: decodes that need a new block when counter % block size == p
-    ]
+    {
+        "names": [name for name, _, _ in _SLOT_FIELDS],
+        "formats": [form for _, form, _ in _SLOT_FIELDS],
+        "offsets": [byte for _, _, byte in _SLOT_FIELDS],
+        "itemsize": 16,
+    }
 )
 
 PROVIDER = np.dtype(
@@ -168,6 +198,8 @@ REQUEST = np.dtype(
         ("output_tokens", "i4"),  # hidden from every gateway
         ("patience_until_s", "f8"),  # absolute; inf: never leaves
         ("priority", "i4"),  # reserved order of admission; the engine is first come, first served
+        ("hash_at", "i4"),  # where its block hashes begin in the world's slots
+        ("hash_count", "i4"),  # its blocks with a hash, generated ones behind the prompt included; 0: none
         # Outcome
         ("status", "i4"),
         ("replica", "i4"),  # or -1 - provider
@@ -175,6 +207,7 @@ REQUEST = np.dtype(
         ("dispatched_at_s", "f8"),
         ("first_token_at_s", "f8"),  # nan until then
         ("completed_at_s", "f8"),  # when it ended, whatever the status; nan until then
+        ("cached_tokens", "i4"),  # reused from the prefix cache when it was first admitted
         # Bookkeeping
         ("next", "i4"),  # waiting, hold, prefill or finished list
         ("before", "i4"),  # running list
@@ -182,6 +215,7 @@ REQUEST = np.dtype(
         ("target", "i4"),  # tokens to prefill: the prompt, after a restart also what was generated
         ("computed", "i4"),  # tokens in the KV cache; a decode has counter - joined_at more
         ("call_heap", "i4"),  # position p of the world's heap of provider calls holds this request
+        ("hashed_blocks", "i4"),  # its first blocks that stand in the index of the prefix cache
         ("joined_at", "i8"),  # counter value at which the request joined the decode batch; -1: not decoding
     ]
 )
@@ -205,6 +239,7 @@ class PoolSpec:
         watermark_share: Share of the blocks that admission leaves free (prefill-first and sarathi).
         vidur_quirks: Reproduce Vidur's scheduler to the request.
         skip_iterations: Advance unchanged decode batches many iterations at once (equal results, faster).
+        prefix_caching: Keep full blocks that have a hash, and reuse them for requests that begin with the same ones.
     """
 
     name: str
@@ -220,6 +255,7 @@ class PoolSpec:
     watermark_share: float = 0.01
     vidur_quirks: bool = False
     skip_iterations: bool = True
+    prefix_caching: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +303,7 @@ class Fleet:
     slots: Any
     providers: Any
     requests: Any
+    max_hashes: int = 0
 
     @property
     def arrays(self) -> tuple[Any, ...]:
@@ -303,6 +340,12 @@ def check_pool(pool: PoolSpec) -> None:
     _check(pool.max_num_batched_tokens >= pool.max_num_seqs, pool, "max_num_batched_tokens", legal)
     _check(pool.scheduler in SCHEDULERS, pool, "scheduler", "one of " + ", ".join(SCHEDULERS))
     _check(0.0 <= pool.watermark_share < 1.0, pool, "watermark_share", "from 0 up to, but not, 1")
+    _check(not (pool.prefix_caching and pool.vidur_quirks), pool, "prefix_caching", "false with vidur_quirks")
+
+
+def _cached_blocks(pool: PoolSpec) -> int:
+    """Blocks and buckets for which a replica's prefix cache has room: its KV blocks, rounded up to a power of two."""
+    return 1 << (pool.kv_blocks - 1).bit_length() if pool.prefix_caching else 0
 
 
 def _fill_pool(record: Any, pool: PoolSpec, spec: FleetSpec, tables: list[FloatArray]) -> None:
@@ -313,6 +356,7 @@ def _fill_pool(record: Any, pool: PoolSpec, spec: FleetSpec, tables: list[FloatA
     # vLLM V1 admits without a watermark
     reserve = 0.0 if pool.scheduler == "vllm-v1" else pool.watermark_share
     record["watermark_blocks"] = int(reserve * pool.kv_blocks)
+    record["bucket_mask"] = max(_cached_blocks(pool), 1) - 1
     record["scrape_interval_s"] = spec.scrape_interval_s
     offset = sum(len(table) for table in tables)
     flat, fields = flatten_profile(pool.profile, pool.max_num_seqs, offset)
@@ -321,13 +365,23 @@ def _fill_pool(record: Any, pool: PoolSpec, spec: FleetSpec, tables: list[FloatA
     tables.append(flat)
 
 
-def allocate(spec: FleetSpec, n_worlds: int, max_requests: int) -> Fleet:
+def _place_replicas(fleet: Fleet, decode_slots: int) -> None:
+    """Gives every replica its pool and its part of the slots."""
+    of_replica = fleet.spec.pool_of_replica
+    cells = 2 * np.array([_cached_blocks(pool) for pool in fleet.spec.pools])[of_replica]
+    fleet.replicas["pool"] = of_replica
+    fleet.replicas["slot_at"] = np.arange(len(of_replica)) * decode_slots
+    fleet.replicas["block_at"] = len(of_replica) * decode_slots + np.cumsum(cells) - cells
+
+
+def allocate(spec: FleetSpec, n_worlds: int, max_requests: int, max_hashes: int = 0) -> Fleet:
     """Arrays of `n_worlds` empty worlds; call `engine.reset_world` on each before use.
 
     Args:
         spec: The fleet, the same in all worlds.
         n_worlds: N.
         max_requests: M, rows of `requests` in every world.
+        max_hashes: Block hashes of all requests of a world together.
 
     Raises:
         InputError: A pool's numbers cannot be run.
@@ -340,17 +394,19 @@ def allocate(spec: FleetSpec, n_worlds: int, max_requests: int) -> Fleet:
         _fill_pool(record, pool, spec, tables)
     slots = max(max(pool.max_num_seqs, pool.block_size_tokens) for pool in spec.pools)
     n_replicas, n_providers = spec.n_replicas, len(spec.providers)
+    cells = sum(pool.replicas * (slots + 2 * _cached_blocks(pool)) for pool in spec.pools)
     fleet = Fleet(
         spec=spec,
         pools=pools,
         tables=np.concatenate(tables),
         worlds=record_array(n_worlds, WORLD),
         replicas=record_array((n_worlds, n_replicas), REPLICA),
-        slots=record_array((n_worlds, n_replicas, slots), SLOT),
+        slots=record_array((n_worlds, cells + max_hashes), SLOT),
         providers=record_array((n_worlds, n_providers), PROVIDER),
         requests=record_array((n_worlds, max(max_requests, 1)), REQUEST),
+        max_hashes=max_hashes,
     )
-    fleet.replicas["pool"] = spec.pool_of_replica
+    _place_replicas(fleet, slots)
     for v, provider in enumerate(spec.providers):
         rate = provider.requests_per_minute / 60.0
         fleet.providers["requests_per_s"][:, v] = rate

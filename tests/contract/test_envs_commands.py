@@ -53,6 +53,61 @@ def test_simulate_reads_gzip_and_leaves_cells_of_what_cannot_fit_empty(tmp_path)
     assert float(rows[1]["ttft_s"]) > 0.0
 
 
+HASHED = "arrived_at,prompt_tokens,output_tokens,hash_ids\n0,1500,20,4 5 6\n9,1500,20,4 5 7\n9,40,2,\n"
+LINES = (
+    '{"timestamp": 0, "input_length": 1500, "output_length": 20, "hash_ids": [4, 5, 6]}\n'
+    '{"timestamp": 9000, "input_length": 1500, "output_length": 20, "hash_ids": [4, 5, 7]}\n\n'
+    '{"timestamp": 9000, "input_length": 40, "output_length": 2, "hash_ids": []}\n'
+)
+
+
+def test_simulate_reuses_prefixes_where_the_requests_have_hashes(tmp_path, capsys):
+    texts = {}
+    for name, text, more in (
+        ("r.csv", HASHED, ()),
+        ("r.jsonl", LINES, ()),
+        ("plain.csv", HASHED, ("--no-prefix-caching",)),
+        ("small.csv", HASHED, ("--hash-block-tokens", "16")),
+    ):
+        (tmp_path / name).write_text(text)
+        assert _simulate(tmp_path / name, tmp_path / "out", *more) == 0
+        texts[name] = (tmp_path / "out").read_text()
+        assert ("cached" in capsys.readouterr().err) == (name != "plain.csv")
+    rows = {name: list(csv.DictReader(text.splitlines())) for name, text in texts.items()}
+    assert texts["r.csv"] == texts["r.jsonl"]
+    assert [row["cached_tokens"] for row in rows["r.csv"]] == ["0", "1024", "0"]
+    assert [row["cached_tokens"] for row in rows["plain.csv"]] == ["0", "0", "0"]
+    assert [row["cached_tokens"] for row in rows["small.csv"]] == ["0", "32", "0"]
+    ttft_s = [float(rows[name][1]["ttft_s"]) for name in ("r.csv", "small.csv", "plain.csv")]
+    assert ttft_s == sorted(ttft_s) and ttft_s[0] < ttft_s[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "more", "words"),
+    [
+        ("r.csv", HASHED.replace("4 5 7", "4 x 7"), (), "request 2: hash_ids has 'x'"),
+        ("r.csv", HASHED.replace("4 5 7", "4 -5 7"), (), "request 2: hash_ids has '-5'"),
+        ("r.csv", HASHED.replace("4 5 7", "4 5 4"), (), "request 2 has 4 twice"),
+        ("r.csv", HASHED, ("--hash-block-tokens", "24"), "multiple of the engine's 16"),
+        ("r.jsonl", LINES.replace("[4, 5, 7]", "[4, 5, 7.5]"), (), "request 2: hash_ids has 7.5"),
+        ("r.jsonl", LINES.replace("[4, 5, 7]", "7"), (), "line 2"),
+        ("r.jsonl", LINES.replace('"timestamp": 9000', '"time": 9'), (), "line 2"),
+        ("r.jsonl", LINES.replace("9000", "NaN"), (), "line 2"),
+        ("r.jsonl", "[1]\n", (), "line 1"),
+        ("r.jsonl", "{\n", (), "line 1"),
+        ("r.jsonl", "\n", (), "no rows"),
+        ("r.jsonl.gz", LINES, (), "not a gzip file"),
+    ],
+)
+def test_simulate_refuses_bad_hashes(name, text, more, words, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    assert _simulate(tmp_path / name, tmp_path / "out", *more) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

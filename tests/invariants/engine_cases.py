@@ -31,7 +31,9 @@ def small_profile() -> Profile:
 
 
 @st.composite
-def pools(draw: st.DrawFn, scheduler: str | None = None, quirks: bool = False) -> PoolSpec:
+def pools(
+    draw: st.DrawFn, scheduler: str | None = None, quirks: bool = False, prefix_caching: bool = False
+) -> PoolSpec:
     """Small engines: few blocks, so that preemption happens, few slots, so that queues form."""
     max_num_seqs = draw(st.integers(1, 12))
     return PoolSpec(
@@ -46,6 +48,7 @@ def pools(draw: st.DrawFn, scheduler: str | None = None, quirks: bool = False) -
         in_flight_cap=draw(st.sampled_from([1, 3, 8, NO_CAP])),
         watermark_share=draw(st.sampled_from([0.0, 0.05])),
         vidur_quirks=quirks,
+        prefix_caching=prefix_caching,
     )
 
 
@@ -63,3 +66,25 @@ def load(
         "output_tokens": rng.integers(1, most_output + 1, n),
         "patience_s": patience_s,
     }
+
+
+def hashes(
+    seed: int, data: dict[str, np.ndarray], block_size_tokens: int, share_generated: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ragged block hashes for `load`: many requests begin like one before, some have no hashes at their end."""
+    rng = np.random.default_rng([seed, 1])
+    lists: list[list[int]] = []
+    fresh = 0
+    for prompt, output in zip(data["prompt_tokens"], data["output_tokens"], strict=True):
+        prompt_blocks, blocks = prompt // block_size_tokens, (prompt + output - 1) // block_size_tokens
+        own: list[int] = []
+        if lists and rng.random() < 0.7:
+            parent, parent_prompt = lists[rng.integers(0, len(lists))], 10**9
+            if not share_generated:
+                parent_prompt = int(data["prompt_tokens"][lists.index(parent)]) // block_size_tokens
+            own = parent[: min(int(rng.integers(0, prompt_blocks + 1)), parent_prompt)]
+        while len(own) < blocks:
+            own = [*own, fresh]
+            fresh += int(rng.choice([1, 16, 2**40]))
+        lists.append(own if rng.random() < 0.7 else own[: int(rng.integers(0, blocks + 1))])
+    return np.array([len(own) for own in lists]), np.array([h for own in lists for h in own], dtype=np.int64)

@@ -1,13 +1,71 @@
-"""The vLLM V1 scheduler once more, naively: one iteration at a time, lists, no shortcuts. The engine must agree."""
+"""The vLLM V1 scheduler once more, naively: one iteration at a time, lists, no shortcuts. The engine must agree.
+
+Its KV blocks are objects in a queue, freed and evicted as in vllm/v1/core/block_pool.py (0.24 and later).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections import deque
+from collections.abc import Sequence
 
 from envs.fleet.iteration import batch_seconds
 from envs.fleet.state import PoolSpec
+
+
+@dataclasses.dataclass(eq=False)
+class Block:
+    """A KV block with its hash, as vLLM has it."""
+
+    hash: int = -1
+    holders: int = 0
+
+
+class BlockPool:
+    """KV blocks of an engine: a queue of the free ones, and those with a hash by hash, oldest first."""
+
+    def __init__(self, n_blocks: int) -> None:
+        self.queue: list[Block] = [Block() for _ in range(n_blocks)]
+        self.index: dict[int, list[Block]] = {}
+        self.evicted = 0
+
+    def find(self, hashes: Sequence[int]) -> list[Block]:
+        found = []
+        for wanted in hashes:
+            if wanted not in self.index:
+                break
+            found.append(self.index[wanted][0])
+        return found
+
+    def take(self, cached: list[Block], new: int) -> list[Block]:
+        for block in cached:
+            if block.holders == 0:
+                self.queue.remove(block)
+            block.holders += 1
+        blocks = [self.queue.pop(0) for _ in range(new)]
+        for block in blocks:
+            assert block.holders == 0
+            block.holders = 1
+            if block.hash >= 0:
+                self.index[block.hash].remove(block)
+                self.index = {key: value for key, value in self.index.items() if value}
+                self.evicted += 1
+                block.hash = -1
+        return cached + blocks
+
+    def name(self, blocks: list[Block], hashes: Sequence[int]) -> None:
+        for block, its in zip(blocks, hashes, strict=False):
+            if block.hash < 0:
+                block.hash = its
+                self.index.setdefault(its, []).append(block)
+
+    def free(self, blocks: list[Block]) -> None:
+        for block in reversed(blocks):
+            block.holders -= 1
+        idle = [block for block in reversed(blocks) if block.holders == 0]
+        self.queue[:0] = [block for block in idle if block.hash < 0]
+        self.queue += [block for block in idle if block.hash >= 0]
 
 
 @dataclasses.dataclass
@@ -18,7 +76,9 @@ class Naive:
     patience_until_s: float = math.inf
     computed: int = 0
     generated: int = 0
-    blocks: int = 0
+    hashes: Sequence[int] = ()
+    blocks: list[Block] = dataclasses.field(default_factory=list)
+    cached_tokens: int = -1
     decoding: bool = False
     restarts: int = 0
     first_s: float = math.nan
@@ -37,12 +97,13 @@ def _blocks(pool: PoolSpec, tokens: int) -> int:
 class NaiveReplica:
     """One engine behind a gateway with a hold queue."""
 
-    def __init__(self, pool: PoolSpec, requests: list[Naive]) -> None:
+    def __init__(self, pool: PoolSpec, requests: list[Naive], name_generated_at_once: bool = False) -> None:
         self.pool, self.arrivals = pool, deque(requests)
+        self.name_generated_at_once = name_generated_at_once  # vLLM; the engine: when their request lets go
         self.held: deque[Naive] = deque()
         self.waiting: deque[Naive] = deque()
         self.running: list[Naive] = []
-        self.free = pool.kv_blocks
+        self.kv = BlockPool(pool.kv_blocks)
 
     def run(self) -> None:
         now_s = 0.0
@@ -75,14 +136,16 @@ class NaiveReplica:
         while index < len(self.running) and budget > 0:
             request = self.running[index]
             chunk = min(request.target - request.computed, budget)
-            while (need := _blocks(self.pool, request.computed + chunk) - request.blocks) > self.free:
+            while (need := _blocks(self.pool, request.computed + chunk) - len(request.blocks)) > len(self.kv.queue):
                 victim = self.running.pop()
                 self._evict(victim)
                 preempted = True
                 if victim is request:
                     break
             else:
-                self._take(request, need)
+                request.blocks += self.kv.take([], need)
+                if self.name_generated_at_once or not request.decoding:
+                    self._name(request, chunk)
                 batch.append((request, chunk))
                 budget -= chunk
                 index += 1
@@ -90,35 +153,47 @@ class NaiveReplica:
             break
         while not preempted and self.waiting and len(self.running) < self.pool.max_num_seqs and budget > 0:
             request = self.waiting[0]
-            chunk = min(request.target, budget)
-            need = _blocks(self.pool, chunk)
-            if need > self.free:
+            cached = self.kv.find(request.hashes[: (request.target - 1) // self.pool.block_size_tokens])
+            prefix = len(cached) * self.pool.block_size_tokens
+            chunk = min(request.target - prefix, budget)
+            need = _blocks(self.pool, prefix + chunk) - len(cached)
+            if need + sum(block.holders == 0 for block in cached) > len(self.kv.queue):
                 break
             self.waiting.popleft()
             if now_s > request.patience_until_s and math.isnan(request.first_s):
                 request.status, request.end_s = "abandoned", now_s
                 self._release()
                 continue
-            self._take(request, need)
+            request.blocks = self.kv.take(cached, need)
+            request.computed = prefix
+            if request.cached_tokens < 0:
+                request.cached_tokens = prefix
+            self._name(request, chunk)
             self.running.append(request)
             batch.append((request, chunk))
             budget -= chunk
         return batch
 
-    def _take(self, request: Naive, need: int) -> None:
-        request.blocks += need
-        self.free -= need
+    def _name(self, request: Naive, chunk: int) -> None:
+        """Full blocks enter the index; `chunk` tokens more than are computed will be at the end of the iteration."""
+        full = (request.computed + chunk) // self.pool.block_size_tokens
+        self.kv.name(request.blocks[:full], request.hashes[:full])
+
+    def _free(self, request: Naive) -> None:
+        self._name(request, 0)
+        self.kv.free(request.blocks)
+        request.blocks = []
 
     def _evict(self, request: Naive) -> None:
-        self.free += request.blocks
-        request.blocks = request.computed = 0
+        self._free(request)
+        request.computed = 0
         request.decoding = False
         request.restarts += 1
         self.waiting.appendleft(request)
 
     def _leave(self, request: Naive, status: str, now_s: float) -> None:
         self.running.remove(request)
-        self.free += request.blocks
+        self._free(request)
         request.status, request.end_s = status, now_s
 
     def _finish(self, batch: list[tuple[Naive, int]], now_s: float) -> None:

@@ -1,0 +1,110 @@
+"""Block hashes of requests, from what a trace or a generator knows to what the engine takes.
+
+A hash stands for the content of a block and of everything before it, so requests that begin alike begin with the same
+hashes, and no hash occurs twice in one request. Only equality counts. Ragged lists are two arrays: `counts` (M,) and
+all hashes, one request after the other, (sum of counts,).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from envs.fleet.state import Fleet
+from marginroute.errors import InputError
+
+IntArray = npt.NDArray[np.int64]
+Ragged = tuple[Any, Any]  # counts (M,), hashes (sum of counts,)
+
+
+def _ragged(hashes: Ragged, n_requests: int) -> tuple[IntArray, IntArray]:
+    """The two arrays as int64, checked: lengths, 0 or more, no hash twice in one request."""
+    counts, flat = (np.ascontiguousarray(part, dtype=np.int64) for part in hashes)
+    if counts.shape != (n_requests,) or (counts < 0).any() or flat.shape != (counts.sum(),):
+        raise InputError(
+            f"block hashes: {counts.size} counts that add up to {counts.sum()} for {n_requests} requests and "
+            f"{flat.size} hashes; legal is one count of 0 or more per request and as many hashes as they add up to"
+        )
+    if flat.size and flat.min() < 0:
+        raise InputError(f"block hashes: {flat.min()}; legal is 0 or more")
+    rows = np.repeat(np.arange(n_requests), counts)
+    order = np.lexsort((flat, rows))
+    twice = (np.diff(flat[order]) == 0) & (np.diff(rows[order]) == 0)
+    if twice.any():
+        at = order[int(np.argmax(twice))]
+        raise InputError(
+            f"block hashes: request {rows[at] + 1} has {flat[at]} twice; legal is a hash of a block and all before it"
+        )
+    return counts, flat
+
+
+def engine_hashes(
+    prompt_tokens: npt.ArrayLike,
+    output_tokens: npt.ArrayLike,
+    hashes: Ragged,
+    hash_block_tokens: int,
+    block_size_tokens: int,
+) -> tuple[IntArray, IntArray]:
+    """Hashes of every block that the engine will fill, from hashes of the prompts' larger blocks.
+
+    A block of `hash_block_tokens` is cut into the engine's. Blocks that the given hashes say nothing about (generated
+    tokens, the block in which prompt and output meet, prompts without hashes) get a number of their own, as in vLLM,
+    where they take their place in the cache and only their own request can find them again, after a preemption.
+
+    Args:
+        prompt_tokens: (M,).
+        output_tokens: (M,).
+        hashes: Ragged, of the prompts only; the last one of a request may stand for a block that is not full.
+        hash_block_tokens: Tokens per block of `hashes`.
+        block_size_tokens: Tokens per block of the engine.
+
+    Returns:
+        Ragged: counts (M,) and hashes, dense from 0.
+
+    Raises:
+        InputError: The engine's blocks do not divide the others, or the ragged lists are not legal.
+    """
+    prompt, output = np.asarray(prompt_tokens, dtype=np.int64), np.asarray(output_tokens, dtype=np.int64)
+    if hash_block_tokens < 1 or hash_block_tokens % block_size_tokens:
+        raise InputError(
+            f"block hashes over {hash_block_tokens} tokens; legal is a multiple of the engine's {block_size_tokens}"
+        )
+    parts = hash_block_tokens // block_size_tokens
+    given_counts, given = _ragged(hashes, prompt.size)
+    distinct, given = np.unique(given, return_inverse=True)
+    counts = (prompt + output - 1) // block_size_tokens
+    known = np.minimum(given_counts * parts, prompt // block_size_tokens)
+    rows = np.repeat(np.arange(prompt.size), counts)
+    at = np.arange(rows.size) - (np.cumsum(counts) - counts)[rows]
+    flat = distinct.size * parts + np.arange(rows.size)
+    shared = at < known[rows]
+    at = at[shared]
+    flat[shared] = given[(np.cumsum(given_counts) - given_counts)[rows[shared]] + at // parts] * parts + at % parts
+    return counts, flat
+
+
+def load_hashes(fleet: Fleet, w: int, hashes: Ragged) -> None:
+    """Gives the first requests of world w their block hashes, in the engine's blocks; the others have none.
+
+    Args:
+        fleet: The fleet, allocated with `max_hashes`.
+        w: World; load it before its requests are submitted.
+        hashes: Ragged, of prompts and, where a follow-up may find them, of generated blocks.
+
+    Raises:
+        InputError: The lists are not legal or do not fit.
+    """
+    counts, flat = _ragged(hashes, len(hashes[0]))
+    requests, slots = fleet.requests[w], fleet.slots[w]
+    if counts.size > requests.size or flat.size > fleet.max_hashes:
+        raise InputError(
+            f"block hashes: {flat.size} of {counts.size} requests; "
+            f"legal is at most {fleet.max_hashes} of {requests.size}"
+        )
+    start = slots.size - fleet.max_hashes
+    requests["hash_count"] = 0
+    requests["hash_count"][: counts.size] = counts
+    requests["hash_at"][: counts.size] = start + np.cumsum(counts) - counts
+    slots["block_hash"][start : start + flat.size] = flat
