@@ -5,6 +5,11 @@ lognormal conversations at three utilisations of the measured capacity. Each arr
 compares all replicas in one compiled rule. Rows called `base` run the engine alone; rows called `full` add what a
 gateway's world has: scrapes every second, users who leave, an in-flight cap with its hold queue, and a rate-limited
 provider that takes what the caps refuse. `requests_per_cpu_s_R` is the slowest of the six rows with R replicas.
+
+Rows called `prefix` are `full` with prefix caching, at 80 % of the same capacity, whose requests have a hash for every
+block: 70 % go on from one of the last 500 conversations, answer included, the rest begin with one of 8 system prompts
+of 256 tokens. The router does not look at prefixes, so more replicas reuse less.
+`prefix_requests_per_cpu_s_R` is theirs.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from numba import njit
 
 from benchmarks import common
 from envs.fleet.engine import advance, drain, pop_finished, reset_world, submit
+from envs.fleet.hashes import load_hashes
 from envs.fleet.profile import compact_profile
 from envs.fleet.provider import provider_available, submit_provider
 from envs.fleet.replay import least_in_flight
@@ -41,11 +47,13 @@ FEATURES = {
         "in-flight cap 96 and hold queue",
         "provider, 6,000 / min",
     ],
+    "prefix": ["all of full", "prefix cache, every block of every request hashed"],
 }
+FOLLOW_UPS, RECENT, SYSTEM_PROMPTS, SYSTEM_BLOCKS = 0.7, 500, 8, 16
 _COMPILE = "import benchmarks.simulator as s, time; s.warm_up(); print(time.process_time())"
 
 
-def spec(replicas: int, full: bool) -> FleetSpec:
+def spec(replicas: int, full: bool, caching: bool = False) -> FleetSpec:
     """The benchmark's fleet."""
     data = read_yaml(locate(PROFILE, "profile"))
     pool = PoolSpec(
@@ -56,6 +64,7 @@ def spec(replicas: int, full: bool) -> FleetSpec:
         max_num_seqs=256,
         max_num_batched_tokens=2048,
         in_flight_cap=96 if full else NO_CAP,
+        prefix_caching=caching,
     )
     providers = (ProviderSpec("api", ttft_s=0.5, tpot_s=0.02, requests_per_minute=6000.0),) if full else ()
     return FleetSpec((pool,), providers, scrape_interval_s=1.0 if full else 1e12)
@@ -88,12 +97,30 @@ def _lengths(rng: np.random.Generator, law: dict[str, float], n: int) -> Any:
     return np.clip(tokens, law["min_tokens"], law["max_tokens"]).astype(np.int64)
 
 
-def prepare(replicas: int, full: bool, n: int, requests_per_s: float) -> tuple[Fleet, Any]:
+def _conversations(prompts: Any, outputs: Any, block_size: int) -> tuple[Any, Any]:
+    """Ragged block hashes of requests (n,), see above; of its past a request repeats what its prompt has room for."""
+    rng = np.random.default_rng(7)
+    fresh = 1 << 20
+    recent = [np.arange(SYSTEM_BLOCKS) + i * SYSTEM_BLOCKS for i in range(SYSTEM_PROMPTS)]
+    lists: list[Any] = []
+    for prompt, blocks in zip(prompts // block_size, (prompts + outputs - 1) // block_size, strict=True):
+        past = lists[-min(len(lists), RECENT) :] if lists and rng.random() < FOLLOW_UPS else recent
+        shared = past[rng.integers(0, len(past))][:prompt]
+        lists.append(np.concatenate([shared, np.arange(fresh, fresh + blocks - len(shared))]))
+        fresh += blocks
+    return np.array([len(own) for own in lists]), np.concatenate(lists)
+
+
+def prepare(replicas: int, full: bool, n: int, requests_per_s: float, caching: bool = False) -> tuple[Fleet, Any]:
     """A fleet with `n` requests filled in, and their arrival times (n,)."""
     rng = np.random.default_rng(20_261_123)
-    fleet = allocate(spec(replicas, full), 1, n)
+    fleet_spec = spec(replicas, full, caching)
+    prompts, outputs = _lengths(rng, PROMPT, n), _lengths(rng, OUTPUT, n)
+    hashes = _conversations(prompts, outputs, fleet_spec.pools[0].block_size_tokens) if caching else ([], [])
+    fleet = allocate(fleet_spec, 1, n, len(hashes[1]))
     rows = fleet.requests[0]
-    rows["prompt_tokens"], rows["output_tokens"] = _lengths(rng, PROMPT, n), _lengths(rng, OUTPUT, n)
+    rows["prompt_tokens"], rows["output_tokens"] = prompts, outputs
+    load_hashes(fleet, 0, hashes)
     arrived_at_s = np.cumsum(rng.exponential(1.0 / requests_per_s, n))
     rows["patience_until_s"] = arrived_at_s + rng.lognormal(np.log(8.0), 0.5, n) if full else np.inf
     return fleet, arrived_at_s
@@ -112,9 +139,10 @@ def capacity(n: int) -> float:
     return n / float(fleet.requests["completed_at_s"].max())
 
 
-def measure(replicas: int, full: bool, utilisation: float, n: int, rate: float, repeats: int) -> dict[str, Any]:
+def measure(replicas: int, features: str, utilisation: float, n: int, rate: float, repeats: int) -> dict[str, Any]:
     """One row: the median of `repeats` runs, in requests per second of this process's CPU time."""
-    fleet, arrived_at_s = prepare(replicas, full, n, rate * utilisation * replicas)
+    full, caching = features != "base", features == "prefix"
+    fleet, arrived_at_s = prepare(replicas, full, n, rate * utilisation * replicas, caching)
     seconds = []
     for _ in range(repeats):
         start = time.process_time()
@@ -126,7 +154,7 @@ def measure(replicas: int, full: bool, utilisation: float, n: int, rate: float, 
     ttft_s = rows["first_token_at_s"] - arrived_at_s
     return {
         "replicas": replicas,
-        "features": "full" if full else "base",
+        "features": features,
         "utilisation": utilisation,
         "requests": n,
         "requests_per_cpu_s": round(n / float(np.median(seconds))),
@@ -134,6 +162,7 @@ def measure(replicas: int, full: bool, utilisation: float, n: int, rate: float, 
         "iterations_per_request": round(float(fleet.replicas["iterations"].sum()) / n, 2),
         "abandoned": int((rows["status"] == 3).sum()),
         "to_provider": int((rows["replica"] < 0).sum()),
+        "cached_share": round(float(rows["cached_tokens"].sum() / rows["prompt_tokens"].sum()), 3),
         "ttft_p50_s": round(float(np.nanpercentile(ttft_s, 50)), 4),
         "ttft_p99_s": round(float(np.nanpercentile(ttft_s, 99)), 4),
     }
@@ -188,16 +217,17 @@ def main(argv: list[str] | None = None) -> int:
     rate = capacity(2_000 if arguments.quick else 8_000)
     rows = []
     for replicas in REPLICAS:
-        for full in (False, True):
-            for utilisation in UTILISATIONS:
-                row = measure(replicas, full, utilisation, n, rate, repeats)
-                rows.append(row)
-                words = f"{row['features']} at {utilisation:.0%}: {row['requests_per_cpu_s']:,} per CPU-second"
-                common.note(f"{replicas} replicas, {words}")
-    figures: dict[str, Any] = {
-        f"requests_per_cpu_s_{replicas}": min(row["requests_per_cpu_s"] for row in rows if row["replicas"] == replicas)
-        for replicas in REPLICAS
-    }
+        cases = [(features, utilisation) for features in ("base", "full") for utilisation in UTILISATIONS]
+        for features, utilisation in [*cases, ("prefix", 0.8)]:
+            row = measure(replicas, features, utilisation, n, rate, repeats)
+            rows.append(row)
+            words = f"{features} at {utilisation:.0%}: {row['requests_per_cpu_s']:,} per CPU-second"
+            common.note(f"{replicas} replicas, {words}")
+    figures: dict[str, Any] = {}
+    for prefix, features in (("", ("base", "full")), ("prefix_", ("prefix",))):
+        for replicas in REPLICAS:
+            these = [row for row in rows if row["replicas"] == replicas and row["features"] in features]
+            figures[f"{prefix}requests_per_cpu_s_{replicas}"] = min(row["requests_per_cpu_s"] for row in these)
     figures |= {
         "decisions_per_cpu_s": round(decisions_per_cpu_s(60 if arguments.quick else 300)),
         "compile_s": round(compile_s, 2),
