@@ -28,9 +28,7 @@ _MTOK = 1e-6
 
 def with_prices(fleet: FleetSection, place: Callable[..., str]) -> FleetSection:
     """Replaces every provider's `price_of` by the list prices of that model."""
-    providers = {
-        name: _priced(item, place("providers", name, "price_of")) for name, item in fleet.providers.items()
-    }
+    providers = {name: _priced(item, place("providers", name, "price_of")) for name, item in fleet.providers.items()}
     return fleet.model_copy(update={"providers": providers})
 
 

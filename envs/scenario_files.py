@@ -82,9 +82,7 @@ def locate(name_or_path: str | Path, kind: str) -> Path:
     return path
 
 
-def compose(
-    raw: dict[str, Any], path: Path, overrides: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, str]]:
+def compose(raw: dict[str, Any], path: Path, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Replaces section names by the files' content.
 
     Returns:

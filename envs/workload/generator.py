@@ -183,9 +183,7 @@ def _given_recurrences(prompt_key: Array | None, size: int) -> tuple[Array, Arra
     return source, prompt_key
 
 
-def _lengths(
-    mixtures: tuple[LengthMixture, ...], rng: np.random.Generator, task_index: Array, source: Array
-) -> Array:
+def _lengths(mixtures: tuple[LengthMixture, ...], rng: np.random.Generator, task_index: Array, source: Array) -> Array:
     """(M,) i4 token counts, each by the mixture of its task."""
     uniform = rng.random(len(task_index))[source]
     normal = rng.standard_normal(len(task_index))[source]

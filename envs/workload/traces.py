@@ -159,9 +159,7 @@ def window(
     )
 
 
-def _cut(
-    trace: Trace, rows: slice, times: tuple[float, float, float], class_names: tuple[str, ...]
-) -> GivenRequests:
+def _cut(trace: Trace, rows: slice, times: tuple[float, float, float], class_names: tuple[str, ...]) -> GivenRequests:
     start_s, length_s, speed = times
     class_index = None
     if trace.class_name is not None and set(np.unique(trace.class_name)) <= set(class_names):

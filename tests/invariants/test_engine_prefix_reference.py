@@ -225,7 +225,8 @@ def small_cases():
 
 
 def test_compiled_equals_interpreted():
-    program = "import json; from tests.invariants import test_engine_prefix_reference as t; print(json.dumps(t.small_cases()))"
+    module = "tests.invariants.test_engine_prefix_reference"
+    program = f"import json, {module} as t; print(json.dumps(t.small_cases()))"
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
