@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"--resume goes on as the run was started; {given[0]} is not legal beside it")
         run = Run(args.resume)
         info = run.info()
-        return finish(run, run.scenario(), run.config(), int(info["seed"]), args, resume=True)
+        return carry_out(run, run.scenario(), run.config(), int(info["seed"]), args, resume=True)
     from envs.scenario import load_scenario
     from evaluation.arguments import pairs
 
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(args.out or Path("runs") / scenario.name)
     run.create(scenario, config, args.seed, shlex.join(["python", "train.py", *arguments]))
     run.update(retune=args.retune)
-    return finish(run, scenario, config, args.seed, args, resume=False)
+    return carry_out(run, scenario, config, args.seed, args, resume=False)
 
 
 def list_scenarios() -> int:
@@ -106,6 +106,18 @@ def list_scenarios() -> int:
     return 0
 
 
+def carry_out(
+    run: Run, scenario: Scenario, config: TrainingConfig, seed: int, args: argparse.Namespace, resume: bool
+) -> int:
+    """All steps of a run, new or resumed; the run folder tells if they were interrupted."""
+    try:
+        return finish(run, scenario, config, seed, args, resume)
+    except KeyboardInterrupt:
+        run.update(status="interrupted")
+        print(f"go on with: python train.py --resume {run.folder}", file=sys.stderr)
+        raise
+
+
 def finish(
     run: Run, scenario: Scenario, config: TrainingConfig, seed: int, args: argparse.Namespace, resume: bool
 ) -> int:
@@ -113,10 +125,12 @@ def finish(
     from agents import baselines
     from agents.export import export
     from agents.train import train
+    from envs import announce_compilation
     from envs.worlds import Plant
     from evaluation.gate import gate
     from evaluation.progress import progress_bar
 
+    announce_compilation()
     plant = Plant(scenario)
     advice, fallback = baselines.advice_and_fallback(tuned_baselines(run, plant, args))
     log = tracker(run, scenario, seed) if args.track else lambda _: None

@@ -52,6 +52,12 @@ class TrainingConfig(Section):
         return self
 
 
+class _Training(Section):
+    """Puts `training.` before the keys, in overrides and in errors."""
+
+    training: TrainingConfig
+
+
 def load_training(path: Path | None, overrides: Mapping[str, Any]) -> TrainingConfig:
     """The training configuration from a file (default: configs/training/default.yaml) and overrides.
 
@@ -59,11 +65,12 @@ def load_training(path: Path | None, overrides: Mapping[str, Any]) -> TrainingCo
         InputError: unreadable, unknown key, or a value out of range.
     """
     path = path or scenario_files.CONFIGS / "training" / "default.yaml"
-    data = scenario_files.apply_overrides(TrainingConfig, scenario_files.read_yaml(path), overrides)
+    prefixed = {PREFIX + key: value for key, value in overrides.items()}
+    data = scenario_files.apply_overrides(_Training, {"training": scenario_files.read_yaml(path)}, prefixed)
     try:
-        return TrainingConfig.model_validate(data)
+        return _Training.model_validate(data).training
     except ValidationError as error:
-        raise scenario_files.input_error(error, TrainingConfig, data, {"": str(path)}, overrides) from None
+        raise scenario_files.input_error(error, _Training, data, {"training": str(path)}, prefixed) from None
 
 
 def split_overrides(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

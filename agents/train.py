@@ -221,6 +221,7 @@ def train(
     )
     if resume and run.has_checkpoint:
         model = load_archive(run.newest_checkpoint(), env)
+        model.tensorboard_log = str(run.folder / "tb")  # the folder may have moved
         env.episodes = int(model.num_timesteps // plant.scenario.generate(first, "train").n_requests)
     else:
         model = make_model(env, config, spec, seed, run.folder / "tb")
@@ -230,9 +231,6 @@ def train(
     if steps > 0:
         try:
             model.learn(steps, callback=watch, reset_num_timesteps=model.num_timesteps == 0, tb_log_name="ppo")
-        except KeyboardInterrupt:
-            run.update(status="interrupted")
-            raise
         finally:
             save_archive(model, run.folder / "checkpoints" / f"step_{model.num_timesteps:010d}.zip")
     best = load_archive(run.policy_path, None)

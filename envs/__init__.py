@@ -7,6 +7,7 @@ is made) and chooses where Numba keeps compiled kernels.
 import hashlib
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -24,12 +25,26 @@ def _use_kernel_cache() -> None:
     """
     sources = [*sorted((_ROOT / "envs").rglob("*.py")), *sorted((_ROOT / "marginroute").glob("*.py"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    kernels = _ROOT / ".marginroute_cache" / "kernels"
+    kernels = _cache_root() / "kernels"
     os.environ.setdefault("NUMBA_CACHE_DIR", str(kernels / digest))
     if kernels.is_dir():
         for old in kernels.iterdir():
             if old.name != digest and old.stat().st_mtime < time.time() - KEEP_KERNELS_S:
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def _cache_root() -> Path:
+    """The checkout, or the user's cache where the checkout may not be written to."""
+    if os.access(_ROOT, os.W_OK):
+        return _ROOT / ".marginroute_cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "marginroute"
+
+
+def announce_compilation() -> None:
+    """Says on stderr that the kernels are about to be compiled, if they have not been yet."""
+    folder = Path(os.environ["NUMBA_CACHE_DIR"])
+    if not folder.is_dir() or not any(folder.iterdir()):
+        print("compiling the simulator: once after each change of its sources, about a minute", file=sys.stderr)
 
 
 def register() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -9,17 +10,24 @@ from collections.abc import Callable
 
 from marginroute.errors import InputError
 
+EXIT_BAD_OUTPUT = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
 def main_guard(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
-    """Wraps a `main(argv)`: bad input exits 2 with one sentence, an interruption exits 130, a closed pipe quietly."""
+    """Wraps a `main(argv)`: bad input exits 2 with one sentence, an interruption exits 130, a closed pipe quietly.
+
+    What was printed is flushed here, so that a pipe closed by its reader or a full disk does not end in a traceback.
+    """
 
     @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> int:
         try:
-            return main(argv)
+            code = main(argv)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_BAD_INPUT
@@ -27,7 +35,18 @@ def main_guard(main: Callable[[list[str] | None], int]) -> Callable[[list[str] |
             print("interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()
             return 0
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            _discard_output()
+            print(f"error: output cannot be written ({error.strerror})", file=sys.stderr)
+            return EXIT_BAD_OUTPUT
 
     return guarded
+
+
+def _discard_output() -> None:
+    """What is still buffered would fail again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,6 +15,7 @@ import yaml
 import evaluate
 import export
 import train
+from envs import scenario_files
 from envs.__main__ import main as envs_main
 from marginroute.__main__ import main as marginroute_main
 
@@ -141,11 +142,20 @@ def test_trace_format(refused, tmp_path):
         (["-n", "0"], ["-n 0", "1 or more"]),
         (["--seed", "-1"], ["--seed -1", "0 or more"]),
         (["--n-envs", "0"], ["--n-envs 0"]),
-        (["--set", "training.learning_rat=1"], ["unknown key 'learning_rat'", "did you mean learning_rate"]),
-        (["--set", "training.learning_rate=-1"], ["learning_rate", "-1", "greater than 0"]),
+        (
+            ["--set", "training.learning_rat=1"],
+            ["--set training.learning_rat: unknown key", "did you mean learning_rate"],
+        ),
+        (["--set", "training.learning_rate=-1"], ["--set training.learning_rate: -1", "greater than 0"]),
         (["--set", "training.gae_lambda=1.5"], ["gae_lambda", "1.5", "at most 1"]),
-        (["--set", "training.minibatch=1000000"], ["minibatch 1000000", "at most that"]),
-        (["--n-envs", "1", "--set", "training.rollout_steps=2", "training.minibatch=4"], ["minibatch 4", "= 2"]),
+        (
+            ["--set", "training.minibatch=1000000"],
+            ["--set training.minibatch, training: has minibatch 1000000", "at most that"],
+        ),
+        (
+            ["--n-envs", "1", "--set", "training.rollout_steps=2", "training.minibatch=4"],
+            ["--set training.", "minibatch 4", "= 2"],
+        ),
     ],
 )
 def test_training_settings(refused, words, parts):
@@ -308,3 +318,27 @@ def test_a_real_process_says_the_same():
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(r"error: scenario 'no_such_scenario'.*legal is.*\n", done.stderr)
+
+
+def test_yaml_keys_that_are_no_names(refused, tmp_path):
+    message = refused(train.main, a_file(tmp_path, "s.yaml", "{a: 1}: 2\n"))
+    assert "s.yaml" in message and "is no name" in message
+
+
+def test_yaml_anchors_may_be_merged(tmp_path):
+    plain = (ROOT / "configs" / "plans" / "starter.yaml").read_text()
+    merged = plain.replace("  batch:\n    plan: batch", "  batch:\n    <<: {tenants: 7}\n    plan: batch")
+    assert merged != plain
+    path = a_file(tmp_path, "plans.yaml", merged)
+    assert (
+        scenario_files.read_yaml(path)["classes"]["batch"]
+        == scenario_files.read_yaml(a_file(tmp_path, "plain.yaml", plain))["classes"]["batch"]
+    )  # its own keys win
+
+
+@pytest.mark.parametrize("redirection, code", [("> /dev/full", 1), ("| true", 0)])
+def test_output_that_nobody_takes(redirection, code):
+    command = f"set -o pipefail; {sys.executable} train.py --list {redirection}"
+    run = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    assert "Traceback" not in run.stderr and "Exception ignored" not in run.stderr

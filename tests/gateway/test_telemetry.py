@@ -5,11 +5,11 @@ import threading
 
 import numpy as np
 import pytest
+from bundles import small_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from bundles import small_bundle
 from marginroute import latency
 from marginroute import view as v
 from marginroute.counters import COUNTERS
