@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from marginroute.errors import InputError
+
 Array = np.ndarray[Any, Any]
 
 
@@ -14,12 +16,21 @@ Array = np.ndarray[Any, Any]
 class Workload:
     """Requests of one episode as immutable arrays, ordered by arrival.
 
+    *Sessions*: a request may follow another one (`parent_index`): it arrives when its user or agent is ready, think_s
+    after its parent was answered, and never if the parent was not. A parent has a smaller index than its followers;
+    requests without a parent (roots) are in order of arrival.
+
+    *Prefixes*: prompts that begin alike begin with the same block hashes; a hash stands for its block of
+    `prefix_block_tokens` tokens and all before it, so equal hashes have equal ones before them. The hashes of a request
+    are those of its prompt, from the first block on; the last may stand for a block that is not full. A follow-up whose
+    prompt is its parent's hashes and more, and long enough, is taken to repeat the parent's answer.
+
     M requests, T tiers. Requests with the same `prompt_key` are the same prompt: equal lengths, task, quality and
     outcome, whoever asks. Fields named in `hidden` are truths of the future or of the request: the engine and the
     ledger read them, a View never does.
 
     Attributes:
-        arrived_at_s: (M,) f8, ascending, in [0, horizon_s).
+        arrived_at_s: (M,) f8, in [0, horizon_s), ascending over roots; of a follow-up only a nominal time.
         class_index: (M,) i4, customer class.
         task_index: (M,) i4, task type.
         tenant_index: (M,) i4, customer; a tenant belongs to one class.
@@ -34,6 +45,12 @@ class Workload:
         good: (M, T) u1, outcome: one uniform per prompt compared with `p_good`, hence monotone in it. Hidden.
         provider_noise: (M, 2) f8, standard normals behind a provider's TTFT and TPOT. Hidden.
         horizon_s: length of the episode.
+        prefix_block_tokens: tokens per block hash; 0: nobody hashes prompts.
+        prefix_count: (M,) i4, block hashes of each request, at most its prompt's blocks; default none.
+        prefix_hash: (sum of prefix_count,) i8, 0 or more, one request after the other.
+        session_index: (M,) i4, conversation or task that a request belongs to; -1: none. Default -1.
+        parent_index: (M,) i4, request that this one follows, an earlier row; -1: none. Default -1.
+        think_s: (M,) f8, seconds between the parent's end and this arrival, 0 or more. Default 0. Hidden.
     """
 
     arrived_at_s: Array
@@ -51,17 +68,37 @@ class Workload:
     good: Array
     provider_noise: Array
     horizon_s: float
+    prefix_block_tokens: int = 0
+    prefix_count: Array = None  # type: ignore[assignment]
+    prefix_hash: Array = None  # type: ignore[assignment]
+    session_index: Array = None  # type: ignore[assignment]
+    parent_index: Array = None  # type: ignore[assignment]
+    think_s: Array = None  # type: ignore[assignment]
 
-    hidden: ClassVar[tuple[str, ...]] = ("output_tokens", "patience_s", "p_good", "good", "provider_noise")
+    hidden: ClassVar[tuple[str, ...]] = ("output_tokens", "patience_s", "p_good", "good", "provider_noise", "think_s")
+    scalars: ClassVar[tuple[str, ...]] = ("horizon_s", "prefix_block_tokens")
 
     def __post_init__(self) -> None:
+        m = self.n_requests
+        for name, fill, size, kind in (
+            ("prefix_count", 0, m, np.int32),
+            ("prefix_hash", 0, 0, np.int64),
+            ("session_index", -1, m, np.int32),
+            ("parent_index", -1, m, np.int32),
+            ("think_s", 0.0, m, np.float64),
+        ):
+            given = getattr(self, name)
+            array = np.full(size, fill, kind) if given is None else np.ascontiguousarray(given, kind)
+            object.__setattr__(self, name, array)
+        _check_sessions(self)
+        _check_prefixes(self)
         for name in self.array_names():
             getattr(self, name).flags.writeable = False
 
     @classmethod
     def array_names(cls) -> tuple[str, ...]:
         """The fields that are arrays, in order of definition."""
-        return tuple(field.name for field in fields(cls) if field.name != "horizon_s")
+        return tuple(field.name for field in fields(cls) if field.name not in cls.scalars)
 
     @classmethod
     def visible(cls) -> tuple[str, ...]:
@@ -77,3 +114,49 @@ class Workload:
     def n_tiers(self) -> int:
         """T."""
         return int(self.p_good.shape[1])
+
+    @property
+    def has_sessions(self) -> bool:
+        """Whether any request follows another one."""
+        return bool((self.parent_index >= 0).any())
+
+
+def _refuse(wrong: Array, name: str, values: Array, legal: str) -> None:
+    """Raises InputError for the first request that is marked as wrong."""
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise InputError(f"workload: {name} of request {row} is {values[row]}; legal is {legal}")
+
+
+def _check_sessions(workload: Workload) -> None:
+    """Raises InputError unless every follow-up comes after its parent and everybody's times make sense."""
+    m, parent, think_s = workload.n_requests, workload.parent_index, workload.think_s
+    for name in ("session_index", "parent_index", "think_s"):
+        if len(getattr(workload, name)) != m:
+            raise InputError(f"workload: {len(getattr(workload, name))} {name}; legal is one per request, {m}")
+    _refuse((parent < -1) | (parent >= np.arange(m)), "parent_index", parent, "an earlier request, or -1")
+    _refuse(~((think_s >= 0.0) & np.isfinite(think_s)), "think_s", think_s, "0 or more seconds")
+    roots = np.flatnonzero(parent < 0)
+    early = np.zeros(m, dtype=np.bool_)
+    early[roots[1:]] = np.diff(workload.arrived_at_s[roots]) < 0.0
+    _refuse(early, "arrived_at_s", workload.arrived_at_s, "not before an earlier request without parent")
+    followers = np.flatnonzero(parent >= 0)
+    strange = np.zeros(m, dtype=np.bool_)
+    strange[followers] = workload.session_index[followers] != workload.session_index[parent[followers]]
+    _refuse(strange, "session_index", workload.session_index, "that of its parent")
+
+
+def _check_prefixes(workload: Workload) -> None:
+    """Raises InputError unless the ragged list of hashes is one."""
+    block, count, m = workload.prefix_block_tokens, workload.prefix_count, workload.n_requests
+    if block < 0:
+        raise InputError(f"workload: prefix_block_tokens is {block}; legal is 0 (no hashes) or more")
+    if len(count) != m or int(count.sum()) != len(workload.prefix_hash):
+        raise InputError(
+            f"workload: {len(count)} prefix_count that add up to {count.sum()}, and {len(workload.prefix_hash)} "
+            f"prefix_hash; legal is one count per request, {m}, and as many hashes as they add up to"
+        )
+    most = -(-workload.prompt_tokens // block) if block else np.zeros(m, dtype=np.int32)
+    _refuse((count < 0) | (count > most), "prefix_count", count, "0 to the blocks of its prompt")
+    if (workload.prefix_hash < 0).any():
+        raise InputError(f"workload: prefix_hash {workload.prefix_hash.min()}; legal is 0 or more")

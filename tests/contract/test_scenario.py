@@ -39,12 +39,14 @@ def test_workload_shapes_and_types(scenario):
     workload = scenario.generate(3)
     size, tiers = workload.n_requests, len(scenario.tier_names)
     shapes = {name: (size, tiers) for name in ("p_good", "p_good_prior", "good")} | {"provider_noise": (size, 2)}
+    shapes["prefix_hash"] = (workload.prefix_count.sum(),)
     integers = ("class_index", "task_index", "tenant_index", "prompt_tokens", "output_tokens", "prompt_key")
+    kinds = dict.fromkeys((*integers, "prefix_count", "session_index", "parent_index"), "i4")
+    kinds |= {"good": "u1", "prefix_hash": "i8"}
     for name in Workload.array_names():
         array = getattr(workload, name)
         assert array.shape == shapes.get(name, (size,)), name
-        expected = "u1" if name == "good" else "i4" if name in integers else "f8"
-        assert array.dtype == np.dtype(expected), name
+        assert array.dtype == np.dtype(kinds.get(name, "f8")), name
         assert not array.flags.writeable, name
     assert (np.diff(workload.arrived_at_s) >= 0).all()
     assert workload.arrived_at_s[0] >= 0 and workload.arrived_at_s[-1] < workload.horizon_s == scenario.horizon_s
@@ -55,7 +57,7 @@ def test_workload_shapes_and_types(scenario):
 
 
 def test_hidden_and_visible_fields_part_the_workload():
-    assert set(Workload.hidden) == {"output_tokens", "patience_s", "p_good", "good", "provider_noise"}
+    assert set(Workload.hidden) == {"output_tokens", "patience_s", "p_good", "good", "provider_noise", "think_s"}
     assert set(Workload.hidden) | set(Workload.visible()) == set(Workload.array_names())
     assert not set(Workload.hidden) & set(Workload.visible())
 
