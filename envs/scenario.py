@@ -96,12 +96,14 @@ class Scenario(Section):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def resolved(self) -> dict[str, Any]:
-        """The whole scenario as plain data without machine-dependent notes; what the hash is taken of."""
-        data = self.model_dump(mode="json")
-        for provider in data["fleet"]["providers"].values():
-            del provider["price_source"]  # the figures count, not the release that listed them
-        if data["trace"] is not None:
-            del data["trace"]["path"]
+        """The whole scenario as plain data without machine-dependent notes; what the hash is taken of.
+
+        Keys at their defaults are left out, so that a key that a later version adds changes no hash.
+        """
+        data = self.model_dump(mode="json", exclude_defaults=True)
+        for provider in data["fleet"].get("providers", {}).values():
+            provider.pop("price_source", None)  # the figures count, not the release that listed them
+        data.get("trace", {}).pop("path", None)
         return data
 
     @cached_property

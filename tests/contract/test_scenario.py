@@ -201,3 +201,10 @@ def test_every_key_is_described():
         missing += list(undescribed(part, name))
     assert missing == []
     json.dumps(schema)
+
+
+def test_a_key_at_its_default_changes_no_hash():
+    plain = load_scenario("quickstart")
+    spelled_out = load_scenario("quickstart", {"load_scale": 1.0, "fleet.pools.small.block_size_tokens": 16})
+    changed = load_scenario("quickstart", {"fleet.pools.small.block_size_tokens": 32})
+    assert spelled_out.hash == plain.hash != changed.hash
