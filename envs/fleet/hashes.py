@@ -30,7 +30,10 @@ def _ragged(hashes: Ragged, n_requests: int) -> tuple[IntArray, IntArray]:
     if flat.size and flat.min() < 0:
         raise InputError(f"block hashes: {flat.min()}; legal is 0 or more")
     rows = np.repeat(np.arange(n_requests), counts)
-    order = np.lexsort((flat, rows))
+    ascending = np.diff(flat) > 0
+    unsorted = np.unique(rows[1:][~ascending & (np.diff(rows) == 0)])
+    chosen = np.flatnonzero(np.isin(rows, unsorted)) if unsorted.size else unsorted  # most lists ascend as they come
+    order = chosen[np.lexsort((flat[chosen], rows[chosen]))]
     twice = (np.diff(flat[order]) == 0) & (np.diff(rows[order]) == 0)
     if twice.any():
         at = order[int(np.argmax(twice))]
