@@ -60,6 +60,18 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     endpoint.add_argument("--max-requests", type=int, default=3000, metavar="N", help="most requests sent (3000)")
     endpoint.add_argument("--max-seconds", type=float, default=900.0, metavar="S", help="longest duration (900)")
 
+    kernels = kinds.add_parser(
+        "aiconfigurator", help="engine profile from NVIDIA's measured kernels, any model and GPU"
+    )
+    kernels.add_argument(
+        "model", metavar="MODEL", help="name on the Hugging Face hub, or a folder with its config.json"
+    )
+    kernels.add_argument("--out", type=Path, required=True, metavar="PROFILE.yaml", help="profile to write")
+    kernels.add_argument("--system", required=True, metavar="GPU", help="as the library calls it: h200_sxm, l40s, ...")
+    kernels.add_argument("--backend", default="vllm", help="vllm, sglang or trtllm (default: vllm)")
+    kernels.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of one replica, tensor parallel (1)")
+    kernels.add_argument("--gpu-memory-gb", type=float, required=True, metavar="GB", help="memory of one GPU")
+
 
 def _emulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("fleet", metavar="FLEET", help="name in configs/fleets, or a YAML file")

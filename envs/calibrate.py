@@ -1,4 +1,4 @@
-"""`python -m envs calibrate iterations TABLE.csv | endpoint URL --out PROFILE.yaml`."""
+"""`python -m envs calibrate iterations TABLE.csv | endpoint URL | aiconfigurator MODEL --out PROFILE.yaml`."""
 
 from __future__ import annotations
 
@@ -98,6 +98,10 @@ def run(arguments: argparse.Namespace) -> int:
         from envs import calibrate_endpoint
 
         return calibrate_endpoint.run(arguments)
+    if arguments.kind == "aiconfigurator":
+        from envs import calibrate_aiconfigurator
+
+        return calibrate_aiconfigurator.run(arguments)
     profile = calibrate_iterations(arguments.table, _facts(arguments))
     write_whole(arguments.out, profile_text(profile))
     fit = profile["fit"]

@@ -39,6 +39,7 @@ OPTIONAL = {
     "marginroute.adapters.litellm": ("litellm", "yaml"),
     "envs.scenario_compile": ("genai_prices",),
     "envs.emulator": ("uvicorn",),
+    "envs.calibrate_aiconfigurator": ("aiconfigurator_core",),
 }
 
 
