@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--episodes", type=int, default=32, help="held-out episodes (default: 32)")
     parse.add_argument("--seed", type=int, default=0, help="first held-out seed (default: 0)")
     parse.add_argument("--trace", metavar="FILE", help="recorded requests in place of generated ones")
-    parse.add_argument("--trace-format", metavar="NAME", help="layout of the trace, such as azure-llm or csv")
+    parse.add_argument("--trace-format", metavar="NAME", help="layout of the trace (default: told from it)")
     parse.add_argument("--columns", metavar="NAME=COLUMN,...", help="for csv: our names and the file's columns")
     parse.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="scenario overrides")
     parse.add_argument("--workers", type=int, help="processes (default: one per core that may be used)")
@@ -107,8 +107,7 @@ def load_policies(runs: list[str], scenario: Scenario) -> dict[str, Policy]:
     policies = [(Path(run), load_policy(Path(run), scenario)) for run in runs]
     names = [policy.name for _, policy in policies]
     return {
-        policy.name if names.count(policy.name) == 1 else f"{policy.name}:{run}": policy
-        for run, policy in policies
+        policy.name if names.count(policy.name) == 1 else f"{policy.name}:{run}": policy for run, policy in policies
     }
 
 

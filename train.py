@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--track", action="store_true", help="log to Weights & Biases (offline unless logged in)")
     parse.add_argument("-P", "--progress", action="store_true", help="progress as a bar even if stderr is no terminal")
     parse.add_argument("--trace", metavar="FILE", help="recorded requests in place of generated ones")
-    parse.add_argument("--trace-format", metavar="NAME", help="layout of the trace, such as azure-llm, litellm or csv")
+    parse.add_argument("--trace-format", metavar="NAME", help="layout of the trace (default: told from it)")
     parse.add_argument("--columns", metavar="NAME=COLUMN,...", help="for csv: our names and the file's columns")
     parse.add_argument("--list", action="store_true", help="list the scenarios that ship, and stop")
     return parse

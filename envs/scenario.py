@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from envs import scenario_checks, scenario_compile, scenario_files
-from envs.scenario_fleet import FleetSection, Positive, Section
+from envs.scenario_fleet import FleetSection, NonNegative, Positive, Section
 from envs.scenario_plans import PlansSection
 from envs.scenario_workload import WorkloadSection
 from envs.workload.generator import WorkloadSpec, generate
 from envs.workload.requests import Workload
-from envs.workload.traces import READERS, Trace, read_trace, window
+from envs.workload.traces import FORMATS, Trace, read_trace
+from envs.workload.traces_window import window
 from marginroute.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,12 +37,25 @@ SPLIT_CODE = {"train": 0, "validation": 1, "heldout": 2}
 _SEED_SALT = 0x6D617267  # "marg": keeps workload streams apart from anyone else's use of the same seed
 
 
+def _format(name: str) -> str:
+    if name and name not in FORMATS:
+        raise ValueError(f"trace format {name!r} is not legal; legal is {', '.join(FORMATS)}")
+    return name
+
+
 class TraceSection(Section):
     """Recorded requests in place of generated arrivals and lengths."""
 
     path: str = Field(description="File of the trace; not part of the scenario's hash.")
-    format: Literal["azure-llm", "litellm", "csv"] = Field(description="Layout of the file.")
+    format: Annotated[str, AfterValidator(_format)] = Field(
+        "", description=f"Layout of the file: {', '.join(FORMATS)}; empty: told from its content."
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="csv: our column name to the file's.")
+    block_tokens: Annotated[int, Field(ge=1)] = Field(512, description="csv: prompt tokens per number in hash_ids.")
+    start_s: NonNegative = Field(0.0, description="servegen: start of the sampled stretch.")
+    end_s: Positive | None = Field(None, description="servegen: its end; left out: one hour later.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="servegen: of the sample.")
+    session_gap_s: NonNegative = Field(60.0, description="agent-sessions: seconds between starts of sessions.")
     sha256: str = Field("", description="Digest of the file, filled in when it is read.")
 
 
@@ -155,13 +169,19 @@ class Scenario(Section):
         """The recorded requests, if the scenario has any."""
         if self.trace is None:
             return None
-        trace = read_trace(self.trace.path, self.trace.format, self.trace.columns or None)
+        options = self.trace.model_dump(include={"block_tokens", "start_s", "end_s", "seed", "session_gap_s"})
+        trace = read_trace(self.trace.path, self.trace.format, self.trace.columns or None, **options)
         if self.trace.sha256 and self.trace.sha256 != _digest(self.trace.path):
             raise InputError(f"{self.trace.path}: is not the file that the run began with; legal is the same content")
         return trace
 
 
 def _digest(path: str) -> str:
+    """SHA-256 of a file, or of the names and contents of a folder's files."""
+    if Path(path).is_dir():
+        files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+        text = "".join(f"{file.relative_to(path)} {_digest(str(file))}\n" for file in files)
+        return hashlib.sha256(text.encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -179,7 +199,7 @@ def load_scenario(
         name_or_path: a name in `configs/scenarios`, or the path of a YAML file.
         overrides: values by dotted key, such as {"fleet.pools.large.replicas": 2}; strings are parsed as YAML.
         trace: file of recorded requests that replace generated arrivals and lengths.
-        trace_format: its layout, one of `envs.workload.traces.READERS`.
+        trace_format: its layout, one of `envs.workload.traces.FORMATS`; None: told from its content.
         columns: for `csv`, our column names to the file's.
 
     Raises:
@@ -193,8 +213,8 @@ def load_scenario(
     if trace is not None:
         trace_path = str(Path(trace).resolve())
         data["trace"] = {"path": trace_path, "format": trace_format or "", "columns": dict(columns or {})}
-        if trace_format not in READERS:
-            raise InputError(f"trace format {trace_format!r} is not legal; legal is {', '.join(READERS)}")
+        if trace_format and trace_format not in FORMATS:
+            raise InputError(f"trace format {trace_format!r} is not legal; legal is {', '.join(FORMATS)}")
     scenario = _validated(data, files, overrides)
     found = list(scenario_checks.problems(scenario))
     if found:

@@ -14,6 +14,7 @@ Closed forms used by the tests. Two-state MMPP with rates r1, r2 and mean dwell 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +113,19 @@ class MmppArrivals:
             return _inside(np.sort(rng.random(count)) * horizon_s, horizon_s)
         size = rng.poisson(expected[-1]) if count is None else count
         return _inside(np.interp(np.sort(rng.random(size)) * expected[-1], expected, edges_s), horizon_s)
+
+
+def unit_gaps(rng: np.random.Generator, law: str, shape: float, total: float) -> Array:
+    """Gaps of mean 1 that together pass `total`; `law` is gamma or weibull with the given shape."""
+    scale = 1.0 / shape if law == "gamma" else 1.0 / math.gamma(1.0 + 1.0 / shape)
+    parts: list[Array] = []
+    reached = 0.0
+    while reached <= total:
+        size = int(1.05 * (total - reached)) + 16
+        drawn = rng.gamma(shape, scale, size) if law == "gamma" else scale * rng.weibull(shape, size)
+        parts.append(drawn)
+        reached += float(drawn.sum())
+    return np.concatenate(parts)
 
 
 def _inside(arrived_s: Array, horizon_s: float) -> Array:

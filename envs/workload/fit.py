@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m envs.workload.fit", description="Fit workload figures to a trace.")
     parser.add_argument("trace", help="file of recorded requests")
-    parser.add_argument("--trace-format", default="azure-llm", choices=tuple(READERS), help="layout of the file")
+    parser.add_argument("--trace-format", default="azure-llm", choices=READERS, help="layout of the file")
     parser.add_argument("--columns", help="csv: our_name=name_in_file,...")
     parser.add_argument("--prompt-components", type=int, default=8, help="lognormal components of prompt lengths")
     parser.add_argument("--output-components", type=int, default=6, help="lognormal components of output lengths")

@@ -20,6 +20,9 @@ from marginroute.quality import prior_p_good
 Array = np.ndarray[Any, Any]
 
 
+_LINKS = ("prefix_block_tokens", "prefix_count", "prefix_hash", "session_index", "parent_index", "think_s")
+
+
 @dataclass(frozen=True)
 class WorkloadSpec:
     """Everything that a workload is drawn from, as plain numbers. K classes, J tasks.
@@ -72,6 +75,8 @@ class GivenRequests:
         class_index: (M,) i4, or None to draw classes.
         prompt_key: (M,) i4, or None where the trace does not tell which prompts recur.
         horizon_s: length of the window.
+        prefix_block_tokens, prefix_count, prefix_hash, session_index, parent_index, think_s: as in `Workload`; None
+            where the trace has neither hashes nor sessions.
     """
 
     arrived_at_s: Array
@@ -80,6 +85,12 @@ class GivenRequests:
     class_index: Array | None
     prompt_key: Array | None
     horizon_s: float
+    prefix_block_tokens: int = 0
+    prefix_count: Array | None = None
+    prefix_hash: Array | None = None
+    session_index: Array | None = None
+    parent_index: Array | None = None
+    think_s: Array | None = None
 
 
 def generate(spec: WorkloadSpec, rng: np.random.Generator, given: GivenRequests | None = None) -> Workload:
@@ -125,6 +136,7 @@ def generate(spec: WorkloadSpec, rng: np.random.Generator, given: GivenRequests 
         good=(rng.random(size)[source, None] < p_good).astype(np.uint8),
         provider_noise=rng.standard_normal((size, 2)),
         horizon_s=spec.horizon_s if given is None else given.horizon_s,
+        **({} if given is None else {name: getattr(given, name) for name in _LINKS}),
     )
 
 

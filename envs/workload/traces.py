@@ -1,29 +1,26 @@
-"""Readers of recorded requests: Azure LLM inference traces, LiteLLM logs, and any CSV with named columns.
+"""Recorded requests: one table of columns, whatever the layout of the file they come from.
 
-A reader returns a `Trace` of arrays or raises one sentence with file, line and what is legal. CSV files are parsed
-lazily and in columns; JSON lines one at a time, so that neither keeps prompts or other columns in memory.
-
-Sources of the layouts: AzureLLMInferenceDataset2023.md and 2024.md of github.com/Azure/AzurePublicDataset (TIMESTAMP,
-ContextTokens, GeneratedTokens; from 2024 on with a UTC offset), and docs.litellm.ai/docs/proxy/logging_spec
-(StandardLoggingPayload).
+A reader returns a `Trace` of arrays or raises one sentence with file, line, value and what is legal. Files are read in
+pieces, so that only the columns below are kept in memory, never prompts. `FORMATS` lists the layouts; where the
+content tells which one a file has, `envs.workload.traces_detect` finds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from envs.workload.generator import GivenRequests
 from marginroute.errors import InputError
 
 Array = np.ndarray[Any, Any]
 
-SPLIT_EDGES = (0.0, 0.6, 0.8, 1.0)  # of the trace's time span: train, validation, held out
-_TRIES = 64  # draws of a window before a part counts as too sparse
+MAX_TOKENS = 10_000_000  # beyond any context window: a larger figure is a broken row
+MAX_UNIX_S = 1e11  # the year 5138; larger times are in milliseconds or finer
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +32,24 @@ class Trace:
         arrived_at_s: (M,) f8 ascending from 0.
         prompt_tokens: (M,) i4, at least 1.
         output_tokens: (M,) i4, at least 1.
-        class_name: (M,) str, whose request it was.
+        class_name: (M,) str, customer class.
+        tenant_name: (M,) str, whose request it was.
+        task_name: (M,) str, kind of work.
         model: (M,) str, what answered.
         prompt_key: (M,) i4, equal for equal prompts, -1 where unknown.
+        session_index: (M,) i4, equal for calls of one chat or agent run, dense from 0, -1: none.
+        parent_index: (M,) i4, row of the call whose answer this one waited for, -1: none.
+        think_s: (M,) f8, seconds from the parent's end to this arrival, nan where unknown.
+        prefix_block_tokens: tokens that one prefix hash stands for; 0 without hashes.
+        prefix_count: (M,) i4, hashes of each request.
+        prefix_hash: (sum of prefix_count,) i8, one per full block of the prompt, each standing for the block and all
+            before it.
         ttft_s: (M,) f8, nan where unknown.
         e2e_s: (M,) f8, nan where unknown.
         cost_usd: (M,) f8, nan where unknown.
         cache_hit: (M,) bool.
         skipped_rows: rows left out: failed calls, and calls that generate no text.
+        note: what a reader had to assume; empty if nothing.
     """
 
     path: str
@@ -50,13 +57,22 @@ class Trace:
     prompt_tokens: Array
     output_tokens: Array
     class_name: Array | None = None
+    tenant_name: Array | None = None
+    task_name: Array | None = None
     model: Array | None = None
     prompt_key: Array | None = None
+    session_index: Array | None = None
+    parent_index: Array | None = None
+    think_s: Array | None = None
+    prefix_block_tokens: int = 0
+    prefix_count: Array | None = None
+    prefix_hash: Array | None = None
     ttft_s: Array | None = None
     e2e_s: Array | None = None
     cost_usd: Array | None = None
     cache_hit: Array | None = None
     skipped_rows: int = 0
+    note: str = ""
 
     @property
     def n_requests(self) -> int:
@@ -68,52 +84,169 @@ class Trace:
         """Seconds from the first to the last arrival."""
         return float(self.arrived_at_s[-1])
 
+    def turn(self) -> Array:
+        """(M,) i4, calls of the same session that arrived before; 0 without sessions."""
+        turn = np.zeros(self.n_requests, dtype=np.int32)
+        if self.session_index is not None:
+            rows = np.flatnonzero(self.session_index >= 0)
+            order = rows[np.argsort(self.session_index[rows], kind="stable")]
+            own = self.session_index[order]
+            first = np.r_[True, own[1:] != own[:-1]] if len(own) else np.zeros(0, dtype=bool)
+            place = np.arange(len(order))
+            turn[order] = place - np.maximum.accumulate(np.where(first, place, 0))
+        return turn
 
-Reader = Callable[[Path, Mapping[str, str] | None], Trace]
+    def rows(self, first: int, last: int) -> Trace:
+        """The requests `first` to `last` - 1, with times as they are; links out of the cut are dropped."""
+        cut = slice(first, last)
+        changes: dict[str, Any] = {}
+        for name in _PER_ROW:
+            column = getattr(self, name)
+            changes[name] = None if column is None else column[cut].copy()
+        if self.parent_index is not None:
+            parent = changes["parent_index"] - first
+            changes["parent_index"] = np.where(parent >= 0, parent, -1).astype(np.int32)
+        for name in ("prompt_key", "session_index"):
+            if changes[name] is not None:
+                known = changes[name] >= 0
+                changes[name][known] = np.unique(changes[name][known], return_inverse=True)[1]
+        if self.prefix_hash is not None and self.prefix_count is not None:
+            ends = np.cumsum(self.prefix_count[:last], dtype=np.int64)
+            start = int(ends[first - 1]) if first else 0
+            changes["prefix_hash"] = self.prefix_hash[start : int(ends[-1]) if last else 0]
+        return replace(self, **changes)
+
+    def between(self, start_s: float, end_s: float) -> Trace:
+        """The requests that arrive in [start_s, end_s), times counted from `start_s`.
+
+        Raises:
+            InputError: no request arrives then.
+        """
+        first, last = np.searchsorted(self.arrived_at_s, (start_s, end_s))
+        if last <= first:
+            legal = f"legal is a stretch between 0 and {self.span_s:.0f} s"
+            raise InputError(f"{self.path}: no requests from {start_s:g} s to {end_s:g} s; {legal}")
+        part = self.rows(int(first), int(last))
+        return replace(part, arrived_at_s=part.arrived_at_s - start_s)
 
 
-def _azure(path: Path, columns: Mapping[str, str] | None) -> Trace:
-    from envs.workload.traces_csv import read_azure
-
-    return read_azure(path, columns)
-
-
-def _litellm(path: Path, columns: Mapping[str, str] | None) -> Trace:
-    from envs.workload.traces_litellm import read_litellm
-
-    return read_litellm(path, columns)
-
-
-def _csv(path: Path, columns: Mapping[str, str] | None) -> Trace:
-    from envs.workload.traces_csv import read_csv
-
-    return read_csv(path, columns)
-
-
-READERS: dict[str, Reader] = {"azure-llm": _azure, "litellm": _litellm, "csv": _csv}
-"""Trace formats by name; parsers are imported when a file is read."""
+_PER_ROW = (
+    "arrived_at_s",
+    "prompt_tokens",
+    "output_tokens",
+    "class_name",
+    "tenant_name",
+    "task_name",
+    "model",
+    "prompt_key",
+    "session_index",
+    "parent_index",
+    "think_s",
+    "prefix_count",
+    "ttft_s",
+    "e2e_s",
+    "cost_usd",
+    "cache_hit",
+)
 
 
-def read_trace(path: str | Path, trace_format: str, columns: Mapping[str, str] | None = None) -> Trace:
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a reader needs to be told.
+
+    Attributes:
+        columns: csv: our column names to the file's.
+        block_tokens: csv: prompt tokens per number in `hash_ids`.
+        start_s, end_s: servegen: the stretch of the description that is sampled, in its own seconds; one hour by
+            default.
+        seed: servegen: of the sample.
+        session_gap_s: agent-sessions: seconds between the starts of two sessions, which the data does not tell.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    block_tokens: int = 512
+    start_s: float = 0.0
+    end_s: float | None = None
+    seed: int = 0
+    session_gap_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout of recorded requests.
+
+    Attributes:
+        title: what it is, in words.
+        reader: `module:function` of (Path, ReadOptions) -> Trace, imported when a file is read.
+        options: fields of `ReadOptions` that it takes.
+    """
+
+    title: str
+    reader: str
+    options: tuple[str, ...] = ()
+
+
+_HERE = "envs.workload.traces_"
+FORMATS: dict[str, Format] = {
+    "azure-llm": Format("Azure LLM inference traces 2023 and 2024, CSV", _HERE + "csv:read_azure"),
+    "litellm": Format("LiteLLM's standard logging payload, JSON lines", _HERE + "litellm:read_litellm"),
+    "csv": Format("any CSV with named columns", _HERE + "csv:read_csv", ("columns", "block_tokens")),
+    "burstgpt": Format("BurstGPT, CSV", _HERE + "csv:read_burstgpt"),
+    "mooncake": Format("Mooncake, JSON lines with a hash per 512 prompt tokens", _HERE + "jsonl:read_mooncake"),
+    "servegen": Format(
+        "ServeGen's client archives, a description that is sampled",
+        _HERE + "servegen:read_servegen",
+        ("start_s", "end_s", "seed"),
+    ),
+    "agent-sessions": Format(
+        "agent sessions with block hashes, JSON lines or Parquet", _HERE + "agents:read_agents", ("session_gap_s",)
+    ),
+    "otel-genai": Format("OpenTelemetry GenAI spans, OTLP JSON", _HERE + "otel:read_otel"),
+    "decisions": Format("marginroute's own decision records, JSON lines", _HERE + "jsonl:read_decisions"),
+}
+"""Trace formats by name; their parsers are imported when a file is read."""
+
+READERS = tuple(FORMATS)
+"""Names of the formats."""
+
+
+def read_trace(
+    path: str | Path, trace_format: str = "", columns: Mapping[str, str] | None = None, **options: Any
+) -> Trace:
     """Reads a trace.
 
     Args:
-        path: the file; `.gz` is decompressed.
-        trace_format: a name in `READERS`.
-        columns: for `csv`, our column names (arrived_at, prompt_tokens, output_tokens, and optionally class, model,
-            prompt_key, ttft_s, e2e_s) to the file's.
+        path: the file; what packs it (gzip, xz, bzip2) is seen from its content.
+        trace_format: a name in `FORMATS`; empty: told from the content.
+        columns: for `csv`, our column names (arrived_at, prompt_tokens, output_tokens, and optionally class, tenant,
+            task, model, prompt_key, session, hash_ids, ttft_s, e2e_s) to the file's.
+        options: further fields of `ReadOptions`.
 
     Raises:
         InputError: one sentence with file, line and what is legal.
     """
-    if trace_format not in READERS:
-        raise InputError(f"trace format {trace_format!r} is not legal; legal is {', '.join(READERS)}")
+    if trace_format and trace_format not in FORMATS:
+        raise InputError(f"trace format {trace_format!r} is not legal; legal is {', '.join(FORMATS)}")
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path}: no such file; legal is the path of a trace")
-    if path.stat().st_size == 0:
+    if path.is_file() and path.stat().st_size == 0:
         raise InputError(f"{path}: is empty; legal is a file with at least one request")
-    return READERS[trace_format](path, columns)
+    if not trace_format:
+        from envs.workload.traces_detect import detect
+
+        trace_format = "csv" if columns else detect(path)
+    layout = FORMATS[trace_format]
+    if columns:
+        options["columns"] = dict(columns)
+        if "columns" not in layout.options:
+            text = f"{path}: {trace_format} has fixed columns; legal is --columns with the csv format only"
+            raise InputError(text)
+    if path.is_dir() and trace_format != "servegen":
+        raise InputError(f"{path}: is a folder; legal is the path of a trace")
+    module, name = layout.reader.split(":")
+    trace: Trace = getattr(importlib.import_module(module), name)(path, ReadOptions(**options))
+    return trace
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -125,55 +258,3 @@ def parse_columns(text: str) -> dict[str, str]:
             raise InputError(f"columns {text!r}: {part!r} is not legal; legal is our_name=name_in_file,...")
         columns[ours.strip()] = theirs.strip()
     return columns
-
-
-def window(
-    trace: Trace,
-    part: int,
-    horizon_s: float,
-    rng: np.random.Generator,
-    class_names: tuple[str, ...] = (),
-    speed: float = 1.0,
-) -> GivenRequests:
-    """A stretch of one part of the trace, starting at random; it never leaves the part.
-
-    Args:
-        trace: the trace.
-        part: 0 train (first 60 % of the time span), 1 validation (next 20 %), 2 held out (last 20 %).
-        horizon_s: wanted length; a part that is shorter gives all it has.
-        rng: draws the start.
-        class_names: the scenario's classes; used if the trace names nothing else.
-        speed: seconds of the trace played in one second.
-    """
-    low_s, high_s = (edge * trace.span_s for edge in SPLIT_EDGES[part : part + 2])
-    length_s = min(horizon_s * speed, high_s - low_s)
-    for _ in range(_TRIES):
-        start_s = low_s + rng.random() * (high_s - low_s - length_s)
-        first, last = np.searchsorted(trace.arrived_at_s, (start_s, start_s + length_s))
-        if last > first:
-            times = (start_s, length_s, speed)
-            return _cut(trace, slice(int(first), int(last)), times, class_names)
-    raise InputError(
-        f"{trace.path}: no requests between {low_s:.0f} s and {high_s:.0f} s; "
-        "legal is a trace whose first 60, next 20 and last 20 % of time all have requests"
-    )
-
-
-def _cut(trace: Trace, rows: slice, times: tuple[float, float, float], class_names: tuple[str, ...]) -> GivenRequests:
-    start_s, length_s, speed = times
-    class_index = None
-    if trace.class_name is not None and set(np.unique(trace.class_name)) <= set(class_names):
-        index = {name: number for number, name in enumerate(class_names)}
-        class_index = np.array([index[name] for name in trace.class_name[rows]], dtype=np.int32)
-    key = None
-    if trace.prompt_key is not None:
-        key = trace.prompt_key[rows].copy()
-        key[key >= 0] = np.unique(key[key >= 0], return_inverse=True)[1]
-    return GivenRequests(
-        arrived_at_s=(trace.arrived_at_s[rows] - start_s) / speed,
-        prompt_tokens=trace.prompt_tokens[rows].copy(),
-        output_tokens=trace.output_tokens[rows].copy(),
-        class_index=class_index,
-        prompt_key=key,
-        horizon_s=length_s / speed,
-    )

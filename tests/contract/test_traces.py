@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from envs.scenario import load_scenario
-from envs.workload.traces import SPLIT_EDGES, parse_columns, read_trace
+from envs.workload.traces import parse_columns, read_trace
+from envs.workload.traces_window import SPLIT_EDGES
 from marginroute.errors import InputError
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -162,7 +163,7 @@ def test_missing_file_unknown_format_and_columns(tmp_path):
     failure(tmp_path / "none.csv")
     path = write(tmp_path, HEADER + ROW)
     assert "fixed columns" in failure(path, "azure-llm", {"arrived_at": "x"})
-    with pytest.raises(InputError, match="legal is azure-llm, litellm, csv"):
+    with pytest.raises(InputError, match="legal is azure-llm, litellm, csv,"):
         read_trace(path, "parquet")
     assert parse_columns("arrived_at=t, prompt_tokens=p") == {"arrived_at": "t", "prompt_tokens": "p"}
     with pytest.raises(InputError, match="our_name=name_in_file"):
