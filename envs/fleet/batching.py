@@ -318,6 +318,9 @@ def _plan_decodes(pool, tables, rep, slots, w, r, preempted, now_s):
             pool, tables, rep.batch, rep.kv_sum, bin_index
         )
         rep.growth_s = decode_growth(pool, tables, rep.batch, bin_index)
+        if rep.slowdown != 1.0:
+            rep.first_s *= rep.slowdown
+            rep.growth_s *= rep.slowdown
     iterations = 1
     if pool.skip_iterations and not preempted:
         iterations = _safe_iterations(pool, tables, rep, slots, w, r, bin_index)
@@ -327,11 +330,13 @@ def _plan_decodes(pool, tables, rep, slots, w, r, preempted, now_s):
 
 
 @njit(cache=True, nogil=True)
-def _go_idle(rep, now_s):
+def go_idle(rep, now_s):
+    """Closes the busy period."""
     if rep.busy_from_s <= now_s:
         rep.busy_s += now_s - rep.busy_from_s
     rep.busy_from_s = math.inf
     rep.iteration_end_s = math.inf
+    rep.idle_from_s = now_s
     rep.planned = rep.done = 0
 
 
@@ -385,7 +390,7 @@ def start_iteration(pool, caching, tables, world, rep, slots, requests, w, r, no
             prefixes += prefix
             rounded += (prefix + 63) // 64 * 64
     if rep.batch == 0 and prefills == 0:
-        _go_idle(rep, now_s)
+        go_idle(rep, now_s)
         return
     if rep.busy_from_s > now_s:
         rep.busy_from_s = now_s
@@ -398,6 +403,7 @@ def start_iteration(pool, caching, tables, world, rep, slots, requests, w, r, no
     if batch > 0:
         bin_index = decode_bin(pool, tables, batch, rep.kv_sum)
         seconds += decode_seconds(pool, tables, batch, rep.kv_sum, bin_index)
+    seconds *= rep.slowdown
     rep.prefill_tokens_done += tokens
     rep.decodes = decodes if batch > 0 else 0
     rep.changed = 1

@@ -10,6 +10,9 @@ instant of a start takes part in it, in whatever order the calls at that instant
 A scrape is a snapshot of waiting, running and KV use at phase + j * interval, whatever the times at which `advance` was
 called; only the last one at or before now can be read.
 
+A replica that is off, starting or failed makes no iterations and answers no scrape (scaling.py, faults.py); what is
+sent to it is lost at once, or hangs there until the gateway takes the replica for down.
+
 Order of calls for one request: `advance(.., w, now)`, read, `submit(.., w, r, i, now)`; ends are read by
 `pop_finished` after any call. Compiled code and the interpreter (NUMBA_DISABLE_JIT=1) give the same numbers.
 """
@@ -25,7 +28,7 @@ from envs.fleet.batching import blocks_for, count_iterations, elapsed_s, end_ite
 from envs.fleet.prefix import reset_prefix_cache
 from envs.fleet.provider import end_provider_calls
 from envs.fleet.queues import finished_append, hold_append, release_held, wait_append
-from envs.fleet.state import FAILED, IN_FLIGHT, NOT_SUBMITTED
+from envs.fleet.state import ACTIVE, DOWN, FAILED, IN_FLIGHT, LOST, NOT_SUBMITTED, OFF
 
 LAST_INSTANT_S = 1e300  # later than everything, earlier than never (inf)
 
@@ -36,7 +39,7 @@ def _next_scrape_s(pool, rep):
 
 
 @njit(cache=True, nogil=True)
-def _set_wake(pool, rep):
+def set_wake(pool, rep):
     rep.wake_s = min(rep.iteration_end_s, _next_scrape_s(pool, rep))
 
 
@@ -61,7 +64,17 @@ def _reset_replica(pool, rep, slots, w, r, phase):
     for p in range(pool.block_size_tokens):
         slots[w, rep.slot_at + p].boundaries = 0
     reset_prefix_cache(pool, rep, slots, w)
-    _set_wake(pool, rep)
+    rep.slowdown = 1.0
+    rep.idle_from_s = rep.paid_s = 0.0
+    rep.change_s = rep.repaired_s = math.inf
+    rep.detected = 0
+    if r - pool.first_replica < pool.replicas:
+        rep.state = ACTIVE
+        rep.paid_from_s = 0.0
+        set_wake(pool, rep)
+    else:
+        rep.state = OFF
+        rep.paid_from_s = rep.wake_s = math.inf
 
 
 @njit(cache=True, nogil=True)
@@ -76,7 +89,7 @@ def reset_request(requests, w, i):
 
 @njit(cache=True, nogil=True)
 def reset_world(pools, tables, worlds, replicas, slots, providers, requests, w):
-    """Empties world w at time 0: idle replicas with their pool's cap, full rate limits, no request submitted.
+    """Empties world w at time 0: idle replicas with their pool's cap, full rate limits, no request submitted, no fault.
 
     Inputs of `requests` stay as they are. Scrapes of the replicas are spread evenly over the interval.
     """
@@ -85,7 +98,9 @@ def reset_world(pools, tables, worlds, replicas, slots, providers, requests, w):
     world.first_finished = world.last_finished = -1
     world.provider_calls = 0
     world.next_call_s = math.inf
-    world.submitted = world.completed = world.abandoned = world.failed = 0
+    world.submitted = world.completed = world.abandoned = world.failed = world.lost = 0
+    world.next_change_s = math.inf
+    world.draining = world.doomed_calls = 0
     n_replicas = replicas.shape[1]
     for r in range(n_replicas):
         _reset_replica(pools[replicas[w, r].pool], replicas[w, r], slots, w, r, (r + 1.0) / n_replicas)
@@ -93,6 +108,10 @@ def reset_world(pools, tables, worlds, replicas, slots, providers, requests, w):
         provider = providers[w, v]
         provider.in_flight = provider.calls = 0
         provider.bucket = provider.bucket_size
+        provider.token_bucket = provider.token_bucket_size
+        provider.token_bucket_at_s = 0.0
+        provider.down = 0
+        provider.slowdown = 1.0
         provider.bucket_at_s = 0.0
     for i in range(requests.shape[1]):
         reset_request(requests, w, i)
@@ -103,7 +122,7 @@ def _notice_arrival(pool, rep, now_s):
     """The line at the engine is not empty any more: start now if idle, else look after the iteration in progress."""
     if math.isinf(rep.iteration_end_s):
         rep.iteration_end_s = now_s
-        _set_wake(pool, rep)
+        set_wake(pool, rep)
     elif rep.planned > rep.done:
         rep.planned = rep.done + 1
 
@@ -113,7 +132,8 @@ def submit(pools, tables, worlds, replicas, slots, providers, requests, w, r, i,
     """Sends request i of world w to replica r now.
 
     Beyond in_flight_cap it waits in the gateway's hold queue. A request whose context can never fit into the KV cache
-    fails at once, as a length check at the engine's front door would have it.
+    fails at once, as a length check at the engine's front door would have it. What a replica that does not run refuses
+    is LOST at once.
 
     Args:
         pools, tables, worlds, replicas, slots, providers, requests: `Fleet.arrays`.
@@ -133,6 +153,12 @@ def submit(pools, tables, worlds, replicas, slots, providers, requests, w, r, i,
         request.status = FAILED
         request.completed_at_s = now_s
         world.failed += 1
+        finished_append(world, requests, w, i)
+        return
+    if rep.state != ACTIVE and (rep.state != DOWN or rep.detected == 1 or pool.connection_errors == 1):
+        request.status = LOST
+        request.completed_at_s = now_s
+        world.lost += 1
         finished_append(world, requests, w, i)
         return
     request.status = IN_FLIGHT
@@ -183,7 +209,7 @@ def _ended_by(rep, until_s):
 
 
 @njit(cache=True, nogil=True)
-def _last_scrape(pool, rep, until_s):
+def last_scrape(pool, rep, until_s):
     """Index of the last scrape at or before `until_s`."""
     index = int((until_s - rep.scrape_phase_s) / pool.scrape_interval_s)
     while rep.scrape_phase_s + index * pool.scrape_interval_s > until_s:
@@ -198,7 +224,7 @@ def _advance_replica(pool, caching, tables, world, rep, slots, requests, w, r, u
     """Runs one replica from iteration to iteration up to `until_s`, taking the last scrape on the way."""
     scrape_s = math.inf
     if _next_scrape_s(pool, rep) <= until_s and until_s < LAST_INSTANT_S:
-        rep.scrape_index = _last_scrape(pool, rep, until_s)
+        rep.scrape_index = last_scrape(pool, rep, until_s)
         scrape_s = _next_scrape_s(pool, rep)
     while True:
         stop_s = min(scrape_s, until_s)
@@ -220,7 +246,7 @@ def _advance_replica(pool, caching, tables, world, rep, slots, requests, w, r, u
             scrape_s = math.inf
         else:
             break
-    _set_wake(pool, rep)
+    set_wake(pool, rep)
 
 
 @njit(cache=True, nogil=True)

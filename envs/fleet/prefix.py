@@ -30,16 +30,23 @@ from numba import njit
 
 
 @njit(cache=True, nogil=True)
-def reset_prefix_cache(pool, rep, slots, w):
-    """Empties the cache of a replica."""
+def empty_prefix_cache(pool, rep, slots, w):
+    """Takes every block out of the cache of a replica; its totals stay."""
     rep.idle_head = rep.idle_tail = rep.spare_head = -1
-    rep.reused_tokens = rep.evicted_blocks = rep.idle_blocks = rep.admissions = 0
+    rep.idle_blocks = 0
     if pool.prefix_caching:
         for p in range(pool.bucket_mask + 1):
             slots[w, rep.block_at + 2 * p].bucket = -1
         for p in range(pool.kv_blocks - 1, -1, -1):
             slots[w, rep.block_at + 2 * p + 1].after = rep.spare_head
             rep.spare_head = p
+
+
+@njit(cache=True, nogil=True)
+def reset_prefix_cache(pool, rep, slots, w):
+    """Empties the cache of a replica for a new episode."""
+    rep.reused_tokens = rep.evicted_blocks = rep.admissions = 0
+    empty_prefix_cache(pool, rep, slots, w)
 
 
 @njit(cache=True, nogil=True)

@@ -1,4 +1,11 @@
-"""Third-party providers: a call ends at ttft + tpot (output - 1) after it was sent; a token bucket limits the rate.
+"""Third-party providers: a call ends at ttft + tpot (output - 1) after it was sent; token buckets limit the rates.
+
+Requests per minute: a call takes 1 from a bucket that fills at the limit. Tokens per minute: a call takes its prompt
+when it is sent and its answer when that is complete; it needs room for the prompt (a full bucket is enough for a longer
+one), so that answers may leave a debt. Both levels are known to a gateway: providers tell them with every response.
+
+In an outage (`down`) a call ends with an error after `error_after_s`, without tokens and without a bill; calls that
+were sent before go on. A degradation (`slowdown`) multiplies TTFT and TPOT of the calls sent while it lasts.
 
 The calls of a world wait in one heap, ordered by the time they end; its p-th entry is `requests[w, p].call_heap`.
 """
@@ -11,7 +18,7 @@ import math
 from numba import njit
 
 from envs.fleet.queues import finished_append
-from envs.fleet.state import ABANDONED, COMPLETED, FAILED, IN_FLIGHT
+from envs.fleet.state import ABANDONED, COMPLETED, FAILED, IN_FLIGHT, LOST
 
 
 @njit(cache=True, nogil=True)
@@ -23,9 +30,36 @@ def _bucket(provider, now_s):
 
 
 @njit(cache=True, nogil=True)
-def provider_available(providers, w, v, now_s):
-    """Whether a call to provider v is legal now, as far as its rate limit goes."""
-    return _bucket(providers[w, v], now_s) >= 1.0
+def _token_bucket(provider, now_s):
+    """Tokens that the rate limit allows at once."""
+    if math.isinf(provider.tokens_per_s):
+        return math.inf
+    filled = provider.token_bucket + (now_s - provider.token_bucket_at_s) * provider.tokens_per_s
+    return min(provider.token_bucket_size, filled)
+
+
+@njit(cache=True, nogil=True)
+def provider_available(providers, w, v, now_s, prompt_tokens=1):
+    """Whether a call to provider v is legal now, as far as its rate limits go."""
+    provider = providers[w, v]
+    if math.isinf(provider.tokens_per_s):
+        return _bucket(provider, now_s) >= 1.0
+    room = _token_bucket(provider, now_s) >= min(prompt_tokens, provider.token_bucket_size)
+    return room and _bucket(provider, now_s) >= 1.0
+
+
+@njit(cache=True, nogil=True)
+def _take_tokens(provider, tokens, now_s):
+    if not math.isinf(provider.tokens_per_s):
+        provider.token_bucket = _token_bucket(provider, now_s) - tokens
+        provider.token_bucket_at_s = now_s
+
+
+@njit(cache=True, nogil=True)
+def _end_at_once(world, requests, w, i, status, now_s):
+    requests[w, i].status = status
+    requests[w, i].completed_at_s = now_s
+    finished_append(world, requests, w, i)
 
 
 @njit(cache=True, nogil=True)
@@ -75,7 +109,8 @@ def _pop_call(world, requests, w):
 def submit_provider(pools, tables, worlds, replicas, slots, providers, requests, w, v, i, now_s, ttft_s, tpot_s):
     """Sends request i to provider v now.
 
-    Without room in the rate limit the call fails at once. A user leaves when patience ends before the first token.
+    Without room in the rate limits the call fails at once. A user leaves when patience ends before the first token.
+    In an outage the call is LOST, now or after `error_after_s`.
 
     Args:
         pools, tables, worlds, replicas, slots, providers, requests: `Fleet.arrays`.
@@ -90,23 +125,32 @@ def submit_provider(pools, tables, worlds, replicas, slots, providers, requests,
     world.submitted += 1
     request.replica = -1 - v
     request.dispatched_at_s = now_s
+    room = provider_available(providers, w, v, now_s, request.prompt_tokens)
     provider.bucket = _bucket(provider, now_s)
     provider.bucket_at_s = now_s
-    if provider.bucket < 1.0:
-        request.status = FAILED
-        request.completed_at_s = now_s
+    if not room:
         world.failed += 1
-        finished_append(world, requests, w, i)
+        _end_at_once(world, requests, w, i, FAILED, now_s)
         return
     provider.bucket -= 1.0
-    provider.in_flight += 1
     provider.calls += 1
+    if provider.down == 1 and provider.error_after_s == 0.0:
+        world.lost += 1
+        _end_at_once(world, requests, w, i, LOST, now_s)
+        return
+    provider.in_flight += 1
     request.status = IN_FLIGHT
-    if now_s + ttft_s > request.patience_until_s:
+    ttft_s *= provider.slowdown
+    if provider.down == 1 and now_s + provider.error_after_s < request.patience_until_s:
+        request.completed_at_s = now_s + provider.error_after_s
+        world.doomed_calls += 1
+    elif provider.down == 1 or now_s + ttft_s > request.patience_until_s:
         request.completed_at_s = max(request.patience_until_s, now_s)
     else:
         request.first_token_at_s = now_s + ttft_s
-        request.completed_at_s = now_s + ttft_s + tpot_s * (request.output_tokens - 1)
+        request.completed_at_s = now_s + ttft_s + tpot_s * provider.slowdown * (request.output_tokens - 1)
+    if provider.down == 0:
+        _take_tokens(provider, request.prompt_tokens, now_s)
     _push_call(world, requests, w, i)
 
 
@@ -116,11 +160,17 @@ def end_provider_calls(world, providers, requests, w, until_s):
     while world.provider_calls > 0 and world.next_call_s <= until_s:
         i = _pop_call(world, requests, w)
         request = requests[w, i]
-        providers[w, -1 - request.replica].in_flight -= 1
-        if math.isnan(request.first_token_at_s):
-            request.status = ABANDONED
-            world.abandoned += 1
-        else:
+        provider = providers[w, -1 - request.replica]
+        provider.in_flight -= 1
+        if not math.isnan(request.first_token_at_s):
             request.status = COMPLETED
             world.completed += 1
+            _take_tokens(provider, request.output_tokens, request.completed_at_s)
+        elif request.completed_at_s < request.patience_until_s:
+            request.status = LOST
+            world.lost += 1
+            world.doomed_calls -= 1
+        else:
+            request.status = ABANDONED
+            world.abandoned += 1
         finished_append(world, requests, w, i)

@@ -33,7 +33,12 @@ from marginroute.errors import InputError
 FloatArray = npt.NDArray[np.float64]
 
 # REQUEST.status
-NOT_SUBMITTED, IN_FLIGHT, COMPLETED, ABANDONED, FAILED = 0, 1, 2, 3, 4
+NOT_SUBMITTED, IN_FLIGHT, COMPLETED, ABANDONED, FAILED, LOST = 0, 1, 2, 3, 4, 5
+# LOST: ended without an answer by a fault; whoever sent it may reset the row and send it again
+
+# REPLICA.state, see envs/fleet/scaling.py and envs/fleet/faults.py
+REPLICA_STATES = ("active", "draining", "starting", "failed", "off")
+ACTIVE, DRAINING, STARTING, DOWN, OFF = range(5)
 
 # POOL.scheduler
 SCHEDULERS = {"vllm-v1": 0, "prefill-first": 1, "sarathi": 2}
@@ -54,8 +59,18 @@ POOL = np.dtype(
         ("prefix_caching", "i8"),  # 1: blocks with a hash are kept and found again (see envs/fleet/prefix.py)
         ("bucket_mask", "i8"),  # buckets of the hash map less one; their number is a power of two
         ("scrape_interval_s", "f8"),
-        ("replicas", "i8"),
         ("in_flight_cap", "i8"),
+        # Scaling and failing, see envs/fleet/scaling.py and envs/fleet/faults.py
+        ("first_replica", "i8"),
+        ("replicas", "i8"),  # active at the start
+        ("max_replicas", "i8"),  # rows of `replicas`
+        ("min_replicas", "i8"),
+        ("reserved_replicas", "i8"),
+        ("provision_s", "f8"),
+        ("load_s", "f8"),
+        ("paid_from_load", "i8"),  # 1: paid from the start of loading, 0: from the start of provisioning
+        ("detect_s", "f8"),
+        ("connection_errors", "i8"),
         # The profile, see envs/fleet/iteration.py
         ("token_at", "i8"),
         ("token_count", "i8"),
@@ -137,6 +152,15 @@ REPLICA = np.dtype(
         ("spare_head", "i4"),  # cells that hold no block, in slots.after
         ("scrape_index", "i8"),
         ("scrape_phase_s", "f8"),
+        # Scaling and failing
+        ("state", "i8"),
+        ("slowdown", "f8"),  # factor on the seconds of iterations
+        ("idle_from_s", "f8"),  # when it last had nothing more to do
+        ("change_s", "f8"),  # when it is ready, or its failure is detected or repaired; inf: nothing under way
+        ("repaired_s", "f8"),  # when the machine of a failed replica works again
+        ("paid_from_s", "f8"),  # since when this machine is paid; inf: it is not
+        ("paid_s", "f8"),  # closed periods; `paid_seconds` adds the open one
+        ("detected", "i8"),  # 1: the gateway knows that the replica is down
     ]
 )
 
@@ -174,6 +198,13 @@ PROVIDER = np.dtype(
         ("bucket", "f8"),  # requests that may be sent now, as of bucket_at_s
         ("bucket_at_s", "f8"),
         ("calls", "i8"),
+        ("tokens_per_s", "f8"),  # rate limit; inf for none
+        ("token_bucket_size", "f8"),
+        ("token_bucket", "f8"),  # tokens that may be sent or generated, as of token_bucket_at_s; negative is a debt
+        ("token_bucket_at_s", "f8"),
+        ("down", "i8"),  # 1: every call that is sent now ends with an error
+        ("error_after_s", "f8"),  # how long such a call takes to fail
+        ("slowdown", "f8"),  # factor on the latency of calls that are sent now
     ]
 )
 
@@ -188,6 +219,10 @@ WORLD = np.dtype(
         ("completed", "i8"),
         ("abandoned", "i8"),
         ("failed", "i8"),
+        ("lost", "i8"),  # attempts that faults ended
+        ("next_change_s", "f8"),  # least change_s of all replicas
+        ("draining", "i8"),  # replicas that drain
+        ("doomed_calls", "i8"),  # provider calls in flight that will end with an error
     ]
 )
 
@@ -229,7 +264,7 @@ class PoolSpec:
         name: Name of the pool.
         tier: Index of the model in the scenario's list of tiers.
         profile: Seconds per iteration.
-        replicas: Number of engines.
+        replicas: Number of engines that are active at the start.
         kv_blocks: KV-cache blocks of one engine.
         block_size_tokens: Tokens per block.
         max_num_seqs: Most requests that run at once.
@@ -240,6 +275,14 @@ class PoolSpec:
         vidur_quirks: Reproduce Vidur's scheduler to the request.
         skip_iterations: Advance unchanged decode batches many iterations at once (equal results, faster).
         prefix_caching: Keep full blocks that have a hash, and reuse them for requests that begin with the same ones.
+        max_replicas: Engines that it may be scaled up to; 0: as many as `replicas`.
+        min_replicas: Engines that it may be scaled down to.
+        reserved_replicas: The first ones, paid all the time, whether they run or not.
+        provision_s: From asking for a machine until it is there.
+        load_s: From there until the weights are loaded and requests are taken; also after a repair.
+        paid_from_load: A machine is paid once it is there, not from asking for it.
+        detect_s: From a failure until the gateway takes the replica for down.
+        connection_errors: Requests at a failed engine end at once with an error; otherwise they hang until detected.
     """
 
     name: str
@@ -256,11 +299,27 @@ class PoolSpec:
     vidur_quirks: bool = False
     skip_iterations: bool = True
     prefix_caching: bool = False
+    max_replicas: int = 0
+    min_replicas: int = 1
+    reserved_replicas: int = 0
+    provision_s: float = 0.0
+    load_s: float = 0.0
+    paid_from_load: bool = False
+    detect_s: float = 0.0
+    connection_errors: bool = True
+
+    @property
+    def rows(self) -> int:
+        """Engines that the pool can have at most: each is a candidate and a row of `replicas`."""
+        return self.max_replicas or self.replicas
 
 
 @dataclasses.dataclass(frozen=True)
 class ProviderSpec:
-    """A third-party API: lognormal latencies around medians, a rate limit in requests per minute."""
+    """A third-party API: lognormal latencies around medians, rate limits per minute.
+
+    A call in an outage ends with an error after `error_after_s`.
+    """
 
     name: str
     tier: int = 0
@@ -270,6 +329,9 @@ class ProviderSpec:
     tpot_sigma: float = 0.0
     requests_per_minute: float = math.inf
     burst_requests: float = 0.0  # size of the token bucket; 0: ten seconds of the limit
+    tokens_per_minute: float = math.inf
+    burst_tokens: float = 0.0  # 0: ten seconds of the limit
+    error_after_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,12 +345,12 @@ class FleetSpec:
     @property
     def n_replicas(self) -> int:
         """Replicas over all pools."""
-        return sum(pool.replicas for pool in self.pools)
+        return sum(pool.rows for pool in self.pools)
 
     @property
     def pool_of_replica(self) -> npt.NDArray[np.int64]:
         """Index of the pool of every replica, (R,)."""
-        return np.repeat(np.arange(len(self.pools)), [pool.replicas for pool in self.pools])
+        return np.repeat(np.arange(len(self.pools)), [pool.rows for pool in self.pools])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,6 +396,11 @@ def check_pool(pool: PoolSpec) -> None:
     """Raises InputError unless the engine can run this pool."""
     for field in ("replicas", "kv_blocks", "block_size_tokens", "max_num_seqs", "in_flight_cap"):
         _check(getattr(pool, field) >= 1, pool, field, "1 or more")
+    _check(pool.max_replicas in (0, max(pool.max_replicas, pool.replicas)), pool, "max_replicas", "replicas or more")
+    _check(0 <= pool.min_replicas <= pool.replicas, pool, "min_replicas", "from 0 to replicas")
+    _check(0 <= pool.reserved_replicas <= pool.rows, pool, "reserved_replicas", "from 0 to max_replicas")
+    for field in ("provision_s", "load_s", "detect_s"):
+        _check(0.0 <= getattr(pool, field) < math.inf, pool, field, "0 or more")
     _check(pool.max_num_seqs <= 4096, pool, "max_num_seqs", "at most 4096")
     _check(pool.block_size_tokens <= 1024, pool, "block_size_tokens", "at most 1024")
     legal = "max_num_seqs or more, so that every running request gets its token"
@@ -357,6 +424,7 @@ def _fill_pool(record: Any, pool: PoolSpec, spec: FleetSpec, tables: list[FloatA
     reserve = 0.0 if pool.scheduler == "vllm-v1" else pool.watermark_share
     record["watermark_blocks"] = int(reserve * pool.kv_blocks)
     record["bucket_mask"] = max(_cached_blocks(pool), 1) - 1
+    record["max_replicas"] = pool.rows
     record["scrape_interval_s"] = spec.scrape_interval_s
     offset = sum(len(table) for table in tables)
     flat, fields = flatten_profile(pool.profile, pool.max_num_seqs, offset)
@@ -392,9 +460,10 @@ def allocate(spec: FleetSpec, n_worlds: int, max_requests: int, max_hashes: int 
     tables: list[FloatArray] = []
     for record, pool in zip(pools, spec.pools, strict=True):
         _fill_pool(record, pool, spec, tables)
+    pools["first_replica"] = np.cumsum(pools["max_replicas"]) - pools["max_replicas"]
     slots = max(max(pool.max_num_seqs, pool.block_size_tokens) for pool in spec.pools)
     n_replicas, n_providers = spec.n_replicas, len(spec.providers)
-    cells = sum(pool.replicas * (slots + 2 * _cached_blocks(pool)) for pool in spec.pools)
+    cells = sum(pool.rows * (slots + 2 * _cached_blocks(pool)) for pool in spec.pools)
     fleet = Fleet(
         spec=spec,
         pools=pools,
@@ -408,7 +477,10 @@ def allocate(spec: FleetSpec, n_worlds: int, max_requests: int, max_hashes: int 
     )
     _place_replicas(fleet, slots)
     for v, provider in enumerate(spec.providers):
-        rate = provider.requests_per_minute / 60.0
+        rate, token_rate = provider.requests_per_minute / 60.0, provider.tokens_per_minute / 60.0
         fleet.providers["requests_per_s"][:, v] = rate
         fleet.providers["bucket_size"][:, v] = provider.burst_requests or max(1.0, 10.0 * rate)
+        fleet.providers["tokens_per_s"][:, v] = token_rate
+        fleet.providers["token_bucket_size"][:, v] = provider.burst_tokens or 10.0 * token_rate
+        fleet.providers["error_after_s"][:, v] = provider.error_after_s
     return fleet

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import numpy as np
 
+from envs.workload.faults import no_faults
 from marginroute.errors import InputError
 
 Array = np.ndarray[Any, Any]
@@ -51,6 +52,7 @@ class Workload:
         session_index: (M,) i4, conversation or task that a request belongs to; -1: none. Default -1.
         parent_index: (M,) i4, request that this one follows, an earlier row; -1: none. Default -1.
         think_s: (M,) f8, seconds between the parent's end and this arrival, 0 or more. Default 0. Hidden.
+        faults: (F,) `faults.FAULT`, what fails when, ordered by start. Hidden.
     """
 
     arrived_at_s: Array
@@ -74,6 +76,7 @@ class Workload:
     session_index: Array = None  # type: ignore[assignment]
     parent_index: Array = None  # type: ignore[assignment]
     think_s: Array = None  # type: ignore[assignment]
+    faults: Array = field(default_factory=no_faults)
 
     hidden: ClassVar[tuple[str, ...]] = ("output_tokens", "patience_s", "p_good", "good", "provider_noise", "think_s")
     scalars: ClassVar[tuple[str, ...]] = ("horizon_s", "prefix_block_tokens")
@@ -92,13 +95,13 @@ class Workload:
             object.__setattr__(self, name, array)
         _check_sessions(self)
         _check_prefixes(self)
-        for name in self.array_names():
+        for name in (*self.array_names(), "faults"):
             getattr(self, name).flags.writeable = False
 
     @classmethod
     def array_names(cls) -> tuple[str, ...]:
-        """The fields that are arrays, in order of definition."""
-        return tuple(field.name for field in fields(cls) if field.name not in cls.scalars)
+        """The fields that are arrays, in order of definition; not `faults`, which are not about requests."""
+        return tuple(item.name for item in fields(cls) if item.name not in (*cls.scalars, "faults"))
 
     @classmethod
     def visible(cls) -> tuple[str, ...]:

@@ -1,0 +1,84 @@
+"""What a fault does to an engine or a provider; when it happens is decided by whoever moves the world.
+
+* An engine that fails loses everything that it had: `lose_requests` ends the attempts as LOST, empties the KV and
+  prefix cache, and leaves the sequence counters as they are. What those requests had computed (`request.computed`
+  tokens) is lost work. Sending them again is up to the gateway.
+* A replica that is slow (thermal throttling, a noisy neighbour) takes `slowdown` times as long for every iteration that
+  starts from now on; the iteration in progress ends when it would have.
+* Providers: see envs/fleet/provider.py.
+"""
+
+# ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
+from __future__ import annotations
+
+from numba import njit
+
+from envs.fleet.prefix import empty_prefix_cache
+from envs.fleet.queues import finished_append
+from envs.fleet.state import LOST
+
+
+@njit(cache=True, nogil=True)
+def _lose(world, requests, w, i, now_s):
+    request = requests[w, i]
+    request.status = LOST
+    request.completed_at_s = now_s
+    request.hashed_blocks = 0
+    request.joined_at = -1
+    world.lost += 1
+    finished_append(world, requests, w, i)
+
+
+@njit(cache=True, nogil=True)
+def _empty_engine(pool, rep, slots, w):
+    """The engine as after its start; what the gateway holds, and totals, stay."""
+    rep.waiting = rep.running = rep.kv_used_blocks = 0
+    rep.decoding = rep.decoding_tokens = rep.batch = rep.kv_sum = 0
+    rep.wait_head = rep.wait_tail = rep.prefill_head = rep.prefill_tail = -1
+    rep.partial = rep.running_head = rep.running_tail = -1
+    rep.changed = 1
+    for p in range(pool.block_size_tokens):
+        slots[w, rep.slot_at + p].boundaries = 0
+    empty_prefix_cache(pool, rep, slots, w)
+
+
+@njit(cache=True, nogil=True)
+def lose_requests(pool, world, rep, slots, requests, w, held_too, now_s):
+    """Ends everything in an engine, and in its hold queue if `held_too`, as LOST, in order of admission and arrival."""
+    i = int(rep.running_head)
+    while i >= 0:
+        following = int(requests[w, i].after)
+        if requests[w, i].joined_at >= 0:
+            requests[w, i].computed += rep.counter - requests[w, i].joined_at
+        _lose(world, requests, w, i, now_s)
+        i = following
+    i = int(rep.wait_head)
+    while i >= 0:
+        following = int(requests[w, i].next)
+        _lose(world, requests, w, i, now_s)
+        i = following
+    _empty_engine(pool, rep, slots, w)
+    rep.pending_prefill_tokens = 0
+    i = int(rep.hold_head)
+    while i >= 0:
+        following = int(requests[w, i].next)
+        if held_too:
+            _lose(world, requests, w, i, now_s)
+        else:
+            rep.pending_prefill_tokens += requests[w, i].prompt_tokens
+        i = following
+    if held_too:
+        rep.held = 0
+        rep.hold_head = rep.hold_tail = -1
+    rep.in_flight = rep.held
+
+
+@njit(cache=True, nogil=True)
+def slow_replica(pools, tables, worlds, replicas, slots, providers, requests, w, r, factor, now_s):
+    """Iterations of replica r take `factor` times as long from the next one on; 1 ends a slowdown."""
+    rep = replicas[w, r]
+    if factor != rep.slowdown:
+        rep.slowdown = factor
+        rep.changed = 1
+        if rep.planned > rep.done:
+            rep.planned = rep.done + 1
