@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, Field, ValidationError
 
-from envs import scenario_checks, scenario_compile, scenario_files
+from envs import scenario_checks, scenario_compile, scenario_files, scenario_terms
 from envs.scenario_fleet import FleetSection, NonNegative, Positive, Section
 from envs.scenario_plans import PlansSection
 from envs.scenario_workload import WorkloadSection
@@ -143,7 +143,7 @@ class Scenario(Section):
 
     def terms(self) -> Array:
         """(K,) contracts of the classes, `envs.economics.plans.TERMS`."""
-        return scenario_compile.terms(self)
+        return scenario_terms.terms(self)
 
     def fleet_spec(self) -> FleetSpec:
         """The fleet as the engine takes it."""

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from envs.economics.plans import TERMS
 from envs.scenario_files import locate, nearest, read_yaml
 from envs.scenario_fleet import FleetSection, Provider
-from envs.scenario_plans import MONTH_S, CustomerClass, SeatPlan
 from envs.scenario_workload import LengthSection
 from envs.workload.generator import WorkloadSpec
 from envs.workload.lengths import LengthMixture
@@ -106,38 +104,6 @@ def fleet_spec(scenario: Scenario) -> FleetSpec:
         for name, item in fleet.providers.items()
     )
     return FleetSpec(pools, providers, fleet.telemetry.scrape_interval_s)
-
-
-def terms(scenario: Scenario) -> Array:
-    """(K,) `TERMS` of the classes."""
-    table = np.zeros(len(scenario.class_names), dtype=TERMS)
-    for record, customer in zip(table, scenario.plans.classes.values(), strict=True):
-        _fill_price(record, scenario, customer)
-        slo, remedies = customer.slo, customer.remedies
-        for name in ("ttft", "tpot", "e2e"):
-            promised = getattr(slo, f"{name}_s")
-            record[f"slo_{name}_s"] = math.inf if promised is None else promised
-            record[f"{name}_credit_share"] = getattr(slo, f"{name}_credit_share")
-        for name in ("refund_share", "bad_answer_usd", "unserved_credit_share", "unserved_credit_usd"):
-            record[name] = getattr(remedies, name)
-        record["patience_s"] = math.inf if customer.patience is None else customer.patience.median_s
-        record["delay_tolerant"] = float(customer.delay_tolerant is not None)
-    return table
-
-
-def _fill_price(record: Any, scenario: Scenario, customer: CustomerClass) -> None:
-    plan = scenario.plans.plans[customer.plan]
-    if isinstance(plan, SeatPlan):
-        record["request_value_usd"] = plan.seat_usd_per_month / plan.included_requests_per_month
-        # A plan's seats belong to its classes in proportion to their requests
-        classes = scenario.plans.classes
-        share = scenario.workload.class_share
-        same = {name: share[name] for name, other in classes.items() if other.plan == customer.plan}
-        mine = next(share[name] for name, other in classes.items() if other is customer)
-        record["seat_usd_per_s"] = plan.seats * plan.seat_usd_per_month / MONTH_S * mine / sum(same.values())
-    else:
-        record["input_usd_per_token"] = plan.input_usd_per_mtok * _MTOK
-        record["output_usd_per_token"] = plan.output_usd_per_mtok * _MTOK
 
 
 def workload_spec(scenario: Scenario) -> WorkloadSpec:
