@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,7 +19,8 @@ import numpy as np
 from pydantic import AfterValidator, Field, ValidationError
 
 from envs import scenario_checks, scenario_compile, scenario_files, scenario_terms
-from envs.scenario_fleet import FleetSection, NonNegative, Positive, Section
+from envs.scenario_family import DRAWS, Range, check_family, drawn, under
+from envs.scenario_fleet import FleetSection, Name, NonNegative, Positive, Section
 from envs.scenario_plans import PlansSection
 from envs.scenario_workload import WorkloadSection
 from envs.workload.generator import WorkloadSpec, generate
@@ -35,6 +37,7 @@ Split = Literal["train", "validation", "heldout"]
 
 SPLIT_CODE = {"train": 0, "validation": 1, "heldout": 2}
 _SEED_SALT = 0x6D617267  # "marg": keeps workload streams apart from anyone else's use of the same seed
+_FAMILY_SALT = 0x66616D69  # "fami"
 
 
 def _format(name: str) -> str:
@@ -77,6 +80,12 @@ class Scenario(Section):
         1.0, description="Multiplies arrivals per second; a trace is played that much faster than recorded."
     )
     trace: TraceSection | None = Field(None, description="Recorded requests; left out: the generator.")
+    ranges: dict[str, Range] = Field(
+        default_factory=dict, description="Dotted keys in which the worlds of the scenario differ, and how."
+    )
+    conditions: dict[Name, dict[str, Any]] = Field(
+        default_factory=dict, description="Named changes, dotted keys to values, for examination only."
+    )
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -106,7 +115,7 @@ class Scenario(Section):
     @cached_property
     def hash(self) -> str:
         """First 16 hex digits of the SHA-256 of the resolved scenario, names and prices replaced by content."""
-        text = json.dumps(self.resolved(), separators=(",", ":"), ensure_ascii=False)
+        text = json.dumps(self.resolved(), separators=(",", ":"), ensure_ascii=False, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def resolved(self) -> dict[str, Any]:
@@ -135,7 +144,7 @@ class Scenario(Section):
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Scenario:
         """A changed copy; what was derived from the old values is derived anew."""
         copy = super().model_copy(update=update, deep=deep)
-        for name in ("hash", "workload_spec", "expected_output_tokens"):
+        for name in ("hash", "workload_spec", "expected_output_tokens", "variants"):
             copy.__dict__.pop(name, None)
         if update and "trace" in update and update["trace"] is None:
             copy.__dict__.pop("recorded", None)
@@ -158,11 +167,27 @@ class Scenario(Section):
             raise InputError(f"split {split!r} is not legal; legal is {', '.join(SPLIT_CODE)}")
         if not 0 <= seed < 2**32:
             raise InputError(f"seed {seed} is not legal; legal is 0 to {2**32 - 1}")
+        variant = SPLIT_CODE[split] * DRAWS + seed % DRAWS if self.ranges else 0
+        member = self.variants[variant]
         rng = np.random.default_rng([SPLIT_CODE[split], int(seed), _SEED_SALT])
-        if self.recorded is None:
-            return generate(self.workload_spec, rng)
-        given = window(self.recorded, SPLIT_CODE[split], self.horizon_s, rng, self.class_names, self.load_scale)
-        return generate(self.workload_spec, rng, given)
+        given = None
+        if member.recorded is not None:
+            given = window(
+                member.recorded, SPLIT_CODE[split], member.horizon_s, rng, member.class_names, member.load_scale
+            )
+        return replace(generate(member.workload_spec, rng, given), variant=variant)
+
+    @cached_property
+    def variants(self) -> tuple[Scenario, ...]:
+        """What `Workload.variant` means: the draws of every split, or the scenario alone where nothing has a range."""
+        if not self.ranges:
+            return (self,)
+        rngs = [np.random.default_rng([code, i, _FAMILY_SALT]) for code in SPLIT_CODE.values() for i in range(DRAWS)]
+        return tuple(drawn(self, rng.random(len(self.ranges))) for rng in rngs)
+
+    def under(self, condition: str) -> Scenario:
+        """The scenario under one of its held-out conditions; every world is alike there."""
+        return under(self, condition)
 
     @cached_property
     def recorded(self) -> Trace | None:
@@ -219,7 +244,9 @@ def load_scenario(
     found = list(scenario_checks.problems(scenario))
     if found:
         raise scenario_files.cross_error(found, files, overrides)
-    return _resolved(scenario, files, overrides)
+    scenario = _resolved(scenario, files, overrides)
+    check_family(scenario)
+    return scenario
 
 
 def _validated(data: dict[str, Any], files: Mapping[str, str], overrides: Mapping[str, Any]) -> Scenario:

@@ -58,6 +58,7 @@ def _plans(scenario: Scenario) -> Iterator[Problem]:
         if name not in share:
             legal = ", ".join(plans.classes)
             yield "workload.class_share", f"has no share for class {name}; legal is one for each of {legal}"
+        yield from _entitlements(scenario, name)
     tolerant = [name for name, customer in plans.classes.items() if customer.delay_tolerant is not None]
     if scenario.fleet.batch_queue is not None and not tolerant:
         yield "fleet.batch_queue", "is there but no class may wait; legal is a class with delay_tolerant, or no queue"
@@ -69,6 +70,25 @@ def _plans(scenario: Scenario) -> Iterator[Problem]:
                 f"plans.classes.{name}.slo.ttft_s",
                 f"{customer.slo.ttft_s} is below the class's deadline; legal is at least {limit} or no TTFT promise",
             )
+
+
+def _entitlements(scenario: Scenario, name: str) -> Iterator[Problem]:
+    """Somebody must be allowed to answer."""
+    fleet, entitled = scenario.fleet, scenario.plans.classes[name].entitlements
+    tier_of = {key: item.tier for key, item in (*fleet.pools.items(), *fleet.providers.items())}
+    path = f"plans.classes.{name}.entitlements"
+    for tier in entitled.tiers or ():
+        yield from _unknown(f"{path}.tiers", tier, fleet.tiers)
+    for station in entitled.stations or ():
+        yield from _unknown(f"{path}.stations", station, tier_of)
+    allowed = [
+        station
+        for station, tier in tier_of.items()
+        if (entitled.stations is None or station in entitled.stations)
+        and (entitled.tiers is None or tier in entitled.tiers)
+    ]
+    if not allowed:
+        yield path, "leave no pool or provider; legal is at least one that may answer"
 
 
 def _workload(scenario: Scenario) -> Iterator[Problem]:

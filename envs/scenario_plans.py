@@ -88,7 +88,7 @@ class SloWindow(Section):
     """Credits for a share of requests over a window, in place of credits per request."""
 
     length_s: Positive = Field(description="Length of a window in seconds.")
-    credits: Annotated[tuple[CreditStep, ...], Field(min_length=1, max_length=2)] = Field(
+    credits: Annotated[list[CreditStep], Field(min_length=1, max_length=2)] = Field(
         description="Schedule, one or two steps: the lower the share of requests that met every SLO, the more."
     )
 
@@ -164,8 +164,8 @@ class Limits(Section):
 class Entitlements(Section):
     """What may answer the class; what is left out is not restricted."""
 
-    tiers: tuple[Name, ...] | None = Field(None, description="Models that the plan allows, or a version is pinned to.")
-    stations: tuple[Name, ...] | None = Field(
+    tiers: list[Name] | None = Field(None, description="Models that the plan allows, or a version is pinned to.")
+    stations: list[Name] | None = Field(
         None, description="Pools and providers that may see its data (residency, no third party)."
     )
     cache: bool = Field(True, description="Whether answers may come from the response cache.")

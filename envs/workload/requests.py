@@ -47,6 +47,7 @@ class Workload:
         provider_noise: (M, 2) f8, standard normals behind a provider's TTFT and TPOT. Hidden.
         horizon_s: length of the episode.
         prefix_block_tokens: tokens per block hash; 0: nobody hashes prompts.
+        variant: which member of a family of scenarios the episode plays in; 0 where there is only one.
         prefix_count: (M,) i4, block hashes of each request, at most its prompt's blocks; default none.
         prefix_hash: (sum of prefix_count,) i8, 0 or more, one request after the other.
         session_index: (M,) i4, conversation or task that a request belongs to; -1: none. Default -1.
@@ -71,6 +72,7 @@ class Workload:
     provider_noise: Array
     horizon_s: float
     prefix_block_tokens: int = 0
+    variant: int = 0
     prefix_count: Array = None  # type: ignore[assignment]
     prefix_hash: Array = None  # type: ignore[assignment]
     session_index: Array = None  # type: ignore[assignment]
@@ -79,7 +81,7 @@ class Workload:
     faults: Array = field(default_factory=no_faults)
 
     hidden: ClassVar[tuple[str, ...]] = ("output_tokens", "patience_s", "p_good", "good", "provider_noise", "think_s")
-    scalars: ClassVar[tuple[str, ...]] = ("horizon_s", "prefix_block_tokens")
+    scalars: ClassVar[tuple[str, ...]] = ("horizon_s", "prefix_block_tokens", "variant")
 
     def __post_init__(self) -> None:
         m = self.n_requests

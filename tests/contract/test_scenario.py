@@ -208,3 +208,61 @@ def test_a_key_at_its_default_changes_no_hash():
     spelled_out = load_scenario("quickstart", {"load_scale": 1.0, "fleet.pools.small.block_size_tokens": 16})
     changed = load_scenario("quickstart", {"fleet.pools.small.block_size_tokens": 32})
     assert spelled_out.hash == plain.hash != changed.hash
+
+
+RANGES = {
+    "load_scale": {"low": 0.6, "high": 1.6},
+    "fleet.providers.api.output_usd_per_mtok": {"low": 2.0, "high": 8.0, "log": True},
+    "fleet.pools.large.gpus_per_replica": {"choices": [4, 8]},
+}
+
+
+def family(ranges=RANGES, conditions=None):
+    return load_scenario("quickstart", {"ranges": ranges, "conditions": conditions or {}})
+
+
+def test_a_family_draws_its_members():
+    scenario = family()
+    members = scenario.variants
+    assert len(members) == 36 and not any(member.ranges for member in members)
+    loads = np.array([member.load_scale for member in members])
+    prices = np.array([member.fleet.providers["api"].output_usd_per_mtok for member in members])
+    assert 0.6 <= loads.min() < 0.8 and 1.4 < loads.max() <= 1.6 and len(set(loads)) == 36
+    assert prices.min() >= 2.0 and prices.max() <= 8.0 and np.mean(prices < 4.0) == pytest.approx(0.5, abs=0.25)
+    assert {member.fleet.pools["large"].gpus_per_replica for member in members} == {4, 8}
+    workload = scenario.generate(14, "validation")
+    member = members[workload.variant]
+    assert workload.variant == 12 + 14 % 12
+    assert workload.n_requests == round(1200 * member.load_scale)
+    again = family().generate(14, "validation")
+    assert (again.arrived_at_s == workload.arrived_at_s).all() and again.variant == workload.variant
+
+
+def test_a_condition_changes_what_it_names():
+    scenario = family(conditions={"heavy": {"load_scale": 1.5}})
+    heavy = scenario.under("heavy")
+    assert heavy.load_scale == 1.5 and not heavy.ranges
+    assert heavy.generate(0, "heldout").n_requests == 1800
+    with pytest.raises(InputError, match=r"condition 'hevy'.* did you mean heavy"):
+        scenario.under("hevy")
+
+
+@pytest.mark.parametrize(
+    ("ranges", "parts"),
+    [
+        ({"load_scal": {"low": 1.0, "high": 2.0}}, ["ranges: load_scal", "did you mean load_scale"]),
+        ({"load_scale": {"low": -2.0, "high": -1.0}}, ["ranges", "load_scale", "greater than 0"]),
+        ({"load_scale": {"low": 2.0, "high": 1.0}}, ["low 2.0 above high 1.0"]),
+        ({"load_scale": {"low": 2.0}}, ["low with high"]),
+        ({"fleet.pools.small.kv_blocks": {"low": 2.0, "high": 3.0, "whole": True}}, ["ranges", "largest request"]),
+    ],
+)
+def test_ranges_are_checked_when_the_scenario_is_read(ranges, parts):
+    with pytest.raises(InputError) as error:
+        family(ranges)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_conditions_are_checked_when_the_scenario_is_read():
+    with pytest.raises(InputError, match=r"conditions\.heavy: load_scal"):
+        family(conditions={"heavy": {"load_scal": 1.5}})

@@ -147,3 +147,37 @@ def test_overrides_reach_every_kind_of_place():
 
 def test_override_of_a_section_by_name():
     assert load_scenario("quickstart", {"workload": "azure_conversation"}).generate(0).n_requests == 1200
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"plans.classes.team.entitlements": {"tiers": ["smal"]}}, ["entitlements.tiers", "did you mean small"]),
+        ({"plans.classes.team.entitlements": {"stations": ["api"], "tiers": ["small"]}}, ["leave no pool or provider"]),
+        (
+            {"plans.classes.team.slo.window": {"length_s": 60, "credits": [{"below": 0.9, "share": 0.1}]}},
+            ["credits both"],
+        ),
+        (
+            {
+                "plans.classes.batch.slo": {
+                    "e2e_s": 9.0,
+                    "window": {
+                        "length_s": 60,
+                        "credits": [{"below": 0.9, "share": 0.1}, {"below": 0.95, "share": 0.2}],
+                    },
+                }
+            },
+            ["second step that is no worse"],
+        ),
+        (
+            {"plans.plans.team.fair_use": {"requests_per_tenant": 9.0, "beyond": "overage"}},
+            ["overage_usd", "both or none"],
+        ),
+        ({"plans.classes.team.limits.burst_requests": 0.5}, ["burst_requests", "at least 1"]),
+    ],
+)
+def test_contracts_that_cannot_be(overrides, parts):
+    with pytest.raises(InputError) as error:
+        load_scenario("quickstart", overrides)
+    assert all(part in str(error.value) for part in parts), error.value

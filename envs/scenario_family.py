@@ -1,0 +1,111 @@
+"""Families of scenarios: ranges that training draws from, and named conditions that are held out.
+
+`ranges` say in which of their values the worlds of a scenario differ (fleet, prices, contracts, load, whatever has a
+key); `conditions` are fixed changes under which policies are examined and never trained. A draw is a scenario like any
+other, without ranges.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import Field, ValidationError, model_validator
+
+from envs import scenario_files
+from envs.scenario_fleet import Section
+from marginroute.errors import InputError
+
+if TYPE_CHECKING:
+    from envs.scenario import Scenario
+
+DRAWS = 12
+"""Scenarios drawn per split; the episode of seed s plays draw s modulo it."""
+
+
+class Range(Section):
+    """Values that one key takes in the worlds of a family."""
+
+    low: float | None = Field(None, description="Smallest value; with high.")
+    high: float | None = Field(None, description="Largest value.")
+    log: bool = Field(False, description="Draw the logarithm evenly, for prices and rates.")
+    whole: bool = Field(False, description="Round to whole numbers, for counts.")
+    choices: Annotated[list[Any], Field(min_length=1)] | None = Field(
+        None, description="Values to choose from, in place of low and high."
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Range:
+        if (self.choices is None) == (self.low is None or self.high is None):
+            raise ValueError("has neither choices nor low with high, or both; legal is one of them")
+        if self.low is not None and self.high is not None and not self.low <= self.high:
+            raise ValueError(f"has low {self.low} above high {self.high}; legal is low <= high")
+        if self.log and not (self.low or 0.0) > 0.0:
+            raise ValueError(f"has log with low {self.low}; legal is low > 0")
+        return self
+
+    def at(self, share: float) -> Any:
+        """The value at `share` of the way, 0 up to but not 1."""
+        if self.choices is not None:
+            return self.choices[int(share * len(self.choices))]
+        assert self.low is not None and self.high is not None
+        if self.log:
+            value = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
+        elif self.whole:
+            value = math.floor(self.low + share * (self.high - self.low + 1.0))
+        else:
+            value = self.low + share * (self.high - self.low)
+        return round(value) if self.whole else value
+
+
+def drawn(scenario: Scenario, shares: np.ndarray[Any, Any]) -> Scenario:
+    """The member of a family at `shares` (number of ranges,) of the way along each range.
+
+    Raises:
+        InputError: a range names no key, or its values are not legal there or contradict others.
+    """
+    values = {key: item.at(float(share)) for (key, item), share in zip(scenario.ranges.items(), shares, strict=True)}
+    return changed(scenario, values, "ranges")
+
+
+def under(scenario: Scenario, condition: str) -> Scenario:
+    """The scenario under one of its conditions.
+
+    Raises:
+        InputError: there is no such condition.
+    """
+    if condition not in scenario.conditions:
+        legal = scenario_files.suggestion(condition, scenario.conditions)
+        raise InputError(f"condition {condition!r} is not in scenario {scenario.name!r}{legal}")
+    return changed(scenario, scenario.conditions[condition], f"conditions.{condition}")
+
+
+def check_family(scenario: Scenario) -> None:
+    """Raises InputError unless both ends of the ranges, and every condition, are legal scenarios."""
+    if scenario.ranges:
+        for share in (0.0, 1.0 - 1e-12):
+            drawn(scenario, np.full(len(scenario.ranges), share))
+    for condition in scenario.conditions:
+        under(scenario, condition)
+
+
+def changed(scenario: Scenario, values: Mapping[str, Any], section: str) -> Scenario:
+    """A copy without ranges and conditions in which some keys have other values; `section` names them in errors."""
+    from envs import scenario_checks
+
+    data = scenario.model_dump(exclude={"ranges", "conditions"})
+    try:
+        data = scenario_files.apply_overrides(type(scenario), data, values)
+        copy = type(scenario).model_validate(data)
+    except InputError as error:
+        raise InputError(f"scenario {scenario.name!r}, {section}: {str(error).removeprefix('--set ')}") from None
+    except ValidationError as error:
+        sentence = scenario_files.input_error(error, type(scenario), data, {"": section}, ())
+        raise InputError(f"scenario {scenario.name!r}, {sentence}") from None
+    for path, sentence in scenario_checks.problems(copy):
+        raise InputError(f"scenario {scenario.name!r}, {section}: {path}: {sentence}")
+    if copy.trace == scenario.trace:
+        copy.__dict__["recorded"] = scenario.recorded  # the file is read once
+    return copy
