@@ -3,7 +3,7 @@
 Every function is plain scalar arithmetic, so that the gateway calls it as it stands and the simulated world compiles it
 (`envs.economics.accounts`): one home for each rule.
 
-*Standing* of a request, looked at when it arrives: within the allowance; beyond it in one of the ways a plan can choose;
+*Standing* of a request, looked at when it arrives: within the allowance; beyond it, in a way that the plan chooses;
 or refused, in which case the gateway answers 429 and there is nothing to decide.
 
 *Windowed SLO credits*: the share of requests that met every SLO is measured over windows; a window below a target pays
