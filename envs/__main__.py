@@ -87,9 +87,33 @@ def _emulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of lengths and provider latencies (0)")
 
 
+def _fetch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", nargs="?", help="public set; left out: lists them")
+    parser.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="folder to write to (data)")
+    parser.add_argument("--list", action="store_true", help="list the sets with licence and home")
+
+
+def _describe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what", metavar="TRACE|SCENARIO", help="file of recorded requests, or a scenario's name or file"
+    )
+    parser.add_argument("--against", metavar="TRACE|SCENARIO", help="a second one, beside it")
+    parser.add_argument("--out", type=Path, metavar="FILE.html", help="write plots to a self-contained page")
+    parser.add_argument("--trace-format", metavar="NAME", help="layout of traces (default: told from them)")
+    parser.add_argument("--columns", metavar="OURS=THEIRS,...", help="csv: our column names to the file's")
+    parser.add_argument("--from-s", type=float, default=0.0, metavar="S", help="start of the stretch of traces (0)")
+    parser.add_argument("--to-s", type=float, metavar="S", help="its end (default: the trace's)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (0)")
+    parser.add_argument(
+        "--duration-s", type=float, metavar="S", help="seconds drawn from a scenario (default: as long as the other)"
+    )
+
+
 COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
     "simulate": ("envs.simulate", "what-if: latency of every request on a fleet", _simulate),
     "emulate": ("envs.emulator", "serve a fleet as OpenAI-compatible endpoints", _emulate),
+    "describe": ("envs.describe", "statistics of recorded or generated requests", _describe),
+    "fetch": ("envs.fetch", "download a public set of recorded requests", _fetch),
     "calibrate": ("envs.calibrate", "fit an engine profile", _calibrate),
 }
 

@@ -98,22 +98,27 @@ class Trace:
 
     def rows(self, first: int, last: int) -> Trace:
         """The requests `first` to `last` - 1, with times as they are; links out of the cut are dropped."""
-        cut = slice(first, last)
+        return self.pick(np.arange(first, last))
+
+    def pick(self, rows: Array) -> Trace:
+        """The requests (R,) `rows`, ascending, with times as they are; links to others are dropped."""
         changes: dict[str, Any] = {}
         for name in _PER_ROW:
             column = getattr(self, name)
-            changes[name] = None if column is None else column[cut].copy()
+            changes[name] = None if column is None else column[rows]
         if self.parent_index is not None:
-            parent = changes["parent_index"] - first
-            changes["parent_index"] = np.where(parent >= 0, parent, -1).astype(np.int32)
+            place = np.full(self.n_requests + 1, -1, dtype=np.int32)
+            place[rows] = np.arange(len(rows), dtype=np.int32)
+            changes["parent_index"] = place[changes["parent_index"]]
         for name in ("prompt_key", "session_index"):
             if changes[name] is not None:
                 known = changes[name] >= 0
                 changes[name][known] = np.unique(changes[name][known], return_inverse=True)[1]
         if self.prefix_hash is not None and self.prefix_count is not None:
-            ends = np.cumsum(self.prefix_count[:last], dtype=np.int64)
-            start = int(ends[first - 1]) if first else 0
-            changes["prefix_hash"] = self.prefix_hash[start : int(ends[-1]) if last else 0]
+            ends = np.cumsum(self.prefix_count, dtype=np.int64)
+            count = self.prefix_count[rows].astype(np.int64)
+            within = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+            changes["prefix_hash"] = self.prefix_hash[np.repeat(ends[rows] - count, count) + within]
         return replace(self, **changes)
 
     def between(self, start_s: float, end_s: float) -> Trace:

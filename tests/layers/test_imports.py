@@ -39,6 +39,8 @@ OPTIONAL = {
     "marginroute.adapters.litellm": ("litellm", "yaml"),
     "envs.scenario_compile": ("genai_prices",),
     "envs.emulator": ("uvicorn",),
+    "envs.describe": ("rich",),
+    "envs.describe_page": ("plotly",),
     "envs.calibrate_aiconfigurator": ("aiconfigurator_core",),
 }
 

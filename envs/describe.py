@@ -1,0 +1,199 @@
+"""`python -m envs describe TRACE|SCENARIO [--against ...]`: what matters about requests, as a table and as plots.
+
+A scenario is drawn for as long as the other stream lasts, or for `--duration-s`. Where one side was recorded on a
+coarse clock, dispersion is measured with both sides rounded to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from envs.describe_page import page
+from envs.scenario import Scenario, load_scenario
+from envs.tables import write_whole
+from envs.workload.requests import Workload
+from envs.workload.statistics import CACHE_TOKENS, FANO_WINDOWS_S, Summary, clock_of, ks_two_samples, summary
+from envs.workload.traces import FORMATS, Trace, parse_columns, read_trace
+from marginroute.errors import InputError
+
+Array = np.ndarray[Any, Any]
+
+_DEFAULT_S = 3600.0
+Row = tuple[str, ...]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command."""
+    if arguments.out is not None and not arguments.out.parent.is_dir():
+        raise InputError(f"--out {arguments.out}: no such folder; legal is a file in one that exists")
+    names = [name for name in (arguments.what, arguments.against) if name]
+    streams = _streams(names, arguments)
+    clock_s = max(clock_of(stream) for stream in streams)
+    figures = [summary(stream, clock_s) for stream in streams]
+    titles = [Path(name).name for name in names]
+    rows = table(figures, _distances(streams))
+    _print(titles, rows, streams, clock_s)
+    if arguments.out is not None:
+        write_whole(arguments.out, page(titles, streams, rows, clock_s))
+        print(f"wrote {arguments.out}")
+    return 0
+
+
+def _streams(names: list[str], arguments: argparse.Namespace) -> list[Trace]:
+    """The streams in order; scenarios after traces, since they are drawn for as long as a trace lasts."""
+    found: dict[int, Trace] = {}
+    scenarios: dict[int, Scenario] = {}
+    for place, name in enumerate(names):
+        if _is_trace(name, arguments):
+            found[place] = _trace(name, arguments)
+        else:
+            scenarios[place] = load_scenario(name)
+    lasting = max((stream.span_s for stream in found.values()), default=_DEFAULT_S)
+    for place, scenario in scenarios.items():
+        found[place] = drawn(scenario, arguments.duration_s or lasting, arguments.seed)
+    return [found[place] for place in range(len(names))]
+
+
+def _is_trace(name: str, arguments: argparse.Namespace) -> bool:
+    path = Path(name)
+    if arguments.trace_format and arguments.trace_format not in FORMATS:
+        raise InputError(f"--trace-format {arguments.trace_format!r} is not legal; legal is {', '.join(FORMATS)}")
+    return path.exists() and path.suffix not in (".yaml", ".yml")
+
+
+def _trace(name: str, arguments: argparse.Namespace) -> Trace:
+    columns = parse_columns(arguments.columns) if arguments.columns else None
+    trace_format = arguments.trace_format or ""
+    sampled = Path(name).is_dir() or (trace_format or _told(name, columns)) == "servegen"
+    if sampled:
+        options = {"start_s": arguments.from_s, "end_s": arguments.to_s, "seed": arguments.seed}
+        return read_trace(name, "servegen", None, **options)
+    trace = read_trace(name, trace_format, columns)
+    if not arguments.from_s and arguments.to_s is None:
+        return trace
+    return trace.between(arguments.from_s, math.inf if arguments.to_s is None else arguments.to_s)
+
+
+def _told(name: str, columns: dict[str, str] | None) -> str:
+    from envs.workload.traces_detect import detect
+
+    return "csv" if columns else detect(Path(name))
+
+
+def drawn(scenario: Scenario, duration_s: float, seed: int) -> Trace:
+    """A scenario's requests as a trace, drawn at its own rate for the given time."""
+    count = scenario.requests_per_episode
+    if count is not None:
+        count = max(1, round(count * duration_s / scenario.horizon_s))
+    longer = scenario.model_copy(update={"horizon_s": duration_s, "requests_per_episode": count})
+    return as_trace(longer.generate(seed), scenario.name)
+
+
+def as_trace(workload: Workload, name: str) -> Trace:
+    """A workload in order of its (nominal) arrival times."""
+    order = np.argsort(workload.arrived_at_s, kind="stable")
+    place = np.empty(len(order), dtype=np.int32)
+    place[order] = np.arange(len(order), dtype=np.int32)
+    parent = workload.parent_index[order]
+    first = np.cumsum(workload.prefix_count, dtype=np.int64) - workload.prefix_count
+    count = workload.prefix_count[order]
+    within = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+    hashed, chats = workload.prefix_block_tokens > 0, workload.has_sessions
+    return Trace(
+        path=name,
+        arrived_at_s=workload.arrived_at_s[order],
+        prompt_tokens=workload.prompt_tokens[order],
+        output_tokens=workload.output_tokens[order],
+        tenant_name=workload.tenant_index[order].astype(str),
+        prompt_key=workload.prompt_key[order],
+        session_index=workload.session_index[order] if chats else None,
+        parent_index=np.where(parent >= 0, place[parent], -1).astype(np.int32) if chats else None,
+        think_s=np.where(parent >= 0, workload.think_s[order], np.nan) if chats else None,
+        prefix_block_tokens=workload.prefix_block_tokens,
+        prefix_count=count if hashed else None,
+        prefix_hash=workload.prefix_hash[np.repeat(first[order], count) + within] if hashed else None,
+    )
+
+
+def _distances(streams: list[Trace]) -> list[tuple[float, float]]:
+    """Kolmogorov-Smirnov distances of prompt and output lengths of the first stream from the second."""
+    if len(streams) < 2:
+        return []
+    one, other = streams
+    return [
+        (
+            ks_two_samples(one.prompt_tokens, other.prompt_tokens),
+            ks_two_samples(one.output_tokens, other.output_tokens),
+        )
+    ]
+
+
+def table(figures: list[Summary], distances: list[tuple[float, float]]) -> list[Row]:
+    """Rows of label and one text per stream; figures that no stream has are left out."""
+    rows: list[Row] = []
+
+    def add(label: str, form: str, values: list[Any]) -> None:
+        known = [value is not None and not (isinstance(value, float) and math.isnan(value)) for value in values]
+        texts = [form.format(value) if told else "" for value, told in zip(values, known, strict=True)]
+        if any(texts):
+            rows.append((label, *texts))
+
+    def each(label: str, form: str, name: str, at: int | None = None) -> None:
+        values = [getattr(figure, name) for figure in figures]
+        add(label, form, values if at is None else [value[at] if len(value) > at else None for value in values])
+
+    each("requests", "{:,}", "requests")
+    each("span s", "{:,.0f}", "span_s")
+    each("rate /s", "{:.3g}", "rate_per_s")
+    each("peak minute /s", "{:.3g}", "peak_per_s")
+    each("gap CV", "{:.2f}", "gap_cv")
+    for at, window_s in enumerate(FANO_WINDOWS_S):
+        each(f"Fano {window_s:g} s", "{:.2f}", "fano", at)
+    for name in ("prompt", "output"):
+        for at, label in enumerate(("p10", "p50", "p90", "p99", "mean", "max")):
+            each(f"{name} tokens {label}", "{:,.0f}", name, at)
+    for at, name in enumerate(("prompt", "output")):
+        if distances:
+            rows.append((f"{name} tokens KS", f"{distances[0][at]:.3f}", ""))
+    each("prompt~output rank corr.", "{:+.2f}", "length_correlation")
+    each("prompt~output corr. of clients", "{:+.2f}", "client_correlation")
+    add("clients", "{:,}", [figure.clients or None for figure in figures])
+    each("largest client", "{:.1%}", "top_client_share")
+    each("largest tenth of clients", "{:.1%}", "top_tenth_share")
+    each("10-min windows active", "{:.1%}", "active_share")
+    add("sessions", "{:,}", [figure.sessions or None for figure in figures])
+    for at, label in enumerate(("p10", "p50", "p90", "p99", "mean")):
+        each(f"requests per session {label}", "{:,.1f}", "session_requests", at)
+    each("follow-ups", "{:.1%}", "follow_share")
+    for at, label in enumerate(("p10", "p50", "p90", "p99", "mean")):
+        each(f"think s {label}", "{:,.1f}", "think", at)
+    each("repeated prompts", "{:.1%}", "repeat_share")
+    for at, tokens in enumerate(CACHE_TOKENS):
+        size = "any size" if math.isinf(tokens) else f"{tokens / 1e6:g}M tokens"
+        each(f"prefix hits, {size}", "{:.1%}", "hits", at)
+    return rows
+
+
+def _print(titles: list[str], rows: list[Row], streams: list[Trace], clock_s: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False)
+    shown.add_column("")
+    for title in titles:
+        shown.add_column(title, justify="right")
+    for row in rows:
+        shown.add_row(*row)
+    console = Console()
+    console.print(shown)
+    notes = [f"{stream.path}: {stream.note}" for stream in streams if stream.note]
+    notes += [f"{stream.path}: {stream.skipped_rows:,} rows left out" for stream in streams if stream.skipped_rows]
+    if clock_s:
+        notes.append(f"a recorder rounded arrivals to about {clock_s:g} s; gaps and dispersion are of times so rounded")
+    for note in notes:
+        console.print(note, style="dim", highlight=False, soft_wrap=True)

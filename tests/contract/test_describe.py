@@ -1,0 +1,56 @@
+"""`python -m envs describe`: the table and the page, of traces and scenarios."""
+
+import json
+
+import numpy as np
+import pytest
+
+from envs.__main__ import main
+
+
+@pytest.fixture
+def chats(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "chats.jsonl"
+    rows = [
+        {
+            "timestamp": second * 1500,
+            "input_length": 1100,
+            "output_length": int(rng.integers(5, 50)),
+            "hash_ids": [0, 1],
+        }
+        for second in range(400)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_trace_beside_a_scenario(chats, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    page = tmp_path / "page.html"
+    assert main(["describe", str(chats), "--against", "quickstart", "--out", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert "Fano 60 s" in out and "prompt tokens KS" in out and "chats.jsonl" in out and "quickstart" in out
+    hits = next(line for line in out.splitlines() if line.startswith("prefix hits, any size"))
+    assert f"{399 * 1024 / (400 * 1100):.1%}" in hits
+    assert "rounded arrivals to about 1.5 s" in out
+    text = page.read_text()
+    assert text.startswith("<!doctype html>") and "Prefix hits within reach" in text and "src=" not in text[:3000]
+
+
+def test_a_stretch_of_a_trace(chats, capsys):
+    assert main(["describe", str(chats), "--from-s", "30", "--to-s", "60"]) == 0
+    requests = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("requests"))
+    assert requests.split() == ["requests", "20"]
+
+
+def test_what_is_wrong_is_one_sentence(chats, tmp_path, capsys):
+    for words in (
+        ["nothing"],
+        [str(chats), "--out", str(tmp_path / "no" / "page.html")],
+        [str(chats), "--from-s", "9999"],
+        [str(chats), "--trace-format", "parquet"],
+    ):
+        assert main(["describe", *words]) == 2
+        error = capsys.readouterr().err
+        assert "legal is" in error and "Traceback" not in error
