@@ -37,6 +37,12 @@ def _fleet(scenario: Scenario) -> Iterator[Problem]:
                 f"{pool.max_num_batched_tokens} is below max_num_seqs; legal is at least {pool.max_num_seqs}, "
                 "so that every running request gets its token",
             )
+    sizes = {name: pool.block_size_tokens for name, pool in fleet.pools.items() if pool.prefix_caching}
+    for name, size in sizes.items():
+        first = next(iter(sizes.values()))
+        if size != first:
+            legal = f"legal is {first}, as in the first pool with prefix_caching"
+            yield f"fleet.pools.{name}.block_size_tokens", f"{size} differs between caching pools; {legal}"
     for name, provider in fleet.providers.items():
         yield from _unknown(f"fleet.providers.{name}.tier", provider.tier, fleet.tiers)
     clashes = [name for name in fleet.providers if name in fleet.pools or name in ("cache", "defer", "shed")]

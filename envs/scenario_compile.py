@@ -34,12 +34,22 @@ def _priced(provider: Provider, place: str) -> Provider:
     if provider.price_of is None:
         return provider
     price, source = list_price(provider.price_of, place)
-    update = {"price_of": None, "price_source": source, "input_usd_per_mtok": price[0], "output_usd_per_mtok": price[1]}
+    own = provider.cached_input_usd_per_mtok
+    update = {
+        "price_of": None,
+        "price_source": source,
+        "input_usd_per_mtok": price[0],
+        "output_usd_per_mtok": price[1],
+        "cached_input_usd_per_mtok": price[2] if own is None else own,
+    }
     return provider.model_copy(update=update)
 
 
-def list_price(model: str, place: str) -> tuple[tuple[float, float], str]:
-    """USD per million (input, output) tokens of a public model, lowest context tier, and the source of the figures."""
+def list_price(model: str, place: str) -> tuple[tuple[float, float, float | None], str]:
+    """USD per million (input, output, cached input) tokens of a public model, lowest context tier, and their source.
+
+    The price of cached input is None where the list has none.
+    """
     import genai_prices
     from genai_prices.data_snapshot import get_snapshot
 
@@ -50,9 +60,11 @@ def list_price(model: str, place: str) -> tuple[tuple[float, float], str]:
         hint = nearest(model, listed)
         raise InputError(f"{place}: {model!r} is not in genai-prices;{hint} legal is a model it lists") from None
     prices = info.prices if not isinstance(info.prices, list) else info.prices[-1].prices
-    usd = tuple(float(getattr(value, "base", value) or 0.0) for value in (prices.input_mtok, prices.output_mtok))
+    listed = (prices.input_mtok, prices.output_mtok, prices.cache_read_mtok)
+    usd = [float(getattr(value, "base", value) or 0.0) for value in listed]
+    cached = None if prices.cache_read_mtok is None else min(usd[2], usd[0])
     version = getattr(genai_prices, "__version__", "")
-    return (usd[0], usd[1]), f"{provider.id}/{info.id}, genai-prices {version}".strip()
+    return (usd[0], usd[1], cached), f"{provider.id}/{info.id}, genai-prices {version}".strip()
 
 
 def with_profiles(fleet: FleetSection, place: Callable[..., str]) -> FleetSection:
@@ -87,6 +99,7 @@ def fleet_spec(scenario: Scenario) -> FleetSpec:
             scheduler=pool.scheduler,
             in_flight_cap=pool.in_flight_cap or NO_CAP,
             watermark_share=pool.watermark_share,
+            prefix_caching=pool.prefix_caching,
         )
         for name, pool in fleet.pools.items()
     )

@@ -62,6 +62,9 @@ class Pool(Section):
     watermark_share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.01, description="Share of KV blocks that admission leaves free (prefill-first and sarathi)."
     )
+    prefix_caching: bool = Field(
+        False, description="Keep KV blocks of prompts, and reuse them for requests that begin alike."
+    )
     in_flight_cap: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Requests that the gateway keeps at one replica, more wait in its hold queue; left out: any."
     )
@@ -76,6 +79,14 @@ class Provider(Section):
     )
     input_usd_per_mtok: NonNegative | None = Field(None, description="USD per million prompt tokens.")
     output_usd_per_mtok: NonNegative | None = Field(None, description="USD per million output tokens.")
+    cached_input_usd_per_mtok: NonNegative | None = Field(
+        None,
+        description="USD per million prompt tokens that the provider has cached; left out: the list price, if price_of "
+        "has one, else no discount.",
+    )
+    prompt_cache_ttl_s: Positive = Field(
+        300.0, description="Seconds after its last use that the provider forgets a cached prompt."
+    )
     price_source: str | None = Field(None, description="Where the prices come from.")
     ttft_median_s: Positive = Field(description="Median time to first token in seconds.")
     ttft_sigma: NonNegative = Field(description="Standard deviation of ln TTFT.")
@@ -93,6 +104,9 @@ class Provider(Section):
             raise ValueError("has both price_of and USD per mtok; legal is one of the two")
         if self.price_of is None and not all(literal):
             raise ValueError("has no price; legal is price_of, or input_usd_per_mtok with output_usd_per_mtok")
+        cached, full = self.cached_input_usd_per_mtok, self.input_usd_per_mtok
+        if cached is not None and full is not None and cached > full:
+            raise ValueError(f"has cached_input_usd_per_mtok {cached}; legal is at most input_usd_per_mtok, {full}")
         return self
 
 

@@ -21,6 +21,7 @@ import math
 import numpy as np
 from numba import njit
 
+from envs import prefix_kernel
 from envs.economics import ledger as books
 from envs.fleet import engine
 from envs.fleet.provider import provider_available, submit_provider
@@ -75,19 +76,27 @@ def _post_finished(
     load, request = loads[w, i], requests[w, i]
     k, c = load.class_index, load.answered_by
     account = books.ENERGY if c < config[0].n_replicas else books.API_SPEND
+    cached_tokens = request.cached_tokens if c < config[0].n_replicas else load.cached_tokens
     counts[w, books.RESTARTS, k] += request.restarts
     if request.status != COMPLETED:
         count = books.ABANDONED if request.status == ABANDONED else books.FAILED
-        tokens = load.prompt_tokens if c >= config[0].n_replicas and request.status == ABANDONED else request.computed
-        cost_usd = tokens * static[v.INPUT_USD, c]
+        if c < config[0].n_replicas:
+            cost_usd = max(request.computed - cached_tokens, 0) * static[v.INPUT_USD, c]
+        else:
+            prompt_tokens = load.prompt_tokens if request.status == ABANDONED else 0
+            cached_tokens = min(cached_tokens, prompt_tokens)
+            cost_usd = books.answer_usd(
+                prompt_tokens, cached_tokens, 0, static[v.INPUT_USD, c], static[v.CACHED_INPUT_USD, c], 0.0
+            )
         _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, count, account, cost_usd)
         return
     ttft_s = request.first_token_at_s - load.arrived_at_s
     e2e_s = request.completed_at_s - load.arrived_at_s
     tpot_s = (request.completed_at_s - request.first_token_at_s) / max(load.output_tokens - 1, 1)
-    cost_usd = static[v.CALL_USD, c] + books.tokens_usd(
-        load.prompt_tokens, load.output_tokens, static[v.INPUT_USD, c], static[v.OUTPUT_USD, c]
-    )
+    cost_usd = static[v.CALL_USD, c] + books.answer_usd(
+        load.prompt_tokens, cached_tokens, load.output_tokens,
+        static[v.INPUT_USD, c], static[v.CACHED_INPUT_USD, c], static[v.OUTPUT_USD, c],
+    )  # fmt: skip
     answer = good[w, i, tiers[c]]
     books.post_served(
         ledger_usd, counts, terms, w, k, load.prompt_tokens, load.output_tokens, ttft_s, tpot_s, e2e_s, answer == 1,
@@ -144,7 +153,7 @@ def _hold(config, desks, loads, w, i):
 @njit(cache=True, nogil=True)
 def _act(
     config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests,
-    desks, loads, entries, lengths, ledger_usd, counts, actions, legal, w, c,
+    desks, loads, index, entries, lengths, ledger_usd, counts, actions, signals, legal, w, c,
 ):  # fmt: skip
     """Carries out the choice of candidate `c` for the current request; an illegal choice sheds the request."""
     desk = desks[w]
@@ -156,6 +165,10 @@ def _act(
     actions[w, kind] += 1
     load = loads[w, i]
     k = load.class_index
+    if kind <= v.PROVIDER and desk.prefix_block_tokens > 0:
+        load.cached_tokens = int(signals[v.CACHED_TOKENS, w, c])
+        requests[w, i].expected_cached_tokens = load.cached_tokens
+        prefix_kernel.insert(index, loads, w, c, i, now_s)
     if kind == v.REPLICA:
         load.answered_by = c
         engine.submit(pools, tables, worlds, replicas, slots, providers, requests, w, c, i, now_s)
@@ -202,7 +215,7 @@ def _settle(
         if p >= 0:
             load, request, c = loads[w, i], requests[w, i], config[0].n_replicas + p
             ttft_s, tpot_s = _provider_latency(static, sigmas, load, c, p)
-            load.answered_by = c
+            load.answered_by, load.cached_tokens = c, 0
             request.status, request.dispatched_at_s = COMPLETED, desk.now_s
             request.first_token_at_s = desk.now_s + ttft_s
             request.completed_at_s = request.first_token_at_s + tpot_s * (load.output_tokens - 1)
@@ -263,7 +276,7 @@ def _go_on(
 
 @njit(cache=True, nogil=True)
 def _show(
-    config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries, lengths,
+    config, terms, tiers, replicas, providers, desks, loads, index, prior, truth, good, own, entries, lengths,
     signals, request_view, legal, p_true, w,
 ):  # fmt: skip
     """Writes the View of the current decision, and beside it the hidden P(good) that only the learner reads."""
@@ -294,6 +307,8 @@ def _show(
         signals[v.RECENT_TPOT_S, w, c] = mine.recent_tpot_s
         signals[v.P_GOOD_PRIOR, w, c] = prior[w, i, tiers[c]]
         p_true[w, c] = truth[w, i, tiers[c]]
+    if desk.prefix_block_tokens > 0:
+        prefix_kernel.show_cached(index, desk, loads, signals, w, i)
     c = n_replicas + n_providers
     legal[w, c] = cache_hit(config, desks, entries, loads, w, i)
     if legal[w, c]:
@@ -336,7 +351,7 @@ def _show(
 @njit(cache=True, nogil=True)
 def begin(
     config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-    desks, loads, prior, truth, good, own, entries, lengths, ledger_usd, counts, actions,
+    desks, loads, index, prior, truth, good, own, entries, lengths, ledger_usd, counts, actions,
     signals, request_view, legal, p_true, w,
 ):  # fmt: skip
     """Takes a freshly loaded world `w` to its first decision; what is posted on the way enters the first reward."""
@@ -346,7 +361,7 @@ def begin(
     )  # fmt: skip
     if desks[w].done == 0:
         _show(
-            config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries,
+            config, terms, tiers, replicas, providers, desks, loads, index, prior, truth, good, own, entries,
             lengths, signals, request_view, legal, p_true, w,
         )  # fmt: skip
 
@@ -375,7 +390,7 @@ def _account(desks, ledger_usd, w):
 @njit(cache=True, nogil=True)
 def step(
     config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-    desks, loads, prior, truth, good, own, entries, lengths, ledger_usd, counts, actions,
+    desks, loads, index, prior, truth, good, own, entries, lengths, ledger_usd, counts, actions,
     signals, request_view, legal, p_true, choices,
 ):  # fmt: skip
     """Carries out one choice in every world, `choices` (N,), and takes each to its next decision; skips ended ones."""
@@ -388,7 +403,7 @@ def step(
             continue
         _act(
             config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests,
-            desks, loads, entries, lengths, ledger_usd, counts, actions, legal, w, choices[w],
+            desks, loads, index, entries, lengths, ledger_usd, counts, actions, signals, legal, w, choices[w],
         )  # fmt: skip
         desks[w].sequence += 1
         _go_on(
@@ -398,6 +413,6 @@ def step(
         _account(desks, ledger_usd, w)
         if desks[w].done == 0:
             _show(
-                config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries,
+                config, terms, tiers, replicas, providers, desks, loads, index, prior, truth, good, own, entries,
                 lengths, signals, request_view, legal, p_true, w,
             )  # fmt: skip

@@ -23,6 +23,9 @@ LOAD = np.dtype(
         ("output_tokens", "i4"),
         ("prompt_key", "i4"),
         ("answered_by", "i4"),  # candidate that the request was last sent to
+        ("cached_tokens", "i4"),  # of its prompt, expected there
+        ("prefix_at", "i4"),  # where its block hashes begin
+        ("prefix_count", "i4"),  # its full blocks that have one; 0: nobody looks
         ("next_held", "i4"),  # batch queue
         ("offer_at_s", "f8"),
     ]
@@ -39,6 +42,7 @@ DESK = np.dtype(
         ("arrival_gap_s", "f8"),  # moving mean
         ("last_arrival_s", "f8"),
         ("n_requests", "i4"),
+        ("prefix_block_tokens", "i4"),  # 0: prompts are not hashed, or nothing is cached
         ("cursor", "i4"),  # next arrival
         ("current", "i4"),  # request being decided
         ("held_head", "i4"),

@@ -15,19 +15,20 @@ import numpy as np
 from envs import world as kernel
 from envs.economics.ledger import ACCOUNTS, COUNTS
 from envs.fleet import engine, state
+from envs.fleet.hashes import load_hashes
 from envs.fleet.iteration import linear_coefficients
 from envs.fleet.response_cache import ENTRY
 from envs.fleet.state import record_array
+from envs.prefixes import GatewayPrefixes, hashes_of
 from envs.scenario import Scenario
 from envs.workload.requests import Workload
 from envs.world_state import CONFIG, DESK, LOAD, MEAN, OWN
 from marginroute import latency
 from marginroute import view as v
 from marginroute.policy import Policy
+from marginroute.prefix_index import PROVIDER_TOKENS
 from marginroute.quality import QualityPrior
 from marginroute.view import Array, Layout, View
-
-UNLIMITED = 1e9  # slots and KV tokens of a candidate that has no engine of ours
 
 
 class Plant:
@@ -113,7 +114,7 @@ class Plant:
     def _static_signals(self) -> Array:
         fleet = self.scenario.fleet
         static = np.zeros((v.N_STATIC_SIGNALS, self.layout.n_candidates))
-        static[[v.TOKEN_BUDGET, v.SLOTS, v.KV_CAPACITY_TOKENS]] = UNLIMITED
+        static[[v.TOKEN_BUDGET, v.SLOTS, v.KV_CAPACITY_TOKENS, v.PREFIX_TTL_S]] = v.UNLIMITED
         for c, station in enumerate(self.layout.station):
             if self.layout.kind[c] == v.REPLICA:
                 spec = self.spec.pools[station]
@@ -123,6 +124,8 @@ class Plant:
                 static[v.TOKEN_BUDGET, c] = spec.max_num_batched_tokens
                 static[v.SLOTS, c] = spec.max_num_seqs
                 static[v.KV_CAPACITY_TOKENS, c] = spec.kv_blocks * spec.block_size_tokens
+                if spec.prefix_caching:
+                    static[v.PREFIX_CAPACITY_TOKENS, c] = static[v.KV_CAPACITY_TOKENS, c]
                 static[v.INPUT_USD, c] = pool.energy_input_usd_per_mtok * 1e-6
                 static[v.OUTPUT_USD, c] = pool.energy_output_usd_per_mtok * 1e-6
             elif self.layout.kind[c] == v.PROVIDER:
@@ -132,6 +135,11 @@ class Plant:
                 static[v.FIXED_TPOT_S, c] = provider.tpot_median_s
                 static[v.INPUT_USD, c] = (provider.input_usd_per_mtok or 0.0) * 1e-6
                 static[v.OUTPUT_USD, c] = (provider.output_usd_per_mtok or 0.0) * 1e-6
+                static[v.CACHED_INPUT_USD, c] = static[v.INPUT_USD, c]
+                if provider.cached_input_usd_per_mtok is not None:
+                    static[v.CACHED_INPUT_USD, c] = provider.cached_input_usd_per_mtok * 1e-6
+                    static[v.PREFIX_CAPACITY_TOKENS, c] = PROVIDER_TOKENS
+                    static[v.PREFIX_TTL_S, c] = provider.prompt_cache_ttl_s
             elif self.layout.kind[c] == v.CACHE:
                 static[v.FIXED_TTFT_S, c] = self.config[0]["cache_lookup_s"]
         return static
@@ -160,27 +168,30 @@ class FleetWorlds:
         self.action_counts = np.zeros((n, len(v.KINDS)), dtype=np.int64)
         self.signals = np.zeros((len(v.SIGNALS), n, c))
         self.signals[: v.N_STATIC_SIGNALS] = self.plant.static_signals[:, None, :]
-        self.signals[v.IN_FLIGHT_CAP] = UNLIMITED
+        self.signals[v.IN_FLIGHT_CAP] = v.UNLIMITED
         self.request = np.ones((len(v.REQUEST), n))  # until the first decision: anything that divides
         self.legal = np.zeros((n, c), dtype=np.bool_)
         self.p_true = np.zeros((n, c))
         self.desks["done"] = 1
         self._rows, self._keys = 0, 0
-        self._allocate(max_requests, 1)
+        self.prefixes = GatewayPrefixes(self.plant.static_signals, stations, n)
+        self._allocate(max_requests, 1, 0)
         self._caps = self._per_replica(None)
 
-    def _allocate(self, rows: int, keys: int) -> None:
-        """Makes room for `rows` requests and `keys` prompt keys per world; running episodes survive."""
+    def _allocate(self, rows: int, keys: int, hashes: int) -> None:
+        """Makes room for requests, prompt keys and engine block hashes of a world; running episodes survive."""
         n, tiers = self.n_worlds, len(self.plant.layout.tier_names)
         old = self.__dict__.get("fleet")
-        if rows > self._rows:
-            fleet = state.allocate(self.plant.spec, n, rows)
+        if old is None or rows > self._rows or hashes > old.max_hashes:
+            rows = max(rows, self._rows)
+            fleet = state.allocate(self.plant.spec, n, rows, max(hashes, old.max_hashes if old else 0))
             loads = record_array((n, rows), LOAD)
             prior, truth = np.zeros((n, rows, tiers)), np.zeros((n, rows, tiers))
             good = np.zeros((n, rows, tiers), dtype=np.uint8)
             if old is not None:
-                for name in ("worlds", "replicas", "slots", "providers"):
+                for name in ("worlds", "replicas", "providers"):
                     getattr(fleet, name)[...] = getattr(old, name)
+                fleet.slots[:, : old.slots.shape[1]] = old.slots  # hashes come last
                 fleet.requests[:, : self._rows] = old.requests
                 for new, kept in ((loads, self.loads), (prior, self.prior), (truth, self.truth), (good, self.good)):
                     new[:, : self._rows] = kept
@@ -207,6 +218,7 @@ class FleetWorlds:
             *self.fleet.arrays,
             self.desks,
             self.loads,
+            self.prefixes.arrays,
             self.prior,
             self.truth,
             self.good,
@@ -225,25 +237,29 @@ class FleetWorlds:
     def load(self, w: int, workload: Workload) -> None:
         """Puts a new episode into world `w` and takes it to its first decision."""
         m = workload.n_requests
-        keys = int(workload.prompt_key.max(initial=-1)) + 1
-        if m > self._rows or keys > self._keys:
-            self._allocate(max(m, self._rows), max(keys, self._keys))
+        hashes = hashes_of(workload, self.plant.spec)
+        self._make_room([workload])
         load = self.loads[w, :m]
         for name in ("arrived_at_s", "deadline_s", "patience_s", "difficulty_signal", "class_index", "task_index"):
             load[name] = getattr(workload, name)
         for name in ("tenant_index", "prompt_tokens", "output_tokens", "prompt_key"):
             load[name] = getattr(workload, name)
         load["ttft_noise"], load["tpot_noise"] = workload.provider_noise.T
-        load["answered_by"] = -1
+        load["answered_by"], load["cached_tokens"] = -1, 0
+        self.prefixes.load(w, workload, load)
         self.prior[w, :m], self.truth[w, :m], self.good[w, :m] = workload.p_good_prior, workload.p_good, workload.good
         requests = self.fleet.requests[w, :m]
         requests["prompt_tokens"], requests["output_tokens"] = workload.prompt_tokens, workload.output_tokens
         requests["patience_until_s"] = workload.arrived_at_s + workload.patience_s
+        requests["expected_cached_tokens"] = 0
+        load_hashes(self.fleet, w, hashes, check=False)
+        self.signals[v.CACHED_TOKENS, w] = 0.0
         desk = self.desks[w : w + 1]
         desk[...] = np.zeros((), dtype=DESK)
         for name in ("held_head", "held_tail", "lru_head", "lru_tail", "current"):
             desk[name] = -1
         desk["n_requests"], desk["horizon_s"] = m, workload.horizon_s
+        desk["prefix_block_tokens"] = workload.prefix_block_tokens if self.prefixes.wants(workload) else 0
         static = self.plant.static_signals
         stations = self.own.shape[1]
         self.own["recent_ttft_s"][w] = static[v.FIXED_TTFT_S, :stations]
@@ -257,12 +273,19 @@ class FleetWorlds:
         self.fleet.replicas["in_flight_cap"][w] = self._caps[w]
         kernel.begin(*self._arguments, w)
 
+    def _make_room(self, workloads: Sequence[Workload]) -> None:
+        """Grows every array that one of these episodes does not fit into."""
+        self._allocate(
+            max(x.n_requests for x in workloads),
+            max(int(x.prompt_key.max(initial=-1)) + 1 for x in workloads),
+            max(len(hashes_of(x, self.plant.spec)[1]) for x in workloads),
+        )
+        if any([self.prefixes.make_room(x) for x in workloads]):
+            self.__dict__.pop("_arguments", None)
+
     def load_all(self, workloads: Sequence[Workload]) -> None:
         """Puts one episode into every world."""
-        self._allocate(
-            max(*(x.n_requests for x in workloads), self._rows),
-            max(*(int(x.prompt_key.max(initial=-1)) + 1 for x in workloads), self._keys),
-        )
+        self._make_room(workloads)
         for w, workload in enumerate(workloads):
             self.load(w, workload)
 

@@ -21,7 +21,7 @@ from marginroute import view as v
 from marginroute.heuristics import Assessment
 from marginroute.view import KINDS, Array, Layout, View
 
-FEATURE_VERSION = 1
+FEATURE_VERSION = 2
 CLIP = 10.0  # every feature stays inside +-CLIP before it is normalised
 MIN_STD = 0.05  # of a normalised feature, so that a nearly constant column cannot swamp the others
 MIN_LOGIT = -30.0  # advice logits below this are as good as never
@@ -143,6 +143,7 @@ CANDIDATE_FEATURES = (
     Feature("congestion", "share of value", "identity"),
     Feature("fill", "in flight per slot", "identity"),
     Feature("kv_usage", "share, scraped", "identity"),
+    Feature("cached_share", "share of the prompt expected to be cached", "identity"),
     Feature("ttft_to_slo", "ratio", "ln(x + 0.001)"),
     Feature("tpot_to_slo", "ratio", "ln(x + 0.001)"),
     Feature("ttft_s", "s", "ln(x + 0.001)"),
@@ -154,7 +155,7 @@ CANDIDATE_FEATURES = (
     Feature("waiting", "requests, scraped", "ln(1 + x)"),
     Feature("telemetry_age_s", "s", "ln(1 + x)"),
 )
-_LOG_FROM, _LOG1P_FROM = 8, 13  # rows of the two groups of transforms above
+_LOG_FROM, _LOG1P_FROM = 9, 14  # rows of the two groups of transforms above
 CONTEXT_FEATURES = (
     Feature("difficulty_signal", "standard deviations", "identity"),
     Feature("fleet_fill", "mean in flight per slot over replicas", "identity"),
@@ -203,11 +204,12 @@ def candidate_features(view: View, assessment: Assessment) -> Array:
     rows[2:6] = a.parts_usd * per_value
     rows[6] = a.fill
     rows[7] = s[v.KV_USAGE]
-    rows[8:10] = a.latency_s / q[v.SLO_TTFT_S : v.SLO_TPOT_S + 1]
-    rows[10:12] = a.latency_s
-    rows[12] = s[v.RECENT_TTFT_S]
-    rows[13] = np.maximum(a.best_usd - a.score_usd, 0.0) * (10.0 * per_value)
-    rows[14:18] = s[v.HELD : v.TELEMETRY_AGE_S + 1]
+    rows[8] = s[v.CACHED_TOKENS] / q[v.PROMPT_TOKENS]
+    rows[9:11] = a.latency_s / q[v.SLO_TTFT_S : v.SLO_TPOT_S + 1]
+    rows[11:13] = a.latency_s
+    rows[13] = s[v.RECENT_TTFT_S]
+    rows[14] = np.maximum(a.best_usd - a.score_usd, 0.0) * (10.0 * per_value)
+    rows[15:19] = s[v.HELD : v.TELEMETRY_AGE_S + 1]
     logs = rows[_LOG_FROM:_LOG1P_FROM]
     logs += 1e-3
     np.log(logs, out=logs)

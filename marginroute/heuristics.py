@@ -152,7 +152,9 @@ def assess(view: View, parameters: MarginParameters, quality: FittedQuality | No
 
     parts_usd = np.empty((4, *work_s.shape))
     cost_usd, credit_usd, refund_usd, congestion_usd = parts_usd
-    paid_usd = pricing.tokens_usd(prompt_tokens, output_tokens, s[v.INPUT_USD], s[v.OUTPUT_USD])
+    paid_usd = pricing.answer_usd(
+        prompt_tokens, s[v.CACHED_TOKENS], output_tokens, s[v.INPUT_USD], s[v.CACHED_INPUT_USD], s[v.OUTPUT_USD]
+    )
     np.add(paid_usd, s[v.CALL_USD], out=cost_usd)
     credited_share = np.add.reduce(missed[:3] * q[v.TTFT_CREDIT_SHARE : v.E2E_CREDIT_SHARE + 1])
     np.multiply(stay, pricing.service_credit_usd(value_usd, credited_share), out=credit_usd)

@@ -6,7 +6,9 @@ An engine iteration with `b` decoding sequences that attend `kv` tokens takes ab
 
 and `prefill_token_s` more per prompt token mixed in. With a budget of B tokens per iteration, the prompt tokens ahead
 of and in a new request need max(1, pending / (B - b)) iterations. If no sequence slot (or KV room) is free, the
-request first waits until enough others have finished. The simulated gateway and the real one call these functions.
+request first waits until enough others have finished. Prompt tokens that the candidate is expected to have cached need
+no prefill, but take their room in the KV cache like any others. The simulated gateway and the real one call these
+functions.
 """
 
 from __future__ import annotations
@@ -39,12 +41,13 @@ def estimate(view: View) -> tuple[Array, Array]:
     """
     s = view.signals
     prompt_tokens = view.request[v.PROMPT_TOKENS][..., None]
+    prefill_tokens = prompt_tokens - s[v.CACHED_TOKENS]
     output_tokens = view.request[v.EXPECTED_OUTPUT_TOKENS][..., None]
     slots = np.minimum(s[v.SLOTS], s[v.IN_FLIGHT_CAP])
     batch = np.minimum(s[v.DECODING] + 1.0, slots)
     kv_tokens = s[v.DECODING_TOKENS] + prompt_tokens
     decode_s = s[v.BASE_S] + s[v.DECODE_SEQ_S] * batch + s[v.KV_TOKEN_S] * kv_tokens
-    pending_tokens = s[v.PENDING_PREFILL_TOKENS] + prompt_tokens
+    pending_tokens = s[v.PENDING_PREFILL_TOKENS] + prefill_tokens
     iterations = np.maximum(pending_tokens / np.maximum(s[v.TOKEN_BUDGET] - batch, 1.0), 1.0) + 0.5
     crowded_out = (kv_tokens + pending_tokens - s[v.KV_CAPACITY_TOKENS]) / (prompt_tokens + output_tokens)
     ahead = np.maximum(np.maximum(s[v.IN_FLIGHT] + 1.0 - slots, crowded_out), 0.0)
@@ -57,4 +60,4 @@ def estimate(view: View) -> tuple[Array, Array]:
     per_output_token_s = (
         s[v.DECODE_SEQ_S] + s[v.KV_TOKEN_S] * (prompt_tokens + 0.5 * output_tokens) + s[v.BASE_S] / s[v.SLOTS]
     )
-    return latency_s, prompt_tokens * s[v.PREFILL_TOKEN_S] + output_tokens * per_output_token_s
+    return latency_s, prefill_tokens * s[v.PREFILL_TOKEN_S] + output_tokens * per_output_token_s

@@ -23,6 +23,22 @@ def tokens_usd(
     return prompt_tokens * input_usd_per_token + output_tokens * output_usd_per_token
 
 
+def answer_usd(
+    prompt_tokens: Number,
+    cached_tokens: Number,
+    output_tokens: Number,
+    input_usd_per_token: Number,
+    cached_input_usd_per_token: Number,
+    output_usd_per_token: Number,
+) -> Number:
+    """USD that an answer costs the operator, `cached_tokens` of whose prompt come at the price of cached ones.
+
+    A provider bills its cached input price; an own replica saves the energy of their prefill (price 0).
+    """
+    new_usd = (prompt_tokens - cached_tokens) * input_usd_per_token + output_tokens * output_usd_per_token
+    return new_usd + cached_tokens * cached_input_usd_per_token
+
+
 def refund_usd(value_usd: Number, refund_share: Number, bad_answer_usd: Number) -> Number:
     """USD paid back for one bad answer: a share of its value plus a fixed cost of handling it."""
     return refund_share * value_usd + bad_answer_usd

@@ -20,7 +20,6 @@ from marginroute.errors import InputError
 from marginroute.latency import PRIOR_LENGTHS, RECENT_ARRIVALS, RECENT_LENGTHS, running_mean
 from marginroute.view import Array, View
 
-UNLIMITED = 1e9  # in-flight cap of a candidate that the gateway never holds requests back from
 CONTRACT = v.REQUEST_NAMES[v.INPUT_PRICE_USD :]  # request signals that the contract of a class fixes
 
 
@@ -56,7 +55,7 @@ class GatewayState:
         self._lengths_weight = np.full_like(self._lengths, PRIOR_LENGTHS)
         self._arrivals, self._sequence, self._gap_s, self._last_arrival_s = 0, 0, 0.0, clock()
         caps = bundle.policy.in_flight_caps(self.layout, bundle.slots) if "hold" in self._can else None
-        self._counters.signals[v.IN_FLIGHT_CAP] = UNLIMITED
+        self._counters.signals[v.IN_FLIGHT_CAP] = v.UNLIMITED
         if caps is not None:
             replicas = self.layout.n_replicas
             self._counters.signals[v.IN_FLIGHT_CAP, :replicas] = caps[self.layout.station[:replicas]]

@@ -19,6 +19,8 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
+UNLIMITED = 1e9  # of whatever is not limited, in signals that are divided by or compared
+
 KINDS = ("replica", "provider", "cache", "defer", "shed")
 REPLICA, PROVIDER, CACHE, DEFER, SHED = range(5)
 
@@ -36,6 +38,9 @@ SIGNALS = (
     ("input_usd", "USD per prompt token that the operator pays (API price, energy)"),
     ("output_usd", "USD per output token that the operator pays"),
     ("call_usd", "USD per call that the operator pays"),
+    ("cached_input_usd", "USD per prompt token that the candidate has cached"),
+    ("prefix_capacity_tokens", "prompt tokens that the gateway remembers to have sent there; 0: no prefix cache"),
+    ("prefix_ttl_s", "s after its last use that a cached prefix is gone"),
     ("p_good_prior", "P(good answer) by the public prior of the tier"),
     ("in_flight", "requests sent there by this gateway and not completed, held ones included"),
     ("in_flight_cap", "requests that may be at the engine at once; more wait in the gateway"),
@@ -45,8 +50,9 @@ SIGNALS = (
     ("recent_tpot_s", "s, moving mean of TPOT of answers completed there"),
     ("running", "scraped: requests running in the engine"),
     ("kv_usage", "scraped: share of KV blocks in use"),
+    ("cached_tokens", "of this prompt, expected to be cached there from what the gateway has sent"),
     ("held", "requests waiting in the gateway's hold queue"),
-    ("pending_prefill_tokens", "prompt tokens in flight without a first token yet"),
+    ("pending_prefill_tokens", "prompt tokens in flight without a first token yet, less those expected to be cached"),
     ("waiting", "scraped: requests waiting in the engine"),
     ("telemetry_age_s", "s since the last scrape"),
 )
@@ -64,6 +70,9 @@ SIGNAL_NAMES = tuple(name for name, _ in SIGNALS)
     INPUT_USD,
     OUTPUT_USD,
     CALL_USD,
+    CACHED_INPUT_USD,
+    PREFIX_CAPACITY_TOKENS,
+    PREFIX_TTL_S,
     P_GOOD_PRIOR,
     IN_FLIGHT,
     IN_FLIGHT_CAP,
@@ -73,6 +82,7 @@ SIGNAL_NAMES = tuple(name for name, _ in SIGNALS)
     RECENT_TPOT_S,
     RUNNING,
     KV_USAGE,
+    CACHED_TOKENS,
     HELD,
     PENDING_PREFILL_TOKENS,
     WAITING,

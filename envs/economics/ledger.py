@@ -61,6 +61,7 @@ COUNTS = (
 ) = range(14)
 
 tokens_usd = njit(cache=True, inline="always")(pricing.tokens_usd)
+answer_usd = njit(cache=True, inline="always")(pricing.answer_usd)
 refund_usd = njit(cache=True, inline="always")(pricing.refund_usd)
 service_credit_usd = njit(cache=True, inline="always")(pricing.service_credit_usd)
 unserved_credit_usd = njit(cache=True, inline="always")(pricing.unserved_credit_usd)

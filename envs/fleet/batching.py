@@ -194,7 +194,7 @@ def _drop_head(world, rep, requests, w, now_s):
     """The first in line has left."""
     i = int(rep.wait_head)
     wait_pop(rep, requests, w)
-    rep.pending_prefill_tokens -= requests[w, i].prompt_tokens
+    rep.pending_prefill_tokens -= requests[w, i].prompt_tokens - requests[w, i].expected_cached_tokens
     _end_request(world, rep, requests, w, i, ABANDONED, now_s)
     release_held(rep, requests, w)
 
@@ -453,12 +453,12 @@ def _end_prefill(pool, caching, world, rep, slots, requests, w, r, i, now_s):
     if _gone(request, now_s):
         running_remove(rep, requests, w, i)
         release_blocks(pool, caching, rep, slots, requests, w, i, blocks_for(pool, request.computed))
-        rep.pending_prefill_tokens -= request.prompt_tokens
+        rep.pending_prefill_tokens -= request.prompt_tokens - request.expected_cached_tokens
         _end_request(world, rep, requests, w, i, ABANDONED, now_s)
         return
     if math.isnan(request.first_token_at_s):
         request.first_token_at_s = now_s
-        rep.pending_prefill_tokens -= request.prompt_tokens
+        rep.pending_prefill_tokens -= request.prompt_tokens - request.expected_cached_tokens
         rep.decoding += 1
         rep.decoding_tokens += request.target
     rep.decoding_tokens += 1

@@ -162,7 +162,7 @@ def submit(pools, tables, worlds, replicas, slots, providers, requests, w, r, i,
         finished_append(world, requests, w, i)
         return
     request.status = IN_FLIGHT
-    rep.pending_prefill_tokens += request.prompt_tokens
+    rep.pending_prefill_tokens += request.prompt_tokens - request.expected_cached_tokens
     rep.in_flight += 1
     if rep.in_flight - rep.held > rep.in_flight_cap:
         hold_append(rep, requests, w, i)

@@ -65,7 +65,7 @@ def lose_requests(pool, world, rep, slots, requests, w, held_too, now_s):
         if held_too:
             _lose(world, requests, w, i, now_s)
         else:
-            rep.pending_prefill_tokens += requests[w, i].prompt_tokens
+            rep.pending_prefill_tokens += requests[w, i].prompt_tokens - requests[w, i].expected_cached_tokens
         i = following
     if held_too:
         rep.held = 0

@@ -49,6 +49,7 @@ def engine_hashes(
     hashes: Ragged,
     hash_block_tokens: int,
     block_size_tokens: int,
+    known_tokens: npt.ArrayLike | None = None,
 ) -> tuple[IntArray, IntArray]:
     """Hashes of every block that the engine will fill, from hashes of the prompts' larger blocks.
 
@@ -59,9 +60,10 @@ def engine_hashes(
     Args:
         prompt_tokens: (M,).
         output_tokens: (M,).
-        hashes: Ragged, of the prompts only; the last one of a request may stand for a block that is not full.
+        hashes: Ragged, of the prompts; the last one of a request may stand for a block that is not full.
         hash_block_tokens: Tokens per block of `hashes`.
         block_size_tokens: Tokens per block of the engine.
+        known_tokens: (M,) tokens that the hashes speak of, where they go on into the answer; None: the prompts'.
 
     Returns:
         Ragged: counts (M,) and hashes, dense from 0.
@@ -78,7 +80,8 @@ def engine_hashes(
     given_counts, given = _ragged(hashes, prompt.size)
     distinct, given = np.unique(given, return_inverse=True)
     counts = (prompt + output - 1) // block_size_tokens
-    known = np.minimum(given_counts * parts, prompt // block_size_tokens)
+    spoken = prompt if known_tokens is None else np.asarray(known_tokens, dtype=np.int64)
+    known = np.minimum(np.minimum(given_counts * parts, spoken // block_size_tokens), counts)
     rows = np.repeat(np.arange(prompt.size), counts)
     at = np.arange(rows.size) - (np.cumsum(counts) - counts)[rows]
     flat = distinct.size * parts + np.arange(rows.size)
@@ -88,18 +91,19 @@ def engine_hashes(
     return counts, flat
 
 
-def load_hashes(fleet: Fleet, w: int, hashes: Ragged) -> None:
+def load_hashes(fleet: Fleet, w: int, hashes: Ragged, check: bool = True) -> None:
     """Gives the first requests of world w their block hashes, in the engine's blocks; the others have none.
 
     Args:
         fleet: The fleet, allocated with `max_hashes`.
         w: World; load it before its requests are submitted.
         hashes: Ragged, of prompts and, where a follow-up may find them, of generated blocks.
+        check: False for lists that `engine_hashes` made.
 
     Raises:
         InputError: The lists are not legal or do not fit.
     """
-    counts, flat = _ragged(hashes, len(hashes[0]))
+    counts, flat = _ragged(hashes, len(hashes[0])) if check else hashes
     requests, slots = fleet.requests[w], fleet.slots[w]
     if counts.size > requests.size or flat.size > fleet.max_hashes:
         raise InputError(

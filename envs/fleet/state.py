@@ -96,7 +96,7 @@ REPLICA = np.dtype(
         ("wake_s", "f8"),  # next instant at which something changes: end of an iteration, or a scrape
         ("in_flight", "i8"),  # sent by the gateway and not ended, held ones included
         ("held", "i8"),  # in the gateway's hold queue, because the engine already has in_flight_cap
-        ("pending_prefill_tokens", "i8"),  # prompt tokens in flight without a first token
+        ("pending_prefill_tokens", "i8"),  # prompt tokens in flight without a first token, less those expected cached
         ("decoding", "i8"),  # in flight with a first token
         ("decoding_tokens", "i8"),  # their prompt tokens and the tokens streamed so far
         ("pool", "i8"),
@@ -235,6 +235,7 @@ REQUEST = np.dtype(
         ("priority", "i4"),  # reserved order of admission; the engine is first come, first served
         ("hash_at", "i4"),  # where its block hashes begin in the world's slots
         ("hash_count", "i4"),  # its blocks with a hash, generated ones behind the prompt included; 0: none
+        ("expected_cached_tokens", "i4"),  # of the prompt, by the gateway's account; not in pending_prefill_tokens
         # Outcome
         ("status", "i4"),
         ("replica", "i4"),  # or -1 - provider

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -119,6 +120,29 @@ class Workload:
     def n_tiers(self) -> int:
         """T."""
         return int(self.p_good.shape[1])
+
+    @cached_property
+    def prefix_ids(self) -> Array:
+        """(sum of prefix_count,) i4, the hashes numbered from 0 in order of first appearance.
+
+        Raises:
+            InputError: equal hashes with different ones before them: they do not stand for all before.
+        """
+        _, first, number = np.unique(self.prefix_hash, return_index=True, return_inverse=True)
+        rank = np.empty(len(first), dtype=np.int32)
+        rank[np.argsort(first)] = np.arange(len(first), dtype=np.int32)
+        before = np.roll(self.prefix_hash, 1)
+        starts = np.cumsum(self.prefix_count) - self.prefix_count
+        before[starts[self.prefix_count > 0]] = -1
+        wrong = before != before[first[number]]
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            row = int(np.searchsorted(starts, at, side="right")) - 1
+            raise InputError(
+                f"workload: prefix_hash {self.prefix_hash[at]} of request {row} stands elsewhere behind other blocks; "
+                "legal is a hash of a block and all before it"
+            )
+        return rank[number]
 
     @property
     def has_sessions(self) -> bool:

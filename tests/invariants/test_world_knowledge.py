@@ -41,6 +41,7 @@ def other_truths(episode, rows, rng):
         "p_good": rng.random((m, tiers)),
         "good": rng.integers(0, 2, (m, tiers)),
         "provider_noise": rng.standard_normal((m, 2)),
+        "think_s": rng.random(m),
     }
     assert set(drawn) == set(Workload.hidden)
     changed = {}

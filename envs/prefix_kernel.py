@@ -1,0 +1,147 @@
+"""The gateway's prefix index in the simulated world: what `marginroute.prefix_index.PrefixIndex` would say, compiled.
+
+The hashes of an episode are known before it begins, so that they are numbered from 0 (`Workload.prefix_ids`) and a
+table takes the place of a hash map. Per candidate and block the table holds the *send* that used the block last, 0 for
+none; sends stand in one line per candidate, oldest first. To evict, the oldest send is walked from its last block to
+its first, and a block is forgotten unless a later send used it too: the order of the Python class, where a prompt's end
+is older than its beginning. A send whose blocks are all walked leaves the line. An insertion costs one write per block.
+
+Whatever evicts a block has evicted all that goes on from it before, so the blocks of a prompt that a candidate holds
+are its first ones, and their number is found by bisection.
+
+Shapes: N worlds, M requests, S replicas and providers, of which I have a prefix cache, D different hashes, L hashes of
+all requests of a world, E sends.
+"""
+
+# ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from marginroute import view as v
+
+MARK = np.dtype(
+    [
+        ("ttl_s", "f8"),  # inf: until it is evicted
+        ("row", "i4"),  # of stamps; -1: no prefix cache
+        ("capacity_blocks", "i4"),
+        ("blocks", "i4"),  # held
+        ("head", "i4"),  # oldest send
+        ("tail", "i4"),
+    ]
+)
+
+SEND = np.dtype(
+    [
+        ("at_s", "f8"),
+        ("request", "i4"),
+        ("left", "i4"),  # its first blocks that have not been walked
+        ("next", "i4"),  # in the line of a candidate, or of free records
+    ]
+)
+
+
+class PrefixArrays(NamedTuple):
+    """The index of all worlds; inputs first."""
+
+    ids: Any  # (N, L) i4 numbers of the hashes, one request after the other
+    stamps: Any  # (N, I, D) i4 send that used a block last, plus 1; 0: not held
+    marks: Any  # (N, S) MARK
+    sends: Any  # (N, E) SEND
+    free: Any  # (N,) i4 first free send
+
+
+@njit(cache=True, nogil=True)
+def reset(index, w):
+    """Empties the index of a world."""
+    index.stamps[w] = 0
+    for c in range(index.marks.shape[1]):
+        mark = index.marks[w, c]
+        mark.blocks = 0
+        mark.head = mark.tail = -1
+    size = index.sends.shape[1]
+    for e in range(size):
+        index.sends[w, e].next = e + 1 if e + 1 < size else -1
+    index.free[w] = 0 if size > 0 else -1
+
+
+@njit(cache=True, nogil=True)
+def _forget(index, loads, w, c, most_blocks, now_s):
+    """Forgets what has expired, and then the oldest blocks beyond `most_blocks`."""
+    mark = index.marks[w, c]
+    while mark.head >= 0:
+        e = int(mark.head)
+        send = index.sends[w, e]
+        expired = send.at_s + mark.ttl_s < now_s
+        at = loads[w, send.request].prefix_at
+        while send.left > 0 and (expired or mark.blocks > most_blocks):
+            send.left -= 1
+            d = index.ids[w, at + send.left]
+            if index.stamps[w, mark.row, d] == e + 1:
+                index.stamps[w, mark.row, d] = 0
+                mark.blocks -= 1
+        if send.left > 0:
+            break
+        mark.head = send.next
+        if mark.head < 0:
+            mark.tail = -1
+        send.next = index.free[w]
+        index.free[w] = e
+
+
+@njit(cache=True, nogil=True)
+def insert(index, loads, w, c, i, now_s):
+    """Notes that request `i` was sent to candidate `c`; nothing where it has no prefix cache."""
+    mark, load = index.marks[w, c], loads[w, i]
+    count = min(load.prefix_count, mark.capacity_blocks)
+    e = int(index.free[w])
+    if count <= 0 or e < 0:
+        return
+    index.free[w] = index.sends[w, e].next
+    for j in range(count):
+        d = index.ids[w, load.prefix_at + j]
+        mark.blocks += index.stamps[w, mark.row, d] == 0
+        index.stamps[w, mark.row, d] = e + 1
+    send = index.sends[w, e]
+    send.at_s, send.request, send.left, send.next = now_s, i, count, -1
+    if mark.tail >= 0:
+        index.sends[w, mark.tail].next = e
+    else:
+        mark.head = e
+    mark.tail = e
+    _forget(index, loads, w, c, mark.capacity_blocks, now_s)
+
+
+@njit(cache=True, nogil=True)
+def match(index, loads, w, c, i, now_s):
+    """Blocks of request `i`, from the first one on, that candidate `c` has been sent."""
+    mark, load = index.marks[w, c], loads[w, i]
+    if mark.ttl_s < np.inf:
+        _forget(index, loads, w, c, mark.capacity_blocks, now_s)
+    low, high = 0, min(load.prefix_count, mark.capacity_blocks)
+    while low < high:
+        middle = (low + high + 1) >> 1
+        if index.stamps[w, mark.row, index.ids[w, load.prefix_at + middle - 1]] > 0:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@njit(cache=True, nogil=True)
+def forget(index, loads, w, c):
+    """Empties the record of candidate `c`, as after a restart of its engine."""
+    _forget(index, loads, w, c, 0, -np.inf)
+
+
+@njit(cache=True, nogil=True)
+def show_cached(index, desk, loads, signals, w, i):
+    """Writes what every candidate is expected to have cached of request `i`; the last token is always computed."""
+    load = loads[w, i]
+    for c in range(index.marks.shape[1]):
+        if index.marks[w, c].capacity_blocks > 0:
+            tokens = match(index, loads, w, c, i, desk.now_s) * desk.prefix_block_tokens
+            signals[v.CACHED_TOKENS, w, c] = min(tokens, load.prompt_tokens - 1)
