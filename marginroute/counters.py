@@ -34,6 +34,7 @@ class Entry:
     Attributes:
         candidate: index of the replica or provider that it was sent to.
         prompt_tokens: known or estimated.
+        cached_tokens: of those, expected to be cached there; they are not pending.
         cell: indices of class and task.
         begun_at_s: when it was sent.
         alive_at_s: last sign of life.
@@ -52,6 +53,12 @@ class Entry:
     first_token_at_s: float | None = None
     tokens: int = 0
     silent: bool = True
+    cached_tokens: int = 0
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens that are expected to be computed."""
+        return self.prompt_tokens - self.cached_tokens
 
 
 class Counters:
@@ -91,7 +98,7 @@ class Counters:
         self._entries[id] = entry
         self.signals[v.IN_FLIGHT, entry.candidate] += 1
         if entry.candidate < self._replicas:
-            self.signals[v.PENDING_PREFILL_TOKENS, entry.candidate] += entry.prompt_tokens
+            self.signals[v.PENDING_PREFILL_TOKENS, entry.candidate] += entry.prefill_tokens
         if entry.estimate_s is not None:
             heapq.heappush(self._expected_first, (entry.begun_at_s + entry.estimate_s[0], id))
 
@@ -123,7 +130,7 @@ class Counters:
         c = entry.candidate
         self.signals[v.IN_FLIGHT, c] -= 1
         if c < self._replicas and entry.first_token_at_s is None:
-            self.signals[v.PENDING_PREFILL_TOKENS, c] -= entry.prompt_tokens
+            self.signals[v.PENDING_PREFILL_TOKENS, c] -= entry.prefill_tokens
         elif c < self._replicas:
             self.signals[v.DECODING, c] -= 1
             self.signals[v.DECODING_TOKENS, c] -= entry.prompt_tokens + entry.tokens
@@ -181,7 +188,7 @@ class Counters:
         entry.first_token_at_s, entry.tokens = at_s, 1
         c = entry.candidate
         if c < self._replicas:
-            self.signals[v.PENDING_PREFILL_TOKENS, c] -= entry.prompt_tokens
+            self.signals[v.PENDING_PREFILL_TOKENS, c] -= entry.prefill_tokens
             self.signals[v.DECODING, c] += 1
             self.signals[v.DECODING_TOKENS, c] += entry.prompt_tokens + entry.tokens
             self._silence(entry, 1.0)

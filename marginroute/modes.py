@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from marginroute import latency, pricing
@@ -54,7 +54,7 @@ class Outcome:
 
 @dataclass
 class _Pending:
-    """A request that was decided and has not finished; latency estimates are (C,) seconds."""
+    """A request that was decided and has not finished; latency estimates are (C,) seconds, cached tokens (C,)."""
 
     record: DecisionRecord
     decided_at_s: float  # own clock
@@ -62,6 +62,9 @@ class _Pending:
     task_name: str | None
     ttft_s: Array
     tpot_s: Array
+    cached_tokens: Array
+    hashes: Sequence[int]
+    block_tokens: float | None
 
 
 class Shadow:
@@ -72,12 +75,19 @@ class Shadow:
         log: where the records go.
         can: what the gateway could carry out beside sending a request on (see `telemetry.GatewayState`).
         stale_after_s: silence after which a request is written off.
+        prefix_block_tokens: tokens per block hash of a prompt (see `telemetry.GatewayState`).
     """
 
     def __init__(
-        self, bundle: Bundle, log: RecordLog, can: Collection[str] = ("shed",), stale_after_s: float = 7200.0
+        self,
+        bundle: Bundle,
+        log: RecordLog,
+        can: Collection[str] = ("shed",),
+        stale_after_s: float = 7200.0,
+        prefix_block_tokens: int = 0,
     ) -> None:
-        self.bundle, self.state = bundle, GatewayState(bundle, can=can, stale_after_s=stale_after_s)
+        self.bundle = bundle
+        self.state = GatewayState(bundle, can=can, stale_after_s=stale_after_s, prefix_block_tokens=prefix_block_tokens)
         self.candidate = {name: c for c, name in enumerate(bundle.layout.names)}
         self._policy, self._log, self._stale_after_s = bundle.guarded(), log, stale_after_s
         self._pending: OrderedDict[str, _Pending] = OrderedDict()
@@ -96,19 +106,39 @@ class Shadow:
         task_name: str | None = None,
         difficulty_signal: float = 0.0,
         available: Collection[int] | None = None,
+        hashes: Sequence[int] = (),
+        block_tokens: float | None = None,
     ) -> Decision | None:
         """What the policy would do with a new request; None if it was decided before (the gateway tries again)."""
         self._write_off()
         with self._lock:
             if id in self._pending:
                 return None
-        view = self.state.view(prompt_tokens, class_name, task_name, difficulty_signal, available=available)
+        view = self.state.view(
+            prompt_tokens,
+            class_name,
+            task_name,
+            difficulty_signal,
+            available=available,
+            hashes=hashes,
+            block_tokens=block_tokens,
+        )
         decision = self._policy.decide(view)
         digest = self.bundle.digest[:12]
         record = record_of(decision, view, id=id, decided_at_s=time.time(), mode="shadow", bundle=digest)
         (ttft_s, tpot_s), _ = latency.estimate(view)
         with self._lock:
-            self._pending[id] = _Pending(record, time.monotonic(), class_name, task_name, ttft_s, tpot_s)
+            self._pending[id] = _Pending(
+                record,
+                time.monotonic(),
+                class_name,
+                task_name,
+                ttft_s,
+                tpot_s,
+                view.signals[v.CACHED_TOKENS],
+                hashes,
+                block_tokens,
+            )
         return decision
 
     def decided_at_s(self, id: str) -> float | None:
@@ -123,7 +153,16 @@ class Shadow:
             return
         estimate_s = None if streamed else (float(pending.ttft_s[candidate]), float(pending.tpot_s[candidate]))
         prompt_tokens = int(pending.record.request["prompt_tokens"])
-        self.state.begin(id, candidate, prompt_tokens, pending.class_name, pending.task_name, estimate_s)
+        self.state.begin(
+            id,
+            candidate,
+            prompt_tokens,
+            pending.class_name,
+            pending.task_name,
+            estimate_s,
+            pending.hashes,
+            pending.block_tokens,
+        )
 
     def first_token(self, id: str, ago_s: float) -> None:
         """The first token of a stream came `ago_s` seconds ago."""
@@ -145,7 +184,9 @@ class Shadow:
         record = pending.record
         for name in ("status", "served_by", "ttft_s", "e2e_s", "prompt_tokens", "output_tokens"):
             setattr(record, name, getattr(outcome, name))
-        record.cost_usd = self._cost_usd(outcome) if outcome.cost_usd is None else outcome.cost_usd
+        record.cost_usd = (
+            self._cost_usd(outcome, pending.cached_tokens) if outcome.cost_usd is None else outcome.cost_usd
+        )
         self._log.write(record)
         return True
 
@@ -158,13 +199,14 @@ class Shadow:
             self._log.write(pending.record)
         self._log.close()
 
-    def _cost_usd(self, outcome: Outcome) -> float | None:
+    def _cost_usd(self, outcome: Outcome, cached_tokens: Array) -> float | None:
         c = self.candidate.get(outcome.served_by)
         if c is None or outcome.prompt_tokens is None or outcome.output_tokens is None:
             return None
         static = self.bundle.static_signals[:, c]
-        tokens = outcome.prompt_tokens, outcome.output_tokens
-        return float(static[v.CALL_USD] + pricing.tokens_usd(*tokens, static[v.INPUT_USD], static[v.OUTPUT_USD]))
+        tokens = outcome.prompt_tokens, min(cached_tokens[c], outcome.prompt_tokens), outcome.output_tokens
+        prices = static[v.INPUT_USD], static[v.CACHED_INPUT_USD], static[v.OUTPUT_USD]
+        return float(static[v.CALL_USD] + pricing.answer_usd(*tokens, *prices))
 
     def _write_off(self) -> None:
         now_s, stale = time.monotonic(), []

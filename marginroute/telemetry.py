@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from marginroute.bundle import Bundle
 from marginroute.counters import COUNTERS, Counters, Entry
 from marginroute.errors import InputError
 from marginroute.latency import PRIOR_LENGTHS, RECENT_ARRIVALS, RECENT_LENGTHS, running_mean
+from marginroute.prefix_index import MAX_BLOCKS, PrefixIndex
 from marginroute.view import Array, View
 
 CONTRACT = v.REQUEST_NAMES[v.INPUT_PRICE_USD :]  # request signals that the contract of a class fixes
@@ -33,6 +35,7 @@ class GatewayState:
             that it cannot carry out are not legal; without `hold` no in-flight cap is shown, because none is kept.
         hold_s: seconds after which a deferred request is decided again (with `defer`).
         stale_after_s: silence after which a request in flight is taken for dead.
+        prefix_block_tokens: tokens that a block hash of a prompt stands for, about; 0: prompts are not hashed.
     """
 
     def __init__(
@@ -42,12 +45,15 @@ class GatewayState:
         can: Collection[str] = (),
         hold_s: float = math.inf,
         stale_after_s: float = 900.0,
+        prefix_block_tokens: int = 0,
     ) -> None:
         self.layout, self._prior, self._clock = bundle.layout, bundle.prior, clock
         self._can, self._hold_s = frozenset(can), hold_s
         self._lock = threading.Lock()
         self._counters = Counters(self.layout, bundle.static_signals, stale_after_s)
         self._serving = int((self.layout.kind <= v.PROVIDER).sum())
+        self._block_tokens = prefix_block_tokens
+        self._prefixes = _prefix_index(bundle.static_signals, prefix_block_tokens)
         self._scraped_at_s = np.full(self.layout.n_candidates, np.nan)
         self._terms = np.array([_contract(bundle, name) for name in self.layout.class_names])
         self._delay_tolerant = [bundle.terms[name].get("delay_tolerant", 0.0) > 0.0 for name in self.layout.class_names]
@@ -68,6 +74,8 @@ class GatewayState:
         class_name: str | None = None,
         task_name: str | None = None,
         estimate_s: tuple[float, float] | None = None,
+        hashes: Sequence[int] = (),
+        block_tokens: float | None = None,
     ) -> None:
         """A request leaves for a candidate; an earlier attempt with the same id has failed.
 
@@ -78,11 +86,18 @@ class GatewayState:
             class_name: whose output lengths the answer will teach; None: the first of the bundle.
             task_name: the same.
             estimate_s: expected TTFT and TPOT, for an answer that is not streamed.
+            hashes: of the prompt's blocks (`prefix_index.block_hashes`).
+            block_tokens: tokens per block of this prompt; None: the usual number.
         """
         cell = self._cell(class_name, task_name)
         with self._lock:
             now_s = self._clock()
-            self._counters.begin(id, Entry(candidate, prompt_tokens, cell, now_s, now_s, estimate_s))
+            cached = self._cached_tokens(prompt_tokens, hashes, block_tokens, now_s)
+            entry = Entry(candidate, prompt_tokens, cell, now_s, now_s, estimate_s)
+            if cached is not None and self._prefixes is not None:
+                entry.cached_tokens = int(cached[candidate])
+                self._prefixes.insert(candidate, hashes[:MAX_BLOCKS], now_s)
+            self._counters.begin(id, entry)
 
     def first_token(self, id: str, ago_s: float = 0.0) -> None:
         """The first token of an answer came `ago_s` seconds ago; ignored if unknown or seen before."""
@@ -142,6 +157,8 @@ class GatewayState:
         attempt: int = 1,
         available: Collection[int] | None = None,
         cached_tier: int | None = None,
+        hashes: Sequence[int] = (),
+        block_tokens: float | None = None,
     ) -> View:
         """What is known for the next decision; counts as one, and as an arrival if it is the request's first.
 
@@ -155,6 +172,8 @@ class GatewayState:
             attempt: 1 for a new request; more for one that is decided again.
             available: replicas and providers that may serve it now; None: all.
             cached_tier: model of the stored answer, if the gateway has one for this request.
+            hashes: of the prompt's blocks, as in `begin`.
+            block_tokens: tokens per block of this prompt; None: the usual number.
 
         Raises:
             InputError: a class or task that the bundle does not know.
@@ -169,6 +188,9 @@ class GatewayState:
             request = self._terms[cell[0]].copy()
             request[v.EXPECTED_OUTPUT_TOKENS] = self._lengths[cell]
             request[v.ARRIVAL_RATE_PER_S] = 1.0 / max(self._gap_s, 1e-6)
+            cached = self._cached_tokens(prompt_tokens, hashes, block_tokens, now_s)
+            if cached is not None:
+                signals[v.CACHED_TOKENS] = cached
             request[v.SEQUENCE] = self._sequence
             self._sequence += 1
         request[v.PROMPT_TOKENS] = max(prompt_tokens, 1)
@@ -193,6 +215,26 @@ class GatewayState:
         """Copies of the raw counters by name, (C,) each."""
         with self._lock:
             return {name: self._counters.signals[v.SIGNAL_NAMES.index(name)].copy() for name in COUNTERS}
+
+    def _cached_tokens(
+        self, prompt_tokens: int, hashes: Sequence[int], block_tokens: float | None, now_s: float
+    ) -> Array | None:
+        """(C,) prompt tokens that replicas and providers probably have cached; the last one is always computed."""
+        if self._prefixes is None or not hashes:
+            return None
+        blocks = self._prefixes.match(islice(hashes, MAX_BLOCKS), now_s)
+        each = self._block_tokens if block_tokens is None else block_tokens
+        return np.minimum(np.floor(blocks * each), max(prompt_tokens - 1, 0))
+
+    @property
+    def hashes_prompts(self) -> bool:
+        """Whether block hashes of a prompt tell this gateway anything."""
+        return self._prefixes is not None
+
+    def forget_prefixes(self, candidate: int) -> None:
+        """An engine has restarted: whatever it had cached is gone."""
+        if self._prefixes is not None:
+            self._prefixes.forget(candidate)
 
     def _cell(self, class_name: str | None, task_name: str | None) -> tuple[int, int]:
         layout = self.layout
@@ -228,6 +270,17 @@ def _index(name: str | None, known: tuple[str, ...], what: str) -> int:
     if name not in known:
         raise InputError(f"{what} {name!r} is not in the bundle; legal: {', '.join(known)}")
     return known.index(name)
+
+
+def _prefix_index(static_signals: Array, block_tokens: int) -> PrefixIndex | None:
+    """An index over replicas and providers with a prefix cache; None where there is none, or nothing is hashed."""
+    capacity_tokens, ttl_s = static_signals[[v.PREFIX_CAPACITY_TOKENS, v.PREFIX_TTL_S]]
+    if block_tokens < 0:
+        raise InputError(f"prefix_block_tokens = {block_tokens}; legal is 0 (none) or more")
+    if block_tokens == 0 or not capacity_tokens.any():
+        return None
+    capacity_blocks = [int(tokens) // block_tokens for tokens in capacity_tokens]
+    return PrefixIndex(capacity_blocks, [math.inf if s >= v.UNLIMITED or s <= 0.0 else float(s) for s in ttl_s])
 
 
 def _contract(bundle: Bundle, class_name: str) -> Array:

@@ -85,7 +85,15 @@ def build(settings: Settings) -> Observer:
     ):
         if default and default not in known:
             raise InputError(f"{what} {default!r} is not in the bundle; legal: {', '.join(known)}")
-    observer = Observer(Shadow(bundle, RecordLog(settings.log), stale_after_s=settings.stale_after_s), settings)
+    if settings.prefix_block_tokens < 0:
+        raise InputError(f"prefix_block_tokens {settings.prefix_block_tokens} is not legal; legal is 0 (none) or more")
+    shadow = Shadow(
+        bundle,
+        RecordLog(settings.log),
+        stale_after_s=settings.stale_after_s,
+        prefix_block_tokens=settings.prefix_block_tokens,
+    )
+    observer = Observer(shadow, settings)
     log.warning("marginroute: shadow mode, %s %s, records in %s", bundle.policy.name, bundle.digest[:12], settings.log)
     return observer
 

@@ -1,11 +1,13 @@
 """What LiteLLM tells its callbacks, translated into the life of a request; free of LiteLLM itself.
 
-Prompts are only counted, never kept. Nothing here is allowed to fail a request: the callback catches what is raised.
+Prompts are counted, and hashed in blocks of their UTF-8 bytes (a gateway has no tokeniser), never kept. Nothing here is
+allowed to fail a request: the callback catches what is raised.
 """
 
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -14,6 +16,7 @@ from typing import Any
 
 from marginroute.latency import running_mean
 from marginroute.modes import Outcome, Shadow
+from marginroute.prefix_index import MAX_BLOCKS, block_hashes
 
 log = logging.getLogger("marginroute.litellm")
 
@@ -36,6 +39,7 @@ class Settings:
         candidates: candidate by deployment id or by LiteLLM model name, for deployments without
             `model_info.marginroute_candidate`.
         stale_after_s: silence after which a request is written off.
+        prefix_block_tokens: tokens, about, per block hash of a prompt; 0: prompts are not hashed.
     """
 
     bundle: str
@@ -46,6 +50,7 @@ class Settings:
     default_task: str = ""
     candidates: Mapping[str, str] = field(default_factory=dict)
     stale_after_s: float = 7200.0
+    prefix_block_tokens: int = 64
 
 
 @dataclass(slots=True)
@@ -73,6 +78,7 @@ class Observer:
         self._warned: set[str] = set()
         self._calls: dict[str, _Call] = {}  # in order of decision
         self._tokens_per_character, self._weight = TOKENS_PER_CHARACTER, 1.0
+        self._block_bytes = round(settings.prefix_block_tokens / TOKENS_PER_CHARACTER)
 
     def failed(self, hook: str, error: Exception) -> None:
         """Counts an exception of ours, and logs the first of each hook."""
@@ -88,13 +94,17 @@ class Observer:
             return
         self._see_first_tokens()
         available = {c for d in deployments if (c := self._candidate(d.get("model_info"), _model(d))) is not None}
-        characters = _count_characters(messages) or _count_characters(_body(kwargs))
+        prompt = messages if _count_characters(messages) else _body(kwargs)
+        characters = _count_characters(prompt)
+        hashes, tokens_per_byte = self._hashes(prompt, kwargs.get("tools"), characters)
         decision = self.shadow.decide(
             id,
             max(round(characters * self._tokens_per_character), 1),
             class_name=self._known("class", _customer_class(kwargs, self.settings.class_field)),
             task_name=self._known("task", _requester(kwargs).get(self.settings.task_field)),
             available=available,
+            hashes=hashes,
+            block_tokens=self._block_bytes * tokens_per_byte,
         )
         if decision is not None:
             self._calls[id] = _Call(characters)
@@ -159,6 +169,14 @@ class Observer:
         info = (kwargs.get("litellm_params") or {}).get("model_info") or {}
         candidate = self._candidate(info, str(kwargs.get("model")))
         return "" if candidate is None else self.shadow.bundle.layout.names[candidate]
+
+    def _hashes(self, prompt: Any, tools: Any, characters: int) -> tuple[list[int], float]:
+        """Block hashes of a prompt, tools first as engines put them, and tokens per byte."""
+        if self._block_bytes == 0 or not self.shadow.state.hashes_prompts:
+            return [], 0.0
+        data = b"\0".join(text.encode("utf-8", "replace") for text in (*_texts_of_tools(tools), *_texts(prompt)))
+        tokens_per_byte = characters * self._tokens_per_character / max(len(data), 1)
+        return block_hashes(data[: MAX_BLOCKS * self._block_bytes], self._block_bytes), tokens_per_byte
 
     def _candidate(self, info: Any, model: str) -> int | None:
         """Index of the candidate that a deployment is, if it is one."""
@@ -226,6 +244,11 @@ def _customer_class(kwargs: Mapping[str, Any], name: str) -> Any:
 def _body(kwargs: Mapping[str, Any]) -> Any:
     body = (kwargs.get("proxy_server_request") or {}).get("body") or {}
     return [body.get(key) for key in ("messages", "prompt", "input", "instructions", "system")]
+
+
+def _texts_of_tools(tools: Any) -> Iterator[str]:
+    if tools:
+        yield json.dumps(tools, sort_keys=True, default=str)
 
 
 def _texts(value: Any) -> Iterator[str]:

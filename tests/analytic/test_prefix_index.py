@@ -1,6 +1,7 @@
 """The gateway's prefix index: known answers, its bound, and the engine's cache as the truth that it estimates."""
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -143,3 +144,19 @@ def test_what_cannot_be_is_refused():
         PrefixIndex([1, -1])
     with pytest.raises(InputError, match="block_size = 0"):
         block_hashes([1, 2], 0)
+
+
+def test_a_block_lives_as_long_after_its_last_use_as_its_candidate_lets_it():
+    index = PrefixIndex([9, 9], [10.0, math.inf])
+    for candidate in (0, 1):
+        index.insert(candidate, [1, 2, 3], 0.0)
+    index.insert(0, [1, 2], 6.0)
+    assert index.match([1, 2, 3], 10.0).tolist() == [3, 3]
+    assert index.match([1, 2, 3], 10.5).tolist() == [2, 3]
+    assert index.match([1, 2, 3], 16.5).tolist() == [0, 3] and index.size(0) == 0
+
+
+@pytest.mark.parametrize("ttl_s", [0.0, -1.0, math.nan])
+def test_a_time_to_live_that_is_not_positive_is_refused(ttl_s):
+    with pytest.raises(InputError, match=r"ttl_s\[1\] = .*; legal is more than 0"):
+        PrefixIndex([1, 1], [math.inf, ttl_s])

@@ -6,7 +6,10 @@ import sys
 import types
 
 import pytest
+from bundles import small_bundle
 
+from marginroute import bundle as bundles
+from marginroute import view as v
 from marginroute.adapters import litellm as adapter
 from marginroute.adapters.litellm_observer import Settings
 from marginroute.errors import InputError
@@ -21,6 +24,19 @@ MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "x" * 400}, {"
 @pytest.fixture
 def logger(bundle_folder, tmp_path, monkeypatch):
     """The callback over a stand-in for LiteLLM's base class."""
+    return logger_of(bundle_folder, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def caching_logger(tmp_path, monkeypatch):
+    """The same with a prefix cache of 1,024 tokens at `small/0`."""
+    bundle = small_bundle()
+    bundle.static_signals[[v.PREFIX_CAPACITY_TOKENS, v.PREFIX_TTL_S], 0] = 1024.0, v.UNLIMITED
+    bundles.save(bundle, tmp_path / "bundle")
+    return logger_of(tmp_path / "bundle", tmp_path, monkeypatch)
+
+
+def logger_of(bundle_folder, tmp_path, monkeypatch):
     package, module = types.ModuleType("litellm.integrations"), types.ModuleType("litellm.integrations.custom_logger")
     module.CustomLogger = type("CustomLogger", (), {})
     monkeypatch.setitem(sys.modules, "litellm", types.ModuleType("litellm"))
@@ -213,3 +229,35 @@ def test_unusable_bundle_turns_shadow_off_and_lets_the_proxy_start(logger, monke
 def test_default_class_must_be_the_bundles(bundle_folder, tmp_path):
     with pytest.raises(InputError, match=r"default_class 'gold'.*standard"):
         adapter.build(Settings(str(bundle_folder), str(tmp_path / "l"), default_class="gold"))
+
+
+def test_a_conversation_that_goes_on_finds_its_beginning_where_it_was_sent(caching_logger):
+    """1,000 characters and tools first: of the second turn, the blocks of 256 bytes that the first one filled."""
+    shadow, asked = caching_logger.marginroute.shadow, []
+    state_view = shadow.state.view
+    shadow.state.view = lambda *args, **options: asked.append(state_view(*args, **options)) or asked[-1]
+    turns = [{"role": "user", "content": "a" * 1000}]
+    tools = [{"type": "function", "function": {"name": "look"}}]
+
+    def turn(id, messages):
+        kwargs = kwargs_of(id, tools=tools)
+        asyncio.run(caching_logger.async_filter_deployments("chat", DEPLOYMENTS, messages, kwargs))
+        send(caching_logger, id)
+        complete(caching_logger, id, stream=False)
+
+    turn("1", turns)
+    turn("2", [*turns, {"role": "assistant", "content": "b" * 400}, {"role": "user", "content": "c" * 600}])
+    turn("3", [{"role": "user", "content": "d" * 1000}])
+    first, second, third = (view.signals[v.CACHED_TOKENS] for view in asked)
+    assert not first.any() and not third.any()
+    data = json.dumps(tools, sort_keys=True)
+    size, prompt_tokens = len(data) + 1 + 2002, asked[1].request[v.PROMPT_TOKENS]
+    blocks = (len(data) + 1 + 1000) // 256
+    assert second[0] == pytest.approx(blocks * 256 * prompt_tokens / size, abs=1.0) and not second[1:].any()
+    assert shadow.state.counters()["pending_prefill_tokens"].tolist() == [0.0] * 6
+
+
+def test_prompts_are_not_hashed_for_nothing(logger, monkeypatch):
+    monkeypatch.setattr("marginroute.adapters.litellm_observer.block_hashes", lambda *_: 1 / 0)
+    route(logger, "1")
+    assert logger.marginroute.errors == {}

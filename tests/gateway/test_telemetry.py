@@ -252,3 +252,40 @@ def test_unknown_names_are_refused():
         state_at().view(9, "gold")
     with pytest.raises(InputError, match=r"poetry.*chat, code"):
         state_at().begin("a", 0, 9, "standard", "poetry")
+
+
+def caching_bundle():
+    """`small/0` with a prefix cache of 64 tokens, the API with one that forgets after 10 s."""
+    bundle = small_bundle()
+    bundle.static_signals[v.PREFIX_CAPACITY_TOKENS, [0, 2]] = 64.0, 1000.0
+    bundle.static_signals[v.PREFIX_TTL_S, [0, 2]] = v.UNLIMITED, 10.0
+    return bundle
+
+
+def test_cached_tokens_are_those_of_prompts_that_were_sent():
+    clock = Clock()
+    state = GatewayState(caching_bundle(), clock, prefix_block_tokens=16)
+    hashes = [11, 12, 13, 14, 15]
+    assert not state.view(90, hashes=hashes).signals[v.CACHED_TOKENS].any()
+    for id, candidate in (("a", 0), ("b", 1), ("c", 2)):
+        state.begin(id, candidate, 90, hashes=hashes)
+    signals = state.view(81, hashes=hashes[:4]).signals
+    assert signals[v.CACHED_TOKENS].tolist() == [64.0, 0.0, 64.0, 0.0, 0.0, 0.0]
+    assert state.view(90, hashes=hashes).signals[v.CACHED_TOKENS, :3].tolist() == [64.0, 0.0, 80.0]
+    assert state.view(40, hashes=hashes).signals[v.CACHED_TOKENS, 2] == 39.0  # the last token is always computed
+    assert state.view(90, hashes=hashes, block_tokens=10.5).signals[v.CACHED_TOKENS, 2] == 52.0
+    state.begin("d", 0, 90, hashes=hashes)
+    assert state.counters()["pending_prefill_tokens"][0] == 90 + 90 - 64
+    state.end("d")
+    assert state.counters()["pending_prefill_tokens"][0] == 90
+    clock.now_s += 10.1
+    assert state.view(90, hashes=hashes).signals[v.CACHED_TOKENS, :3].tolist() == [64.0, 0.0, 0.0]
+    state.forget_prefixes(0)
+    assert not state.view(90, hashes=hashes).signals[v.CACHED_TOKENS].any()
+
+
+def test_without_caches_or_hashes_nothing_is_remembered():
+    assert not GatewayState(small_bundle(), Clock(), prefix_block_tokens=16).hashes_prompts
+    assert not GatewayState(caching_bundle(), Clock()).hashes_prompts
+    with pytest.raises(InputError, match="prefix_block_tokens = -1; legal is 0"):
+        GatewayState(caching_bundle(), Clock(), prefix_block_tokens=-1)

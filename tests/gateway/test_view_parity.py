@@ -1,5 +1,7 @@
 """Train/serve parity: a gateway that watches a simulated fleet's requests shows its policy the world's own View."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from test_telemetry import Clock
@@ -46,14 +48,15 @@ def bundle_of(plant):
 class Mirror:
     """Replays what happened to the requests of a world since the last decision into a GatewayState."""
 
-    def __init__(self, worlds, state, clock):
-        self.worlds, self.state, self.clock = worlds, state, clock
+    def __init__(self, worlds, state, clock, hashes):
+        self.worlds, self.state, self.clock, self.hashes = worlds, state, clock, hashes
         self.open = {}  # request -> has its first token
 
     def sent(self, i, c):
         layout, load = self.worlds.plant.layout, self.worlds.loads[0, i]
         classes, tasks = layout.class_names[load["class_index"]], layout.task_names[load["task_index"]]
-        self.state.begin(str(i), c, int(load["prompt_tokens"]), classes, tasks)
+        hashes = self.hashes[i].tolist()
+        self.state.begin(str(i), c, int(load["prompt_tokens"]), classes, tasks, hashes=hashes)
         self.open[i] = False
 
     def catch_up(self, now_s):
@@ -76,19 +79,46 @@ class Mirror:
         self.clock.now_s = now_s
 
 
-@pytest.fixture(scope="module")
-def views():
+BLOCK_TOKENS = 64
+CACHING = {f"fleet.pools.{pool}.{key}": value for pool in ("small", "medium") for key, value in (
+    ("prefix_caching", True), ("kv_blocks", 2000),
+)}  # fmt: skip
+
+
+def with_prefixes(episode):
+    """The episode with prompts most of which go on from an earlier one, as far as they are long enough."""
+    rng, lists, fresh = np.random.default_rng(11), [], 0
+    for prompt_tokens in episode.prompt_tokens:
+        past = lists[rng.integers(max(len(lists) - 30, 0), len(lists))] if lists and rng.random() < 0.7 else []
+        shared = past[: prompt_tokens // BLOCK_TOKENS]
+        own = prompt_tokens // BLOCK_TOKENS - len(shared)
+        lists.append([*shared, *range(fresh, fresh + own)])
+        fresh += own
+    counts, hashes = [len(own) for own in lists], [block for own in lists for block in own]
+    return dataclasses.replace(
+        episode, prefix_block_tokens=BLOCK_TOKENS, prefix_count=counts, prefix_hash=np.array(hashes, dtype=np.int64)
+    )
+
+
+@pytest.fixture(scope="module", params=["plain", "prefixes"])
+def views(request):
     """Pairs of the world's View and the gateway's, decision by decision."""
-    scenario = load_scenario("quickstart")
+    caching = request.param == "prefixes"
+    scenario = load_scenario("quickstart", CACHING if caching else None)
     worlds = FleetWorlds(scenario, 1)
-    worlds.load(0, scenario.generate(3, split="validation"))
+    episode = scenario.generate(3, split="validation")
+    episode = with_prefixes(episode) if caching else episode
+    hashes = np.split(episode.prefix_hash, np.cumsum(episode.prefix_count)[:-1])
+    worlds.load(0, episode)
     bundle, clock = bundle_of(worlds.plant), Clock()
     caps = bundle.policy.in_flight_caps(worlds.plant.layout, worlds.plant.slots)
     worlds.set_in_flight_caps(caps)
     clock.now_s = 0.0
     hold_s = float(worlds.plant.config[0]["hold_s"])
-    state = GatewayState(bundle, clock, can={"cache", "defer", "shed", "hold"}, hold_s=hold_s)
-    mirror, seen, pairs = Mirror(worlds, state, clock), set(), []
+    state = GatewayState(
+        bundle, clock, can={"cache", "defer", "shed", "hold"}, hold_s=hold_s, prefix_block_tokens=BLOCK_TOKENS
+    )
+    mirror, seen, pairs = Mirror(worlds, state, clock, hashes), set(), []
     layout, rng = worlds.plant.layout, np.random.default_rng(5)
     while not worlds.done[0] and len(pairs) < DECISIONS:
         desk = worlds.desks[0]
@@ -111,6 +141,7 @@ def views():
             attempt=2 if i in seen else 1,
             available=serving,
             cached_tier=cached_tier,
+            hashes=hashes[i].tolist(),
         )
         seen.add(i)
         pairs.append((theirs, ours))
@@ -159,6 +190,15 @@ def test_request_is_the_worlds(views, name):
 def test_legal_is_the_worlds(views):
     for theirs, ours in views:
         assert ours.legal.tolist() == theirs.legal.tolist()
+
+
+def test_prefixes_were_found_and_forgotten(views):
+    """Under `prefixes` only: expected at some candidates and not at others, in Views whose pending prefill differs."""
+    cached = np.array([theirs.signals[v.CACHED_TOKENS] for theirs, _ in views])
+    if cached.any():
+        serving = cached[:, :4]  # small, medium, large, api
+        assert (serving[:, [0, 1, 3]] > 0).any(axis=0).all() and not serving[:, 2].any()
+        assert len(np.unique((serving > 0).sum(axis=1))) > 2
 
 
 def test_every_kind_of_candidate_was_met(views):
