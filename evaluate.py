@@ -17,6 +17,7 @@ from marginroute.errors import InputError
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario
+    from evaluation.bounds import Bounds
     from evaluation.progress import Progress
     from evaluation.results import EpisodeResults
     from marginroute.policy import Policy
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--trace-format", metavar="NAME", help="layout of the trace (default: told from it)")
     parse.add_argument("--columns", metavar="NAME=COLUMN,...", help="for csv: our names and the file's columns")
     parse.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="scenario overrides")
+    parse.add_argument("--bound", action="store_true", help="compute upper bounds of the margin, too")
     parse.add_argument("--workers", type=int, help="processes (default: one per core that may be used)")
     parse.add_argument("--json", type=Path, metavar="FILE", help="write the figures, too")
     return parse
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         columns=pairs(args.columns.split(","), "--columns") if args.columns else None,
     )
     best, results = compare(scenario, args)
-    report = build_report(scenario.name, results, best)
+    report = build_report(scenario.name, results, best, upper_bounds(scenario, args) if args.bound else None)
     if args.json is not None:
         write_json(args.json, to_document(report))
     print_report(report)
@@ -96,6 +98,16 @@ def compare(scenario: Scenario, args: argparse.Namespace) -> tuple[str | None, d
         with progress_bar("content-blind control") as progress:
             results |= play(shuffled_mixes(results, list(examined) or [str(best)]), progress)
     return best, results
+
+
+def upper_bounds(scenario: Scenario, args: argparse.Namespace) -> Bounds:
+    """Bounds of the held-out episodes."""
+    from evaluation.bounds import bound_episodes
+    from evaluation.progress import progress_bar
+
+    with progress_bar("upper bounds") as progress:
+        seeds = range(args.seed, args.seed + args.episodes)
+        return bound_episodes(scenario, seeds, progress=progress, workers=args.workers)
 
 
 def load_policies(runs: list[str], scenario: Scenario) -> dict[str, Policy]:

@@ -46,7 +46,8 @@ def to_document(report: Report) -> dict[str, Any]:
             }
             for name, paired in report.paired.items()
         },
-        "bounds": dict(report.bounds_usd_per_1k),
+        "bounds": report.bounds_usd_per_1k,
+        "share_of_bound": {name: _share_document(report.share_of_bound(name)) for name in report.ranking},
         "gap_closed": {name: report.gap_closed(name) for name in report.ranking},
     }
     result = _without_nan(document)
@@ -141,6 +142,10 @@ def _class_document(results: EpisodeResults, k: int) -> dict[str, Any]:
 
 def _by_class(results: EpisodeResults, values: Floats) -> dict[str, float]:
     return dict(zip(results.class_names, values.tolist(), strict=True))
+
+
+def _share_document(share: Estimate | None) -> dict[str, Any] | None:
+    return None if share is None else _estimate_document(share)
 
 
 def _estimate_document(estimate: Estimate) -> dict[str, Any]:

@@ -9,13 +9,9 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
 import pickle
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +21,7 @@ from numpy.typing import NDArray
 from evaluation.latency import BINS, METRICS, histogram
 from evaluation.progress import Progress, silent
 from evaluation.results import EpisodeResults, check_paired, concatenate
+from evaluation.workers import in_processes, usable_cores
 from marginroute.policy import Policy
 
 if TYPE_CHECKING:
@@ -36,7 +33,6 @@ CHUNK_EPISODES = 16
 """Worlds stepped at once: enough to spread numpy's cost per call, few enough to share out over cores."""
 PROCESSES_PAY_S = 8.0
 """Seconds of work from which on starting processes (imports, compiled kernels) saves more than it costs."""
-ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ def evaluate_policies(
     if workers is None:
         outcomes = _in_processes_if_it_pays(scenario, policies, jobs, min(usable_cores(), len(jobs)))
     elif workers > 1:
-        outcomes = _in_processes(scenario, policies, jobs, workers)
+        outcomes = in_processes(start_examiner, (scenario, dict(policies)), jobs, workers)
     else:
         outcomes = _in_turn(scenario, policies, jobs)
     parts: dict[str, list[EpisodeResults]] = {name: [] for name in policies}
@@ -189,13 +185,9 @@ def latency_histogram(worlds: FleetWorlds, workloads: Sequence[Workload]) -> NDA
     return counts
 
 
-def usable_cores() -> int:
-    """Cores this process may use: its affinity, cut to the quota of its control group."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-        quota, period = file.read().split()
-        cores = min(cores, max(1, round(int(quota) / int(period))))
-    return cores
+def start_examiner(scenario: Scenario, policies: Mapping[str, Policy]) -> Callable[[Job], EpisodeResults]:
+    """What a process plays its jobs with."""
+    return Examiner(scenario, policies).play
 
 
 def _in_turn(
@@ -218,58 +210,5 @@ def _in_processes_if_it_pays(
         yield examiner.play(job)
         left_s = (time.monotonic() - started_s) * (len(jobs) - done)
         if workers > 1 and left_s > PROCESSES_PAY_S:
-            yield from _in_processes(scenario, policies, jobs[done:], workers)
+            yield from in_processes(start_examiner, (scenario, dict(policies)), jobs[done:], workers)
             return
-
-
-_worker_examiner: Examiner | None = None
-
-
-def _start_worker(scenario: Scenario, policies: Mapping[str, Policy]) -> None:
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
-    global _worker_examiner
-    _worker_examiner = Examiner(scenario, policies)
-
-
-def _work(job: Job) -> EpisodeResults:
-    assert _worker_examiner is not None
-    return _worker_examiner.play(job)
-
-
-def _in_processes(
-    scenario: Scenario, policies: Mapping[str, Policy], jobs: Sequence[Job], workers: int
-) -> Generator[EpisodeResults, None, None]:
-    before = set(multiprocessing.active_children())
-    with _one_thread_each():
-        pool = ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), _start_worker, (scenario, dict(policies))
-        )
-        finished = False
-        try:
-            for future in as_completed([pool.submit(_work, job) for job in jobs]):
-                yield future.result()
-            finished = True
-        except BrokenProcessPool as error:
-            raise RuntimeError("an evaluation process died (out of memory?): try fewer --workers") from error
-        finally:
-            pool.shutdown(wait=finished, cancel_futures=True)
-            if not finished:
-                for child in set(multiprocessing.active_children()) - before:
-                    child.terminate()
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Child processes started inside use one thread each: two pools of threads on two cores collapse."""
-    saved = {name: os.environ.get(name) for name in ONE_THREAD}
-    os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
-    try:
-        yield
-    finally:
-        for name, value in saved.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from envs.economics.ledger import ACCOUNTS
+from evaluation.bounds import Bounds
 from evaluation.results import EpisodeResults, Floats, check_paired
-from evaluation.statistics import Estimate, paired_interval, ratio_of_sums, sign_flip_p_value
+from evaluation.statistics import Estimate, paired_estimate, paired_interval, ratio_of_sums, sign_flip_p_value
 from marginroute.errors import InputError
 from marginroute.view import KINDS
 
@@ -56,7 +57,7 @@ class Report:
         margin_usd_per_1k, margin_usd_per_hour, contribution_usd_per_1k: estimates by policy name.
         best_heuristic: chosen on validation seeds; None if no heuristic took part.
         paired: by name of every policy but the best heuristic.
-        bounds_usd_per_1k: by name of the bound; None where it was not computed.
+        bounds: of the same episodes; None where they were not computed.
     """
 
     scenario: str
@@ -66,9 +67,7 @@ class Report:
     contribution_usd_per_1k: Mapping[str, Estimate]
     best_heuristic: str | None
     paired: Mapping[str, Paired]
-    bounds_usd_per_1k: Mapping[str, float | None] = field(
-        default_factory=lambda: {"clairvoyant": None, "same_information": None}
-    )
+    bounds: Bounds | None = None
 
     @property
     def episodes(self) -> int:
@@ -79,6 +78,24 @@ class Report:
     def ranking(self) -> list[str]:
         """Policy names, highest margin first."""
         return sorted(self.results, key=lambda name: -self.margin_usd_per_1k[name].mean)
+
+    @property
+    def bounds_usd_per_1k(self) -> dict[str, float | None]:
+        """Margin per 1k first calls of each bound; None where it was not computed."""
+        names = ("clairvoyant", "same_information")
+        if self.bounds is None:
+            return dict.fromkeys(names)
+        calls = next(iter(self.results.values())).first_calls
+        return {name: float(ratio_of_sums(getattr(self.bounds, f"{name}_usd"), calls, PER_1K)) for name in names}
+
+    def share_of_bound(self, name: str) -> Estimate | None:
+        """Contribution margin over that of the clairvoyant bound, same episodes; None without a positive bound."""
+        if self.bounds is None:
+            return None
+        of_bound_usd = self.bounds.clairvoyant_usd - self.bounds.gpu_usd
+        if not (of_bound_usd > 0.0).all():
+            return None
+        return paired_estimate(self.results[name].contribution_usd, of_bound_usd)
 
     def gap_closed(self, name: str) -> float | None:
         """(policy - best heuristic) / (same-information bound - best heuristic); None where there is no room."""
@@ -96,7 +113,7 @@ def build_report(
     scenario: str,
     results: Mapping[str, EpisodeResults],
     best_heuristic: str | None,
-    bounds_usd_per_1k: Mapping[str, float | None] | None = None,
+    bounds: Bounds | None = None,
 ) -> Report:
     """Computes intervals and paired differences.
 
@@ -104,14 +121,16 @@ def build_report(
         scenario: name to report.
         results: by policy name, all on the same episodes.
         best_heuristic: name in `results` that the others are compared with, chosen on other seeds.
-        bounds_usd_per_1k: "clairvoyant" and "same_information", where known.
+        bounds: of the same episodes, where known.
 
     Raises:
-        InputError: the results are not from the same requests.
+        InputError: the results are not from the same requests, or the bounds from other episodes.
     """
     check_paired(results)
     if best_heuristic is not None and best_heuristic not in results:
         raise InputError(f"best heuristic {best_heuristic!r} is not among the results: {', '.join(results)}")
+    if bounds is not None and not np.array_equal(bounds.seeds, next(iter(results.values())).seeds):
+        raise InputError("the bounds are of other episodes than the results: compute them again")
     first_calls = next(iter(results.values())).first_calls.astype(np.float64)
     hours = next(iter(results.values())).horizon_s / SECONDS_PER_HOUR
     margin_usd = np.array([r.margin_usd for r in results.values()])
@@ -131,7 +150,6 @@ def build_report(
             if name != best_heuristic:
                 pct = 100.0 * delta.mean / base if base > 0.0 else math.nan
                 paired[name] = Paired(best_heuristic, delta, pct, sign_flip_p_value(x))
-    bounds = {"clairvoyant": None, "same_information": None, **(bounds_usd_per_1k or {})}
     return Report(
         scenario=scenario,
         results=results,
@@ -140,7 +158,7 @@ def build_report(
         contribution_usd_per_1k=contribution,
         best_heuristic=best_heuristic,
         paired=paired,
-        bounds_usd_per_1k=bounds,
+        bounds=bounds,
     )
 
 

@@ -68,6 +68,13 @@ def print_report(report: Report, console: Console | None = None) -> None:
             f"* best heuristic, chosen on validation seeds; delta and % (of contribution margin) against it on the same"
             f" requests, p by sign-flip test. {note} (studentised bootstrap, paired for delta)"
         )
+    if report.bounds is not None:
+        clairvoyant, same = report.bounds_usd_per_1k.values()
+        note = (
+            f"{note}. Upper bounds of the margin: {clairvoyant:.2f} with all knowledge, {same:.2f} on average without"
+            " that of the outcomes; of bound: contribution margin over that of the first; gap closed: of the way from *"
+            " to the second"
+        )
     console.print(
         f"{note}. SLO: answered inside every SLO of the class; lost: shed, abandoned or failed.", markup=False
     )
@@ -120,7 +127,18 @@ def _money_groups(report: Report) -> list[Group]:
         rows = [_paired_cells(report.paired.get(name), digits + 1) for name in names]
         groups.append(make_group("", ["delta", "[95 % CI]", "%", "p"], rows))
     groups.append(make_group("", ["contrib."], [[_usd(contribution[n].mean, digits)] for n in names]))
+    if report.bounds is not None:
+        groups.append(make_group("", ["of bound", "gap closed"], [_bound_cells(report, name) for name in names]))
     return groups
+
+
+def _bound_cells(report: Report, name: str) -> list[str]:
+    """Share of the clairvoyant bound, and of the room above the best heuristic up to the same-information one."""
+    share, closed = report.share_of_bound(name), report.gap_closed(name)
+    return [
+        "-" if share is None else f"{100.0 * share.mean:.1f} %",
+        "-" if closed is None else f"{100.0 * closed:.0f} %",
+    ]
 
 
 def _paired_cells(paired: Paired | None, digits: int) -> list[str]:

@@ -10,6 +10,7 @@ from episodes import CLASSES, EPISODES, comparison, make_results
 from pydantic import BaseModel, ConfigDict, Field
 
 from envs.economics.ledger import ACCOUNTS
+from evaluation.bounds import Bounds
 from evaluation.document import check_target, to_document, write_json
 from evaluation.report import build_report
 from evaluation.results import concatenate
@@ -97,6 +98,7 @@ class DocumentModel(Strict):
     best_heuristic: str | None
     paired: dict[str, PairedModel]
     bounds: BoundsModel
+    share_of_bound: dict[str, EstimateModel | None]
     gap_closed: dict[str, float | None]
 
 
@@ -178,10 +180,25 @@ def test_delta_is_paired_and_its_per_cent_is_of_contribution_margin():
 def test_gap_closed_needs_room():
     results = comparison(bid_price=0.0, ppo=0.3)
     heuristic = document_of(results)["policies"]["bid-price"]["margin_usd_per_1k_requests"]["mean"]
-    bounds = {"same_information": heuristic + 4.0}
-    assert document_of(results, bounds_usd_per_1k=bounds)["gap_closed"]["ppo"] == pytest.approx(0.25)
-    bounds = {"same_information": heuristic + 0.001}
-    assert document_of(results, bounds_usd_per_1k=bounds)["gap_closed"]["ppo"] is None
+    assert document_of(results, bounds=bounds_at(heuristic + 4.0))["gap_closed"]["ppo"] == pytest.approx(0.25)
+    assert document_of(results, bounds=bounds_at(heuristic + 0.001))["gap_closed"]["ppo"] is None
+
+
+def bounds_at(usd_per_1k, episodes=EPISODES):
+    """Bounds of equal episodes of 300 requests, 5 USD of GPUs each."""
+    usd = np.full(episodes, usd_per_1k * 0.3)
+    return Bounds(np.arange(episodes), usd + 1.0, usd, np.full(episodes, -5.0))
+
+
+def test_share_of_bound_is_of_contribution_margin():
+    results = comparison(bid_price=0.0)
+    document = document_of(results, bounds=bounds_at(100.0))
+    contribution = results["bid-price"].contribution_usd.sum()
+    share = document["share_of_bound"]["bid-price"]
+    assert share["mean"] == pytest.approx(contribution / (EPISODES * (30.0 + 1.0 + 5.0)))
+    assert document["bounds"] == pytest.approx({"clairvoyant": 100.0 + 1000 / 300, "same_information": 100.0})
+    with pytest.raises(InputError, match="other episodes"):
+        document_of(results, bounds=bounds_at(100.0, EPISODES - 1))
 
 
 def test_delta_pct_is_null_where_the_reference_loses_money():

@@ -1,0 +1,98 @@
+"""The same bound as one linear program, solved by HiGHS: exact, for small episodes; it checks the search for prices.
+
+Columns: the share of each option that is taken, and its work in every bucket of its window. Rows: a request is answered
+at most once, an option's work is done inside its window, a station sells no more than it has. Requests that may share a
+stored answer are left to the dual, which takes them by dynamic programming.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.optimize import linprog
+
+from evaluation.bound_dual import DualBound
+from marginroute.errors import InputError
+
+Ints = NDArray[np.int64]
+
+
+def solve(dual: DualBound) -> float:
+    """Upper bound of the margin in USD at the best prices.
+
+    Raises:
+        InputError: the workload has requests that share answers.
+    """
+    o = dual.options
+    if (o.group >= 0).any():
+        raise InputError("the linear program takes no requests that share a stored answer; legal is no response cache")
+    options, requests = len(o.request), len(o.unserved_usd)
+    kinds = [(o.prefill_s, dual.prefill), (o.decode_s, dual.decode)]
+    work = [_allocation(work_s, windows.first, windows.last) for work_s, windows in kinds]
+    owners = np.concatenate([owner + k * options for k, (owner, _) in enumerate(work)])
+    cells = np.concatenate([o.station[owner] * (dual.buckets + 1) + bucket for owner, bucket in work])
+    carried = np.flatnonzero(o.burst > 0.0)
+    levels = len(carried) * dual.buckets
+    columns = options + len(owners) + levels
+
+    answered = sparse.csr_matrix((np.ones(options), (o.request, np.arange(options))), shape=(requests, columns))
+    asked_s = np.concatenate([o.prefill_s, o.decode_s])
+    at = options + np.arange(len(owners))
+    done = sparse.csr_matrix(
+        (
+            np.concatenate([asked_s, -np.ones(len(owners))]),
+            (
+                np.concatenate([np.arange(2 * options), owners]),
+                np.concatenate([np.tile(np.arange(options), 2), at]),
+            ),
+        ),
+        shape=(2 * options, columns),
+    )
+    capacity, limits = _capacity(dual, cells, at, columns, carried)
+    upper = [(0.0, 1.0)] * options + [(0.0, None)] * len(owners)
+    for s in carried:
+        upper += [(0.0, float(o.burst[s]))] * dual.buckets
+    gain_usd = np.zeros(columns)
+    gain_usd[:options] = o.value_usd - o.unserved_usd[o.request]
+    solved = linprog(
+        -gain_usd,
+        A_ub=sparse.vstack([answered, done, capacity]),
+        b_ub=np.concatenate([np.ones(requests), np.zeros(2 * options), limits]),
+        bounds=upper,
+        method="highs",
+    )
+    if not solved.success:
+        raise RuntimeError(f"HiGHS did not solve the bound: {solved.message}")
+    return float(o.shared_usd + o.unserved_usd.sum() - solved.fun)
+
+
+def _allocation(work_s: NDArray[np.float64], first: Ints, last: Ints) -> tuple[Ints, Ints]:
+    """Option and bucket of every cell in which an option may do its work."""
+    lengths = np.where(work_s > 0.0, last - first + 1, 0)
+    owner = np.repeat(np.arange(len(work_s)), lengths)
+    start = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return owner, first[owner] + np.arange(len(owner)) - start
+
+
+def _capacity(
+    dual: DualBound, cells: Ints, at: Ints, columns: int, carried: Ints
+) -> tuple[sparse.csr_matrix, NDArray[np.float64]]:
+    """Rows of what every limited station sells per bucket; a token bucket carries `level` from one to the next."""
+    o, buckets = dual.options, dual.buckets
+    station, bucket = cells // (buckets + 1), cells % (buckets + 1)
+    sold = (bucket < buckets) & dual.limited[station]
+    rows, columns_of, values = [station[sold] * buckets + bucket[sold]], [at[sold]], [np.ones(int(sold.sum()))]
+    limits = dual.sold.copy()
+    first_level = columns - len(carried) * buckets
+    for c, s in enumerate(carried):
+        level = first_level + c * buckets + np.arange(buckets)  # left over at the end of a bucket
+        rows += [s * buckets + np.arange(buckets), s * buckets + np.arange(1, buckets)]
+        columns_of += [level, level[:-1]]
+        values += [np.ones(buckets), -np.ones(buckets - 1)]
+        limits[s, 0] += o.burst[s]
+    limits[~dual.limited] = np.inf
+    matrix = sparse.csr_matrix(
+        (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns_of))), shape=(limits.size, columns)
+    )
+    return matrix, limits.ravel()

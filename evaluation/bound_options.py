@@ -1,0 +1,334 @@
+"""What a clairvoyant could do with each request of a workload, as flat arrays: value, work, and until when.
+
+A request can be left unserved, answered from the response cache, or answered by a station (pools, then providers) in
+one of several ways, one for every set of SLOs that the answer keeps. Keeping more SLOs pays fewer credits and leaves
+less time: an option is its value in USD, the least work of its prefill and of its decode (`evaluation.hull`; a
+provider's call is one unit of prefill work, of its rate limit), and the last moment for each. Everything is taken in the customer's
+favour and the operator's:
+
+- work may be spread over all of its window, in any order, on any replica of the pool;
+- users leave only if no schedule can reach them before their patience ends; deferred requests come back at any time;
+- the mean output length that prices an unserved request is the lowest that the gateway's counter could have reached;
+- a stored answer is never evicted or outdated; a prompt's cached blocks are all those that anyone could have left;
+- a follow-up of a session may come as early as its user allows, as late as one likes, or not at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.workload.requests import Workload
+from envs.worlds import Plant
+from evaluation.hull import Hull, pool_hull
+from marginroute import latency, pricing
+from marginroute import view as v
+from marginroute.quality import prior_p_good
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+TOLERANCE_S = 1e-9
+
+
+@dataclass(frozen=True)
+class Options:
+    """Ways to answer requests, ordered by request and tier; O options of M requests.
+
+    Attributes:
+        request: (O,) request that an option answers.
+        station: (O,) pool or provider.
+        tier: (O,) model.
+        value_usd: (O,) revenue - cost - refund - credits.
+        prefill_s, decode_s: (O,) least work; for a provider 1 call and 0.
+        from_s: (O,) earliest time of the work.
+        prefill_until_s, decode_until_s: (O,) latest, inf: whenever.
+        unserved_usd: (M,) value of not answering, at most 0.
+        cached_usd: (M, T) value of repeating an answer of each tier from the cache.
+        group: (M,) requests that may share a stored answer (same tenant and prompt); -1: none.
+        shared_usd: what no decision changes: seats and GPU-hours.
+        capacity_s: (S,) engine seconds per second of a pool; calls per second of a provider.
+        burst: (S,) calls that a provider takes at once after a quiet time; 0 for pools.
+        horizon_s: end of the episode; engines run on, calls do not.
+        gpu_usd: GPU-hours, the part of `shared_usd` that contribution margin leaves out; at most 0.
+    """
+
+    request: Ints
+    station: Ints
+    tier: Ints
+    value_usd: Floats
+    prefill_s: Floats
+    decode_s: Floats
+    from_s: Floats
+    prefill_until_s: Floats
+    decode_until_s: Floats
+    unserved_usd: Floats
+    cached_usd: Floats
+    group: Ints
+    shared_usd: float
+    capacity_s: Floats
+    burst: Floats
+    horizon_s: float
+    gpu_usd: float
+
+
+def observed_p_good(plant: Plant, workload: Workload) -> Floats:
+    """(M, T) P(good answer) given all that a gateway could know of a request: its task and difficulty signal."""
+    quality = plant.scenario.workload_spec.quality
+    return prior_p_good(
+        np.array(quality.ability).T[workload.task_index],
+        np.array(quality.slope),
+        workload.difficulty_signal,
+        quality.signal_correlation,
+        quality.nobody_can_share,
+    )
+
+
+def make_options(plant: Plant, workload: Workload, p_good: Floats | None = None) -> Options:
+    """Every option of every request.
+
+    Args:
+        plant: the scenario's constants.
+        workload: the episode.
+        p_good: (M, T) probabilities in place of the outcomes; None: the outcomes themselves.
+    """
+    good = workload.good.astype(np.float64) if p_good is None else p_good
+    money = _Money(plant, workload, good)
+    pools, providers = plant.spec.pools, plant.spec.providers
+    columns: list[dict[str, Any]] = []
+    for station, (pool, hull) in enumerate(zip(pools, hulls(plant, workload), strict=True)):
+        columns += _pool_options(plant, workload, money, station, pool.tier, hull)
+    for p, provider in enumerate(providers):
+        columns += _provider_options(plant, workload, money, p, provider.tier)
+    flat = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
+    order = np.lexsort((flat["tier"], flat["request"]))
+    flat = {name: values[order] for name, values in flat.items()}
+    gpu_usd = -float(plant.config[0]["gpu_usd_per_s"]) * workload.horizon_s
+    rate = [p.requests_per_minute / 60.0 for p in providers]
+    burst = [p.burst_requests or max(1.0, 10.0 * r) for p, r in zip(providers, rate, strict=True)]
+    return Options(
+        **flat,
+        unserved_usd=np.where(workload.parent_index >= 0, 0.0, -money.unserved_usd),
+        cached_usd=money.revenue_usd[:, None] - money.refund_usd,
+        group=_groups(plant, workload),
+        shared_usd=float(plant.terms["seat_usd_per_s"].sum()) * workload.horizon_s + gpu_usd,
+        capacity_s=np.array([float(pool.replicas) for pool in pools] + rate),
+        burst=np.array([0.0] * len(pools) + burst),
+        horizon_s=workload.horizon_s,
+        gpu_usd=gpu_usd,
+    )
+
+
+def hulls(plant: Plant, workload: Workload) -> list[Hull]:
+    """The floor of every pool, steepest for this workload's mix."""
+    prompt, output = workload.prompt_tokens.astype(np.float64), workload.output_tokens.astype(np.float64)
+    steps = output - 1.0
+    totals = prompt.sum(), steps.sum(), (steps * prompt + 0.5 * steps * output).sum()
+    least = int(prompt.min(initial=1e9))
+    return [pool_hull(pool, *map(float, totals), None if pool.prefix_caching else least) for pool in plant.spec.pools]
+
+
+def earliest_s(workload: Workload) -> Floats:
+    """(M,) arrival; of a follow-up its root's arrival and the pauses between."""
+    from_s = workload.arrived_at_s.copy()
+    for i in np.flatnonzero(workload.parent_index >= 0):
+        from_s[i] = from_s[workload.parent_index[i]] + workload.think_s[i]
+    return np.asarray(from_s)
+
+
+class _Money:
+    """USD of each request by outcome; (M,) or (M, T)."""
+
+    def __init__(self, plant: Plant, workload: Workload, good: Floats) -> None:
+        term = plant.terms[workload.class_index]
+        prompt, output = workload.prompt_tokens, workload.output_tokens
+        self.term = term
+        self.revenue_usd = pricing.tokens_usd(prompt, output, term["input_usd_per_token"], term["output_usd_per_token"])
+        self.value_usd = self.revenue_usd + term["request_value_usd"]
+        bad_usd = pricing.refund_usd(self.value_usd, term["refund_share"], term["bad_answer_usd"])
+        self.refund_usd = (1.0 - good) * bad_usd[:, None]
+        least_tokens = least_mean_tokens(plant, workload)[workload.class_index, workload.task_index]
+        least_usd = pricing.tokens_usd(prompt, least_tokens, term["input_usd_per_token"], term["output_usd_per_token"])
+        self.unserved_usd = pricing.unserved_credit_usd(
+            least_usd + term["request_value_usd"], term["unserved_credit_share"], term["unserved_credit_usd"]
+        )
+        self.stored_usd = np.zeros(workload.n_requests)
+        if plant.config[0]["cache_capacity"] > 0:
+            self.stored_usd = (workload.prompt_key >= 0) * float(plant.config[0]["cache_entry_usd"])
+
+    def answered_usd(self, plant: Plant, workload: Workload, candidate: int, tier: int) -> Floats:
+        """(M,) value of an answer by a candidate that keeps every SLO."""
+        static = plant.static_signals[:, candidate]
+        cost_usd = static[v.CALL_USD] + pricing.tokens_usd(
+            workload.prompt_tokens, workload.output_tokens, static[v.INPUT_USD], static[v.OUTPUT_USD]
+        )
+        return np.asarray(self.revenue_usd - self.refund_usd[:, tier] - cost_usd - self.stored_usd)
+
+    def credit_usd(self, kept: tuple[Any, Any, Any]) -> Floats:
+        """(M,) credits if the SLOs of TTFT, TPOT and E2E are kept or not (booleans, or arrays of them)."""
+        shares = (self.term[f"{slo}_credit_share"] for slo in ("ttft", "tpot", "e2e"))
+        missed = sum(np.where(ok, 0.0, share) for ok, share in zip(kept, shares, strict=True))
+        return np.asarray(pricing.service_credit_usd(self.value_usd, missed))
+
+
+def least_mean_tokens(plant: Plant, workload: Workload) -> Floats:
+    """(K, J) lowest value that the gateway's running mean of output tokens can take, whatever completes when.
+
+    After n answers the mean is (w prior + sum) / (w + n), w = PRIOR_LENGTHS, until w + n reaches H = RECENT_LENGTHS;
+    from then on no answer weighs more than 1 / H, so that the mean is at least that of the H shortest answers or of the
+    prior with fewer.
+    """
+    horizon, weight = int(latency.RECENT_LENGTHS), latency.PRIOR_LENGTHS
+    least = plant.output_tokens.astype(np.float64).copy()
+    for k, j in np.ndindex(*least.shape):
+        mine = (workload.class_index == k) & (workload.task_index == j)
+        tokens = np.sort(workload.output_tokens[mine]).astype(np.float64)[:horizon]
+        if len(tokens) == 0:
+            continue
+        early = tokens[: horizon - int(weight)]
+        means = (weight * least[k, j] + np.cumsum(early)) / (weight + np.arange(1, len(early) + 1))
+        late = [tokens.mean()] if mine.sum() > horizon - weight else []
+        least[k, j] = min(least[k, j], *means, *late)
+    return least
+
+
+def _pool_options(
+    plant: Plant, workload: Workload, money: _Money, station: int, tier: int, hull: Hull
+) -> list[dict[str, Any]]:
+    """Options of a pool: one per set of kept SLOs that some schedule could keep."""
+    candidate = int(np.flatnonzero(plant.layout.station == station)[0])
+    prompt, output = workload.prompt_tokens.astype(np.float64), workload.output_tokens.astype(np.float64)
+    cached = _most_cached_tokens(plant, workload, station)
+    prefill_s, decode_s = hull.prefill_work_s(prompt, cached), hull.decode_work_s(prompt, output)
+    ttft_s, gaps = hull.least_ttft_s(prompt, cached), output - 1.0
+    decoding_s = gaps * hull.least_decode_s
+    value_usd = money.answered_usd(plant, workload, candidate, tier)
+    columns = []
+    for kept in product((True, False), repeat=3):
+        useful = _has_credit(money, kept)
+        first_s = np.minimum(workload.patience_s, np.where(kept[0], money.term["slo_ttft_s"], np.inf))
+        last_s = first_s + (money.term["slo_tpot_s"] * gaps if kept[1] else np.inf)
+        last_s = np.minimum(last_s, money.term["slo_e2e_s"] if kept[2] else np.inf)
+        first_s = np.minimum(first_s, last_s)
+        possible = useful & (ttft_s <= first_s + TOLERANCE_S) & (ttft_s + decoding_s <= last_s + TOLERANCE_S)
+        if kept[1]:
+            possible &= decoding_s <= gaps * money.term["slo_tpot_s"] + TOLERANCE_S
+        columns.append(
+            _column(
+                workload,
+                possible,
+                station,
+                tier,
+                value_usd - money.credit_usd(kept),
+                prefill_s,
+                decode_s,
+                first_s,
+                last_s,
+            )
+        )
+    return columns
+
+
+def _most_cached_tokens(plant: Plant, workload: Workload, station: int) -> Floats:
+    """(M,) prompt tokens that the best of luck could find in the pool's prefix cache."""
+    pool, block = plant.spec.pools[station], workload.prefix_block_tokens
+    cached = np.zeros(workload.n_requests)
+    if not pool.prefix_caching or block == 0 or len(workload.prefix_hash) == 0:
+        return cached
+    rows = np.repeat(np.arange(workload.n_requests), workload.prefix_count)
+    _, first, which = np.unique(workload.prefix_hash, return_index=True, return_inverse=True)
+    order = earliest_s(workload)[rows]
+    first_s = np.full(len(first), np.inf)
+    np.minimum.at(first_s, which, order)
+    twice = np.bincount(which)[which] > 1
+    np.add.at(cached, rows, np.where(twice & (first_s[which] <= order), float(block), 0.0))
+    cached[workload.parent_index >= 0] = np.inf  # its own conversation
+    return np.minimum(cached, workload.prompt_tokens - 1.0)
+
+
+def _provider_options(plant: Plant, workload: Workload, money: _Money, p: int, tier: int) -> list[dict[str, Any]]:
+    """Options of a provider: its latency is known; a delay-tolerant request may be sent later."""
+    station = len(plant.spec.pools) + p
+    candidate = plant.spec.n_replicas + p
+    static, sigma = plant.static_signals[:, candidate], plant.sigmas[p]
+    noise = workload.provider_noise
+    ttft_s = static[v.FIXED_TTFT_S] * np.exp(sigma[0] * noise[:, 0])
+    tpot_s = static[v.FIXED_TPOT_S] * np.exp(sigma[1] * noise[:, 1])
+    answer_s = ttft_s + tpot_s * (workload.output_tokens - 1.0)
+    tpot_ok = (tpot_s <= money.term["slo_tpot_s"] + TOLERANCE_S) | (workload.output_tokens == 1)
+    tolerant = money.term["delay_tolerant"] > 0.0
+    follows = workload.parent_index >= 0
+    latest_s = np.where(tolerant, workload.deadline_s, np.where(follows, np.inf, 0.0))
+    value_usd = money.answered_usd(plant, workload, candidate, tier)
+    columns = []
+    settled = tolerant & (follows | (workload.arrived_at_s + workload.deadline_s >= workload.horizon_s))
+    settled &= p == plant.config[0]["last_provider"]
+    waits_s = np.where(follows, 0.0, workload.horizon_s - workload.arrived_at_s)
+    for ttft_kept, e2e_kept in product((True, False), repeat=2):
+        by_ttft_s = np.where(ttft_kept, money.term["slo_ttft_s"], np.inf) - ttft_s
+        by_e2e_s = np.where(e2e_kept, money.term["slo_e2e_s"], np.inf) - answer_s
+        wait_s = np.minimum(np.minimum(latest_s, workload.patience_s - ttft_s), np.minimum(by_ttft_s, by_e2e_s))
+        useful = _has_credit(money, (ttft_kept, True, e2e_kept))
+        usd = value_usd - money.credit_usd((ttft_kept, tpot_ok, e2e_kept))
+        one, none = np.ones(workload.n_requests), np.zeros(workload.n_requests)
+        possible = useful & (wait_s >= -TOLERANCE_S)
+        wait_s = np.maximum(wait_s, 0.0)
+        columns.append(_column(workload, possible, station, tier, usd, one, none, wait_s, wait_s))
+        # At the horizon the batch queue is bought out, beside the rate limit.
+        late = settled & useful & (np.minimum(by_ttft_s, by_e2e_s) >= waits_s - TOLERANCE_S)
+        columns.append(_column(workload, late, station, tier, usd, none, none, wait_s, wait_s))
+    return columns
+
+
+def _has_credit(money: _Money, kept: tuple[bool, bool, bool]) -> NDArray[np.bool_]:
+    """(M,) whether an option is worth listing: only an SLO with a credit can be worth missing."""
+    useful = np.ones(len(money.value_usd), dtype=np.bool_)
+    for ok, slo in zip(kept, ("ttft", "tpot", "e2e"), strict=True):
+        if not ok:
+            useful &= np.isfinite(money.term[f"slo_{slo}_s"])
+    return useful
+
+
+def _column(
+    workload: Workload,
+    chosen: NDArray[np.bool_],
+    station: int,
+    tier: int,
+    value_usd: Floats,
+    prefill_s: Floats,
+    decode_s: Floats,
+    first_s: Floats,
+    last_s: Floats,
+) -> dict[str, Any]:
+    """Options of the chosen requests; `first_s` and `last_s` count from arrival."""
+    rows = np.flatnonzero(chosen)
+    from_s, ever = earliest_s(workload)[rows], workload.parent_index[rows] >= 0
+    return {
+        "request": rows,
+        "station": np.full(len(rows), station),
+        "tier": np.full(len(rows), tier),
+        "value_usd": value_usd[rows],
+        "prefill_s": prefill_s[rows],
+        "decode_s": decode_s[rows],
+        "from_s": from_s,
+        "prefill_until_s": np.where(ever, np.inf, from_s + first_s[rows] + TOLERANCE_S),
+        "decode_until_s": np.where(ever, np.inf, from_s + last_s[rows] + TOLERANCE_S),
+    }
+
+
+def _groups(plant: Plant, workload: Workload) -> Ints:
+    """(M,) dense index of (tenant, prompt) where an answer may be repeated from the cache; -1: never."""
+    group = np.full(workload.n_requests, -1, dtype=np.int64)
+    if plant.config[0]["cache_capacity"] == 0:
+        return group
+    rows = np.flatnonzero(workload.prompt_key >= 0)
+    pairs = workload.prompt_key[rows].astype(np.int64) * (int(workload.tenant_index.max(initial=0)) + 1)
+    _, inverse, counts = np.unique(pairs + workload.tenant_index[rows], return_inverse=True, return_counts=True)
+    repeated = counts > 1
+    dense = np.cumsum(repeated) - 1
+    group[rows] = np.where(repeated[inverse], dense[inverse], -1)
+    return group
