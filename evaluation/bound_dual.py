@@ -39,6 +39,8 @@ JITTER = 1e-6
 FIRST_GAP_SHARE = 0.5
 """First guess of how far the bound can fall, per contribution; halved when PATIENCE_STEPS steps bring nothing."""
 PATIENCE_STEPS = 12
+LAST_GAP_SHARE = 1e-4
+"""A phase of the search ends when the guess has fallen to this share of the first."""
 MOMENTUM = 0.6
 
 
@@ -125,6 +127,8 @@ class DualBound:
                     best, kept = bound, jittered
                 elif failures > PATIENCE_STEPS:
                     gap_usd, failures, prices, direction = 0.5 * gap_usd, 0, kept, np.zeros_like(kept)
+                    if gap_usd < LAST_GAP_SHARE * first_gap_usd:
+                        break
                     continue
                 direction = scale * _by_block(slope, width) + MOMENTUM * direction
                 direction[(prices <= 0.0) & (direction > 0.0)] = 0.0

@@ -3,8 +3,8 @@
 A request can be left unserved, answered from the response cache, or answered by a station (pools, then providers) in
 one of several ways, one for every set of SLOs that the answer keeps. Keeping more SLOs pays fewer credits and leaves
 less time: an option is its value in USD, the least work of its prefill and of its decode (`evaluation.hull`; a
-provider's call is one unit of prefill work, of its rate limit), and the last moment for each. Everything is taken in the customer's
-favour and the operator's:
+provider's call is one unit of prefill work, of its rate limit), and the last moment for each. Everything is taken in
+the operator's favour:
 
 - work may be spread over all of its window, in any order, on any replica of the pool;
 - users leave only if no schedule can reach them before their patience ends; deferred requests come back at any time;
