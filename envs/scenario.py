@@ -23,8 +23,9 @@ from envs.scenario_family import DRAWS, Range, check_family, drawn, under
 from envs.scenario_fleet import FleetSection, Name, NonNegative, Positive, Section
 from envs.scenario_plans import PlansSection
 from envs.scenario_workload import WorkloadSection
-from envs.workload.generator import WorkloadSpec, generate
+from envs.workload.generator import generate
 from envs.workload.requests import Workload
+from envs.workload.spec import WorkloadSpec
 from envs.workload.traces import FORMATS, Trace, read_trace
 from envs.workload.traces_window import window
 from marginroute.errors import InputError

@@ -9,6 +9,7 @@ from envs.scenario_files import suggestion
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario
+    from envs.scenario_sessions import SessionSection
 
 Problem = tuple[str, str]  # dotted key path, sentence
 
@@ -112,6 +113,26 @@ def _workload(scenario: Scenario) -> Iterator[Problem]:
             for name, task in workload.tasks.items():
                 if getattr(task, kind) is None:
                     yield f"workload.tasks.{name}.{kind}", f"is missing; legal is a mixture here or in workload.{kind}"
+    yield from _composition(scenario)
+
+
+def _composition(scenario: Scenario) -> Iterator[Problem]:
+    workload = scenario.workload
+    total = sum(kind.share for kind in workload.sessions.values())
+    if total > 1.0 + 1e-6:
+        yield "workload.sessions", f"have shares that add up to {total:g}; legal is at most 1"
+    for name, kind in workload.sessions.items():
+        if kind.task is not None:
+            yield from _unknown(f"workload.sessions.{name}.task", kind.task, workload.tasks)
+    for name, client in (workload.clients.own if workload.clients else {}).items():
+        if client.class_name is not None:
+            yield from _unknown(f"workload.clients.own.{name}.class", client.class_name, scenario.plans.classes)
+    if workload.jobs is not None:
+        yield from _unknown("workload.jobs.class", workload.jobs.class_name, scenario.plans.classes)
+    grown = [name for name in ("clients", "sessions", "jobs") if getattr(workload, name)]
+    if grown and scenario.requests_per_episode is not None and scenario.trace is None:
+        legal = "legal is leaving it out"
+        yield "requests_per_episode", f"cannot be kept with {', '.join(grown)}; {legal}"
 
 
 def _memory(scenario: Scenario) -> Iterator[Problem]:
@@ -134,8 +155,16 @@ def _longest_tokens(scenario: Scenario) -> int:
     if trace is not None:
         return int((trace.prompt_tokens + trace.output_tokens).max())
     workload = scenario.workload
-    total = 0
+    total = max((_longest_call(kind) for kind in workload.sessions.values()), default=0)
+    for client in workload.clients.own.values() if workload.clients else ():
+        parts = (client.prompt_tokens or workload.prompt_tokens, client.output_tokens or workload.output_tokens)
+        total = max(total, sum(part.max_tokens for part in parts if part is not None))
     for task in workload.tasks.values():
         parts = (task.prompt_tokens or workload.prompt_tokens, task.output_tokens or workload.output_tokens)
         total = max(total, sum(part.max_tokens for part in parts if part is not None))
     return total
+
+
+def _longest_call(kind: SessionSection) -> int:
+    outputs = [kind.output_tokens, *(step.output_tokens for step in kind.steps.values())]
+    return kind.max_prompt_tokens + max(part.max_tokens for part in outputs if part is not None)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from envs.scenario_composition import composition
 from envs.scenario_files import locate, nearest, read_yaml
 from envs.scenario_fleet import FleetSection, Provider
-from envs.scenario_workload import LengthSection
-from envs.workload.generator import WorkloadSpec
+from envs.scenario_lengths import LengthSection
 from envs.workload.lengths import LengthMixture
 from envs.workload.quality import QualityTruth, mean_ability
+from envs.workload.spec import WorkloadSpec
 from marginroute.errors import InputError
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def workload_spec(scenario: Scenario) -> WorkloadSpec:
         recurring_prompts=workload.recurring.prompts_per_tenant,
         recurring_exponent=workload.recurring.zipf_exponent,
         quality=_quality(scenario, np.array(class_share) @ np.array(task_share)),
+        composition=composition(scenario, class_share),
     )
 
 

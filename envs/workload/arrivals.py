@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -48,7 +48,7 @@ class GammaArrivals:
         shape = self.gap_cv**-2
         if count is not None:
             total_s = np.cumsum(rng.gamma(shape, 1.0, count + 1))
-            return _inside(total_s[:-1] * (horizon_s / total_s[-1]), horizon_s)
+            return inside_horizon(total_s[:-1] * (horizon_s / total_s[-1]), horizon_s)
         arrived_s = np.cumsum(self._gaps_s(rng, shape, horizon_s))
         while arrived_s[-1] < horizon_s:
             more_s = self._gaps_s(rng, shape, horizon_s)
@@ -110,9 +110,9 @@ class MmppArrivals:
         states, edges_s = self.path(rng, horizon_s)
         expected = np.append(0.0, np.cumsum(np.array(self.rate_per_s)[states] * np.diff(edges_s)))
         if count is not None and expected[-1] <= 0.0:  # a path that stays silent: spread them evenly at random
-            return _inside(np.sort(rng.random(count)) * horizon_s, horizon_s)
+            return inside_horizon(np.sort(rng.random(count)) * horizon_s, horizon_s)
         size = rng.poisson(expected[-1]) if count is None else count
-        return _inside(np.interp(np.sort(rng.random(size)) * expected[-1], expected, edges_s), horizon_s)
+        return inside_horizon(np.interp(np.sort(rng.random(size)) * expected[-1], expected, edges_s), horizon_s)
 
 
 def unit_gaps(rng: np.random.Generator, law: str, shape: float, total: float) -> Array:
@@ -128,9 +128,22 @@ def unit_gaps(rng: np.random.Generator, law: str, shape: float, total: float) ->
     return np.concatenate(parts)
 
 
-def _inside(arrived_s: Array, horizon_s: float) -> Array:
+def inside_horizon(arrived_s: Array, horizon_s: float) -> Array:
     """Keeps rounding from putting an arrival on the horizon itself."""
     return np.minimum(arrived_s, np.nextafter(horizon_s, 0.0))
 
 
-Arrivals = GammaArrivals | MmppArrivals
+class Arrivals(Protocol):
+    """An arrival process."""
+
+    def mean_rate_per_s(self) -> float:
+        """Long-run arrivals per second."""
+        ...
+
+    def scaled(self, factor: float) -> Arrivals:
+        """The same process with `factor` times the rate."""
+        ...
+
+    def draw(self, rng: np.random.Generator, horizon_s: float, count: int | None = None) -> Array:
+        """Ascending arrival times (M,) in [0, horizon_s); exactly `count` of them if given."""
+        ...

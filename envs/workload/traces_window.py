@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.workload.generator import GivenRequests
+from envs.workload.spec import GivenRequests
 from envs.workload.traces import Trace
 from marginroute.errors import InputError
 

@@ -9,9 +9,10 @@ import pytest
 
 from envs.workload.arrivals import GammaArrivals, MmppArrivals
 from envs.workload.fit import fit_lengths, fit_mmpp, ks_distance
-from envs.workload.generator import WorkloadSpec, generate
+from envs.workload.generator import generate
 from envs.workload.lengths import LengthMixture
 from envs.workload.quality import QualityTruth, mean_ability
+from envs.workload.spec import WorkloadSpec
 from marginroute.quality import normal_cdf, prior_p_good
 
 MIXTURE = LengthMixture((3.0, 1.0), (100.0, 2000.0), (0.8, 0.1), 10, 2500)
