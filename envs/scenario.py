@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, Field, ValidationError
 
-from envs import scenario_checks, scenario_compile, scenario_files, scenario_terms
+from envs import scenario_checks, scenario_compile, scenario_faults, scenario_files, scenario_terms
 from envs.scenario_family import DRAWS, Range, check_family, drawn, under
 from envs.scenario_fleet import FleetSection, Name, NonNegative, Positive, Section
 from envs.scenario_plans import PlansSection
@@ -39,6 +39,7 @@ Split = Literal["train", "validation", "heldout"]
 SPLIT_CODE = {"train": 0, "validation": 1, "heldout": 2}
 _SEED_SALT = 0x6D617267  # "marg": keeps workload streams apart from anyone else's use of the same seed
 _FAMILY_SALT = 0x66616D69  # "fami"
+_FAULT_SALT = 0x6661756C  # "faul"
 
 
 def _format(name: str) -> str:
@@ -176,7 +177,9 @@ class Scenario(Section):
             given = window(
                 member.recorded, SPLIT_CODE[split], member.horizon_s, rng, member.class_names, member.load_scale
             )
-        return replace(generate(member.workload_spec, rng, given), variant=variant)
+        workload = generate(member.workload_spec, rng, given)
+        faults = scenario_faults.faults(member, (SPLIT_CODE[split], int(seed), _SEED_SALT, _FAULT_SALT))
+        return replace(workload, variant=variant, faults=faults)
 
     @cached_property
     def variants(self) -> tuple[Scenario, ...]:

@@ -46,6 +46,7 @@ def _fleet(scenario: Scenario) -> Iterator[Problem]:
             yield f"fleet.pools.{name}.block_size_tokens", f"{size} differs between caching pools; {legal}"
     for name, provider in fleet.providers.items():
         yield from _unknown(f"fleet.providers.{name}.tier", provider.tier, fleet.tiers)
+    yield from _faults(scenario)
     clashes = [name for name in fleet.providers if name in fleet.pools or name in ("cache", "defer", "shed")]
     for name in clashes:
         yield f"fleet.providers.{name}", "name is taken by a pool or an action; legal is a name of its own"
@@ -55,6 +56,22 @@ def _fleet(scenario: Scenario) -> Iterator[Problem]:
         if missing:
             legal = ", ".join(scenario.workload.tasks)
             yield path, f"has no figure for {', '.join(missing)}; legal is one for each of the tasks {legal}"
+
+
+def _faults(scenario: Scenario) -> Iterator[Problem]:
+    """Explicit faults hit something that is there."""
+    fleet = scenario.fleet
+    for row, event in enumerate(fleet.faults):
+        path = f"fleet.faults.{row}"
+        if event.provider is not None:
+            yield from _unknown(f"{path}.provider", event.provider, fleet.providers)
+            if event.index:
+                yield f"{path}.index", f"{event.index} with a provider; legal is none, a provider has no replicas"
+            continue
+        yield from _unknown(f"{path}.pool", event.pool or "", fleet.pools)
+        pool = fleet.pools.get(event.pool or "")
+        if pool is not None and event.index >= pool.rows:
+            yield f"{path}.index", f"{event.index}; legal is 0 to {pool.rows - 1}, the replicas of {event.pool}"
 
 
 def _plans(scenario: Scenario) -> Iterator[Problem]:

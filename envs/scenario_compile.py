@@ -101,6 +101,14 @@ def fleet_spec(scenario: Scenario) -> FleetSpec:
             in_flight_cap=pool.in_flight_cap or NO_CAP,
             watermark_share=pool.watermark_share,
             prefix_caching=pool.prefix_caching,
+            max_replicas=pool.rows,
+            min_replicas=pool.min_replicas,
+            reserved_replicas=pool.reserved_replicas,
+            provision_s=pool.provision_s,
+            load_s=pool.load_s,
+            paid_from_load=pool.paid_from == "load",
+            detect_s=pool.detect_s,
+            connection_errors=pool.connection_errors,
         )
         for name, pool in fleet.pools.items()
     )
@@ -114,6 +122,9 @@ def fleet_spec(scenario: Scenario) -> FleetSpec:
             tpot_sigma=item.tpot_sigma,
             requests_per_minute=item.requests_per_minute,
             burst_requests=item.burst_requests,
+            tokens_per_minute=item.tokens_per_minute or math.inf,
+            burst_tokens=item.burst_tokens,
+            error_after_s=item.error_after_s,
         )
         for name, item in fleet.providers.items()
     )

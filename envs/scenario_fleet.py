@@ -38,12 +38,85 @@ class Tier(Section):
     quality: TierQuality = Field(description="How well the model answers each task.")
 
 
+class Faults(Section):
+    """Random faults of a replica or provider: exponential times of service and of repair."""
+
+    mean_time_between_s: Positive | None = Field(
+        None, description="Mean seconds of service between two failures; left out: it never goes down."
+    )
+    mean_repair_s: Positive = Field(600.0, description="Mean seconds that a failure lasts.")
+    slow_mean_time_between_s: Positive | None = Field(
+        None, description="Mean seconds between two slow spells; left out: it never slows down."
+    )
+    slow_mean_s: Positive = Field(300.0, description="Mean seconds that a slow spell lasts.")
+    slowdown: Annotated[float, Field(ge=1.0)] = Field(
+        2.0, description="Factor on iteration times (provider: on TTFT and TPOT) during a slow spell."
+    )
+
+
+class FaultEvent(Section):
+    """A fault that happens in every episode at a given time."""
+
+    pool: Name | None = Field(None, description="Pool of the replica that it hits.")
+    provider: Name | None = Field(None, description="Provider that it hits.")
+    index: Annotated[int, Field(ge=0)] = Field(0, description="Which replica of the pool, from 0.")
+    starts_at_s: NonNegative = Field(description="Seconds into the episode.")
+    duration_s: Positive = Field(description="Seconds until the machine or provider works again.")
+    slowdown: Annotated[float, Field(ge=1.0)] | None = Field(
+        None, description="Factor on its latency meanwhile; left out: it is down."
+    )
+
+    @model_validator(mode="after")
+    def _one_target(self) -> FaultEvent:
+        if (self.pool is None) == (self.provider is None):
+            raise ValueError("hits neither or both of a pool and a provider; legal is exactly one of pool, provider")
+        return self
+
+
+class Retries(Section):
+    """What the gateway does with a request whose attempt ended with an error."""
+
+    max_attempts: Annotated[int, Field(ge=1)] = Field(
+        3, description="Attempts per request, the first included; after the last one the request has failed."
+    )
+    backoff_s: NonNegative = Field(0.0, description="Seconds between an error and the next decision.")
+
+
 class Pool(Section):
     """Replicas of one engine profile, paid by GPU-hour."""
 
     tier: Name = Field(description="Tier that the pool serves; one of fleet.tiers.")
     profile: str = Field(description="Engine profile: a name in configs/fleets/profiles, or a YAML file.")
-    replicas: Annotated[int, Field(ge=1)] = Field(description="Engine instances behind the gateway.")
+    replicas: Annotated[int, Field(ge=1)] = Field(
+        description="Engine instances behind the gateway when an episode starts."
+    )
+    max_replicas: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Most instances that it may be scaled up to; left out: replicas."
+    )
+    min_replicas: Annotated[int, Field(ge=0)] = Field(1, description="Fewest that it may be scaled down to.")
+    reserved_replicas: Annotated[int, Field(ge=0)] = Field(
+        0, description="Instances that are paid all the time, whether they run or not."
+    )
+    reserved_gpu_usd_per_hour: NonNegative | None = Field(
+        None, description="USD per GPU and hour of reserved instances; left out: gpu_usd_per_hour."
+    )
+    provision_s: NonNegative = Field(0.0, description="Seconds from asking for a machine until it is there.")
+    load_s: NonNegative = Field(
+        0.0, description="Seconds from there until weights are loaded and requests taken; also after a repair."
+    )
+    paid_from: Literal["provision", "load"] = Field(
+        "provision", description="Whether a machine is paid from asking for it, or from its arrival."
+    )
+    faults: Faults | None = Field(None, description="Random failures and slow spells of each replica; left out: none.")
+    detect_s: NonNegative = Field(
+        30.0,
+        description="Seconds from a failure until the gateway takes a replica for down; 30 are three health checks of "
+        "10 s, Kubernetes' default.",
+    )
+    connection_errors: bool = Field(
+        True,
+        description="Requests at an engine that fails end at once with an error; false: they hang until detected.",
+    )
     gpus_per_replica: Annotated[int, Field(ge=1)] = Field(description="GPUs that one replica holds.")
     gpu_usd_per_hour: NonNegative = Field(description="USD per GPU and hour, paid busy or idle.")
     energy_input_usd_per_mtok: NonNegative = Field(0.0, description="USD of energy per million prompt tokens.")
@@ -68,6 +141,36 @@ class Pool(Section):
     in_flight_cap: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Requests that the gateway keeps at one replica, more wait in its hold queue; left out: any."
     )
+
+    @model_validator(mode="after")
+    def _counts_fit(self) -> Pool:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"has max_replicas {self.max_replicas}; legal is replicas ({self.replicas}) or more")
+        if self.min_replicas > self.replicas:
+            raise ValueError(f"has min_replicas {self.min_replicas}; legal is 0 to replicas ({self.replicas})")
+        if self.reserved_replicas > self.rows:
+            raise ValueError(f"has reserved_replicas {self.reserved_replicas}; legal is 0 to {self.rows}")
+        return self
+
+    @property
+    def rows(self) -> int:
+        """Instances that it can have at most: each one is a candidate."""
+        return self.max_replicas or self.replicas
+
+    @property
+    def reserved_usd_per_hour(self) -> float:
+        """USD per GPU and hour of a reserved instance."""
+        own = self.reserved_gpu_usd_per_hour
+        return self.gpu_usd_per_hour if own is None else own
+
+    @property
+    def paid_usd_per_hour(self) -> float:
+        """USD per hour while as many replicas run as at the start."""
+        reserved, more = self.reserved_replicas, max(self.replicas - self.reserved_replicas, 0)
+        return (
+            reserved * self.gpus_per_replica * self.reserved_usd_per_hour
+            + more * self.gpus_per_replica * self.gpu_usd_per_hour
+        )
 
 
 class Provider(Section):
@@ -95,6 +198,16 @@ class Provider(Section):
     requests_per_minute: Positive = Field(description="Rate limit; a call above it is not a legal candidate.")
     burst_requests: NonNegative = Field(
         0.0, description="Calls that may be sent at once after a quiet time; 0: ten seconds of the limit."
+    )
+    tokens_per_minute: Positive | None = Field(
+        None, description="Rate limit in prompt and output tokens; left out: none."
+    )
+    burst_tokens: NonNegative = Field(
+        0.0, description="Tokens that may be used at once after a quiet time; 0: ten seconds of the limit."
+    )
+    faults: Faults | None = Field(None, description="Random outages and slow spells; left out: none.")
+    error_after_s: NonNegative = Field(
+        0.0, description="Seconds until a call sent during an outage fails; 0: at once, with an error status."
     )
 
     @model_validator(mode="after")
@@ -141,6 +254,10 @@ class FleetSection(Section):
     response_cache: ResponseCache | None = Field(None, description="Response cache; left out: none.")
     telemetry: Telemetry = Field(Telemetry(scrape_interval_s=1.0), description="Freshness of engine metrics.")
     batch_queue: BatchQueue | None = Field(None, description="Batch queue; left out: nothing can be deferred.")
+    faults: list[FaultEvent] = Field(
+        default_factory=list, description="Faults that happen in every episode, beside the random ones."
+    )
+    retries: Retries = Field(Retries(), description="What happens to requests that a fault ended.")  # type: ignore[call-arg]
     profiles: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Engine profiles by name, filled in from configs/fleets/profiles."
     )

@@ -5,7 +5,8 @@ to the next decision epoch (an arrival, or a held batch job that is offered agai
 on the way and the seconds that passed, and (4) writes what the gateway can know now into the View's buffers.
 
 The batch queue is first in, first out: a deferred request comes back as a new decision after `hold_s`, and may be
-deferred again while its deadline leaves room. At the horizon the backlog is settled inside the last step: the fleet
+deferred again while its deadline leaves room. A request that a fault has ended comes back as a new decision too
+(world_elastic.py). At the horizon the backlog is settled inside the last step: the fleet
 runs dry without new arrivals, and jobs still in the batch queue are bought from the dearest provider (or go unserved),
 so that nothing is gained by parking work at the end.
 
@@ -22,11 +23,12 @@ import numpy as np
 from numba import njit
 
 from envs import prefix_kernel
+from envs import world_elastic as elastic
 from envs.economics import ledger as books
-from envs.fleet import engine
+from envs.fleet import engine, scaling
 from envs.fleet.provider import provider_available, submit_provider
 from envs.fleet.response_cache import append, unlink
-from envs.fleet.state import ABANDONED, COMPLETED
+from envs.fleet.state import ABANDONED, COMPLETED, FAILED, LOST, STARTING
 from marginroute import latency
 from marginroute import view as v
 
@@ -78,6 +80,19 @@ def _post_finished(
     account = books.ENERGY if c < config[0].n_replicas else books.API_SPEND
     cached_tokens = request.cached_tokens if c < config[0].n_replicas else load.cached_tokens
     counts[w, books.RESTARTS, k] += request.restarts
+    if request.status == LOST:
+        elastic.note_call(own[w, c], True, request.completed_at_s)
+        prompt_tokens = min(request.computed, load.prompt_tokens)
+        cost_usd = 0.0  # a provider bills no call that failed
+        if c < config[0].n_replicas:
+            cost_usd = books.tokens_usd(
+                max(prompt_tokens - cached_tokens, 0), request.computed - prompt_tokens,
+                static[v.INPUT_USD, c], static[v.OUTPUT_USD, c],
+            )  # fmt: skip
+        if not elastic.try_again(config, requests, desks, loads, ledger_usd, counts, w, i, account, cost_usd):
+            request.status = FAILED
+            _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, books.FAILED, account, cost_usd)
+        return
     if request.status != COMPLETED:
         count = books.ABANDONED if request.status == ABANDONED else books.FAILED
         if c < config[0].n_replicas:
@@ -107,6 +122,7 @@ def _post_finished(
     mine.recent_ttft_s, weight = running_mean(mine.recent_ttft_s, mine.weight, since_sent_s, latency.RECENT_ANSWERS)
     mine.recent_tpot_s, weight = running_mean(mine.recent_tpot_s, mine.weight, tpot_s, latency.RECENT_ANSWERS)
     mine.weight = weight
+    elastic.note_call(mine, False, request.completed_at_s)
     mean = lengths[w, k, load.task_index]
     mean.value, mean.weight = running_mean(mean.value, mean.weight, load.output_tokens, latency.RECENT_LENGTHS)
     if load.prompt_key >= 0 and config[0].cache_capacity > 0:
@@ -200,6 +216,29 @@ def _collect(
 
 
 @njit(cache=True, nogil=True)
+def _buy_out(
+    config, terms, static, sigmas, tiers, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts,
+    w, i, count,
+):  # fmt: skip
+    """Has request `i` answered by the dearest provider after the horizon; without one it goes unserved as `count`."""
+    p = config[0].last_provider
+    load, request = loads[w, i], requests[w, i]
+    if p < 0:
+        request.status = FAILED if count == books.FAILED else request.status
+        _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, count, books.CACHE, 0.0)
+        return
+    c = config[0].n_replicas + p
+    ttft_s, tpot_s = _provider_latency(static, sigmas, load, c, p)
+    load.answered_by, load.cached_tokens = c, 0
+    request.status, request.dispatched_at_s = COMPLETED, desks[w].now_s
+    request.first_token_at_s = desks[w].now_s + ttft_s
+    request.completed_at_s = request.first_token_at_s + tpot_s * (load.output_tokens - 1)
+    _post_finished(
+        config, terms, static, tiers, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts, w, i
+    )
+
+
+@njit(cache=True, nogil=True)
 def _settle(
     config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
@@ -208,58 +247,78 @@ def _settle(
     desk = desks[w]
     for r in range(config[0].n_replicas):
         own[w, r].busy_s = engine.busy_seconds(replicas[w, r], desk.horizon_s)
-    i = desk.held_head
-    while i >= 0:
-        following = loads[w, i].next_held
-        p = config[0].last_provider
-        if p >= 0:
-            load, request, c = loads[w, i], requests[w, i], config[0].n_replicas + p
-            ttft_s, tpot_s = _provider_latency(static, sigmas, load, c, p)
-            load.answered_by, load.cached_tokens = c, 0
-            request.status, request.dispatched_at_s = COMPLETED, desk.now_s
-            request.first_token_at_s = desk.now_s + ttft_s
-            request.completed_at_s = request.first_token_at_s + tpot_s * (load.output_tokens - 1)
-            _post_finished(
-                config, terms, static, tiers, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts,
-                w, i,
-            )  # fmt: skip
-        else:
-            _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, books.SHED, books.CACHE, 0.0)
-        i = following
-    desk.held_head = desk.held_tail = -1
+        own[w, r].powered_s = scaling.paid_seconds(pools[replicas[w, r].pool], replicas[w, r], r, desk.horizon_s)
+    while desk.held_head >= 0:
+        i = int(desk.held_head)
+        desk.held_head = loads[w, i].next_held
+        _buy_out(
+            config, terms, static, sigmas, tiers, requests, desks, loads, good, own, entries, lengths, ledger_usd,
+            counts, w, i, books.SHED,
+        )  # fmt: skip
+    desk.held_tail = -1
+    if desk.elastic == 1:
+        elastic.lose_hanging(pools, worlds, replicas, slots, requests, w, desk.now_s)
     engine.drain(pools, tables, worlds, replicas, slots, providers, requests, w)
     _collect(
         config, terms, static, tiers, worlds, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts, w
     )
+    while desk.retry_head >= 0:
+        i = elastic.pop_retry(desks, loads, w)
+        _buy_out(
+            config, terms, static, sigmas, tiers, requests, desks, loads, good, own, entries, lengths, ledger_usd,
+            counts, w, i, books.FAILED,
+        )  # fmt: skip
     desk.done = 1
 
 
 @njit(cache=True, nogil=True)
 def _go_on(
     config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-    desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
+    desks, loads, good, own, entries, lengths, ledger_usd, counts, changes, w,
 ):  # fmt: skip
     """Advances the world to its next decision, or settles it if there is none before the horizon."""
     desk = desks[w]
-    arrival_s = loads[w, desk.cursor].arrived_at_s if desk.cursor < desk.n_requests else np.inf
-    offer_s = loads[w, desk.held_head].offer_at_s if desk.held_head >= 0 else np.inf
-    next_s = min(arrival_s, offer_s)
-    last = next_s >= desk.horizon_s
-    until_s = desk.horizon_s if last else next_s
-    engine.advance(pools, tables, worlds, replicas, slots, providers, requests, w, until_s)
-    _collect(
-        config, terms, static, tiers, worlds, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts, w
-    )
-    desk.elapsed_s = until_s - desk.now_s
-    books.post_time(ledger_usd, terms, w, config[0].gpu_usd_per_s, desk.elapsed_s)
-    desk.now_s = until_s
+    begun_s = desk.now_s
+    while True:
+        change_s = np.inf
+        if desk.elastic == 1:
+            _collect(
+                config, terms, static, tiers, worlds, requests, desks, loads, good, own, entries, lengths, ledger_usd,
+                counts, w,
+            )  # fmt: skip
+            change_s = elastic.next_change_s(worlds, desks, changes, w)
+        arrival_s = loads[w, desk.cursor].arrived_at_s if desk.cursor < desk.n_requests else np.inf
+        offer_s = loads[w, desk.held_head].offer_at_s if desk.held_head >= 0 else np.inf
+        retry_s = loads[w, desk.retry_head].offer_at_s if desk.retry_head >= 0 else np.inf
+        next_s = min(arrival_s, offer_s, retry_s)
+        last = min(next_s, change_s) >= desk.horizon_s
+        until_s = desk.horizon_s if last else min(next_s, change_s)
+        if desk.elastic == 1:
+            scaling.advance(pools, tables, worlds, replicas, slots, providers, requests, w, until_s)
+        else:
+            engine.advance(pools, tables, worlds, replicas, slots, providers, requests, w, until_s)
+        _collect(
+            config, terms, static, tiers, worlds, requests, desks, loads, good, own, entries, lengths, ledger_usd,
+            counts, w,
+        )  # fmt: skip
+        gpu_usd_per_s = config[0].gpu_usd_per_s if desk.elastic == 0 else 0.0
+        books.post_time(ledger_usd, terms, w, gpu_usd_per_s, until_s - desk.now_s)
+        desk.now_s = until_s
+        if desk.elastic == 1:
+            elastic.post_gpu_hours(pools, replicas, desks, own, ledger_usd, w)
+        if last or next_s < change_s:
+            break
+        elastic.apply_changes(pools, tables, worlds, replicas, slots, providers, requests, desks, changes, w)
+    desk.elapsed_s = until_s - begun_s
     if last:
         _settle(
             config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
             desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
         )  # fmt: skip
         return
-    if offer_s <= arrival_s:
+    if retry_s <= min(offer_s, arrival_s):
+        i = elastic.pop_retry(desks, loads, w)
+    elif offer_s <= arrival_s:
         i = desk.held_head
         desk.held_head = loads[w, i].next_held
         if desk.held_head < 0:
@@ -298,11 +357,16 @@ def _show(
             signals[v.RUNNING, w, c] = replica.scraped_running
             signals[v.KV_USAGE, w, c] = replica.scraped_kv_usage
             signals[v.TELEMETRY_AGE_S, w, c] = desk.now_s - replica.scraped_at_s
-            legal[w, c] = True
+            legal[w, c] = scaling.takes_requests(replica)
+            if replica.state >= STARTING and not legal[w, c] and desk.prefix_block_tokens > 0:
+                prefix_kernel.forget(index, loads, w, c)
         else:
             p = c - n_replicas
             signals[v.IN_FLIGHT, w, c] = providers[w, p].in_flight
-            legal[w, c] = provider_available(providers, w, p, desk.now_s)
+            legal[w, c] = provider_available(providers, w, p, desk.now_s, load.prompt_tokens)
+        signals[v.RECENT_ERRORS, w, c] = 0.0
+        if mine.error_share > 0.0:
+            signals[v.RECENT_ERRORS, w, c] = elastic.recent_errors(mine.error_share, desk.now_s - mine.error_at_s)
         signals[v.RECENT_TTFT_S, w, c] = mine.recent_ttft_s
         signals[v.RECENT_TPOT_S, w, c] = mine.recent_tpot_s
         signals[v.P_GOOD_PRIOR, w, c] = prior[w, i, tiers[c]]
@@ -351,13 +415,13 @@ def _show(
 @njit(cache=True, nogil=True)
 def begin(
     config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-    desks, loads, index, prior, truth, good, own, entries, lengths, ledger_usd, counts, actions,
+    desks, loads, index, prior, truth, good, own, entries, lengths, ledger_usd, counts, changes, actions,
     signals, request_view, legal, p_true, w,
 ):  # fmt: skip
     """Takes a freshly loaded world `w` to its first decision; what is posted on the way enters the first reward."""
     _go_on(
         config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-        desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
+        desks, loads, good, own, entries, lengths, ledger_usd, counts, changes, w,
     )  # fmt: skip
     if desks[w].done == 0:
         _show(
@@ -390,7 +454,7 @@ def _account(desks, ledger_usd, w):
 @njit(cache=True, nogil=True)
 def step(
     config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-    desks, loads, index, prior, truth, good, own, entries, lengths, ledger_usd, counts, actions,
+    desks, loads, index, prior, truth, good, own, entries, lengths, ledger_usd, counts, changes, actions,
     signals, request_view, legal, p_true, choices,
 ):  # fmt: skip
     """Carries out one choice in every world, `choices` (N,), and takes each to its next decision; skips ended ones."""
@@ -408,7 +472,7 @@ def step(
         desks[w].sequence += 1
         _go_on(
             config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-            desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
+            desks, loads, good, own, entries, lengths, ledger_usd, counts, changes, w,
         )  # fmt: skip
         _account(desks, ledger_usd, w)
         if desks[w].done == 0:

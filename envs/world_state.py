@@ -26,7 +26,8 @@ LOAD = np.dtype(
         ("cached_tokens", "i4"),  # of its prompt, expected there
         ("prefix_at", "i4"),  # where its block hashes begin
         ("prefix_count", "i4"),  # its full blocks that have one; 0: nobody looks
-        ("next_held", "i4"),  # batch queue
+        ("attempts", "i4"),  # that faults have ended
+        ("next_held", "i4"),  # batch queue, or queue of retries
         ("offer_at_s", "f8"),
     ]
 )
@@ -47,6 +48,10 @@ DESK = np.dtype(
         ("current", "i4"),  # request being decided
         ("held_head", "i4"),
         ("held_tail", "i4"),
+        ("retry_head", "i4"),  # requests that are offered again after an error, ordered by time
+        ("elastic", "i4"),  # 0: replicas stay and nothing fails, which is simpler
+        ("change", "i4"),  # next row of the world's faults
+        ("n_changes", "i4"),
         ("sequence", "i4"),
         ("lru_head", "i4"),  # least recently used key of the response cache
         ("lru_tail", "i4"),
@@ -59,7 +64,10 @@ DESK = np.dtype(
 
 CONFIG = np.dtype(
     [
-        ("gpu_usd_per_s", "f8"),
+        ("gpu_usd_per_s", "f8"),  # of the replicas that are paid at the start
+        ("elastic", "i4"),  # 1: replicas may come and go
+        ("max_attempts", "i4"),
+        ("backoff_s", "f8"),
         ("hold_s", "f8"),
         ("cache_capacity", "i4"),
         ("cache_ttl_s", "f8"),
@@ -77,7 +85,12 @@ OWN = np.dtype(
         ("recent_ttft_s", "f8"),
         ("recent_tpot_s", "f8"),
         ("weight", "f8"),
+        ("error_share", "f8"),  # of recent calls, as of error_at_s
+        ("error_at_s", "f8"),
+        ("gpu_usd_per_s", "f8"),  # price of a replica while it is paid
+        ("paid_s", "f8"),  # posted so far, if the world is elastic
         ("busy_s", "f8"),  # of a replica within the horizon, filled in at its end; not for gateways
+        ("powered_s", "f8"),  # paid, the same
     ]
 )
 """What the gateway measured itself per replica and provider, `(N, R + V)`."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from envs import world as kernel
+from envs import world_elastic
 from envs.economics.ledger import ACCOUNTS, COUNTS
 from envs.fleet import engine, state
 from envs.fleet.hashes import load_hashes
@@ -21,6 +22,7 @@ from envs.fleet.response_cache import ENTRY
 from envs.fleet.state import record_array
 from envs.prefixes import GatewayPrefixes, hashes_of
 from envs.scenario import Scenario
+from envs.workload.faults import CHANGE, changes
 from envs.workload.requests import Workload
 from envs.world_state import CONFIG, DESK, LOAD, MEAN, OWN
 from marginroute import latency
@@ -40,6 +42,7 @@ class Plant:
         terms: (K,) contracts.
         static_signals: (S_static, C) first rows of the View's signals.
         sigmas: (max(V, 1), 2) spread of ln TTFT and ln TPOT of providers.
+        gpu_usd_per_s: (R,) price of each replica while it is paid.
         slots: (P,) sequence slots of a replica of each pool.
         output_tokens: (K, J) the operator's prior mean of output tokens.
         prior: public prior of P(good) by tier.
@@ -54,6 +57,7 @@ class Plant:
         self.static_signals = self._static_signals()
         sigmas = [(p.ttft_sigma, p.tpot_sigma) for p in self.spec.providers]
         self.sigmas = np.array(sigmas or [(0.0, 0.0)], dtype=np.float64)
+        self.gpu_usd_per_s = self._gpu_usd_per_s()
         self.slots = np.array([float(p.max_num_seqs) for p in self.spec.pools])
         quality = scenario.workload_spec.quality
         self.prior = QualityPrior(
@@ -67,7 +71,7 @@ class Plant:
     def _layout(self) -> Layout:
         names, kind, station, tier = [], [], [], []
         for p, pool in enumerate(self.spec.pools):
-            for r in range(pool.replicas):
+            for r in range(pool.rows):
                 names.append(f"{pool.name}/{r}")
                 kind.append(v.REPLICA)
                 station.append(p)
@@ -97,9 +101,9 @@ class Plant:
         fleet = self.scenario.fleet
         config = record_array(1, CONFIG)
         row = config[0]
-        row["gpu_usd_per_s"] = (
-            sum(p.replicas * p.gpus_per_replica * p.gpu_usd_per_hour for p in fleet.pools.values()) / 3600.0
-        )
+        row["gpu_usd_per_s"] = sum(p.paid_usd_per_hour for p in fleet.pools.values()) / 3600.0
+        row["elastic"] = any(pool.rows > pool.replicas for pool in self.spec.pools)
+        row["max_attempts"], row["backoff_s"] = fleet.retries.max_attempts, fleet.retries.backoff_s
         row["hold_s"] = fleet.batch_queue.hold_s if fleet.batch_queue else np.inf
         if fleet.response_cache is not None:
             row["cache_capacity"] = fleet.response_cache.capacity_entries
@@ -110,6 +114,15 @@ class Plant:
         prices = [(p.input_usd_per_mtok or 0.0) + (p.output_usd_per_mtok or 0.0) for p in fleet.providers.values()]
         row["last_provider"] = int(np.argmax(prices)) if prices else -1
         return config
+
+    def _gpu_usd_per_s(self) -> Array:
+        rows = [
+            pool.gpus_per_replica
+            * (pool.reserved_usd_per_hour if r < pool.reserved_replicas else pool.gpu_usd_per_hour)
+            for pool, spec in zip(self.scenario.fleet.pools.values(), self.spec.pools, strict=True)
+            for r in range(spec.rows)
+        ]
+        return np.array(rows) / 3600.0
 
     def _static_signals(self) -> Array:
         fleet = self.scenario.fleet
@@ -162,6 +175,8 @@ class FleetWorlds:
         stations = self.plant.spec.n_replicas + len(self.plant.spec.providers)
         self.desks = record_array(n, DESK)
         self.own = record_array((n, stations), OWN)
+        self.own["gpu_usd_per_s"][:, : self.plant.spec.n_replicas] = self.plant.gpu_usd_per_s
+        self.changes = record_array((n, 0), CHANGE)
         self.lengths = record_array((n, k, len(layout.task_names)), MEAN)
         self.ledger_usd = np.zeros((n, len(ACCOUNTS), k + 1))
         self.counts = np.zeros((n, len(COUNTS), k), dtype=np.int64)
@@ -174,7 +189,9 @@ class FleetWorlds:
         self.p_true = np.zeros((n, c))
         self.desks["done"] = 1
         self._rows, self._keys = 0, 0
-        self.prefixes = GatewayPrefixes(self.plant.static_signals, stations, n)
+        self.prefixes = GatewayPrefixes(
+            self.plant.static_signals, stations, n, int(self.plant.config[0]["max_attempts"])
+        )
         self._allocate(max_requests, 1, 0)
         self._caps = self._per_replica(None)
 
@@ -227,6 +244,7 @@ class FleetWorlds:
             self.lengths,
             self.ledger_usd,
             self.counts,
+            self.changes,
             self.action_counts,
             self.signals,
             self.request,
@@ -245,7 +263,7 @@ class FleetWorlds:
         for name in ("tenant_index", "prompt_tokens", "output_tokens", "prompt_key"):
             load[name] = getattr(workload, name)
         load["ttft_noise"], load["tpot_noise"] = workload.provider_noise.T
-        load["answered_by"], load["cached_tokens"] = -1, 0
+        load["answered_by"], load["cached_tokens"], load["attempts"] = -1, 0, 0
         self.prefixes.load(w, workload, load)
         self.prior[w, :m], self.truth[w, :m], self.good[w, :m] = workload.p_good_prior, workload.p_good, workload.good
         requests = self.fleet.requests[w, :m]
@@ -256,15 +274,17 @@ class FleetWorlds:
         self.signals[v.CACHED_TOKENS, w] = 0.0
         desk = self.desks[w : w + 1]
         desk[...] = np.zeros((), dtype=DESK)
-        for name in ("held_head", "held_tail", "lru_head", "lru_tail", "current"):
+        for name in ("held_head", "held_tail", "retry_head", "lru_head", "lru_tail", "current"):
             desk[name] = -1
         desk["n_requests"], desk["horizon_s"] = m, workload.horizon_s
         desk["prefix_block_tokens"] = workload.prefix_block_tokens if self.prefixes.wants(workload) else 0
+        self._load_faults(w, workload)
         static = self.plant.static_signals
         stations = self.own.shape[1]
         self.own["recent_ttft_s"][w] = static[v.FIXED_TTFT_S, :stations]
         self.own["recent_tpot_s"][w] = static[v.FIXED_TPOT_S, :stations] + static[v.BASE_S, :stations]
-        self.own["weight"][w] = 0.0
+        for name in ("weight", "error_share", "error_at_s", "paid_s"):
+            self.own[name][w] = 0.0
         self.lengths["value"][w], self.lengths["weight"][w] = self.plant.output_tokens, latency.PRIOR_LENGTHS
         self.entries["stored_at_s"][w] = -np.inf
         for array in (self.ledger_usd, self.counts, self.action_counts):
@@ -283,6 +303,17 @@ class FleetWorlds:
         if any([self.prefixes.make_room(x) for x in workloads]):
             self.__dict__.pop("_arguments", None)
 
+    def _load_faults(self, w: int, workload: Workload) -> None:
+        """What will fail in world `w`, step by step."""
+        rows = changes(workload.faults)
+        if len(rows) > self.changes.shape[1]:
+            kept, self.changes = self.changes, record_array((self.n_worlds, len(rows)), CHANGE)
+            self.changes[:, : kept.shape[1]] = kept
+            self.__dict__.pop("_arguments", None)
+        self.changes[w, : len(rows)] = rows
+        self.desks["n_changes"][w] = len(rows)
+        self.desks["elastic"][w] = self.plant.config[0]["elastic"] or len(rows) > 0
+
     def load_all(self, workloads: Sequence[Workload]) -> None:
         """Puts one episode into every world."""
         self._make_room(workloads)
@@ -294,6 +325,17 @@ class FleetWorlds:
         self._caps = self._per_replica(caps)
         kernel.set_in_flight_caps(*self.fleet.arrays, self.desks, self._caps)
         self.signals[v.IN_FLIGHT_CAP, :, : self.plant.spec.n_replicas] = self._caps
+
+    def set_replicas(self, targets: Array | None) -> None:
+        """Scales pools towards so many replicas, (P,) or (N, P); None: as many as at the start.
+
+        Targets outside a pool's min_replicas and max_replicas are brought inside. Machines take their time: see
+        `envs.fleet.scaling`. The legal mask of the current decision follows at once.
+        """
+        spec = self.plant.spec
+        wanted = np.array([pool.replicas for pool in spec.pools]) if targets is None else np.asarray(targets)
+        wanted = np.ascontiguousarray(np.broadcast_to(wanted, (self.n_worlds, len(spec.pools))), dtype=np.int64)
+        world_elastic.set_replicas(*self.fleet.arrays, self.desks, self.own, self.legal, wanted)
 
     def _per_replica(self, caps: Array | None) -> Array:
         """(N, R) caps from (P,) or (N, P) ones, or the configured ones."""
@@ -327,11 +369,11 @@ class FleetWorlds:
 
     @property
     def utilisation(self) -> Array:
-        """(N, P) share of the horizon in which the replicas of a pool had something to do, once the worlds are done."""
-        busy_s = self.own["busy_s"][:, : self.plant.spec.n_replicas]
-        spec, horizon_s = self.plant.spec, self.desks["horizon_s"][:, None]
+        """(N, P) share of the paid replica-seconds with something to do, once the worlds are done."""
+        spec, r = self.plant.spec, self.plant.spec.n_replicas
         pools = np.arange(len(spec.pools))[:, None] == spec.pool_of_replica[None, :]
-        return (busy_s @ (pools / pools.sum(axis=1, keepdims=True)).T) / np.maximum(horizon_s, 1e-9)
+        mean = (pools / pools.sum(axis=1, keepdims=True)).T
+        return (self.own["busy_s"][:, :r] @ mean) / np.maximum(self.own["powered_s"][:, :r] @ mean, 1e-9)
 
     def run(self, policy: Policy, max_steps: int | None = None) -> None:
         """Lets a policy decide until every world is done (or for `max_steps` decisions)."""

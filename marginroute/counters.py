@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from marginroute import view as v
-from marginroute.latency import RECENT_ANSWERS, running_mean
+from marginroute.latency import RECENT_ANSWERS, RECENT_CALLS, recent_errors, running_mean
 from marginroute.view import Array, Layout
 
 COUNTERS = ("in_flight", "pending_prefill_tokens", "decoding", "decoding_tokens")
@@ -83,6 +83,7 @@ class Counters:
         self._silent = np.zeros((2, self._replicas))  # silent streams: their number, sum of their first-token times
         serving = int((layout.kind <= v.PROVIDER).sum())
         self._weight = np.zeros(serving)
+        self._errors = np.zeros((2, layout.n_candidates))  # share of recent calls that failed, and as of when
         self.signals = np.zeros((len(v.SIGNALS), layout.n_candidates))
         self.signals[: v.N_STATIC_SIGNALS] = static_signals
         static = static_signals[:, :serving]
@@ -155,6 +156,13 @@ class Counters:
         mine[v.RECENT_TPOT_S], _ = running_mean(mine[v.RECENT_TPOT_S], weight, tpot_s, RECENT_ANSWERS)
         self._weight[entry.candidate] = new_weight
 
+    def note_call(self, candidate: int, failed: bool, now_s: float) -> None:
+        """A call to a replica or provider has failed, or has not."""
+        share, at_s = self._errors[:, candidate]
+        if failed or share > 0.0:
+            share = recent_errors(share, max(now_s - at_s, 0.0))
+            self._errors[:, candidate] = share + (float(failed) - share) / RECENT_CALLS, max(now_s, at_s)
+
     def settle(self, now_s: float) -> None:
         """Drops entries that went silent, and starts answers whose first token nobody will see."""
         while self._entries:
@@ -175,6 +183,7 @@ class Counters:
         count, since_s = self._silent
         tpot_s = signals[v.RECENT_TPOT_S, : self._replicas]
         elapsed_s = np.maximum(count * now_s - since_s, 0.0)
+        signals[v.RECENT_ERRORS] = recent_errors(self._errors[0], np.maximum(now_s - self._errors[1], 0.0))
         signals[v.DECODING_TOKENS, : self._replicas] += elapsed_s / np.where(tpot_s > 0.0, tpot_s, np.inf)
         return signals
 

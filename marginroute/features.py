@@ -144,6 +144,7 @@ CANDIDATE_FEATURES = (
     Feature("fill", "in flight per slot", "identity"),
     Feature("kv_usage", "share, scraped", "identity"),
     Feature("cached_share", "share of the prompt expected to be cached", "identity"),
+    Feature("recent_errors", "share of recent calls", "identity"),
     Feature("ttft_to_slo", "ratio", "ln(x + 0.001)"),
     Feature("tpot_to_slo", "ratio", "ln(x + 0.001)"),
     Feature("ttft_s", "s", "ln(x + 0.001)"),
@@ -155,10 +156,10 @@ CANDIDATE_FEATURES = (
     Feature("waiting", "requests, scraped", "ln(1 + x)"),
     Feature("telemetry_age_s", "s", "ln(1 + x)"),
 )
-_LOG_FROM, _LOG1P_FROM = 9, 14  # rows of the two groups of transforms above
+_LOG_FROM, _LOG1P_FROM = 10, 15  # rows of the two groups of transforms above
 CONTEXT_FEATURES = (
     Feature("difficulty_signal", "standard deviations", "identity"),
-    Feature("fleet_fill", "mean in flight per slot over replicas", "identity"),
+    Feature("fleet_fill", "mean in flight per slot over legal replicas", "identity"),
     Feature("urgency", "1 / (1 s + time to the deadline)", "identity"),
     Feature("prompt_tokens", "tokens", "ln(1 + x)"),
     Feature("expected_output_tokens", "tokens", "ln(1 + x)"),
@@ -205,11 +206,12 @@ def candidate_features(view: View, assessment: Assessment) -> Array:
     rows[6] = a.fill
     rows[7] = s[v.KV_USAGE]
     rows[8] = s[v.CACHED_TOKENS] / q[v.PROMPT_TOKENS]
-    rows[9:11] = a.latency_s / q[v.SLO_TTFT_S : v.SLO_TPOT_S + 1]
-    rows[11:13] = a.latency_s
-    rows[13] = s[v.RECENT_TTFT_S]
-    rows[14] = np.maximum(a.best_usd - a.score_usd, 0.0) * (10.0 * per_value)
-    rows[15:19] = s[v.HELD : v.TELEMETRY_AGE_S + 1]
+    rows[9] = s[v.RECENT_ERRORS]
+    rows[10:12] = a.latency_s / q[v.SLO_TTFT_S : v.SLO_TPOT_S + 1]
+    rows[12:14] = a.latency_s
+    rows[14] = s[v.RECENT_TTFT_S]
+    rows[15] = np.maximum(a.best_usd - a.score_usd, 0.0) * (10.0 * per_value)
+    rows[16:20] = s[v.HELD : v.TELEMETRY_AGE_S + 1]
     logs = rows[_LOG_FROM:_LOG1P_FROM]
     logs += 1e-3
     np.log(logs, out=logs)
@@ -228,7 +230,9 @@ def context_features(view: View, assessment: Assessment) -> Array:
     out[..., :n] = one_hot
     rest = out[..., n:]
     rest[..., 0] = q[v.DIFFICULTY_SIGNAL]
-    rest[..., 1] = np.add.reduce(assessment.fill[..., :replicas], axis=-1) / replicas
+    there = view.legal[..., :replicas]
+    rest[..., 1] = np.add.reduce(assessment.fill[..., :replicas] * there, axis=-1)
+    rest[..., 1] /= np.maximum(np.add.reduce(there, axis=-1), 1)
     rest[..., 2] = 1.0 / (1.0 + np.maximum(q[v.DEADLINE_LEFT_S], 0.0))
     rest[..., 3] = q[v.PROMPT_TOKENS]
     rest[..., 4] = q[v.EXPECTED_OUTPUT_TOKENS]

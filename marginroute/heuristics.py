@@ -1,13 +1,15 @@
 """The named heuristics: what gateways ship, and the bid price that a learned policy has to beat.
 
 Two families. *Rules of thumb* rank candidates without money: they serve an exact cache hit when there is one, never
-defer, and shed only when nothing else is legal. *Margin rules* put USD on every candidate:
+defer, and shed only when nothing else is legal. A candidate whose recent calls failed cools down: it ranks behind all
+others until its errors fade (LiteLLM does so too). *Margin rules* put USD on every candidate:
 
     margin = (1 - leave) * (revenue - refunds - credits) - leave * unserved credit - cost        expected margin
     score  = margin - price[station] * work_s * fill ** power                                    bid price
 
-with P(good), TTFT and TPOT estimated from the View, `leave` the chance that the user's patience ends first, and the
-price of a station (USD per second of engine work) tuned; it stands for the requests that would be displaced
+with P(good), TTFT and TPOT estimated from the View, `leave` the chance that the user's patience ends first or the call
+fails (the recent share of errors there: that a failed call may be tried again elsewhere is not counted), and the price
+of a station (USD per second of engine work) tuned; it stands for the requests that would be displaced
 (revenue management's bid price, Talluri & van Ryzin, The Theory and Practice of Revenue Management, ch. 3).
 All functions work on (..., C) arrays.
 """
@@ -30,6 +32,7 @@ from marginroute.view import PROVIDER, Array, Layout, View
 
 LAST_RESORT = 1e6  # score distance that separates what a rule of thumb wants from what it takes only if it must
 DEFER_COLUMN = -2  # candidates end with cache, defer, shed
+COOLDOWN_SHARE = 0.3  # share of recent errors above which a rule of thumb avoids a candidate: two in a row
 MAX_FILL = 2.0  # fill of a replica beyond which its congestion price no longer rises
 
 
@@ -40,7 +43,8 @@ class Assessment:
     Attributes:
         p_good: probability of a good answer.
         latency_s: (2, ..., C) estimated TTFT from now, and TPOT, in seconds.
-        stay: probability that the user is still there for the first token; 0 for *defer* and *shed*.
+        stay: probability that the user is still there for the first token and the call does not fail; 0 for *defer* and
+            *shed*.
         fill: in-flight requests per sequence slot.
         value_usd: (..., 1) value of the request when answered, the base of refunds and credits.
         usage_usd: (..., 1) what the customer pays for it.
@@ -146,7 +150,7 @@ def assess(view: View, parameters: MarginParameters, quality: FittedQuality | No
     seen_s[2] = seen_s[0] + seen_s[1] * output_tokens
     seen_s[3] = seen_s[0]
     missed = p_exceeds(seen_s, q[v.SLO_TTFT_S : v.PATIENCE_S + 1], parameters.sharpness)
-    stay = (1.0 - missed[3]) * layout.answers
+    stay = (1.0 - missed[3]) * (1.0 - s[v.RECENT_ERRORS]) * layout.answers
     bad_usd = stay * bad_now_usd
     fill = s[v.IN_FLIGHT] / s[v.SLOTS]
 
@@ -221,7 +225,8 @@ class RuleOfThumb(ABC):
     def scores(self, view: View) -> Array:
         """A cached answer first, then by preference, then defer, then shed."""
         kind = view.layout.kind
-        return np.where(kind <= PROVIDER, self.preference(view), _FALLBACK_ORDER[kind])
+        cooling = (view.signals[v.RECENT_ERRORS] > COOLDOWN_SHARE) * (-0.75 * LAST_RESORT)
+        return np.where(kind <= PROVIDER, self.preference(view) + cooling, _FALLBACK_ORDER[kind])
 
     def decide_batch(self, view: View) -> Array:
         """The candidate it ranks first in each view."""

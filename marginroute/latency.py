@@ -13,6 +13,8 @@ functions.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from marginroute import view as v
@@ -21,6 +23,8 @@ from marginroute.view import Array, View
 RECENT_ANSWERS = 10.0  # answers that the moving means of latency look back (LiteLLM's latency strategy keeps ten)
 RECENT_LENGTHS = 200.0  # answers of a class and task that the mean output length looks back
 RECENT_ARRIVALS = 50.0  # gaps between arrivals that the arrival rate looks back
+RECENT_CALLS = 5.0  # calls that the share of errors looks back
+ERROR_HALF_LIFE_S = 10.0  # an error that nothing followed counts half after this; LiteLLM cools down for 5 s
 PRIOR_LENGTHS = 20.0  # answers that the operator's own mean output length counts for at the start
 
 
@@ -28,6 +32,11 @@ def running_mean(mean: float, weight: float, value: float, horizon: float) -> tu
     """One step of a mean over about the last `horizon` values; returns the new (mean, weight)."""
     weight = min(weight + 1.0, horizon)
     return mean + (value - mean) / weight, weight
+
+
+def recent_errors(share: Any, age_s: Any) -> Any:
+    """Share of recent calls that failed, `age_s` after the last one: it fades, so that a candidate is tried again."""
+    return share * 0.5 ** (age_s / ERROR_HALF_LIFE_S)
 
 
 def estimate(view: View) -> tuple[Array, Array]:

@@ -122,7 +122,8 @@ class GatewayState:
 
         Args:
             id: of the request.
-            status: only a `completed` answer teaches latencies and lengths.
+            status: only a `completed` answer teaches latencies and lengths; a `failed` one counts as an error of its
+                candidate; any other says nothing.
             output_tokens: of the answer, where known.
             ttft_s: as the gateway measured it from `begin`; None: by this object's own clock.
             e2e_s: the same.
@@ -131,6 +132,8 @@ class GatewayState:
             entry = self._counters.end(id)
             if entry is None:
                 return False
+            if status in ("completed", "failed"):
+                self._counters.note_call(entry.candidate, status == "failed", self._clock())
             if status == "completed" and output_tokens:
                 e2e_s = self._clock() - entry.begun_at_s if e2e_s is None else e2e_s
                 self._counters.learn(entry, output_tokens, ttft_s, e2e_s)

@@ -42,6 +42,7 @@ COUNTS = (
     "restarts",
     "prompt_tokens",
     "output_tokens",
+    "retries",
 )
 (
     FIRST_CALLS,
@@ -58,7 +59,8 @@ COUNTS = (
     RESTARTS,
     PROMPT_TOKENS,
     OUTPUT_TOKENS,
-) = range(14)
+    RETRIES,
+) = range(15)
 
 tokens_usd = njit(cache=True, inline="always")(pricing.tokens_usd)
 answer_usd = njit(cache=True, inline="always")(pricing.answer_usd)

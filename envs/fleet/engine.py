@@ -40,6 +40,7 @@ def _next_scrape_s(pool, rep):
 
 @njit(cache=True, nogil=True)
 def set_wake(pool, rep):
+    """The next end of an iteration or scrape, whichever comes first."""
     rep.wake_s = min(rep.iteration_end_s, _next_scrape_s(pool, rep))
 
 

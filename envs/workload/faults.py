@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -73,16 +74,19 @@ def fault(kind: int, index: int, starts_at_s: float, ends_at_s: float, slowdown:
     return np.array([(kind, index, starts_at_s, ends_at_s, slowdown)], dtype=FAULT)
 
 
-def draw_faults(laws: tuple[FaultLaw, ...], horizon_s: float, rng: np.random.Generator) -> Array:
-    """(F,) `FAULT` of one episode, ordered by start; every law has its own stream, so that more of them change nothing.
+def draw_faults(laws: tuple[FaultLaw, ...], horizon_s: float, entropy: Sequence[int]) -> Array:
+    """(F,) `FAULT` of one episode, ordered by start.
+
+    Every law has a stream of its own, so that adding one, or a replica, leaves the faults of all others as they are.
 
     Args:
-        laws: One per replica or provider and kind of fault.
+        laws: At most one failure and one slow spell law per replica or provider.
         horizon_s: Faults start before it.
-        rng: Source of the streams.
+        entropy: Integers that tell the episode from others.
     """
     rows = []
-    for law, stream in zip(laws, rng.spawn(len(laws)), strict=True):
+    for law in laws:
+        stream = np.random.default_rng([*entropy, law.kind, law.index, int(math.isinf(law.slowdown))])
         at_s = stream.exponential(law.mean_time_between_s)
         while at_s < horizon_s:
             ends_at_s = at_s + stream.exponential(law.mean_repair_s)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_telemetry import Clock
 
-from envs.fleet.state import COMPLETED
+from envs.fleet.state import ABANDONED, COMPLETED
 from envs.scenario import load_scenario
 from envs.worlds import FleetWorlds
 from marginroute import view as v
@@ -73,8 +73,8 @@ class Mirror:
                 self.state.first_token(str(i))
                 self.open[i] = True
             else:
-                done = requests[i]["status"] == COMPLETED
-                self.state.end(str(i), "completed" if done else "failed", int(requests[i]["output_tokens"]))
+                status = {COMPLETED: "completed", ABANDONED: "abandoned"}.get(int(requests[i]["status"]), "failed")
+                self.state.end(str(i), status, int(requests[i]["output_tokens"]))
                 del self.open[i]
         self.clock.now_s = now_s
 

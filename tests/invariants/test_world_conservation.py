@@ -1,4 +1,4 @@
-"""Conservation: whatever the fleet, the load and the policy, every request is in exactly one place and ends once."""
+"""Conservation: whatever the fleet, the load, the policy and its faults, each request is in one place and ends once."""
 
 import copy
 
@@ -52,9 +52,49 @@ def scenarios(draw):
     return Scenario.model_validate({"name": "random", **data})
 
 
-def held_jobs(worlds, w):
-    """Requests in the batch queue, by walking its list."""
-    i, jobs = int(worlds.desks["held_head"][w]), []
+def faults():
+    return st.none() | st.fixed_dictionaries(
+        {
+            "mean_time_between_s": st.sampled_from([1.0, 10.0]),
+            "mean_repair_s": st.sampled_from([0.1, 2.0]),
+            "slow_mean_time_between_s": st.sampled_from([None, 3.0]),
+            "slow_mean_s": st.just(2.0),
+        }
+    )
+
+
+@st.composite
+def shaky_scenarios(draw):
+    """The scenarios above with faults, retries, and pools that can be scaled."""
+    data = draw(scenarios()).model_dump(exclude={"ranges", "conditions"})
+    for pool in data["fleet"]["pools"].values():
+        pool |= {
+            "max_replicas": pool["replicas"] + draw(st.integers(0, 2)),
+            "min_replicas": draw(st.integers(0, 1)),
+            "reserved_replicas": draw(st.integers(0, 1)),
+            "provision_s": draw(st.sampled_from([0.0, 1.0])),
+            "load_s": draw(st.sampled_from([0.0, 0.5])),
+            "paid_from": draw(st.sampled_from(["provision", "load"])),
+            "faults": draw(faults()),
+            "detect_s": draw(st.sampled_from([0.0, 1.0, 100.0])),
+            "connection_errors": draw(st.booleans()),
+        }
+    for provider in data["fleet"]["providers"].values():
+        provider |= {
+            "faults": draw(faults()),
+            "error_after_s": draw(st.sampled_from([0.0, 0.4])),
+            "tokens_per_minute": draw(st.sampled_from([None, 6000.0])),
+        }
+    data["fleet"]["retries"] = {
+        "max_attempts": draw(st.integers(1, 4)),
+        "backoff_s": draw(st.sampled_from([0.0, 0.3])),
+    }
+    return Scenario.model_validate(data)
+
+
+def held_jobs(worlds, w, head="held_head"):
+    """Requests in the batch queue, or in that of retries, by walking its list."""
+    i, jobs = int(worlds.desks[head][w]), []
     while i >= 0:
         jobs.append(i)
         i = int(worlds.loads["next_held"][w, i])
@@ -68,7 +108,7 @@ def check_step(worlds):
     fleet = worlds.fleet
     flying = fleet.replicas["in_flight"].sum(axis=1) + fleet.providers["in_flight"].sum(axis=1)
     for w in range(worlds.n_worlds):
-        held = len(held_jobs(worlds, w))
+        held = len(held_jobs(worlds, w)) + len(held_jobs(worlds, w, "retry_head"))
         deciding = 0 if worlds.done[w] else 1
         assert first_calls[w] == ended[w] + flying[w] + held + deciding
     assert (worlds.counts >= 0).all() and (worlds.action_counts >= 0).all()
@@ -106,17 +146,17 @@ def check_end(worlds, workloads):
         assert cached_tokens >= from_cache  # prompts answered from the cache, of a token or more each
         assert (cached_tokens == 0) == (from_cache == 0)
         decisions = worlds.desks["sequence"][w]
-        assert worlds.action_counts[w].sum() == decisions == m + counts[books.DEFERRED].sum() - settled(worlds, w)
+        again = counts[books.DEFERRED].sum() + counts[books.RETRIES].sum() - settled(worlds, w)
+        assert worlds.action_counts[w].sum() == decisions == m + again
 
 
 def settled(worlds, w):
-    """Deferrals that no second decision followed: jobs settled at the horizon."""
+    """Deferrals and retries that no further decision followed: settled at the horizon."""
     return int((worlds.loads["offer_at_s"][w] >= worlds.desks["horizon_s"][w]).sum())
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(scenario=scenarios(), seed=st.integers(0, 1000), illegal=st.booleans())
-def test_every_request_is_in_one_place_and_ends_once(scenario, seed, illegal):
+def play_at_random(scenario, seed, illegal, scaling):
+    """Plays two worlds with random choices and, with `scaling`, random targets, checking all the time."""
     worlds = FleetWorlds(scenario, 2)
     workloads = [scenario.generate(seed + w, "validation") for w in range(2)]
     worlds.load_all(workloads)
@@ -129,11 +169,46 @@ def test_every_request_is_in_one_place_and_ends_once(scenario, seed, illegal):
         choices = np.where(worlds.legal, draw, -1.0).argmax(axis=1)
         if illegal:
             choices = np.where(rng.random(2) < 0.2, rng.integers(-1, worlds.legal.shape[1] + 1, 2), choices)
+        if scaling and rng.random() < 0.3:
+            worlds.set_replicas(rng.integers(0, 6, (2, len(worlds.plant.slots))))
+            assert worlds.legal[:, -1].all()
+            continue
         worlds.step(choices)
         check_step(worlds)
         steps += 1
         assert steps < 5000
     check_end(worlds, workloads)
+    return worlds, workloads
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(scenario=scenarios(), seed=st.integers(0, 1000), illegal=st.booleans())
+def test_every_request_is_in_one_place_and_ends_once(scenario, seed, illegal):
+    play_at_random(scenario, seed, illegal, False)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(scenario=shaky_scenarios(), seed=st.integers(0, 1000), illegal=st.booleans(), scaling=st.booleans())
+def test_so_it_is_when_replicas_fail_and_come_and_go(scenario, seed, illegal, scaling):
+    worlds, workloads = play_at_random(scenario, seed, illegal, scaling)
+    fleet, spec = worlds.fleet, worlds.plant.spec
+    for w, workload in enumerate(workloads):
+        world = fleet.worlds[w]
+        # every attempt ended once: lost ones are those that were tried again or were the last
+        ended = world["completed"] + world["abandoned"] + world["failed"] + world["lost"]
+        assert world["submitted"] == ended
+        assert world["lost"] >= worlds.counts[w, books.RETRIES].sum()
+        assert (worlds.loads["attempts"][w] <= scenario.fleet.retries.max_attempts).all()
+        assert world["draining"] >= 0 and world["doomed_calls"] == 0
+        # GPU-hours: never more than all rows, never less than the reserved ones, and what was posted is what is paid
+        rows, horizon_s = spec.pool_of_replica, workload.horizon_s
+        first = np.concatenate([np.arange(pool.rows) for pool in spec.pools])
+        reserved = first < np.array([pool.reserved_replicas for pool in spec.pools])[rows]
+        paid_s, price = worlds.own["powered_s"][w, : len(rows)], worlds.own["gpu_usd_per_s"][w, : len(rows)]
+        assert (paid_s[reserved] == horizon_s).all() and (paid_s <= horizon_s + 1e-9).all()
+        posted = -worlds.ledger_usd[w, books.GPU_HOURS].sum()
+        np.testing.assert_allclose(posted, (paid_s * price).sum(), rtol=1e-9, atol=1e-12)
+        assert (worlds.utilisation[w] <= 1.0 + 1e-9).all()
 
 
 def test_the_policies_above_reach_every_kind_of_end(hand_scenario):

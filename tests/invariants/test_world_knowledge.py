@@ -9,6 +9,7 @@ from by_hand import API, ONE, workload
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from envs.scenario import load_scenario
 from envs.vector_env import ObservedWorlds
 from envs.workload.requests import Workload
 from envs.worlds import FleetWorlds
@@ -79,6 +80,41 @@ def test_the_property_above_can_fail(worlds, small_scenario):
     changed = other_truths(episode, np.arange(episode.n_requests), np.random.default_rng(1))
     first, second = (play(worlds, x, lambda step, legal: step % 3) for x in (episode, changed))
     assert [seen[1] for seen in first] != [seen[1] for seen in second]
+
+
+FAULTS = {
+    "horizon_s": 20.0,
+    "requests_per_episode": 100,
+    "fleet.pools.small.faults": {"mean_time_between_s": 4.0, "mean_repair_s": 1.0, "slow_mean_time_between_s": 5.0},
+    "fleet.providers.api.faults": {"mean_time_between_s": 5.0, "mean_repair_s": 1.0, "slow_mean_time_between_s": 5.0},
+    "fleet.pools.small.detect_s": 0.5,
+}
+
+
+@pytest.fixture(scope="module", params=[True, False])
+def shaky(request):
+    overrides = FAULTS | {"fleet.pools.small.connection_errors": request.param}
+    return FleetWorlds(load_scenario("quickstart", overrides), 1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_faults_of_the_future_are_invisible(shaky, seed):
+    """Cut the list of faults off at some decision: everything up to that decision stays as it was, to the bit."""
+    scenario = shaky.plant.scenario
+    episode = scenario.generate(seed, "train")
+    assert len(episode.faults) > 0
+    preference = np.random.default_rng(seed).random((10_000, len(shaky.plant.layout.names)))
+
+    def choose(step, legal):
+        return int(np.where(legal, preference[step], -1.0).argmax())
+
+    first = play(shaky, episode, choose)
+    for share in (0.2, 0.7):
+        d = int(share * (len(first) - 1))
+        past = episode.faults[episode.faults["starts_at_s"] <= first[d][0]]
+        second = play(shaky, dataclasses.replace(episode, faults=past), choose)
+        assert [seen[:2] for seen in second[: d + 1]] == [seen[:2] for seen in first[: d + 1]]
+    assert [seen[1] for seen in second] != [seen[1] for seen in first]
 
 
 def test_who_answers_well_is_never_visible(worlds, small_scenario):
