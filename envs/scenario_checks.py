@@ -38,6 +38,9 @@ def _fleet(scenario: Scenario) -> Iterator[Problem]:
                 f"{pool.max_num_batched_tokens} is below max_num_seqs; legal is at least {pool.max_num_seqs}, "
                 "so that every running request gets its token",
             )
+        if pool.scheduling_policy == "priority" and pool.scheduler != "vllm-v1":
+            path = f"fleet.pools.{name}.scheduling_policy"
+            yield path, f"is priority with scheduler {pool.scheduler}; legal is fcfs, or scheduler vllm-v1"
     sizes = {name: pool.block_size_tokens for name, pool in fleet.pools.items() if pool.prefix_caching}
     for name, size in sizes.items():
         first = next(iter(sizes.values()))

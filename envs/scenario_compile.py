@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,8 +77,21 @@ def with_profiles(fleet: FleetSection, place: Callable[..., str]) -> FleetSectio
                 profiles[pool.profile] = read_yaml(locate(pool.profile, "profile"))
             except InputError as error:
                 raise InputError(f"{place('pools', name, 'profile')}: {error}") from None
+        gpus = _profile_gpus(profiles[pool.profile])
+        if pool.gpus_per_replica < gpus:
+            raise InputError(
+                f"{place('pools', name, 'gpus_per_replica')}: {pool.gpus_per_replica} is fewer than profile "
+                f"{pool.profile} runs on; legal is at least {gpus}"
+            )
     used = {pool.profile for pool in fleet.pools.values()}
     return fleet.model_copy(update={"profiles": {key: profiles[key] for key in profiles if key in used}})
+
+
+def _profile_gpus(profile: Mapping[str, Any]) -> int:
+    """GPUs that one engine of a profile spans (tensor parallel), as far as its file says so."""
+    memory = profile.get("kv_cache")
+    gpus = memory.get("gpus") if isinstance(memory, Mapping) else None
+    return gpus if isinstance(gpus, int) else 1
 
 
 def fleet_spec(scenario: Scenario) -> FleetSpec:
@@ -98,6 +111,7 @@ def fleet_spec(scenario: Scenario) -> FleetSpec:
             max_num_seqs=pool.max_num_seqs,
             max_num_batched_tokens=pool.max_num_batched_tokens,
             scheduler=pool.scheduler,
+            scheduling_policy=pool.scheduling_policy,
             in_flight_cap=pool.in_flight_cap or NO_CAP,
             watermark_share=pool.watermark_share,
             prefix_caching=pool.prefix_caching,

@@ -132,6 +132,10 @@ class Pool(Section):
     scheduler: Literal["vllm-v1", "prefill-first", "sarathi"] = Field(
         "vllm-v1", description="Batching order: vllm-v1, prefill-first or sarathi."
     )
+    scheduling_policy: Literal["fcfs", "priority"] = Field(
+        "fcfs",
+        description="Who is served first and who is preempted: fcfs, or priority (of the classes, vllm-v1 only).",
+    )
     watermark_share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.01, description="Share of KV blocks that admission leaves free (prefill-first and sarathi)."
     )

@@ -185,6 +185,9 @@ class CustomerClass(Section):
 
     plan: Name = Field(description="Plan that the class pays by; one of plans.plans.")
     tenants: Annotated[int, Field(ge=1)] = Field(1, description="Customers in the class.")
+    priority: Annotated[int, Field(ge=0, le=7)] = Field(
+        0, description="0 is served first, 7 last, at pools with scheduling_policy priority."
+    )
     slo: Slo = Field(Slo(), description="Promised latencies and their credits.")
     remedies: Remedies = Field(Remedies(), description="Refunds and credits of the class.")
     limits: Limits = Field(Limits(), description="Rate limit and longest prompt of a customer.")

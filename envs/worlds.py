@@ -43,6 +43,7 @@ class Plant:
         static_signals: (S_static, C) first rows of the View's signals.
         sigmas: (max(V, 1), 2) spread of ln TTFT and ln TPOT of providers.
         gpu_usd_per_s: (R,) price of each replica while it is paid.
+        priority: (K,) of the classes, where a pool schedules by it.
         slots: (P,) sequence slots of a replica of each pool.
         output_tokens: (K, J) the operator's prior mean of output tokens.
         prior: public prior of P(good) by tier.
@@ -58,6 +59,7 @@ class Plant:
         sigmas = [(p.ttft_sigma, p.tpot_sigma) for p in self.spec.providers]
         self.sigmas = np.array(sigmas or [(0.0, 0.0)], dtype=np.float64)
         self.gpu_usd_per_s = self._gpu_usd_per_s()
+        self.priority = np.array([customer.priority for customer in scenario.plans.classes.values()], dtype=np.int64)
         self.slots = np.array([float(p.max_num_seqs) for p in self.spec.pools])
         quality = scenario.workload_spec.quality
         self.prior = QualityPrior(
@@ -268,6 +270,7 @@ class FleetWorlds:
         self.prior[w, :m], self.truth[w, :m], self.good[w, :m] = workload.p_good_prior, workload.p_good, workload.good
         requests = self.fleet.requests[w, :m]
         requests["prompt_tokens"], requests["output_tokens"] = workload.prompt_tokens, workload.output_tokens
+        requests["priority"] = self.plant.priority[workload.class_index]
         requests["patience_until_s"] = workload.arrived_at_s + workload.patience_s
         requests["expected_cached_tokens"] = 0
         load_hashes(self.fleet, w, hashes, check=False)

@@ -6,14 +6,19 @@ Order of an iteration (`start_iteration`), by scheduler:
   left of the token budget; then waiting requests are admitted, first come first served, the last one with a chunk.
   KV blocks are taken as the context grows. When they run out the request admitted last is preempted: its blocks are
   freed, it goes to the front of the line and will recompute its prompt and all it has generated; what was streamed
-  stays streamed. In an iteration that preempted, nothing is admitted.
+  stays streamed. In an iteration that preempted, nothing is admitted. With priority scheduling (queues.py) lines are in
+  order of priority, and the request with the worst (priority, arrival) is preempted, whether it already has its token
+  in this iteration or not. Where that is the very request that needs a block, those behind it in the running list are
+  left out of this iteration, as vLLM's scheduler leaves them out: they are *stalled*.
 * sarathi: the same chunked batches, but admission takes the blocks of the whole prompt at once, leaves a watermark
   free, and goes on after a preemption.
 * prefill-first (vLLM before V1): whole prompts, whenever any can be admitted, in iterations of their own; the decodes
   wait meanwhile.
 
 With prefix caching (prefix.py) a request is admitted with the blocks that are cached for it, and prefills the rest.
-`caching` is True or None, a constant of compilation: each kernel is compiled for both, and costs nothing without.
+
+`extras` is True or None, a constant of compilation: each kernel is compiled for both. With None everything that a pool
+may have beyond plain batching (prefix caching, priorities) is left out, and costs nothing.
 
 At most one running request is ever in the middle of its prefill: nothing is admitted behind a chunk that did not fit.
 
@@ -58,6 +63,7 @@ from envs.fleet.queues import (
     running_remove,
     wait_pop,
     wait_prepend,
+    worst_running,
 )
 from envs.fleet.state import ABANDONED, COMPLETED, PREFILL_FIRST, VLLM_V1
 
@@ -89,9 +95,9 @@ def _end_request(world, rep, requests, w, i, status, now_s):
 
 
 @njit(cache=True, nogil=True)
-def release_blocks(pool, caching, rep, slots, requests, w, i, held_blocks):
+def release_blocks(pool, extras, rep, slots, requests, w, i, held_blocks):
     """Frees what a request holds, `held_blocks` blocks."""
-    if caching is not None:
+    if extras is not None and pool.prefix_caching:
         let_go(pool, rep, slots, requests, w, i, held_blocks)
     else:
         rep.kv_used_blocks -= held_blocks
@@ -109,30 +115,61 @@ def _join_batch(pool, rep, slots, requests, w, r, i, steps):
 
 
 @njit(cache=True, nogil=True)
-def _leave_batch(pool, caching, rep, slots, requests, w, r, i):
-    """Undoes `_join_batch` but for the heap, frees the blocks, and writes `computed` up to date."""
+def _stop_decoding(pool, rep, slots, requests, w, i):
+    """Undoes `_join_batch` but for the heap, and writes `computed` up to date."""
     request = requests[w, i]
     slots[w, rep.slot_at + (request.joined_at - request.computed) % pool.block_size_tokens].boundaries -= 1
     request.computed += rep.counter - request.joined_at
     request.joined_at = -1
     rep.batch -= 1
     rep.kv_sum -= request.computed + 1
-    release_blocks(pool, caching, rep, slots, requests, w, i, blocks_for(pool, request.computed))
     rep.changed = 1
 
 
 @njit(cache=True, nogil=True)
-def _preempt(pool, caching, rep, slots, requests, w, r, i):
+def _leave_batch(pool, extras, rep, slots, requests, w, r, i):
+    """A request that is not in the heap any more stops decoding and frees its blocks."""
+    _stop_decoding(pool, rep, slots, requests, w, i)
+    release_blocks(pool, extras, rep, slots, requests, w, i, blocks_for(pool, requests[w, i].computed))
+
+
+@njit(cache=True, nogil=True)
+def _stall(pool, rep, slots, requests, w, i):
+    """Leaves the decodes from running request i on out of the iteration being put together; they keep their blocks."""
+    while i >= 0:
+        request = requests[w, i]
+        if request.joined_at >= 0:
+            heap_remove(slots, w, rep.slot_at, rep.batch, i)
+            _stop_decoding(pool, rep, slots, requests, w, i)
+            request.target = request.computed + 1
+            request.next = rep.stalled_head
+            rep.stalled_head = i
+        i = int(request.after)
+
+
+@njit(cache=True, nogil=True)
+def _resume_stalled(pool, rep, slots, requests, w, r):
+    """Stalled requests decode again from the next iteration on."""
+    while rep.stalled_head >= 0:
+        i = int(rep.stalled_head)
+        request = requests[w, i]
+        rep.stalled_head = request.next
+        _join_batch(pool, rep, slots, requests, w, r, i, request.prompt_tokens + request.output_tokens - request.target)
+        rep.changed = 1
+
+
+@njit(cache=True, nogil=True)
+def _preempt(pool, extras, rep, slots, requests, w, r, i):
     """Frees a running request's blocks and sends it to the front of the line, to recompute."""
     request = requests[w, i]
     target = request.target
     if request.joined_at >= 0:
         heap_remove(slots, w, rep.slot_at, rep.batch, i)
-        _leave_batch(pool, caching, rep, slots, requests, w, r, i)
+        _leave_batch(pool, extras, rep, slots, requests, w, r, i)
         request.target = request.computed + 1
     else:
         held = request.computed if pool.scheduler == VLLM_V1 else target
-        release_blocks(pool, caching, rep, slots, requests, w, i, blocks_for(pool, held))
+        release_blocks(pool, extras, rep, slots, requests, w, i, blocks_for(pool, held))
         rep.partial = -1
         if pool.vidur_quirks:
             request.target = request.computed
@@ -142,31 +179,54 @@ def _preempt(pool, caching, rep, slots, requests, w, r, i):
     request.restarts += 1
     rep.restarts += 1
     running_remove(rep, requests, w, i)
-    wait_prepend(rep, requests, w, i)
+    wait_prepend(pool, extras, rep, slots, requests, w, i)
 
 
 @njit(cache=True, nogil=True)
-def _squeeze(pool, caching, rep, slots, requests, w, r):
-    """Gives every decode, in order, the block it needs, preempting from the end of the running list.
+def _decode_need(pool, rep, request):
+    """KV blocks that a decode needs for the next iteration."""
+    cached = request.computed + rep.counter - request.joined_at
+    return blocks_for(pool, cached + 1) - blocks_for(pool, cached)
+
+
+@njit(cache=True, nogil=True)
+def _make_room(pool, extras, rep, slots, requests, w, r, i, demand):
+    """Preempts until `demand` blocks are free for running request i.
 
     Returns:
-        1 if anything was preempted.
+        0 where they were, 1 if others had to go, 2 if request i itself had to.
     """
     preempted = 0
-    phase = rep.counter % pool.block_size_tokens
+    while preempted < 2 and pool.kv_blocks - rep.kv_used_blocks < demand:
+        victim, granted = int(rep.running_tail), 0
+        if extras is not None and pool.priorities:
+            victim, before = worst_running(rep, requests, w, i)
+            if before:
+                granted = _decode_need(pool, rep, requests[w, victim])
+        _preempt(pool, extras, rep, slots, requests, w, r, victim)
+        rep.kv_used_blocks -= granted
+        preempted = 2 if victim == i else 1
+    return preempted
+
+
+@njit(cache=True, nogil=True)
+def _squeeze(pool, extras, rep, slots, requests, w, r):
+    """Gives every decode, in order, the block it needs, preempting the last in the running list or of the worst level.
+
+    Returns:
+        0 if nothing was preempted, 2 if a request had to preempt itself, which ends the iteration's decodes, else 1.
+    """
+    preempted = 0
     i = int(rep.running_head)
     while i >= 0:
         request = requests[w, i]
         if request.joined_at >= 0:
-            need = 1 if (request.joined_at - request.computed) % pool.block_size_tokens == phase else 0
+            need = _decode_need(pool, rep, request)
             demand = 1 if pool.vidur_quirks else need
-            alive = True
-            while alive and pool.kv_blocks - rep.kv_used_blocks < demand:
-                victim = int(rep.running_tail)
-                alive = victim != i
-                _preempt(pool, caching, rep, slots, requests, w, r, victim)
-                preempted = 1
-            if not alive:
+            made = _make_room(pool, extras, rep, slots, requests, w, r, i, demand)
+            preempted = max(preempted, made)
+            if made == 2:
+                _stall(pool, rep, slots, requests, w, int(request.after))
                 break
             rep.kv_used_blocks += need
         i = int(request.after)
@@ -174,13 +234,25 @@ def _squeeze(pool, caching, rep, slots, requests, w, r):
 
 
 @njit(cache=True, nogil=True)
-def _grant_decode_blocks(pool, caching, rep, slots, requests, w, r):
-    """Takes the blocks that the decode batch needs for one iteration; returns 1 if it had to preempt."""
+def _squeeze_until_somebody_runs(pool, extras, rep, slots, requests, w, r):
+    """`_squeeze`; where it leaves nobody to run, a step of no time passes and the scheduler looks again."""
+    preempted = _squeeze(pool, extras, rep, slots, requests, w, r)
+    while preempted == 2 and rep.batch == 0:
+        _resume_stalled(pool, rep, slots, requests, w, r)
+        if rep.batch == 0:
+            return 0
+        preempted = _squeeze(pool, extras, rep, slots, requests, w, r)
+    return preempted
+
+
+@njit(cache=True, nogil=True)
+def _grant_decode_blocks(pool, extras, rep, slots, requests, w, r):
+    """Takes the blocks that the decode batch needs for one iteration; returns what `_squeeze` does."""
     need = slots[w, rep.slot_at + rep.counter % pool.block_size_tokens].boundaries
     if rep.kv_used_blocks + need + pool.vidur_quirks <= pool.kv_blocks:
         rep.kv_used_blocks += need
         return 0
-    return _squeeze(pool, caching, rep, slots, requests, w, r)
+    return _squeeze_until_somebody_runs(pool, extras, rep, slots, requests, w, r)
 
 
 @njit(cache=True, nogil=True)
@@ -190,17 +262,17 @@ def _gone(request, now_s):
 
 
 @njit(cache=True, nogil=True)
-def _drop_head(world, rep, requests, w, now_s):
+def _drop_head(pool, extras, world, rep, slots, requests, w, now_s):
     """The first in line has left."""
     i = int(rep.wait_head)
-    wait_pop(rep, requests, w)
+    wait_pop(pool, extras, rep, slots, requests, w)
     rep.pending_prefill_tokens -= requests[w, i].prompt_tokens - requests[w, i].expected_cached_tokens
     _end_request(world, rep, requests, w, i, ABANDONED, now_s)
-    release_held(rep, requests, w)
+    release_held(pool, extras, rep, slots, requests, w)
 
 
 @njit(cache=True, nogil=True)
-def _admit_chunked(pool, caching, world, rep, slots, requests, w, budget, now_s):
+def _admit_chunked(pool, extras, world, rep, slots, requests, w, budget, now_s):
     """Admits waiting requests within the token budget.
 
     Returns:
@@ -213,7 +285,7 @@ def _admit_chunked(pool, caching, world, rep, slots, requests, w, budget, now_s)
         i = int(rep.wait_head)
         request = requests[w, i]
         cached, idle, prefix = 0, 0, 0
-        if caching is not None:
+        if extras is not None and pool.prefix_caching:
             cached, idle = find_prefix(pool, rep, slots, requests, w, i)
             prefix = cached * pool.block_size_tokens
         chunk = min(request.target - prefix, budget - tokens)
@@ -221,12 +293,12 @@ def _admit_chunked(pool, caching, world, rep, slots, requests, w, budget, now_s)
         if rep.kv_used_blocks + idle + blocks + pool.watermark_blocks > pool.kv_blocks:
             break
         if _gone(request, now_s):
-            _drop_head(world, rep, requests, w, now_s)
+            _drop_head(pool, extras, world, rep, slots, requests, w, now_s)
             continue
         request.computed = prefix + chunk
-        wait_pop(rep, requests, w)
+        wait_pop(pool, extras, rep, slots, requests, w)
         rep.kv_used_blocks += blocks
-        if caching is not None:
+        if extras is not None and pool.prefix_caching:
             take_prefix(pool, rep, slots, requests, w, i, cached)
         running_append(rep, requests, w, i, False)
         prefill_append(rep, requests, w, i)
@@ -241,7 +313,7 @@ def _admit_chunked(pool, caching, world, rep, slots, requests, w, budget, now_s)
 
 
 @njit(cache=True, nogil=True)
-def _admit_whole(pool, caching, world, rep, slots, requests, w, now_s):
+def _admit_whole(pool, extras, world, rep, slots, requests, w, now_s):
     """Admits whole prompts for an iteration of their own; returns the same as `_admit_chunked`.
 
     A prompt longer than the budget runs alone.
@@ -252,7 +324,7 @@ def _admit_whole(pool, caching, world, rep, slots, requests, w, now_s):
         i = int(rep.wait_head)
         request = requests[w, i]
         cached, idle, prefix = 0, 0, 0
-        if caching is not None:
+        if extras is not None and pool.prefix_caching:
             cached, idle = find_prefix(pool, rep, slots, requests, w, i)
             prefix = cached * pool.block_size_tokens
         chunk = request.target - prefix
@@ -264,12 +336,12 @@ def _admit_whole(pool, caching, world, rep, slots, requests, w, now_s):
         if size > pool.max_num_batched_tokens and admitted > 0:
             break
         if _gone(request, now_s):
-            _drop_head(world, rep, requests, w, now_s)
+            _drop_head(pool, extras, world, rep, slots, requests, w, now_s)
             continue
         request.computed = request.target
-        wait_pop(rep, requests, w)
+        wait_pop(pool, extras, rep, slots, requests, w)
         rep.kv_used_blocks += blocks
-        if caching is not None:
+        if extras is not None and pool.prefix_caching:
             take_prefix(pool, rep, slots, requests, w, i, cached)
         running_append(rep, requests, w, i, pool.vidur_quirks != 0)
         prefill_append(rep, requests, w, i)
@@ -341,7 +413,7 @@ def go_idle(rep, now_s):
 
 
 @njit(cache=True, nogil=True)
-def start_iteration(pool, caching, tables, world, rep, slots, requests, w, r, now_s):
+def start_iteration(pool, extras, tables, world, rep, slots, requests, w, r, now_s):
     """Puts the next iteration together and starts it, or leaves the replica idle."""
     rep.prefill_head = rep.prefill_tail = -1
     prefills, tokens, squares = 0, 0, 0.0
@@ -350,37 +422,38 @@ def start_iteration(pool, caching, tables, world, rep, slots, requests, w, r, no
     decodes = 1
     if pool.scheduler == PREFILL_FIRST:
         prefills, tokens, squares, products, prefixes, rounded = _admit_whole(
-            pool, caching, world, rep, slots, requests, w, now_s
+            pool, extras, world, rep, slots, requests, w, now_s
         )
         if prefills > 0:
             decodes = 0
         elif rep.batch > 0:
-            preempted = _grant_decode_blocks(pool, caching, rep, slots, requests, w, r)
+            preempted = _grant_decode_blocks(pool, extras, rep, slots, requests, w, r)
     else:
         if rep.batch > 0:
-            preempted = _grant_decode_blocks(pool, caching, rep, slots, requests, w, r)
+            preempted = _grant_decode_blocks(pool, extras, rep, slots, requests, w, r)
         budget = pool.max_num_batched_tokens - rep.batch
         i = int(rep.partial)
-        if i >= 0 and budget > 0:
+        if i >= 0 and budget > 0 and preempted < 2:
             request = requests[w, i]
             prefix = request.computed
             chunk = min(request.target - prefix, budget)
             blocks = 0
             if pool.scheduler == VLLM_V1:
                 blocks = blocks_for(pool, prefix + chunk) - blocks_for(pool, prefix)
-            if rep.kv_used_blocks + blocks > pool.kv_blocks:
-                _preempt(pool, caching, rep, slots, requests, w, r, i)
-                preempted, chunk = 1, 0
+            made = _make_room(pool, extras, rep, slots, requests, w, r, i, blocks)
+            preempted = max(preempted, made)
+            if made == 2:
+                chunk = 0
             else:
                 rep.kv_used_blocks += blocks
                 request.computed = prefix + chunk
-                if caching is not None:
+                if extras is not None and pool.prefix_caching:
                     index_blocks(pool, rep, slots, requests, w, i)
                 prefill_append(rep, requests, w, i)
                 budget -= chunk
         if not preempted or pool.scheduler != VLLM_V1:
             prefills, tokens, squares, products, prefixes, rounded = _admit_chunked(
-                pool, caching, world, rep, slots, requests, w, budget, now_s
+                pool, extras, world, rep, slots, requests, w, budget, now_s
             )
         if chunk > 0:
             prefills += 1
@@ -447,12 +520,12 @@ def _complete(world, rep, requests, w, i, now_s):
 
 
 @njit(cache=True, nogil=True)
-def _end_prefill(pool, caching, world, rep, slots, requests, w, r, i, now_s):
+def _end_prefill(pool, extras, world, rep, slots, requests, w, r, i, now_s):
     """A prefill is complete and has produced a token."""
     request = requests[w, i]
     if _gone(request, now_s):
         running_remove(rep, requests, w, i)
-        release_blocks(pool, caching, rep, slots, requests, w, i, blocks_for(pool, request.computed))
+        release_blocks(pool, extras, rep, slots, requests, w, i, blocks_for(pool, request.computed))
         rep.pending_prefill_tokens -= request.prompt_tokens - request.expected_cached_tokens
         _end_request(world, rep, requests, w, i, ABANDONED, now_s)
         return
@@ -466,12 +539,12 @@ def _end_prefill(pool, caching, world, rep, slots, requests, w, r, i, now_s):
     if steps > 0:
         _join_batch(pool, rep, slots, requests, w, r, i, steps)
     else:
-        release_blocks(pool, caching, rep, slots, requests, w, i, blocks_for(pool, request.computed))
+        release_blocks(pool, extras, rep, slots, requests, w, i, blocks_for(pool, request.computed))
         _complete(world, rep, requests, w, i, now_s)
 
 
 @njit(cache=True, nogil=True)
-def _finish_by_admission(pool, caching, world, rep, slots, requests, w, r, now_s):
+def _finish_by_admission(pool, extras, world, rep, slots, requests, w, r, now_s):
     """Completes the decodes that have their last token, in the order of the running list, which orders idle blocks."""
     head, size = -1, rep.batch
     while size > 0 and slots[w, rep.slot_at].finish_at <= rep.counter:
@@ -479,21 +552,21 @@ def _finish_by_admission(pool, caching, world, rep, slots, requests, w, r, now_s
         size -= 1
     while head >= 0:
         following = int(requests[w, head].next)
-        _leave_batch(pool, caching, rep, slots, requests, w, r, head)
+        _leave_batch(pool, extras, rep, slots, requests, w, r, head)
         _complete(world, rep, requests, w, head, now_s)
         head = following
 
 
 @njit(cache=True, nogil=True)
-def end_iteration(pool, caching, world, rep, slots, requests, w, r, now_s):
+def end_iteration(pool, extras, world, rep, slots, requests, w, r, now_s):
     """Everything that happens at the end of the last planned iteration: completions, first tokens, releases."""
-    if caching is not None:
+    if extras is not None and pool.prefix_caching:
         if rep.decodes:
-            _finish_by_admission(pool, caching, world, rep, slots, requests, w, r, now_s)
+            _finish_by_admission(pool, extras, world, rep, slots, requests, w, r, now_s)
     elif rep.decodes:
         while rep.batch > 0 and slots[w, rep.slot_at].finish_at <= rep.counter:
             i = heap_pop(slots, w, rep.slot_at, rep.batch)
-            _leave_batch(pool, caching, rep, slots, requests, w, r, i)
+            _leave_batch(pool, extras, rep, slots, requests, w, r, i)
             _complete(world, rep, requests, w, i, now_s)
     i = int(rep.prefill_head)
     if i >= 0:
@@ -503,7 +576,9 @@ def end_iteration(pool, caching, world, rep, slots, requests, w, r, now_s):
             if requests[w, i].computed < requests[w, i].target:
                 rep.partial = i
             else:
-                _end_prefill(pool, caching, world, rep, slots, requests, w, r, i, now_s)
+                _end_prefill(pool, extras, world, rep, slots, requests, w, r, i, now_s)
             i = following
+    if extras is not None and rep.stalled_head >= 0:
+        _resume_stalled(pool, rep, slots, requests, w, r)
     if rep.hold_head >= 0:
-        release_held(rep, requests, w)
+        release_held(pool, extras, rep, slots, requests, w)

@@ -27,7 +27,7 @@ from numba import njit
 from envs.fleet.batching import blocks_for, count_iterations, elapsed_s, end_iteration, start_iteration
 from envs.fleet.prefix import reset_prefix_cache
 from envs.fleet.provider import end_provider_calls
-from envs.fleet.queues import finished_append, hold_append, release_held, wait_append
+from envs.fleet.queues import empty_hold, empty_wait, finished_append, hold_append, release_held, wait_append
 from envs.fleet.state import ACTIVE, DOWN, FAILED, IN_FLIGHT, LOST, NOT_SUBMITTED, OFF
 
 LAST_INSTANT_S = 1e300  # later than everything, earlier than never (inf)
@@ -46,9 +46,9 @@ def set_wake(pool, rep):
 
 @njit(cache=True, nogil=True)
 def _reset_replica(pool, rep, slots, w, r, phase):
-    rep.in_flight = rep.held = rep.pending_prefill_tokens = rep.decoding = rep.decoding_tokens = 0
+    rep.in_flight = rep.pending_prefill_tokens = rep.decoding = rep.decoding_tokens = 0
     rep.in_flight_cap = pool.in_flight_cap
-    rep.waiting = rep.running = rep.kv_used_blocks = 0
+    rep.running = rep.kv_used_blocks = 0
     rep.scraped_waiting = rep.scraped_running = 0
     rep.scraped_kv_usage = 0.0
     rep.busy_s = 0.0
@@ -57,13 +57,15 @@ def _reset_replica(pool, rep, slots, w, r, phase):
     rep.segment_start_s = rep.first_s = rep.growth_s = 0.0
     rep.planned = rep.done = rep.decodes = rep.batch = rep.kv_sum = rep.counter = 0
     rep.changed = 1
-    rep.segment_bin = rep.wait_head = rep.wait_tail = rep.hold_head = rep.hold_tail = -1
-    rep.prefill_head = rep.prefill_tail = rep.partial = rep.running_head = rep.running_tail = -1
+    rep.segment_bin = -1
+    rep.prefill_head = rep.prefill_tail = rep.partial = rep.running_head = rep.running_tail = rep.stalled_head = -1
     rep.scrape_index = 0
     rep.scrape_phase_s = phase * pool.scrape_interval_s
     rep.scraped_at_s = rep.scrape_phase_s - pool.scrape_interval_s
     for p in range(pool.block_size_tokens):
         slots[w, rep.slot_at + p].boundaries = 0
+    empty_wait(pool, rep, slots, w)
+    empty_hold(pool, rep, slots, w)
     reset_prefix_cache(pool, rep, slots, w)
     rep.slowdown = 1.0
     rep.idle_from_s = rep.paid_s = 0.0
@@ -166,24 +168,24 @@ def submit(pools, tables, worlds, replicas, slots, providers, requests, w, r, i,
     rep.pending_prefill_tokens += request.prompt_tokens - request.expected_cached_tokens
     rep.in_flight += 1
     if rep.in_flight - rep.held > rep.in_flight_cap:
-        hold_append(rep, requests, w, i)
+        hold_append(pool, True, rep, slots, requests, w, i)
         return
-    # With others in line already, the first of them is blocked until the batch changes, and so is this one
-    first_in_line = rep.wait_head < 0
-    wait_append(rep, requests, w, i)
-    if first_in_line:
-        _notice_arrival(pools[rep.pool], rep, now_s)
+    # With another one first in line, that one is blocked until the batch changes, and so is this one
+    wait_append(pool, True, rep, slots, requests, w, i)
+    if rep.wait_head == i:
+        _notice_arrival(pool, rep, now_s)
 
 
 @njit(cache=True, nogil=True)
 def set_in_flight_cap(pools, tables, worlds, replicas, slots, providers, requests, w, r, cap, now_s):
     """Changes the cap of a replica now and lets held requests through if it rose. `cap` is 1 or more."""
     rep = replicas[w, r]
+    pool = pools[rep.pool]
     rep.in_flight_cap = cap
-    first_in_line = rep.wait_head < 0
-    release_held(rep, requests, w)
-    if first_in_line and rep.wait_head >= 0:
-        _notice_arrival(pools[rep.pool], rep, now_s)
+    first_in_line = rep.wait_head
+    release_held(pool, True, rep, slots, requests, w)
+    if rep.wait_head != first_in_line:
+        _notice_arrival(pool, rep, now_s)
 
 
 @njit(cache=True, nogil=True)
@@ -221,7 +223,7 @@ def last_scrape(pool, rep, until_s):
 
 
 @njit(cache=True, nogil=True)
-def _advance_replica(pool, caching, tables, world, rep, slots, requests, w, r, until_s):
+def _advance_replica(pool, extras, tables, world, rep, slots, requests, w, r, until_s):
     """Runs one replica from iteration to iteration up to `until_s`, taking the last scrape on the way."""
     scrape_s = math.inf
     if _next_scrape_s(pool, rep) <= until_s and until_s < LAST_INSTANT_S:
@@ -235,9 +237,9 @@ def _advance_replica(pool, caching, tables, world, rep, slots, requests, w, r, u
                 rep.iteration_end_s = rep.segment_start_s + elapsed_s(rep, rep.done + 1)
             else:
                 rep.iteration_end_s = rep.segment_start_s + elapsed_s(rep, rep.done)
-                end_iteration(pool, caching, world, rep, slots, requests, w, r, rep.iteration_end_s)
+                end_iteration(pool, extras, world, rep, slots, requests, w, r, rep.iteration_end_s)
         elif rep.planned == rep.done and rep.iteration_end_s < stop_s:
-            start_iteration(pool, caching, tables, world, rep, slots, requests, w, r, rep.iteration_end_s)
+            start_iteration(pool, extras, tables, world, rep, slots, requests, w, r, rep.iteration_end_s)
         elif scrape_s <= until_s:
             rep.scraped_at_s = scrape_s
             rep.scraped_waiting = rep.waiting
@@ -260,7 +262,7 @@ def advance(pools, tables, worlds, replicas, slots, providers, requests, w, unti
     for r in range(replicas.shape[1]):
         if replicas[w, r].wake_s <= until_s:
             rep = replicas[w, r]
-            if pools[rep.pool].prefix_caching:
+            if pools[rep.pool].extras:
                 _advance_replica(pools[rep.pool], True, tables, world, rep, slots, requests, w, r, until_s)
             else:
                 _advance_replica(pools[rep.pool], None, tables, world, rep, slots, requests, w, r, until_s)

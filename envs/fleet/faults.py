@@ -14,7 +14,7 @@ from __future__ import annotations
 from numba import njit
 
 from envs.fleet.prefix import empty_prefix_cache
-from envs.fleet.queues import finished_append
+from envs.fleet.queues import empty_hold, empty_wait, finished_append
 from envs.fleet.state import LOST
 
 
@@ -32,10 +32,11 @@ def _lose(world, requests, w, i, now_s):
 @njit(cache=True, nogil=True)
 def _empty_engine(pool, rep, slots, w):
     """The engine as after its start; what the gateway holds, and totals, stay."""
-    rep.waiting = rep.running = rep.kv_used_blocks = 0
+    empty_wait(pool, rep, slots, w)
+    rep.running = rep.kv_used_blocks = 0
     rep.decoding = rep.decoding_tokens = rep.batch = rep.kv_sum = 0
-    rep.wait_head = rep.wait_tail = rep.prefill_head = rep.prefill_tail = -1
-    rep.partial = rep.running_head = rep.running_tail = -1
+    rep.prefill_head = rep.prefill_tail = -1
+    rep.partial = rep.stalled_head = rep.running_head = rep.running_tail = -1
     rep.changed = 1
     for p in range(pool.block_size_tokens):
         slots[w, rep.slot_at + p].boundaries = 0
@@ -68,8 +69,7 @@ def lose_requests(pool, world, rep, slots, requests, w, held_too, now_s):
             rep.pending_prefill_tokens += requests[w, i].prompt_tokens - requests[w, i].expected_cached_tokens
         i = following
     if held_too:
-        rep.held = 0
-        rep.hold_head = rep.hold_tail = -1
+        empty_hold(pool, rep, slots, w)
     rep.in_flight = rep.held
 
 

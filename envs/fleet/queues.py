@@ -1,7 +1,13 @@
 """Linked lists through `requests` and the heap of finishing decodes: constant or logarithmic time, no allocation.
 
-A request waits in one list at a time (hold, waiting, prefill or finished), so one field `next` serves them all. The
-running list, in order of admission, is doubly linked because a request leaves it from anywhere.
+A request waits in one list at a time (hold, waiting, prefill, stalled or finished), so one field `next` serves them
+all. The running list, in order of admission, is doubly linked because a request leaves it from anywhere.
+
+Priority scheduling keeps the two lines, at the engine and in the gateway's hold queue, in the order of vLLM's
+PriorityRequestQueue (vllm/v1/core/sched/request_queue.py): lower `priority` first, then first come, first served. There
+are `PRIORITY_LEVELS` levels, and the last request of every level is noted in the replica's slots, so that a request
+finds its place in constant time. One that was preempted came before all of its level that wait: within a level
+requests are admitted in order of arrival and preempted in the reverse order. It goes first of its level.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
@@ -9,32 +15,98 @@ from __future__ import annotations
 
 from numba import njit
 
+from envs.fleet.state import PRIORITY_LEVELS
+
 
 @njit(cache=True, nogil=True)
-def wait_append(rep, requests, w, i):
-    """Last in line at the engine."""
+def empty_wait(pool, rep, slots, w):
+    """Empties the line at the engine."""
+    rep.waiting = 0
+    rep.wait_head = rep.wait_tail = -1
+    if pool.priorities:
+        for p in range(PRIORITY_LEVELS):
+            slots[w, rep.slot_at + pool.levels_at + p].level_tail = -1
+
+
+@njit(cache=True, nogil=True)
+def empty_hold(pool, rep, slots, w):
+    """Empties the gateway's hold queue."""
+    rep.held = 0
+    rep.hold_head = rep.hold_tail = -1
+    if pool.priorities:
+        for p in range(PRIORITY_LEVELS, 2 * PRIORITY_LEVELS):
+            slots[w, rep.slot_at + pool.levels_at + p].level_tail = -1
+
+
+@njit(cache=True, nogil=True)
+def _enter_level(slots, requests, w, at, head, i, first):
+    """Puts a request into a line by its priority, behind its equals or, where `first`, ahead of them.
+
+    Cell `at` + p holds the last request of level p, or -1.
+
+    Returns:
+        The head of the line.
+    """
+    level = requests[w, i].priority
+    above = level - 1 if first else level
+    while above >= 0 and slots[w, at + above].level_tail < 0:
+        above -= 1
+    behind = int(slots[w, at + above].level_tail) if above >= 0 else -1
+    if not first or slots[w, at + level].level_tail < 0:
+        slots[w, at + level].level_tail = i
+    if behind < 0:
+        requests[w, i].next = head
+        return i
+    requests[w, i].next = requests[w, behind].next
+    requests[w, behind].next = i
+    return head
+
+
+@njit(cache=True, nogil=True)
+def _leave_level(slots, requests, w, at, i):
+    """The first in line leaves it."""
+    tail = slots[w, at + requests[w, i].priority]
+    if tail.level_tail == i:
+        tail.level_tail = -1
+
+
+@njit(cache=True, nogil=True)
+def wait_append(pool, extras, rep, slots, requests, w, i):
+    """Last in line at the engine, or last of its level."""
+    rep.waiting += 1
+    if extras is not None and pool.priorities:
+        rep.wait_head = _enter_level(slots, requests, w, rep.slot_at + pool.levels_at, rep.wait_head, i, False)
+        if requests[w, i].next < 0:
+            rep.wait_tail = i
+        return
     requests[w, i].next = -1
     if rep.wait_tail >= 0:
         requests[w, rep.wait_tail].next = i
     else:
         rep.wait_head = i
     rep.wait_tail = i
-    rep.waiting += 1
 
 
 @njit(cache=True, nogil=True)
-def wait_prepend(rep, requests, w, i):
-    """First in line: a preempted request."""
+def wait_prepend(pool, extras, rep, slots, requests, w, i):
+    """First in line, or first of its level: a preempted request."""
+    rep.waiting += 1
+    if extras is not None and pool.priorities:
+        rep.wait_head = _enter_level(slots, requests, w, rep.slot_at + pool.levels_at, rep.wait_head, i, True)
+        if requests[w, i].next < 0:
+            rep.wait_tail = i
+        return
     requests[w, i].next = rep.wait_head
     if rep.wait_head < 0:
         rep.wait_tail = i
     rep.wait_head = i
-    rep.waiting += 1
 
 
 @njit(cache=True, nogil=True)
-def wait_pop(rep, requests, w):
+def wait_pop(pool, extras, rep, slots, requests, w):
     """Takes the first in line, which must exist."""
+    if extras is not None and pool.priorities:
+        _leave_level(slots, requests, w, rep.slot_at + pool.levels_at, rep.wait_head)
     rep.wait_head = requests[w, rep.wait_head].next
     if rep.wait_head < 0:
         rep.wait_tail = -1
@@ -42,27 +114,35 @@ def wait_pop(rep, requests, w):
 
 
 @njit(cache=True, nogil=True)
-def hold_append(rep, requests, w, i):
-    """Last in the gateway's hold queue."""
+def hold_append(pool, extras, rep, slots, requests, w, i):
+    """Last in the gateway's hold queue, or last of its level there."""
+    rep.held += 1
+    if extras is not None and pool.priorities:
+        at = rep.slot_at + pool.levels_at + PRIORITY_LEVELS
+        rep.hold_head = _enter_level(slots, requests, w, at, rep.hold_head, i, False)
+        if requests[w, i].next < 0:
+            rep.hold_tail = i
+        return
     requests[w, i].next = -1
     if rep.hold_tail >= 0:
         requests[w, rep.hold_tail].next = i
     else:
         rep.hold_head = i
     rep.hold_tail = i
-    rep.held += 1
 
 
 @njit(cache=True, nogil=True)
-def release_held(rep, requests, w):
+def release_held(pool, extras, rep, slots, requests, w):
     """Lets held requests through to the engine while it has fewer than the cap."""
     while rep.hold_head >= 0 and rep.in_flight - rep.held < rep.in_flight_cap:
         i = int(rep.hold_head)
+        if extras is not None and pool.priorities:
+            _leave_level(slots, requests, w, rep.slot_at + pool.levels_at + PRIORITY_LEVELS, i)
         rep.hold_head = requests[w, i].next
         if rep.hold_head < 0:
             rep.hold_tail = -1
         rep.held -= 1
-        wait_append(rep, requests, w, i)
+        wait_append(pool, extras, rep, slots, requests, w, i)
 
 
 @njit(cache=True, nogil=True)
@@ -110,6 +190,28 @@ def running_remove(rep, requests, w, i):
     else:
         rep.running_tail = before
     rep.running -= 1
+
+
+@njit(cache=True, nogil=True)
+def worst_running(rep, requests, w, i):
+    """Whom priority scheduling preempts for running request i: the last of the worst level.
+
+    Within a level the running list is in order of arrival, so that this is the largest (priority, arrival), as in
+    vllm/v1/core/sched/scheduler.py.
+
+    Returns:
+        The victim, and 1 if it comes before request i in the running list, hence already has what this iteration
+        needs.
+    """
+    victim, j = i, int(rep.running_tail)
+    worst, passed, before = -1, 0, 0
+    while j >= 0:
+        if requests[w, j].priority > worst:
+            victim, worst, before = j, int(requests[w, j].priority), passed
+        if j == i:
+            passed = 1
+        j = int(requests[w, j].before)
+    return victim, before
 
 
 @njit(cache=True, nogil=True)

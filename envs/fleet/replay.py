@@ -12,7 +12,7 @@ from numba import njit
 
 from envs.fleet.engine import advance, drain, pop_finished, reset_world, submit
 from envs.fleet.hashes import Ragged, load_hashes
-from envs.fleet.state import Fleet, FleetSpec, allocate
+from envs.fleet.state import PRIORITY_LEVELS, Fleet, FleetSpec, allocate
 
 
 @njit(cache=True, nogil=True)
@@ -51,6 +51,7 @@ def replay(
     patience_s: npt.NDArray[np.float64] | None = None,
     pool: int = 0,
     hashes: Ragged | None = None,
+    priority: npt.NDArray[np.int64] | int = 0,
 ) -> Fleet:
     """Runs requests through one pool of a fleet, least in flight first.
 
@@ -62,6 +63,7 @@ def replay(
         patience_s: (M,) time to first token that each user tolerates; None: they never leave.
         pool: Index of the pool.
         hashes: Block hashes in the engine's blocks, see `envs.fleet.hashes`; None: no request has any.
+        priority: (M,) or one for all, 0 (first) to 7, where the pool schedules by priority.
 
     Returns:
         The fleet with one world, whose `requests` hold the outcome.
@@ -71,6 +73,7 @@ def replay(
     requests = fleet.requests[0, : len(arrived_at_s)]
     requests["prompt_tokens"] = prompt_tokens
     requests["output_tokens"] = output_tokens
+    requests["priority"] = np.clip(priority, 0, PRIORITY_LEVELS - 1)
     requests["patience_until_s"] = np.inf if patience_s is None else arrived_at_s + patience_s
     if hashes is not None:
         load_hashes(fleet, 0, hashes)

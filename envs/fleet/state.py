@@ -8,8 +8,9 @@ type, so that a kernel compiles once for every fleet and its machine code is cac
     tables (L,)     all profiles, flattened, float64
     worlds (N,)     clock, finished list, heap of provider calls, conservation counters
     replicas (N, R) one engine each, pool-major order; the fields that a gateway may read come first
-    slots (N, L)    working memory, cells of 16 bytes: per replica the heap of finishing decodes and the histogram of
-                    KV block boundaries, then, for prefix caching, per replica its blocks, and all requests' hashes
+    slots (N, L)    working memory, cells of 16 bytes: per replica the heap of finishing decodes, the histogram of KV
+                    block boundaries and the levels of priority; then, for prefix caching, per replica its blocks, and
+                    all requests' hashes
     providers (N, V)  calls in flight and the token bucket of the rate limit
     requests (N, M) inputs, outcome and the engine's own bookkeeping
 
@@ -43,6 +44,9 @@ ACTIVE, DRAINING, STARTING, DOWN, OFF = range(5)
 # POOL.scheduler
 SCHEDULERS = {"vllm-v1": 0, "prefill-first": 1, "sarathi": 2}
 VLLM_V1, PREFILL_FIRST, SARATHI = 0, 1, 2
+
+SCHEDULING_POLICIES = ("fcfs", "priority")
+PRIORITY_LEVELS = 8  # REQUEST.priority is 0 (first) to 7
 
 NO_CAP = 2**31 - 1  # in_flight_cap of a replica whose gateway never holds a request back
 
@@ -87,6 +91,10 @@ POOL = np.dtype(
         ("prefill_product_s", "f8"),
         ("prefill_prefix_s", "f8"),
         ("multi_prefill_share", "f8"),
+        ("extras", "i8"),  # 1: anything beyond plain batching, see `extras` in batching.py
+        # Priority scheduling, see queues.py
+        ("priorities", "i8"),  # 1: who waits is served, and who runs preempted, by REQUEST.priority
+        ("levels_at", "i8"),  # where the levels of a replica's two lines begin behind its slot_at
     ]
 )
 
@@ -161,6 +169,7 @@ REPLICA = np.dtype(
         ("paid_from_s", "f8"),  # since when this machine is paid; inf: it is not
         ("paid_s", "f8"),  # closed periods; `paid_seconds` adds the open one
         ("detected", "i8"),  # 1: the gateway knows that the replica is down
+        ("stalled_head", "i8"),  # running requests that this iteration leaves out (see batching.py)
     ]
 )
 
@@ -169,6 +178,8 @@ _SLOT_FIELDS: tuple[tuple[str, str, int], ...] = (  # name, type, byte: the kind
     ("finish_at", "i8", 0),  # heap position p: counter value after which the decode ends
     ("request", "i4", 8),  # heap position p
     ("boundaries", "i4", 12),  # p < block size: decodes that need a new block when counter % block size == p
+    # Level p of a replica's line, at the engine and in the hold queue, from slot_at + levels_at
+    ("level_tail", "i4", 0),  # last request of the level; -1: none
     # Block p of the prefix cache, cell block_at + 2 p, and the cell behind it
     ("block_hash", "i8", 0),
     ("holders", "i4", 8),  # requests that hold the block; 0: idle
@@ -232,7 +243,7 @@ REQUEST = np.dtype(
         ("prompt_tokens", "i4"),
         ("output_tokens", "i4"),  # hidden from every gateway
         ("patience_until_s", "f8"),  # absolute; inf: never leaves
-        ("priority", "i4"),  # reserved order of admission; the engine is first come, first served
+        ("priority", "i4"),  # 0 to 7, lower first, where the pool schedules by priority
         ("hash_at", "i4"),  # where its block hashes begin in the world's slots
         ("hash_count", "i4"),  # its blocks with a hash, generated ones behind the prompt included; 0: none
         ("expected_cached_tokens", "i4"),  # of the prompt, by the gateway's account; not in pending_prefill_tokens
@@ -271,6 +282,7 @@ class PoolSpec:
         max_num_seqs: Most requests that run at once.
         max_num_batched_tokens: Token budget of one iteration.
         scheduler: A name in `SCHEDULERS`.
+        scheduling_policy: fcfs, or priority as in vLLM (vllm-v1 only): who is served first and who is preempted.
         in_flight_cap: Requests that the gateway lets one engine have; the rest is held back.
         watermark_share: Share of the blocks that admission leaves free (prefill-first and sarathi).
         vidur_quirks: Reproduce Vidur's scheduler to the request.
@@ -295,6 +307,7 @@ class PoolSpec:
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 2048
     scheduler: str = "vllm-v1"
+    scheduling_policy: str = "fcfs"
     in_flight_cap: int = NO_CAP
     watermark_share: float = 0.01
     vidur_quirks: bool = False
@@ -407,6 +420,9 @@ def check_pool(pool: PoolSpec) -> None:
     legal = "max_num_seqs or more, so that every running request gets its token"
     _check(pool.max_num_batched_tokens >= pool.max_num_seqs, pool, "max_num_batched_tokens", legal)
     _check(pool.scheduler in SCHEDULERS, pool, "scheduler", "one of " + ", ".join(SCHEDULERS))
+    policies = SCHEDULING_POLICIES if pool.scheduler == "vllm-v1" else SCHEDULING_POLICIES[:1]
+    legal = " or ".join(policies) + f" with scheduler {pool.scheduler}"
+    _check(pool.scheduling_policy in policies, pool, "scheduling_policy", legal)
     _check(0.0 <= pool.watermark_share < 1.0, pool, "watermark_share", "from 0 up to, but not, 1")
     _check(not (pool.prefix_caching and pool.vidur_quirks), pool, "prefix_caching", "false with vidur_quirks")
 
@@ -416,11 +432,24 @@ def _cached_blocks(pool: PoolSpec) -> int:
     return 1 << (pool.kv_blocks - 1).bit_length() if pool.prefix_caching else 0
 
 
+def _decode_slots(spec: FleetSpec) -> int:
+    """Cells of a replica for the heap of finishing decodes and the histogram of block boundaries."""
+    return max(max(pool.max_num_seqs, pool.block_size_tokens) for pool in spec.pools)
+
+
+def _level_slots(spec: FleetSpec) -> int:
+    """Cells of a replica for the levels of its two lines."""
+    return 2 * PRIORITY_LEVELS if any(pool.scheduling_policy == "priority" for pool in spec.pools) else 0
+
+
 def _fill_pool(record: Any, pool: PoolSpec, spec: FleetSpec, tables: list[FloatArray]) -> None:
     check_pool(pool)
     for field in set(POOL.names) & {field.name for field in dataclasses.fields(pool)} - {"scheduler"}:
         record[field] = getattr(pool, field)
     record["scheduler"] = SCHEDULERS[pool.scheduler]
+    record["priorities"] = pool.scheduling_policy == "priority"
+    record["extras"] = pool.prefix_caching or pool.scheduling_policy == "priority"
+    record["levels_at"] = _decode_slots(spec)
     # vLLM V1 admits without a watermark
     reserve = 0.0 if pool.scheduler == "vllm-v1" else pool.watermark_share
     record["watermark_blocks"] = int(reserve * pool.kv_blocks)
@@ -434,13 +463,13 @@ def _fill_pool(record: Any, pool: PoolSpec, spec: FleetSpec, tables: list[FloatA
     tables.append(flat)
 
 
-def _place_replicas(fleet: Fleet, decode_slots: int) -> None:
+def _place_replicas(fleet: Fleet, own_slots: int) -> None:
     """Gives every replica its pool and its part of the slots."""
     of_replica = fleet.spec.pool_of_replica
     cells = 2 * np.array([_cached_blocks(pool) for pool in fleet.spec.pools])[of_replica]
     fleet.replicas["pool"] = of_replica
-    fleet.replicas["slot_at"] = np.arange(len(of_replica)) * decode_slots
-    fleet.replicas["block_at"] = len(of_replica) * decode_slots + np.cumsum(cells) - cells
+    fleet.replicas["slot_at"] = np.arange(len(of_replica)) * own_slots
+    fleet.replicas["block_at"] = len(of_replica) * own_slots + np.cumsum(cells) - cells
 
 
 def allocate(spec: FleetSpec, n_worlds: int, max_requests: int, max_hashes: int = 0) -> Fleet:
@@ -462,7 +491,7 @@ def allocate(spec: FleetSpec, n_worlds: int, max_requests: int, max_hashes: int 
     for record, pool in zip(pools, spec.pools, strict=True):
         _fill_pool(record, pool, spec, tables)
     pools["first_replica"] = np.cumsum(pools["max_replicas"]) - pools["max_replicas"]
-    slots = max(max(pool.max_num_seqs, pool.block_size_tokens) for pool in spec.pools)
+    slots = _decode_slots(spec) + _level_slots(spec)
     n_replicas, n_providers = spec.n_replicas, len(spec.providers)
     cells = sum(pool.rows * (slots + 2 * _cached_blocks(pool)) for pool in spec.pools)
     fleet = Fleet(

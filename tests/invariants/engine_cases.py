@@ -32,7 +32,11 @@ def small_profile() -> Profile:
 
 @st.composite
 def pools(
-    draw: st.DrawFn, scheduler: str | None = None, quirks: bool = False, prefix_caching: bool = False
+    draw: st.DrawFn,
+    scheduler: str | None = None,
+    quirks: bool = False,
+    prefix_caching: bool = False,
+    scheduling_policy: str = "fcfs",
 ) -> PoolSpec:
     """Small engines: few blocks, so that preemption happens, few slots, so that queues form."""
     max_num_seqs = draw(st.integers(1, 12))
@@ -45,6 +49,7 @@ def pools(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=draw(st.integers(max_num_seqs, 64)),
         scheduler=scheduler or draw(st.sampled_from(["vllm-v1", "prefill-first", "sarathi"])),
+        scheduling_policy=scheduling_policy,
         in_flight_cap=draw(st.sampled_from([1, 3, 8, NO_CAP])),
         watermark_share=draw(st.sampled_from([0.0, 0.05])),
         vidur_quirks=quirks,
@@ -66,6 +71,11 @@ def load(
         "output_tokens": rng.integers(1, most_output + 1, n),
         "patience_s": patience_s,
     }
+
+
+def priorities(seed: int, n: int, levels: int = 8) -> np.ndarray:
+    """A priority for every request of `load`."""
+    return np.random.default_rng([seed, 2]).integers(0, levels, n)
 
 
 def hashes(

@@ -68,7 +68,7 @@ class BlockPool:
         self.queue += [block for block in idle if block.hash >= 0]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Naive:
     arrived_at_s: float
     prompt: int
@@ -77,6 +77,8 @@ class Naive:
     computed: int = 0
     generated: int = 0
     hashes: Sequence[int] = ()
+    priority: int = 0
+    order: int = 0
     blocks: list[Block] = dataclasses.field(default_factory=list)
     cached_tokens: int = -1
     decoding: bool = False
@@ -88,6 +90,11 @@ class Naive:
     @property
     def target(self) -> int:
         return self.prompt + self.generated
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """What vLLM's priority scheduling sorts by."""
+        return self.priority, self.order
 
 
 def _blocks(pool: PoolSpec, tokens: int) -> int:
@@ -103,6 +110,7 @@ class NaiveReplica:
         self.held: deque[Naive] = deque()
         self.waiting: deque[Naive] = deque()
         self.running: list[Naive] = []
+        self.arrived = 0
         self.kv = BlockPool(pool.kv_blocks)
 
     def run(self) -> None:
@@ -111,24 +119,35 @@ class NaiveReplica:
             if not (self.held or self.waiting or self.running):
                 now_s = max(now_s, self.arrivals[0].arrived_at_s)
             self._arrive(now_s)
+            self._release()
             batch = self._schedule(now_s)
             if not batch:
-                assert not self.running
+                assert not self.running or self.pool.scheduling_policy == "priority"
                 self._release()
                 continue
             decodes = [r.computed + 1 for r, _ in batch if r.decoding]
             chunks = [(n, r.computed) for r, n in batch if not r.decoding]
             now_s += batch_seconds(self.pool.profile, decodes, chunks)
+            self._arrive(math.nextafter(now_s, 0.0))
             self._finish(batch, now_s)
 
     def _arrive(self, now_s: float) -> None:
         while self.arrivals and self.arrivals[0].arrived_at_s <= now_s:
             self.held.append(self.arrivals.popleft())
-        self._release()
+            self.held[-1].order = self.arrived = self.arrived + 1
+            self._sort(self.held)
+            self._release()
 
     def _release(self) -> None:
         while self.held and len(self.waiting) + len(self.running) < self.pool.in_flight_cap:
             self.waiting.append(self.held.popleft())
+        self._sort(self.waiting)
+
+    def _sort(self, line: deque[Naive]) -> None:
+        if self.pool.scheduling_policy == "priority":
+            line_in_order = sorted(line, key=lambda request: request.rank)
+            line.clear()
+            line.extend(line_in_order)
 
     def _schedule(self, now_s: float) -> list[tuple[Naive, int]]:
         budget, batch, preempted = self.pool.max_num_batched_tokens, [], False
@@ -137,7 +156,13 @@ class NaiveReplica:
             request = self.running[index]
             chunk = min(request.target - request.computed, budget)
             while (need := _blocks(self.pool, request.computed + chunk) - len(request.blocks)) > len(self.kv.queue):
-                victim = self.running.pop()
+                victim = self._victim()
+                done = [(other, n) for other, n in batch if other is victim]
+                if done:
+                    batch.remove(done[0])
+                    budget += done[0][1]
+                    index -= 1
+                self.running.remove(victim)
                 self._evict(victim)
                 preempted = True
                 if victim is request:
@@ -184,12 +209,18 @@ class NaiveReplica:
         self.kv.free(request.blocks)
         request.blocks = []
 
+    def _victim(self) -> Naive:
+        if self.pool.scheduling_policy == "priority":
+            return max(self.running, key=lambda request: request.rank)
+        return self.running[-1]
+
     def _evict(self, request: Naive) -> None:
         self._free(request)
         request.computed = 0
         request.decoding = False
         request.restarts += 1
         self.waiting.appendleft(request)
+        self._sort(self.waiting)
 
     def _leave(self, request: Naive, status: str, now_s: float) -> None:
         self.running.remove(request)
