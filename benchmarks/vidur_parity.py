@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from benchmarks import common
 from envs.calibrate import calibrate_iterations
 from envs.fleet.profile import Profile, compact_profile, tables_profile
 from envs.fleet.replay import replay
-from envs.fleet.state import COMPLETED, FleetSpec, PoolSpec
+from envs.fleet.state import COMPLETED, FAILED, FleetSpec, PoolSpec
 from envs.tables import FloatArray, read_columns
 from marginroute.cli import main_guard
 from marginroute.errors import InputError
@@ -37,6 +38,25 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); legal is a JSON file") from None
+
+
+def _load_tables(path: Path) -> Profile:
+    """Vidur's look-up tables as a profile."""
+    try:
+        with np.load(path) as arrays:
+            tables = dict(arrays)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
+        raise InputError(f"{path}: cannot be read; legal is an .npz file of numeric arrays") from None
+    return tables_profile(str(path), tables)
+
+
+def _entry(path: Path, place: dict[str, Any], key: str, kind: type) -> Any:
+    """A number of a configuration."""
+    value = place[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != kind(value):
+        words = "a whole number" if kind is int else "a number"
+        raise InputError(f"{path}: {key} = {value!r}; legal is {words}")
+    return kind(value)
 
 
 def parity_spec(path: Path, profile: Profile, quirks: bool = True) -> FleetSpec:
@@ -57,16 +77,17 @@ def parity_spec(path: Path, profile: Profile, quirks: bool = True) -> FleetSpec:
         pool = PoolSpec(
             name=path.stem,
             profile=profile,
-            kv_blocks=result["num_blocks"],
-            block_size_tokens=scheduler["block_size"],
-            max_num_seqs=scheduler["batch_size_cap"],
-            max_num_batched_tokens=scheduler[budget],
+            kv_blocks=_entry(path, result, "num_blocks", int),
+            block_size_tokens=_entry(path, scheduler, "block_size", int),
+            max_num_seqs=_entry(path, scheduler, "batch_size_cap", int),
+            max_num_batched_tokens=_entry(path, scheduler, budget, int),
             scheduler=mode,
-            watermark_share=scheduler["watermark_blocks_fraction"],
+            watermark_share=_entry(path, scheduler, "watermark_blocks_fraction", float),
             vidur_quirks=quirks,
         )
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: entry {error} is missing; legal is Vidur's configuration with its result") from None
+        what = f"entry {error} is missing" if isinstance(error, KeyError) else "is no configuration"
+        raise InputError(f"{path}: {what}; legal is Vidur's configuration with its result") from None
     return FleetSpec((pool,), scrape_interval_s=1e12)
 
 
@@ -80,6 +101,11 @@ def compare(truth: dict[str, FloatArray], spec: FleetSpec) -> dict[str, Any]:
     arrived_at, output_tokens = truth["arrived_at"], truth["output_tokens"].astype(np.int64)
     fleet = replay(spec, arrived_at, truth["prompt_tokens"].astype(np.int64), output_tokens)
     done = fleet.requests[0]
+    failed = int((done["status"] == FAILED).sum())
+    if failed:
+        raise InputError(
+            f"{spec.pools[0].name}: {failed} requests are longer than the KV cache; legal is a run that Vidur finished"
+        )
     ttft_s, e2e_s = done["first_token_at_s"] - arrived_at, done["completed_at_s"] - arrived_at
     steps = np.maximum(output_tokens - 1, 1)
     several = output_tokens > 1
@@ -105,7 +131,17 @@ def _recorded(rows: Path) -> dict[str, FloatArray]:
         raise InputError(f"{rows}: column {missing[0]!r} is missing; legal is {', '.join(COLUMNS)}")
     if "prefill_completed_at" in columns:
         columns["ttft"] = columns["prefill_completed_at"] - columns["arrived_at"]
-    return columns
+    for name, least in (("arrived_at", 0), ("prompt_tokens", 1), ("output_tokens", 1), ("ttft", 1e-12), ("e2e", 1e-12)):
+        values = columns[name]
+        wrong = values < least
+        if name.endswith("tokens"):
+            wrong |= (values != np.floor(values)) | (values >= 2**30)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            legal = "a whole number from 1 to 2^30" if name.endswith("tokens") else "0 or more"
+            raise InputError(f"{rows}: {name} = {values[row]:g} in row {row + 1}; legal is {legal}")
+    order = np.argsort(columns["arrived_at"], kind="stable")
+    return {name: values[order] for name, values in columns.items()}
 
 
 def _hardware(case: str, names: list[str], folder: Path) -> str:
@@ -136,8 +172,7 @@ def run_cases(truth: Path, tables: Path, fitted: Path | None = None) -> dict[str
     for case, (configuration, rows) in find_cases(truth).items():
         name = _hardware(case, names, tables)
         if name not in profiles:
-            with np.load(tables / f"{name}_tables.npz") as arrays:
-                profiles[name] = (tables_profile(name, dict(arrays)), _fit(fitted, name))
+            profiles[name] = (_load_tables(tables / f"{name}_tables.npz"), _fit(fitted, name))
         recorded = _recorded(rows)
         exact[case] = compare(recorded, parity_spec(configuration, profiles[name][0]))
         figures = exact[case]

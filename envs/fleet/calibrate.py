@@ -32,9 +32,13 @@ BATCH_COLUMNS = (
 _WEIGHTS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the smoothness penalty, chosen by cross-validation
 _FAINT = 1e-3  # pull to zero of what the rows do not tell apart, relative to a bend
 _FOLDS = 4
-TILE_TOKENS = 128  # matrix kernels compute whole tiles of tokens, so time steps up behind a full one
-_LAST_STEP_TOKENS = 1024  # beyond, a step is small against the iteration
-_SIZES_AT_STEP = 20  # different batch sizes within 64 tokens on either side: fewer cannot tell a step from noise
+TILE_TOKENS = 8  # matrix kernels compute whole tiles of tokens, so time may step up behind a full one
+_WINDOWS_TOKENS = (16, 32, 64, 128)  # on either side of a possible step
+_SIZES_AT_STEP = 6  # different batch sizes in the window on either side: fewer cannot tell a step from noise
+_STEP_SIGMAS = 4.0  # by which the mean errors on the two sides of a step must differ
+_STEP_ROUNDS, _STEPS_PER_ROUND = 8, 16
+_FEW = 16  # knots along the tokens while steps are looked for
+_STEP_WEIGHT = 0.03  # of a step in the smoothness penalty, relative to a bend
 _DIGITS = 6
 
 
@@ -112,7 +116,7 @@ def measured_from_columns(columns: dict[str, FloatArray], source: str) -> Measur
     return measured
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Axes:
     token: FloatArray
     batch: FloatArray
@@ -136,13 +140,46 @@ def _choose_knots(values: FloatArray, most: int, candidates: FloatArray) -> Floa
     return np.array([*knots, max(top, knots[-1] + candidates[0])])
 
 
-def _with_steps(knots: FloatArray, tokens: FloatArray) -> FloatArray:
-    """Adds a pair of knots wherever a tile is full and there are rows on both sides: time may jump there."""
-    seen = np.unique(tokens)
-    edges = np.arange(TILE_TOKENS, _LAST_STEP_TOKENS + 1.0, TILE_TOKENS)
-    sizes = [min(np.sum((seen > e - 64) & (seen <= e)), np.sum((seen > e) & (seen <= e + 64))) for e in edges]
-    found = edges[np.array(sizes) >= _SIZES_AT_STEP]
-    return np.unique([*knots, *found, *(found + 1.0)])
+def _steps(tokens: FloatArray, errors: FloatArray) -> FloatArray:
+    """Ends of tiles behind which the errors of a fit jump: the clearest ones, none beside a clearer one."""
+    order = np.argsort(tokens, kind="stable")
+    at, sums = tokens[order], np.concatenate([[0.0], np.cumsum(errors[order])])
+    squares = np.concatenate([[0.0], np.cumsum(errors[order] ** 2)])
+    sizes = np.concatenate([[0], np.cumsum(np.diff(at, prepend=-1.0) > 0)])
+    edges = np.arange(TILE_TOKENS, at[-1], TILE_TOKENS)
+    clearest = np.zeros(len(edges))
+    for window in _WINDOWS_TOKENS:
+        low, middle, high = (np.searchsorted(at, edges + d, side="right") for d in (-window, 0, window))
+        left, right = np.maximum(middle - low, 1), np.maximum(high - middle, 1)
+        jump = (sums[high] - sums[middle]) / right - (sums[middle] - sums[low]) / left
+        spread = squares[high] - squares[low] - (sums[high] - sums[middle]) ** 2 / right
+        spread -= (sums[middle] - sums[low]) ** 2 / left
+        deviation = np.sqrt(np.maximum(spread, 1e-12) / np.maximum(left + right - 2, 1) * (1.0 / left + 1.0 / right))
+        enough = np.minimum(sizes[middle] - sizes[low], sizes[high] - sizes[middle]) >= _SIZES_AT_STEP
+        clearest = np.maximum(clearest, np.where(enough, np.abs(jump) / deviation, 0.0))
+    chosen: list[float] = []
+    for edge in edges[np.argsort(-clearest, kind="stable")][: np.sum(clearest > _STEP_SIGMAS)]:
+        if all(abs(edge - other) > _WINDOWS_TOKENS[0] for other in chosen):
+            chosen.append(float(edge))
+    return np.array(chosen[:_STEPS_PER_ROUND])
+
+
+def _with_steps(measured: Measured, axes: _Axes, share: float, weight: float) -> _Axes:
+    """Adds pairs of knots where the time jumps, until a fit shows no more of them.
+
+    The fit has few other knots, since many of them hide a step by following it as a steep line.
+    """
+    tokens = measured.prefill_tokens + measured.batch
+    few = dataclasses.replace(axes, token=axes.token[np.unique(np.linspace(0, len(axes.token) - 1, _FEW).astype(int))])
+    for _ in range(_STEP_ROUNDS):
+        design = _design(measured, few, share)
+        solution = _solve(design, measured.seconds, _smoothness(few), weight)
+        found = _steps(tokens, design @ solution / measured.seconds - 1.0)
+        found = found[~np.isin(found + 1.0, few.token)]
+        if not found.size:
+            break
+        few = dataclasses.replace(few, token=np.unique([*few.token, *found, *(found + 1.0)]))
+    return dataclasses.replace(axes, token=np.unique([*axes.token, *few.token]))
 
 
 def _axes(measured: Measured) -> _Axes:
@@ -159,7 +196,7 @@ def _axes(measured: Measured) -> _Axes:
     sixtyfours = np.unique(np.concatenate([64 * doubling, 64 * np.arange(1.0, 33.0)]))
     large = min(1.0 + len(tokens) / 2000, 3.0)  # a table of thousands of rows carries more knots
     return _Axes(
-        token=_with_steps(_choose_knots(tokens, min(24 + len(tokens) // 40, 128), fine), tokens),
+        token=_choose_knots(tokens, min(24 + len(tokens) // 40, 128), fine),
         batch=_choose_knots(measured.batch[decodes], int(12 * large), fours),
         mean_kv=_choose_knots(measured.kv[decodes] / measured.batch[decodes], int(6 * large), sixtyfours),
         root=_choose_knots(np.sqrt(measured.square[prefills]), int(10 * large), fine),
@@ -199,17 +236,28 @@ def _design(measured: Measured, axes: _Axes, share: float) -> FloatArray:
 def _bends(knots: FloatArray) -> FloatArray:
     """Rows that measure how far each inner knot's value is from the line between its neighbours, (<= knots - 2, knots).
 
-    Knots beside a step are free.
+    At a step (knots one token apart) it is the line on its other side that is continued, and the step itself counts
+    little.
     """
-    step = (np.diff(knots) == 1.0) & (knots[:-1] % TILE_TOKENS == 0.0)
-    inner = np.flatnonzero(~(step[1:] | step[:-1])) + 1
-    share = (knots[inner] - knots[inner - 1]) / (knots[inner + 1] - knots[inner - 1])
-    rows = np.zeros((len(inner), len(knots)))
-    each = np.arange(len(inner))
-    rows[each, inner - 1] = share - 1.0
-    rows[each, inner] = 1.0
-    rows[each, inner + 1] = -share
-    return rows
+    step = np.flatnonzero((np.diff(knots) == 1.0) & (knots[:-1] % TILE_TOKENS == 0.0))
+    rows = []
+    for i in range(1, len(knots) - 1):
+        row = np.zeros(len(knots))
+        if i in step or i - 1 in step:
+            at = i if i in step else i - 1
+            row[at], row[at + 1] = -_STEP_WEIGHT, _STEP_WEIGHT
+            if i == at and at + 2 < len(knots):
+                slopes = np.zeros(len(knots))
+                before, behind = knots[at] - knots[at - 1], knots[at + 2] - knots[at + 1]
+                reach = min(before, behind)
+                slopes[[at - 1, at]] = -reach / before, reach / before
+                slopes[[at + 1, at + 2]] += reach / behind, -reach / behind
+                rows.append(slopes)
+        else:
+            share = (knots[i] - knots[i - 1]) / (knots[i + 1] - knots[i - 1])
+            row[i - 1 : i + 2] = share - 1.0, 1.0, -share
+        rows.append(row)
+    return np.array(rows).reshape(-1, len(knots))
 
 
 def _smoothness(axes: _Axes) -> FloatArray:
@@ -274,13 +322,15 @@ def fit_iterations(measured: Measured, facts: dict[str, Any]) -> dict[str, Any]:
     Returns:
         What `profile.compact_profile` reads, and `fit`: rows and cross-validated relative errors in per cent.
     """
-    axes = _axes(measured)
+    plain = _axes(measured)
     shares = (0.0, 0.05, 0.1, 0.15) if (measured.prefills > 1).any() else (0.0,)
-    tried = {(share, _WEIGHTS[1]): _cross_validated(measured, axes, share, _WEIGHTS[1]) for share in shares}
-    share, _ = min(tried, key=lambda option: float(np.mean(np.abs(tried[option]))))
-    tried |= {(share, weight): _cross_validated(measured, axes, share, weight) for weight in _WEIGHTS}
-    share, weight = min(tried, key=lambda option: float(np.mean(np.abs(tried[option]))))
-    errors = np.abs(tried[share, weight])
+    tried = {(plain, share, _WEIGHTS[1]): _cross_validated(measured, plain, share, _WEIGHTS[1]) for share in shares}
+    share = min(tried, key=lambda option: float(np.mean(np.abs(tried[option]))))[1]
+    for axes in (plain, _with_steps(measured, plain, share, _WEIGHTS[1])):
+        tried |= {(axes, share, weight): _cross_validated(measured, axes, share, weight) for weight in _WEIGHTS}
+    best = min(tried, key=lambda option: float(np.mean(np.abs(tried[option]))))
+    axes, share, weight = best
+    errors = np.abs(tried[best])
     solution = _solve(_design(measured, axes, share), measured.seconds, _smoothness(axes), weight)
     sizes = [len(axes.token), len(axes.batch) * len(axes.mean_kv), len(axes.prefix) * len(axes.root)]
     token, decode, prefill, rest = np.split(solution, np.cumsum(sizes))

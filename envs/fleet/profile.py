@@ -176,10 +176,21 @@ def _check_positive(profile: Profile) -> None:
 
 
 def tables_profile(name: str, tables: Mapping[str, Any]) -> Profile:
-    """Profile from Vidur's look-up tables `tok`, `kvs`, `dec`, `pre` and the shares `gqa`, `pfo`."""
+    """Profile from Vidur's look-up tables `tok`, `kvs`, `dec`, `pre` and the shares `gqa`, `pfo`.
+
+    Raises:
+        InputError: A table is missing, has another number of axes, or holds something that is not a finite number.
+    """
     missing = [key for key in ("tok", "kvs", "dec", "pre", "gqa", "pfo") if key not in tables]
     if missing:
         raise InputError(f"profile '{name}': table '{missing[0]}' is missing")
+    for key, axes in (("tok", 1), ("kvs", 1), ("dec", 2), ("pre", 2), ("gqa", 0), ("pfo", 0)):
+        array = np.asarray(tables[key])
+        if array.ndim != axes or not array.size or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+            raise InputError(
+                f"profile '{name}': table '{key}' of {array.dtype} has shape {array.shape}; "
+                f"legal is finite numbers along {axes} axes"
+            )
     tokens = np.arange(len(tables["kvs"]))
     eights = np.minimum((tokens + 7) // 8, len(tables["tok"]) - 1)
     decode = np.array(tables["dec"], dtype=np.float64)

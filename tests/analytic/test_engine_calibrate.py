@@ -73,3 +73,23 @@ def test_tables_that_cannot_be_fitted_are_refused(columns):
     only_decodes = {name: values[columns["prefill_tokens"] == 0] for name, values in columns.items()}
     with pytest.raises(InputError, match="rows with decodes, with prefills"):
         fit_iterations(measured_from_columns(only_decodes, "t"), {})
+
+
+def test_a_step_behind_a_full_tile_is_found():
+    """Tokens are computed in tiles of 256: the time is flat inside a tile and jumps behind it."""
+    rng = np.random.default_rng(3)
+    n = 2000
+    batch, chunk = rng.integers(1, 65, n), rng.integers(1, 961, n)
+    prefix = rng.integers(0, 33, n) * 64
+    mean_kv = rng.integers(64, 2049, n)
+    tokens = batch + chunk
+    seconds = 0.005 * np.ceil(tokens / 256) + 1e-7 * batch * mean_kv + 1e-9 * chunk * prefix
+    values = (chunk, prefix, batch, mean_kv, 1e3 * seconds)
+    columns = {name: np.asarray(v, dtype=float) for name, v in zip(SINGLE_COLUMNS, values, strict=True)}
+    fit = fit_iterations(measured_from_columns(columns, "table"), {})
+    assert {256, 257, 512, 513, 768, 769} <= set(fit["token_knots"])
+    assert fit["fit"]["p95_error_pct"] < 0.1
+    profile = compact_profile("steps", fit)
+    for size in (200, 255, 256, 257, 300, 511, 513, 700):
+        known = 0.005 * np.ceil((size + 8) / 256) + 1e-7 * 8 * 500
+        assert batch_seconds(profile, [500] * 8, [(size, 0)]) == pytest.approx(known, rel=0.02)
