@@ -40,7 +40,7 @@ def _json(path: Path) -> Any:
         raise InputError(f"{path}: cannot be read ({error}); legal is a JSON file") from None
 
 
-def _load_tables(path: Path) -> Profile:
+def load_tables(path: Path) -> Profile:
     """Vidur's look-up tables as a profile."""
     try:
         with np.load(path) as arrays:
@@ -172,7 +172,7 @@ def run_cases(truth: Path, tables: Path, fitted: Path | None = None) -> dict[str
     for case, (configuration, rows) in find_cases(truth).items():
         name = _hardware(case, names, tables)
         if name not in profiles:
-            profiles[name] = (_load_tables(tables / f"{name}_tables.npz"), _fit(fitted, name))
+            profiles[name] = (load_tables(tables / f"{name}_tables.npz"), fit_grid(fitted, name))
         recorded = _recorded(rows)
         exact[case] = compare(recorded, parity_spec(configuration, profiles[name][0]))
         figures = exact[case]
@@ -182,7 +182,8 @@ def run_cases(truth: Path, tables: Path, fitted: Path | None = None) -> dict[str
     return {"cases": exact, **({"fitted_cases": compact, **_worst(compact)} if compact else {})}
 
 
-def _fit(folder: Path | None, name: str) -> Profile | None:
+def fit_grid(folder: Path | None, name: str) -> Profile | None:
+    """A compact profile fitted to HARDWARE_grid.csv[.gz] of a folder; None without a folder."""
     if folder is None:
         return None
     paths = [path for ending in (".csv.gz", ".csv") if (path := folder / f"{name}_grid{ending}").is_file()]
