@@ -6,6 +6,8 @@ and for replicas /NAME/metrics; replicas are called POOL-0, POOL-1, ... The path
 True lengths, which a simulated model cannot know, come with the request: `"emulate": {"prompt_tokens": P,
 "output_tokens": N}` in the body or headers `x-emulate-prompt-tokens`, `x-emulate-output-tokens`; or, as with vLLM,
 `ignore_eos` (as long as max_tokens allows) and `min_tokens`. Otherwise the output length is drawn from a lognormal.
+
+POST /emulate/faults and /emulate/replicas let replicas and providers fail and pools scale (emulator_faults.py).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from envs.emulator_faults import cause_fault, scale
 from envs.emulator_metrics import ReplicaMetrics, metrics_page
 from envs.emulator_requests import Asked, RequestError, Writer, parse
 from envs.emulator_world import Answer, LiveFleet, Station, fine_loop
@@ -44,7 +47,7 @@ def stations_of(section: Any, spec: Any) -> list[Station]:
     stations: list[Station] = []
     for name, pool in section.pools.items():
         tokens = pool.kv_blocks * pool.block_size_tokens
-        for number in range(pool.replicas):
+        for number in range(pool.rows):
             stations.append(Station(f"{name}-{number}", pool.tier, len(stations), None, tokens))
     for index, provider in enumerate(spec.providers):
         tier = section.providers[provider.name].tier
@@ -112,8 +115,16 @@ class Emulator:
         station = self.stations.get(name)
         if method == "GET" and path in ("/", "/health"):
             return await _reply(send, 200, json.dumps({"paths": [f"/{name}/v1" for name in self.stations]}).encode())
+        if method == "POST" and path == "/emulate/faults":
+            cause_fault(self.live, self.stations, await _body(receive))
+            return await _reply(send, 200, b"{}")
+        if method == "POST" and path == "/emulate/replicas":
+            scale(self.live, await _body(receive))
+            return await _reply(send, 200, b"{}")
         if station is None:
             raise RequestError(404, f"{path} does not exist; legal is /NAME/v1/..., NAMEs are listed at /", "not_found")
+        if station.replica is not None and not self.live.serves(station):
+            raise RequestError(503, f"replica {name} does not run", "unavailable")
         if method == "GET" and rest == "health":
             return await _reply(send, 200, b"")
         if method == "GET" and rest == "v1/models":
@@ -158,6 +169,8 @@ class Emulator:
         answer = self.live.submit(station, asked.prompt_tokens, int(min(length, most)))
         if answer is None:
             raise RequestError(503, "too many requests are in flight", "overloaded")
+        if answer.lost:
+            raise RequestError(503, f"{station.name} does not answer", "unavailable")
         if answer.refused and station.provider is not None:
             retry_s = self.live.retry_after_s(station)
             raise RequestError(429, f"rate limit of provider {station.name}", "rate_limit_exceeded", retry_s)
@@ -211,7 +224,7 @@ async def _stream(send: Send, answer: Answer, writer: Writer) -> None:
         if answer.tokens > sent:
             events, sent = writer.tokens(answer.tokens - sent, sent == 0), answer.tokens
             await send({"type": "http.response.body", "body": events, "more_body": True})
-    whole = sent == answer.output_tokens  # not where the server is stopping
+    whole = sent == answer.output_tokens  # not where the server is stopping or the engine has failed
     await send({"type": "http.response.body", "body": writer.end(sent) if whole else b""})
 
 
@@ -219,7 +232,8 @@ async def _whole_answer(send: Send, answer: Answer, writer: Writer) -> None:
     while not (answer.ended or answer.gone):
         await answer.more_than(answer.tokens)
     if answer.ended and answer.tokens < answer.output_tokens:
-        raise RequestError(503, "the server is stopping", "stopping")
+        reason = "the engine has failed" if answer.lost else "the server is stopping"
+        raise RequestError(503, reason, "unavailable" if answer.lost else "stopping")
     if not answer.gone:
         await _reply(send, 200, writer.whole(answer.tokens))
 

@@ -18,9 +18,10 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from envs.fleet import engine
+from envs.fleet import engine, scaling
+from envs.fleet.faults import slow_replica
 from envs.fleet.provider import submit_provider
-from envs.fleet.state import COMPLETED, FAILED, NO_CAP, Fleet, FleetSpec, allocate
+from envs.fleet.state import ACTIVE, COMPLETED, DRAINING, FAILED, LOST, NO_CAP, Fleet, FleetSpec, allocate
 from envs.fleet.streaming import next_change_s, streamed
 
 MOST_IN_FLIGHT = 8192  # over all replicas and providers
@@ -75,6 +76,7 @@ class Answer:
         tokens: Streamed so far.
         ended: Nothing will follow.
         refused: The engine or the provider would not take it.
+        lost: A fault has ended it.
         gone: Its user has hung up.
     """
 
@@ -83,6 +85,7 @@ class Answer:
         "ended",
         "gone",
         "last_token_s",
+        "lost",
         "output_tokens",
         "prompt_tokens",
         "refused",
@@ -96,6 +99,7 @@ class Answer:
         self.station, self.prompt_tokens, self.output_tokens, self.row = station, prompt_tokens, output_tokens, row
         self.submitted_s, self.last_token_s = now_s, math.nan
         self.tokens, self.ended, self.refused, self.gone = 0, False, False, False
+        self.lost = False
         self._waiter: asyncio.Future[None] | None = None
 
     async def more_than(self, tokens: int) -> None:
@@ -165,7 +169,7 @@ class LiveFleet:
             tpot_s = provider.tpot_s * math.exp(provider.tpot_sigma * tpot_z)
             submit_provider(*self.fleet.arrays, 0, station.provider, row, now_s, ttft_s, tpot_s)
         self._answers[row], self._listed = answer, None
-        if self._requests["status"][row] == FAILED:
+        if self._requests["status"][row] in (FAILED, LOST):
             self._look()
         self._due_s = now_s  # an idle replica starts at once
         self._schedule()
@@ -175,6 +179,44 @@ class LiveFleet:
         """The user is gone: what waits is dropped when its turn comes, what runs is computed to its end."""
         if not answer.ended:
             self._requests["patience_until_s"][answer.row] = self.fleet.worlds[0]["clock_s"]
+
+    def serves(self, station: Station) -> bool:
+        """Whether a replica runs, or a provider has no outage."""
+        self.refresh()
+        if station.provider is not None:
+            return not self.fleet.providers[0][station.provider]["down"]
+        return self.fleet.replicas[0][station.replica]["state"] in (ACTIVE, DRAINING)
+
+    def cause_fault(self, station: Station, duration_s: float, slowdown: float) -> None:
+        """A fault from now on: `slowdown` is a factor on latency, or inf for down."""
+        self._advance()
+        now_s = float(self.fleet.worlds[0]["clock_s"])
+        after_s, loop = duration_s / self.speed, asyncio.get_running_loop()
+        if station.provider is not None:
+            provider = self.fleet.providers[0, station.provider : station.provider + 1]
+            name, value, healthy = ("down", 1, 0) if math.isinf(slowdown) else ("slowdown", slowdown, 1.0)
+            provider[name] = value
+            loop.call_later(after_s, provider.__setitem__, name, healthy)
+        elif math.isinf(slowdown):
+            scaling.fail_replica(*self.fleet.arrays, 0, station.replica, now_s + duration_s, now_s)
+        else:
+            self._slow(station.replica, slowdown)
+            loop.call_later(after_s, self._slow, station.replica, 1.0)
+        self._look()
+        self._schedule()
+
+    def set_replicas(self, pool: int, target: int) -> None:
+        """Scales a pool from now on."""
+        self._advance()
+        scaling.set_replicas(*self.fleet.arrays, 0, pool, target, float(self.fleet.worlds[0]["clock_s"]))
+        self._look()
+        self._schedule()
+
+    def _slow(self, replica: int | None, factor: float) -> None:
+        self._advance()
+        slow_replica(*self.fleet.arrays, 0, replica, factor, float(self.fleet.worlds[0]["clock_s"]))
+        self._look()
+        self._schedule()
 
     def retry_after_s(self, station: Station) -> float:
         """Seconds on the wall until a provider takes the next call."""
@@ -211,13 +253,13 @@ class LiveFleet:
             self._write(1, 8, 2)
             submit_provider(*arrays, 0, 0, 1, 0.0, 0.1, 0.1)
         self._look(rows, [Answer(Station("", "", 0, None, 0), 8, 2, 0, 0.0)])
-        engine.advance(*arrays, 0, 1e9)
+        scaling.advance(*arrays, 0, 1e9)
         while engine.pop_finished(self.fleet.worlds, self.fleet.requests, 0) >= 0:
             pass
         engine.reset_world(*arrays, 0)
 
     def _advance(self) -> None:
-        engine.advance(*self.fleet.arrays, 0, max(self.now_s, float(self.fleet.worlds[0]["clock_s"])))
+        scaling.advance(*self.fleet.arrays, 0, max(self.now_s, float(self.fleet.worlds[0]["clock_s"])))
         if self._answers:
             self._look()
 
@@ -232,6 +274,7 @@ class LiveFleet:
         tokens, token_at_s = np.empty(len(rows), np.int64), np.empty(len(rows))
         streamed(fleet.worlds, fleet.replicas, fleet.requests, 0, rows, tokens, token_at_s)
         self._due_s = next_change_s(fleet.worlds, fleet.replicas, fleet.requests, 0, rows, tokens)
+        self._due_s = min(self._due_s, float(fleet.worlds[0]["next_change_s"]))
         for answer, count, at_s in zip(answers, tokens.tolist(), token_at_s.tolist(), strict=True):
             if count > answer.tokens:
                 self._on_tokens(answer, count - answer.tokens, at_s)
@@ -246,7 +289,8 @@ class LiveFleet:
             answer = self._answers.pop(row, None)
             self._listed = None
             if answer is not None:
-                answer.ended, answer.refused = True, self._requests["status"][row] != COMPLETED
+                status = self._requests["status"][row]
+                answer.ended, answer.refused, answer.lost = True, status != COMPLETED, status == LOST
                 answer.wake()
 
     def _schedule(self) -> None:

@@ -77,6 +77,6 @@ def replay(
     requests["patience_until_s"] = np.inf if patience_s is None else arrived_at_s + patience_s
     if hashes is not None:
         load_hashes(fleet, 0, hashes)
-    first = sum(other.replicas for other in spec.pools[:pool])
+    first = sum(other.rows for other in spec.pools[:pool])
     run_least_in_flight(*fleet.arrays, 0, arrived_at_s, first, first + spec.pools[pool].replicas)
     return fleet

@@ -26,6 +26,24 @@ def message(overrides=None, name="quickstart", **trace):
         ("fleet.pools.large.replicas", "0", ["--set fleet.pools.large.replicas", "0 is not legal", "at least 1"]),
         ("fleet.pools.large.replicas", "1.5", ["1.5 is not legal", "integer"]),
         ("fleet.pools.large.replicas", "yes", ["True is not legal", "integer"]),
+        ("fleet.pools.large.max_replicas", "0", ["0 is not legal", "at least 1"]),
+        ("fleet.pools.large.min_replicas", "3", ["min_replicas 3", "0 to replicas (1)"]),
+        ("fleet.pools.large.reserved_replicas", "2", ["reserved_replicas 2", "0 to 1"]),
+        ("fleet.pools.large.paid_from", "arrival", ["'arrival'", "provision"]),
+        ("fleet.pools.large.load_s", "-1", ["-1", "at least 0"]),
+        ("fleet.pools.large.faults", "{mean_time_between_s: 0}", ["0", "greater than 0"]),
+        ("fleet.pools.large.faults", "{slowdown: 0.5}", ["0.5", "at least 1"]),
+        ("fleet.faults", "[{starts_at_s: 1, duration_s: 1}]", ["exactly one of pool, provider"]),
+        ("fleet.faults", "[{pool: larg, starts_at_s: 1, duration_s: 1}]", ["unknown name 'larg'", "large"]),
+        (
+            "fleet.faults",
+            "[{pool: large, index: 1, starts_at_s: 1, duration_s: 1}]",
+            ["fleet.faults.0.index", "0 to 0"],
+        ),
+        ("fleet.faults", "[{provider: api, index: 1, starts_at_s: 1, duration_s: 1}]", ["no replicas"]),
+        ("fleet.faults", "[{pool: large, starts_at_s: 1, duration_s: 0}]", ["duration_s", "greater than 0"]),
+        ("fleet.retries.max_attempts", "0", ["0 is not legal", "at least 1"]),
+        ("fleet.providers.api.tokens_per_minute", "0", ["0", "greater than 0"]),
         ("fleet.pools.large.gpu_usd_per_hour", "-2", ["-2", "at least 0"]),
         ("fleet.pools.large.gpu_usd_per_hour", ".nan", ["nan", "finite"]),
         ("fleet.pools.large.tier", "larg", ["unknown name 'larg'", "did you mean large"]),
@@ -74,6 +92,11 @@ def test_bad_override(key, value, parts):
 
 def test_delay_tolerant_without_a_deadline():
     assert "deadline_s: is missing" in message({"plans.classes.batch.delay_tolerant": "{}"})
+
+
+def test_more_replicas_than_there_may_be():
+    text = message({"fleet.pools.large.replicas": 3, "fleet.pools.large.max_replicas": 2})
+    assert "max_replicas 2" in text and "replicas (3) or more" in text
 
 
 def test_several_problems_give_the_first_and_a_count():

@@ -1,0 +1,113 @@
+"""Faults and scaling of a running emulator: what a gateway in front of it gets to see."""
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from served import FLEET, served
+
+ELASTIC = FLEET.replace("replicas: 2,", "replicas: 2, max_replicas: 3, load_s: 1.0,")
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fleet") / "fleet.yaml"
+    path.write_text(ELASTIC)
+    with served(path) as (base, _):
+        yield base
+
+
+def call(url, body=None):
+    """(status, body) of a GET, or of a POST of JSON."""
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=30) as reply:
+            return reply.status, reply.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def ask(url, station, tokens, stream=False):
+    body = {"prompt": "hi", "max_tokens": tokens, "ignore_eos": True, "stream": stream}
+    return call(f"{url}/{station}/v1/completions", body)
+
+
+def healthy_again(url, station, within_s=20.0):
+    """Waits until a replica is healthy."""
+    end_s = time.monotonic() + within_s
+    while call(f"{url}/{station}/health")[0] != 200:
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
+
+
+def test_a_failed_replica_answers_503_and_comes_back(url):
+    assert call(f"{url}/pool-0/health")[0] == 200
+    replies = {}
+    running = [
+        threading.Thread(target=lambda stream=stream: replies.update({stream: ask(url, "pool-0", 2000, stream)}))
+        for stream in (False, True)
+    ]
+    for thread in running:
+        thread.start()
+    time.sleep(0.5)
+    assert call(f"{url}/emulate/faults", {"station": "pool-0", "duration_s": 0.5})[0] == 200
+    for thread in running:
+        thread.join()
+    assert replies[False][0] == 503 and b"failed" in replies[False][1]
+    assert replies[True][0] == 200 and b"[DONE]" not in replies[True][1]  # the stream breaks off
+    for path in ("health", "metrics", "v1/models"):
+        assert call(f"{url}/pool-0/{path}")[0] == 503
+    assert ask(url, "pool-0", 2)[0] == 503
+    assert ask(url, "pool-1", 2)[0] == 200
+    healthy_again(url, "pool-0")
+    assert ask(url, "pool-0", 2)[0] == 200
+
+
+def test_a_slow_replica_is_slow_for_a_while(url):
+    def seconds():
+        start_s = time.monotonic()
+        assert ask(url, "pool-1", 20)[0] == 200
+        return time.monotonic() - start_s
+
+    healthy_s = seconds()
+    assert call(f"{url}/emulate/faults", {"station": "pool-1", "duration_s": 8.0, "slowdown": 8.0})[0] == 200
+    assert seconds() > 3.0 * healthy_s
+    time.sleep(8.0)
+    assert seconds() < 3.0 * healthy_s
+
+
+def test_a_provider_that_is_down(url):
+    assert call(f"{url}/emulate/faults", {"station": "api", "duration_s": 1.0})[0] == 200
+    status, body = ask(url, "api", 2)
+    assert status == 503 and b"does not answer" in body
+    time.sleep(1.2)
+    assert ask(url, "api", 2)[0] == 200
+
+
+def test_a_pool_scales(url):
+    assert call(f"{url}/pool-2/health")[0] == ask(url, "pool-2", 2)[0] == 503
+    assert call(f"{url}/emulate/replicas", {"pool": "pool", "replicas": 3})[0] == 200
+    assert call(f"{url}/pool-2/health")[0] == 503  # loads its weights
+    healthy_again(url, "pool-2")
+    assert ask(url, "pool-2", 2)[0] == 200
+    assert call(f"{url}/emulate/replicas", {"pool": "pool", "replicas": 2})[0] == 200
+    assert [call(f"{url}/pool-{r}/health")[0] for r in range(3)].count(200) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("faults", [], "no JSON object"),
+        ("faults", {"station": "pool-9", "duration_s": 1}, "pool-9"),
+        ("faults", {"station": "pool-0"}, "duration_s is None"),
+        ("faults", {"station": "pool-0", "duration_s": 1, "slowdown": 0.5}, "slowdown is 0.5"),
+        ("replicas", {"pool": "p", "replicas": 1}, "'p'"),
+        ("replicas", {"pool": "pool", "replicas": "many"}, "'many'"),
+    ],
+)
+def test_what_is_not_legal(url, path, body, words):
+    status, reply = call(f"{url}/emulate/{path}", body)
+    assert status == 400 and words in reply.decode() and "legal" in reply.decode()
