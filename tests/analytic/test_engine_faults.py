@@ -7,6 +7,7 @@ import pytest
 
 from envs.fleet import engine
 from envs.fleet.faults import slow_replica
+from envs.fleet.hashes import load_hashes
 from envs.fleet.profile import constant_profile
 from envs.fleet.provider import provider_available, submit_provider
 from envs.fleet.scaling import advance, fail_replica, set_replicas, takes_requests
@@ -27,9 +28,10 @@ from envs.fleet.state import (
 from envs.workload import faults as f
 
 
-def _fleet(rows=(), providers=(), **changes):
+def _fleet(rows=(), providers=(), max_hashes=0, **changes):
     pool = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "load_s": 10.0, "detect_s": 5.0} | changes
-    fleet = allocate(FleetSpec((PoolSpec("p", constant_profile(1.0), **pool),), providers, 4.0), 1, max(len(rows), 1))
+    spec = FleetSpec((PoolSpec("p", constant_profile(1.0), **pool),), providers, 4.0)
+    fleet = allocate(spec, 1, max(len(rows), 1), max_hashes)
     for i, (prompt, output) in enumerate(rows):
         fleet.requests["prompt_tokens"][0, i], fleet.requests["output_tokens"][0, i] = prompt, output
     fleet.requests["patience_until_s"] = math.inf
@@ -128,6 +130,27 @@ def test_a_dead_replica_answers_no_scrape():
     assert fleet.replicas["state"][0, 0] == STARTING
     advance(*fleet.arrays, 0, 41.0)
     assert (fleet.replicas["scraped_at_s"][0, 0], fleet.replicas["scraped_running"][0, 0]) == (40.0, 0)
+
+
+@pytest.mark.parametrize("connection_errors", [True, False])
+def test_a_failure_empties_the_prefix_cache(connection_errors):
+    """The same prompt of 3 blocks three times: cached for the second, gone for the third, after the crash between."""
+    rows = [(12, 2)] * 3
+    changes = {"prefix_caching": True, "block_size_tokens": 4, "max_num_batched_tokens": 16}
+    fleet = _fleet(rows, **changes, connection_errors=connection_errors, max_hashes=9)
+    load_hashes(fleet, 0, (np.array([3, 3, 3]), np.array([1, 2, 3] * 3)))
+    for i, now_s in enumerate((0.0, 10.0)):
+        advance(*fleet.arrays, 0, now_s)
+        engine.submit(*fleet.arrays, 0, 0, i, now_s)
+    advance(*fleet.arrays, 0, 10.5)
+    assert fleet.replicas["idle_blocks"][0, 0] + fleet.replicas["kv_used_blocks"][0, 0] > 0
+    fail_replica(*fleet.arrays, 0, 0, 20.0, 10.5)
+    advance(*fleet.arrays, 0, 40.0)
+    assert (fleet.replicas["idle_blocks"][0, 0], fleet.replicas["kv_used_blocks"][0, 0]) == (0, 0)
+    engine.submit(*fleet.arrays, 0, 0, 2, 40.0)
+    engine.drain(*fleet.arrays, 0)
+    assert fleet.requests["cached_tokens"][0].tolist() == [0, 8, 0]
+    assert fleet.requests["status"][0].tolist() == [COMPLETED, LOST, COMPLETED]
 
 
 def test_a_slow_replica_takes_factor_times_as_long_from_the_next_iteration_on():

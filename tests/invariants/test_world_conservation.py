@@ -79,12 +79,15 @@ def shaky_scenarios(draw):
             "detect_s": draw(st.sampled_from([0.0, 1.0, 100.0])),
             "connection_errors": draw(st.booleans()),
         }
+        if pool["scheduler"] == "vllm-v1":
+            pool["scheduling_policy"] = draw(st.sampled_from(["fcfs", "priority"]))
     for provider in data["fleet"]["providers"].values():
         provider |= {
             "faults": draw(faults()),
             "error_after_s": draw(st.sampled_from([0.0, 0.4])),
             "tokens_per_minute": draw(st.sampled_from([None, 6000.0])),
         }
+    data["plans"]["classes"]["seats"]["priority"] = draw(st.integers(0, 1))
     data["fleet"]["retries"] = {
         "max_attempts": draw(st.integers(1, 4)),
         "backoff_s": draw(st.sampled_from([0.0, 0.3])),
