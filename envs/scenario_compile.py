@@ -115,7 +115,7 @@ def fleet_spec(scenario: Scenario) -> FleetSpec:
             in_flight_cap=pool.in_flight_cap or NO_CAP,
             watermark_share=pool.watermark_share,
             prefix_caching=pool.prefix_caching,
-            max_replicas=pool.rows,
+            max_replicas=pool.max_replicas or 0,
             min_replicas=pool.min_replicas,
             reserved_replicas=pool.reserved_replicas,
             provision_s=pool.provision_s,

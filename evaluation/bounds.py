@@ -58,6 +58,7 @@ WITHOUT = {
     "missed_lifetime_usd": 0.0,
     "unserved_lifetime_usd": 0.0,
     "max_replicas": 0,
+    "scheduling_policy": "fcfs",
     "reserved_replicas": 0,
 }
 """Value at which something that is not modelled is switched off."""
