@@ -7,98 +7,26 @@ more replicas.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from functools import partial
+import sys
 
-import numpy as np
-
-from agents.export import NAME
 from benchmarks import common
-from envs.scenario import load_scenario
-from envs.vector_env import ObservedWorlds, default_advice
-from envs.worlds import Plant
-from marginroute import features
-from marginroute.guard import GuardedPolicy, GuardLimits
-from marginroute.policy import Network, ResidualPolicy
-from marginroute.view import View
-
-WIDTH = 32
-REPLICAS = {16: (4, 4, 4), 256: (84, 84, 84)}  # small, medium, large: candidates less provider, cache, defer, shed
+from marginroute.cli import main_guard
 
 
-def views_of(plant: Plant, n: int) -> list[View]:
-    """Views of the middle of an episode."""
-    worlds = ObservedWorlds(plant, 1, None, None)
-    worlds.load_all([plant.scenario.generate(0, "train")])
-    found = []
-    for step in range(200 + n):
-        if step >= 200:
-            found.append(worlds.view()[0].copy())
-        worlds.step(worlds.advice.decide_batch(worlds.view()))
-    return found
-
-
-def policy_of(plant: Plant) -> ResidualPolicy:
-    """A residual policy with random weights."""
-    rng = np.random.default_rng(0)
-    spec = features.feature_spec(plant.layout)
-    f, g, h = spec.n_candidate, spec.n_context, WIDTH
-
-    def weights(*shape: int) -> np.ndarray:
-        return rng.normal(0.0, 0.1, shape).astype(np.float32)
-
-    network = Network(weights(f, h), weights(g, h), weights(h), weights(h, h), weights(h), weights(h), np.ones(1, "f4"))
-    return ResidualPolicy(NAME, default_advice(plant), spec, network)
-
-
-def measure(calls: int, function: Callable[[View], object], views: list[View]) -> np.ndarray:
-    """(calls,) microseconds of single calls."""
-    times = np.empty(calls)
-    for i in range(calls):
-        view = views[i % len(views)]
-        start = time.perf_counter_ns()
-        function(view)
-        times[i] = time.perf_counter_ns() - start
-    return times / 1e3
-
-
-def _ignoring_view(function: Callable[..., object], *arguments: object) -> object:
-    """Calls with all arguments but the last, the view."""
-    return function(*arguments[:-1])
-
-
-def main() -> None:
+@main_guard
+def main(argv: list[str] | None = None) -> int:
     """Prints median and p99 at 16 and 256 candidates, and where the time goes."""
-    quick = common.parser(__doc__).parse_args().quick
-    calls = 500 if quick else 5000
-    figures: dict[str, object] = {}
-    for candidates, replicas in REPLICAS.items():
-        names = ("small", "medium", "large")
-        overrides = {f"fleet.pools.{name}.replicas": n for name, n in zip(names, replicas, strict=True)}
-        plant = Plant(load_scenario("quickstart", overrides))
-        assert plant.layout.n_candidates == candidates
-        policy = policy_of(plant)
-        guarded = GuardedPolicy(policy, policy.advice, GuardLimits())
-        views = views_of(plant, 100)
-        measure(200, guarded.decide, views)
-        times = measure(calls, guarded.decide, views)
-        figures[f"median_us_{candidates}"] = round(float(np.median(times)), 1)
-        figures[f"p99_us_{candidates}"] = round(float(np.quantile(times, 0.99)), 1)
-        inputs = policy.inputs(views[0])
-        parts = {
-            "advice": policy.advice.assess,
-            "advice_and_features": policy.inputs,
-            "network": partial(_ignoring_view, policy.logits, inputs),
-            "guard": partial(_ignoring_view, guarded.drift, inputs.context, policy.spec),
-        }
-        figures[f"breakdown_us_{candidates}"] = {
-            name: round(float(np.median(measure(calls, part, views))), 1) for name, part in parts.items()
-        }
+    arguments = common.parser(__doc__).parse_args(argv)
+    from benchmarks import decision_cost
+
     common.emit(
-        "decision", figures, network=f"scorer, width {WIDTH}", policy="guarded residual policy with reason in USD"
+        "decision",
+        decision_cost.figures(arguments.quick),
+        network=f"scorer, width {decision_cost.WIDTH}",
+        policy="guarded residual policy with reason in USD",
     )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

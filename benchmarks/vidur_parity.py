@@ -15,18 +15,18 @@ import json
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks import common
-from envs.calibrate import calibrate_iterations
 from envs.fleet.profile import Profile, compact_profile, tables_profile
-from envs.fleet.replay import replay
-from envs.fleet.state import COMPLETED, FAILED, FleetSpec, PoolSpec
 from envs.tables import FloatArray, read_columns
 from marginroute.cli import main_guard
 from marginroute.errors import InputError
+
+if TYPE_CHECKING:
+    from envs.fleet.state import FleetSpec
 
 SCHEDULERS = {"vllm": ("prefill-first", "max_tokens_in_batch"), "sarathi": ("sarathi", "chunk_size")}
 COLUMNS = ("arrived_at", "prompt_tokens", "output_tokens", "ttft", "e2e", "restarts")
@@ -65,6 +65,8 @@ def parity_spec(path: Path, profile: Profile, quirks: bool = True) -> FleetSpec:
     Raises:
         InputError: An entry is missing, or the case is outside what the engine models.
     """
+    from envs.fleet.state import FleetSpec, PoolSpec
+
     data = _json(path)
     try:
         cluster, result = data["config"]["cluster_config"], data["result"]
@@ -98,6 +100,9 @@ def _errors_pct(ours: FloatArray, truth: FloatArray) -> dict[str, float]:
 
 def compare(truth: dict[str, FloatArray], spec: FleetSpec) -> dict[str, Any]:
     """Differences between the engine and the recorded run."""
+    from envs.fleet.replay import replay
+    from envs.fleet.state import COMPLETED, FAILED
+
     arrived_at, output_tokens = truth["arrived_at"], truth["output_tokens"].astype(np.int64)
     fleet = replay(spec, arrived_at, truth["prompt_tokens"].astype(np.int64), output_tokens)
     done = fleet.requests[0]
@@ -189,6 +194,8 @@ def fit_grid(folder: Path | None, name: str) -> Profile | None:
     paths = [path for ending in (".csv.gz", ".csv") if (path := folder / f"{name}_grid{ending}").is_file()]
     if not paths:
         raise InputError(f"{folder}: no {name}_grid.csv[.gz]; legal is a folder with one grid per table")
+    from envs.calibrate import calibrate_iterations
+
     common.note(f"fitting {name}")
     return compact_profile(name, calibrate_iterations(paths[0], {}))
 

@@ -166,7 +166,15 @@ def loaded(statement, argv=("x",)):
     return {name.split(".")[0] for name in done.stdout.partition("LOADED ")[2].split()}
 
 
-COMMANDS = [("train.py",), ("evaluate.py",), ("export.py",), ("-m", "envs"), ("-m", "marginroute")]
+BENCHMARKS = ("simulator", "training", "decision", "vidur_parity", "dynamo_replay", "fit_accuracy")
+COMMANDS = [
+    *(("-m", f"benchmarks.{name}") for name in BENCHMARKS),
+    ("train.py",),
+    ("evaluate.py",),
+    ("export.py",),
+    ("-m", "envs"),
+    ("-m", "marginroute"),
+]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[-1])
