@@ -4,9 +4,10 @@ Both sides get the same requests (arrival, prompt and output tokens, block hashe
 size, most sequences, token budget) behind a round robin, and the same iteration times: base + prefill tokens x a +
 tokens attended to x b, near an 8B model on an H100, once in Dynamo's `planner_profile_data` and once in our profile.
 
-`requests_per_cpu_s` is the engine alone: Dynamo's is its own clock around the replay (`wall_time_ms`, one thread), ours
-the compiled run. `whole_call` adds what it takes to get there: Dynamo's reading of its JSON lines; our turning of
-hashes into blocks and filling of arrays. The outcomes of the two stand beside each other under `outcome`.
+`requests_per_cpu_s` is the engine alone: of Dynamo the CPU time of the call times the share that its own clock gives to
+the replay (`wall_time_ms`), of ours the compiled run. `whole_call` adds what it takes to get there: Dynamo's reading of
+its JSON lines; our turning of hashes into blocks and filling of arrays. The outcomes stand beside each other under
+`outcome`.
 
 Dynamo is no dependency. It runs in a Python of its own, named by --dynamo-python:
 

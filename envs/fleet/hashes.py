@@ -11,12 +11,32 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from envs.fleet.state import Fleet
 from marginroute.errors import InputError
 
 IntArray = npt.NDArray[np.int64]
 Ragged = tuple[Any, Any]  # counts (M,), hashes (sum of counts,)
+_LARGE = 1 << 60  # from here on hashes are numbered anew, lest their parts overflow
+
+
+@njit(cache=True, nogil=True)
+def _repeated(counts, flat):  # noqa: ANN001, ANN202
+    """A request and a hash that it has twice, or -1, -1; lists that ascend, as most do, are not sorted."""
+    start = 0
+    for i in range(counts.size):
+        own = flat[start : start + counts[i]]
+        start += counts[i]
+        ascending = True
+        for j in range(1, own.size):
+            ascending = ascending and own[j] > own[j - 1]
+        if not ascending:
+            own = np.sort(own)
+            for j in range(1, own.size):
+                if own[j] == own[j - 1]:
+                    return i, own[j]
+    return -1, -1
 
 
 def _ragged(hashes: Ragged, n_requests: int) -> tuple[IntArray, IntArray]:
@@ -29,16 +49,10 @@ def _ragged(hashes: Ragged, n_requests: int) -> tuple[IntArray, IntArray]:
         )
     if flat.size and flat.min() < 0:
         raise InputError(f"block hashes: {flat.min()}; legal is 0 or more")
-    rows = np.repeat(np.arange(n_requests), counts)
-    ascending = np.diff(flat) > 0
-    unsorted = np.unique(rows[1:][~ascending & (np.diff(rows) == 0)])
-    chosen = np.flatnonzero(np.isin(rows, unsorted)) if unsorted.size else unsorted  # most lists ascend as they come
-    order = chosen[np.lexsort((flat[chosen], rows[chosen]))]
-    twice = (np.diff(flat[order]) == 0) & (np.diff(rows[order]) == 0)
-    if twice.any():
-        at = order[int(np.argmax(twice))]
+    i, block_hash = _repeated(counts, flat)
+    if i >= 0:
         raise InputError(
-            f"block hashes: request {rows[at] + 1} has {flat[at]} twice; legal is a hash of a block and all before it"
+            f"block hashes: request {i + 1} has {block_hash} twice; legal is a hash of a block and all before it"
         )
     return counts, flat
 
@@ -66,7 +80,7 @@ def engine_hashes(
         known_tokens: (M,) tokens that the hashes speak of, where they go on into the answer; None: the prompts'.
 
     Returns:
-        Ragged: counts (M,) and hashes, dense from 0.
+        Ragged: counts (M,) and hashes; the numbers of their own are above all others.
 
     Raises:
         InputError: The engine's blocks do not divide the others, or the ragged lists are not legal.
@@ -78,17 +92,27 @@ def engine_hashes(
         )
     parts = hash_block_tokens // block_size_tokens
     given_counts, given = _ragged(hashes, prompt.size)
-    distinct, given = np.unique(given, return_inverse=True)
+    if given.size and given.max() >= _LARGE // parts:
+        given = np.unique(given, return_inverse=True)[1]
     counts = (prompt + output - 1) // block_size_tokens
     spoken = prompt if known_tokens is None else np.asarray(known_tokens, dtype=np.int64)
     known = np.minimum(np.minimum(given_counts * parts, spoken // block_size_tokens), counts)
-    rows = np.repeat(np.arange(prompt.size), counts)
-    at = np.arange(rows.size) - (np.cumsum(counts) - counts)[rows]
-    flat = distinct.size * parts + np.arange(rows.size)
-    shared = at < known[rows]
-    at = at[shared]
-    flat[shared] = given[(np.cumsum(given_counts) - given_counts)[rows[shared]] + at // parts] * parts + at % parts
-    return counts, flat
+    return counts, _cut(given_counts, given, counts, known, parts, (int(given.max(initial=-1)) + 1) * parts)
+
+
+@njit(cache=True, nogil=True)
+def _cut(given_counts, given, counts, known, parts, fresh):  # noqa: ANN001, ANN202
+    """The engine's blocks: of each request `known` ones, parts of the given; the rest is numbered from `fresh`."""
+    flat = np.empty(counts.sum(), dtype=np.int64)
+    at, given_at = 0, 0
+    for i in range(counts.size):
+        for j in range(known[i]):
+            flat[at + j] = given[given_at + j // parts] * parts + j % parts
+        for j in range(known[i], counts[i]):
+            flat[at + j] = fresh + at + j
+        at += counts[i]
+        given_at += given_counts[i]
+    return flat
 
 
 def load_hashes(fleet: Fleet, w: int, hashes: Ragged, check: bool = True) -> None:
