@@ -20,6 +20,7 @@ from envs.worlds import FleetWorlds, Plant
 from marginroute import heuristics, quality
 from marginroute import view as v
 from marginroute.errors import InputError
+from marginroute.gateway_rules import ShippedRule
 from marginroute.heuristics import DifficultyThreshold, MarginParameters, MarginRule, RuleOfThumb
 from marginroute.view import Array, Layout, View
 
@@ -110,6 +111,9 @@ def stack(rules: list[Rule], worlds_each: int) -> Rule:
         sets = [rule.parameters for rule in rules if isinstance(rule, MarginRule)]
         stacked = {f.name: column([getattr(p, f.name) for p in sets], (n, -1)) for f in fields(MarginParameters)}
         return replace(first, parameters=MarginParameters(**stacked))
+    if isinstance(first, ShippedRule):
+        numbers = [f.name for f in fields(first) if isinstance(getattr(first, f.name), float)]
+        return replace(first, **{name: column([getattr(rule, name) for rule in rules], (n, 1)) for name in numbers})
     assert isinstance(first, DifficultyThreshold)
     thresholds = [rule for rule in rules if isinstance(rule, DifficultyThreshold)]
     return replace(
@@ -274,8 +278,11 @@ def tune_baselines(plant: Plant, budget: Budget, progress: Progress = lambda *_:
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     objective = Objective(plant, "train", range(budget.episodes))
     validation = Objective(plant, "validation", range(budget.validation_episodes))
+    from agents import tuning_shipped
+
     searched = ("difficulty-threshold", "expected-margin", "bid-price", "bid-price-fitted")
-    total, done = len(searched) * 2, 0
+    several = [name for name, ranges in tuning_shipped.RANGES.items() if len(ranges) > 1]
+    total, done = 2 * (len(searched) + len(several)), 0
 
     def report() -> None:
         nonlocal done
@@ -302,6 +309,11 @@ def tune_baselines(plant: Plant, budget: Budget, progress: Progress = lambda *_:
         return _tune(suggest, plant, objective, validation, budget, report)
 
     tuned["difficulty-threshold"] = _tune(_difficulty_threshold, plant, objective, validation, budget, report)
+    threshold = tuned["difficulty-threshold"].policy
+    assert isinstance(threshold, DifficultyThreshold)
+    tuned |= tuning_shipped.tune_shipped(
+        objective, validation, lambda suggest: _tune(suggest, plant, objective, validation, budget, report), threshold
+    )
     tuned["expected-margin"] = margin("expected-margin", priced=False)
     tuned["bid-price"] = margin("bid-price", priced=True)
     outcomes = log_outcomes(plant, tuned["bid-price"].policy, range(1000, 1064))
