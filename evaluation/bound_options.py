@@ -10,6 +10,8 @@ the operator's favour:
 - users leave only if no schedule can reach them before their patience ends; deferred requests come back at any time;
 - the mean output length that prices an unserved request is the lowest that the gateway's counter could have reached;
 - a stored answer is never evicted or outdated; a prompt's cached blocks are all those that anyone could have left;
+- pools run as many replicas as they may and pay for no more than they must; nothing fails, but where faults are due a
+  request may be sent again at any time;
 - a follow-up of a session may come as early as its user allows, as late as one likes, or not at all.
 """
 
@@ -107,7 +109,7 @@ def make_options(plant: Plant, workload: Workload, p_good: Floats | None = None)
     flat = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
     order = np.lexsort((flat["tier"], flat["request"]))
     flat = {name: values[order] for name, values in flat.items()}
-    gpu_usd = -float(plant.config[0]["gpu_usd_per_s"]) * workload.horizon_s
+    gpu_usd = -_least_gpu_usd_per_s(plant, workload) * workload.horizon_s
     rate = [p.requests_per_minute / 60.0 for p in providers]
     burst = [p.burst_requests or max(1.0, 10.0 * r) for p, r in zip(providers, rate, strict=True)]
     return Options(
@@ -116,7 +118,7 @@ def make_options(plant: Plant, workload: Workload, p_good: Floats | None = None)
         cached_usd=money.revenue_usd[:, None] - money.refund_usd,
         group=_groups(plant, workload),
         shared_usd=float(plant.terms["seat_usd_per_s"].sum()) * workload.horizon_s + gpu_usd,
-        capacity_s=np.array([float(pool.replicas) for pool in pools] + rate),
+        capacity_s=np.array([float(pool.rows) for pool in pools] + rate),
         burst=np.array([0.0] * len(pools) + burst),
         horizon_s=workload.horizon_s,
         gpu_usd=gpu_usd,
@@ -160,11 +162,16 @@ class _Money:
         if plant.config[0]["cache_capacity"] > 0:
             self.stored_usd = (workload.prompt_key >= 0) * float(plant.config[0]["cache_entry_usd"])
 
-    def answered_usd(self, plant: Plant, workload: Workload, candidate: int, tier: int) -> Floats:
-        """(M,) value of an answer by a candidate that keeps every SLO."""
+    def answered_usd(self, plant: Plant, workload: Workload, candidate: int, tier: int, cached: Floats) -> Floats:
+        """(M,) value of an answer by a candidate that keeps every SLO and has `cached` (M,) prompt tokens."""
         static = plant.static_signals[:, candidate]
-        cost_usd = static[v.CALL_USD] + pricing.tokens_usd(
-            workload.prompt_tokens, workload.output_tokens, static[v.INPUT_USD], static[v.OUTPUT_USD]
+        cost_usd = static[v.CALL_USD] + pricing.answer_usd(
+            workload.prompt_tokens,
+            cached,
+            workload.output_tokens,
+            static[v.INPUT_USD],
+            np.minimum(static[v.CACHED_INPUT_USD], static[v.INPUT_USD]),
+            static[v.OUTPUT_USD],
         )
         return np.asarray(self.revenue_usd - self.refund_usd[:, tier] - cost_usd - self.stored_usd)
 
@@ -202,11 +209,13 @@ def _pool_options(
     """Options of a pool: one per set of kept SLOs that some schedule could keep."""
     candidate = int(np.flatnonzero(plant.layout.station == station)[0])
     prompt, output = workload.prompt_tokens.astype(np.float64), workload.output_tokens.astype(np.float64)
-    cached = _most_cached_tokens(plant, workload, station)
+    caching = plant.spec.pools[station].prefix_caching
+    cached = np.minimum(_most_cached_tokens(workload), prompt - 1.0) if caching else np.zeros(len(prompt))
     prefill_s, decode_s = hull.prefill_work_s(prompt, cached), hull.decode_work_s(prompt, output)
     ttft_s, gaps = hull.least_ttft_s(prompt, cached), output - 1.0
     decoding_s = gaps * hull.least_decode_s
-    value_usd = money.answered_usd(plant, workload, candidate, tier)
+    saved = prompt if caching else np.zeros(len(prompt))  # a restart may find all of its own prompt
+    value_usd = money.answered_usd(plant, workload, candidate, tier, saved)
     columns = []
     for kept in product((True, False), repeat=3):
         useful = _has_credit(money, kept)
@@ -233,21 +242,27 @@ def _pool_options(
     return columns
 
 
-def _most_cached_tokens(plant: Plant, workload: Workload, station: int) -> Floats:
-    """(M,) prompt tokens that the best of luck could find in the pool's prefix cache."""
-    pool, block = plant.spec.pools[station], workload.prefix_block_tokens
+def _most_cached_tokens(workload: Workload) -> Floats:
+    """(M,) prompt tokens that the best of luck could find in a prefix cache: blocks that somebody sent before."""
+    block = workload.prefix_block_tokens
     cached = np.zeros(workload.n_requests)
-    if not pool.prefix_caching or block == 0 or len(workload.prefix_hash) == 0:
+    if block == 0 or len(workload.prefix_hash) == 0:
         return cached
     rows = np.repeat(np.arange(workload.n_requests), workload.prefix_count)
-    _, first, which = np.unique(workload.prefix_hash, return_index=True, return_inverse=True)
-    order = earliest_s(workload)[rows]
-    first_s = np.full(len(first), np.inf)
-    np.minimum.at(first_s, which, order)
-    twice = np.bincount(which)[which] > 1
-    np.add.at(cached, rows, np.where(twice & (first_s[which] <= order), float(block), 0.0))
-    cached[workload.parent_index >= 0] = np.inf  # its own conversation
-    return np.minimum(cached, workload.prompt_tokens - 1.0)
+    order = np.lexsort((rows, earliest_s(workload)[rows]))
+    _, first, which = np.unique(workload.prefix_hash[order], return_index=True, return_inverse=True)
+    sender = rows[order][first][which]
+    np.add.at(cached, rows[order], np.where(sender != rows[order], float(block), 0.0))
+    cached[workload.parent_index >= 0] = np.inf  # its own conversation, answers included
+    return np.minimum(cached, workload.prompt_tokens)
+
+
+def _least_gpu_usd_per_s(plant: Plant, workload: Workload) -> float:
+    """What GPUs cost at least: as many as are paid from the start, or the reserved ones where replicas come and go."""
+    if not plant.config[0]["elastic"] and not len(workload.faults):
+        return float(plant.config[0]["gpu_usd_per_s"])
+    rows = np.concatenate([np.arange(pool.rows) < pool.reserved_replicas for pool in plant.spec.pools])
+    return float(plant.gpu_usd_per_s[rows].sum())
 
 
 def _provider_options(plant: Plant, workload: Workload, money: _Money, p: int, tier: int) -> list[dict[str, Any]]:
@@ -262,10 +277,13 @@ def _provider_options(plant: Plant, workload: Workload, money: _Money, p: int, t
     tpot_ok = (tpot_s <= money.term["slo_tpot_s"] + TOLERANCE_S) | (workload.output_tokens == 1)
     tolerant = money.term["delay_tolerant"] > 0.0
     follows = workload.parent_index >= 0
-    latest_s = np.where(tolerant, workload.deadline_s, np.where(follows, np.inf, 0.0))
-    value_usd = money.answered_usd(plant, workload, candidate, tier)
+    again = follows | bool(len(workload.faults))
+    latest_s = np.where(again, np.inf, np.where(tolerant, workload.deadline_s, 0.0))
+    caching = static[v.PREFIX_CAPACITY_TOKENS] > 0.0
+    cached = _most_cached_tokens(workload) if caching else np.zeros(workload.n_requests)
+    value_usd = money.answered_usd(plant, workload, candidate, tier, cached)
     columns = []
-    settled = tolerant & (follows | (workload.arrived_at_s + workload.deadline_s >= workload.horizon_s))
+    settled = again | (tolerant & (workload.arrived_at_s + workload.deadline_s >= workload.horizon_s))
     settled &= p == plant.config[0]["last_provider"]
     waits_s = np.where(follows, 0.0, workload.horizon_s - workload.arrived_at_s)
     for ttft_kept, e2e_kept in product((True, False), repeat=2):

@@ -33,7 +33,7 @@ MODELLED = frozenset(
     e2e_credit_share unserved_credit_share unserved_credit_usd patience_s delay_tolerant name
     profile replicas tier kv_blocks block_size_tokens max_num_seqs max_num_batched_tokens scheduler
     watermark_share vidur_quirks skip_iterations prefix_caching ttft_s ttft_sigma tpot_s tpot_sigma
-    requests_per_minute burst_requests
+    requests_per_minute burst_requests max_replicas reserved_replicas
     """.split()  # noqa: SIM905
 )
 """Contract terms and settings of pools and providers that the options are made of."""
@@ -41,7 +41,7 @@ HARMLESS = frozenset(
     """
     period_s beyond overage_usd beyond_factor rate_burst window_target window_share
     window_low_target window_low_share in_flight_cap min_replicas provision_s load_s paid_from_load
-    detect_s connection_errors tokens_per_minute burst_tokens error_after_s
+    detect_s connection_errors scheduling_policy tokens_per_minute burst_tokens error_after_s
     """.split()  # noqa: SIM905
 )
 """Those that can only lower what is earned, or mean nothing without one of the next."""
@@ -57,9 +57,6 @@ WITHOUT = {
     "bad_lifetime_usd": 0.0,
     "missed_lifetime_usd": 0.0,
     "unserved_lifetime_usd": 0.0,
-    "max_replicas": 0,
-    "scheduling_policy": "fcfs",
-    "reserved_replicas": 0,
 }
 """Value at which something that is not modelled is switched off."""
 

@@ -1,8 +1,8 @@
 """Rules of thumb: heuristics that rank candidates without money.
 
-They serve an exact cache hit when there is one, never defer, and shed only when nothing else is legal. A candidate whose
-recent calls failed cools down: it ranks behind all others until its errors fade (LiteLLM does so too). Their parameters
-may also hold one value per world, (N, 1), as in tuning.
+They serve an exact cache hit when there is one, never defer, and shed only when nothing else is legal. A candidate
+whose recent calls failed cools down: it ranks behind all others until its errors fade (LiteLLM does so too). Their
+parameters may also hold one value per world, (N, 1), as in tuning.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from agents import baselines
 from agents.quality import fit_quality
 from agents.tuning import Budget, Objective, tune_baselines
 from marginroute.errors import InputError
+from marginroute.gateway_rules import REPLICA_RULES, TIER_RULES
 from marginroute.heuristics import DifficultyThreshold, MarginParameters, MarginRule, from_dict, to_dict
 from marginroute.quality import normal_cdf
 
@@ -16,7 +17,8 @@ NAMES = ("random", "round-robin", "least-in-flight", "difficulty-threshold", "ex
 def test_every_named_baseline_is_tuned(tiny_plant, tiny_tuned):
     tuned, _ = tiny_tuned
     fixed = [f"fixed-{tier}" for tier in tiny_plant.layout.tier_names]
-    assert set(tuned) == {*fixed, *NAMES, "bid-price-fitted"}
+    shipped = {*REPLICA_RULES, *TIER_RULES, "shipped", "shipped-default"} - {"least-request"}
+    assert set(tuned) == {*fixed, *NAMES, *shipped, "bid-price-fitted"}
     for name, found in tuned.items():
         assert found.policy.name == name and np.isfinite(found.validation_usd_per_1k)
     assert tuned["bid-price-fitted"].policy.quality is not None and tuned["bid-price"].policy.quality is None
@@ -26,7 +28,7 @@ def test_every_named_baseline_is_tuned(tiny_plant, tiny_tuned):
 
 def test_every_search_gets_the_same_budget(tiny_tuned):
     tuned, budget = tiny_tuned
-    searched = ("difficulty-threshold", "expected-margin", "bid-price", "bid-price-fitted")
+    searched = ("difficulty-threshold", "expected-margin", "bid-price", "bid-price-fitted", "multi-factor")
     spent = {tuned[name].requests for name in searched}
     assert spent == {2 * budget.population * budget.episodes * 25}  # two restarts of one generation
     assert all(len(tuned[name].restarts_usd_per_1k) == 2 for name in searched)

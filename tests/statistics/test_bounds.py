@@ -83,6 +83,15 @@ def test_no_policy_earns_more_in_any_episode(load_scale):
         assert result.margin_usd.sum() <= bounds.same_information_usd.sum()
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_nor_where_things_fail_and_are_tried_again(seed):
+    scenario = load_scenario("shaky", {"horizon_s": 60.0, "requests_per_episode": 300})
+    results = evaluate_policies(scenario, policies(scenario), 2, first_seed=seed, workers=1)
+    bounds = bound_episodes(scenario, range(seed, seed + 2), workers=1)
+    for result in results.values():
+        assert (result.margin_usd <= bounds.clairvoyant_usd + 1e-9).all()
+
+
 def test_any_prices_give_a_bound_and_the_search_comes_close_to_the_linear_program():
     scenario = load_scenario(
         "quickstart", {**SMALL, "horizon_s": 20.0, "load_scale": 1.0, "fleet.response_cache": None, **TIGHT}
