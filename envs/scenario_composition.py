@@ -10,7 +10,7 @@ from envs.scenario_sessions import ClientsSection, JobsSection, PrefixSection, S
 from envs.workload.clients import Client
 from envs.workload.draws import choose
 from envs.workload.prefixes import PrefixSpec
-from envs.workload.sessions import SessionKind, Step, SubAgents
+from envs.workload.sessions import MAX_CALLS, SessionKind, Step, SubAgents
 from envs.workload.spec import Composition, JobSpec
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ def _session(scenario: Scenario, kind: SessionSection) -> SessionKind:
             step.new_tokens.build(),
             step.output_tokens.build() if step.output_tokens else None,
             step.edit_share,
+            step.edit_keep,
+            (step.from_call, step.to_call or MAX_CALLS),
         )
         for step in kind.steps.values()
     )
@@ -111,6 +113,8 @@ def _session(scenario: Scenario, kind: SessionSection) -> SessionKind:
         ttft_s=kind.ttft_s,
         tpot_s=kind.tpot_s,
         sub_agents=_sub_agents(kind.sub_agents) if kind.sub_agents else None,
+        answer_kept=kind.answer_kept,
+        pace_sigma=kind.pace_sigma,
     )
 
 

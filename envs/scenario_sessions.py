@@ -61,7 +61,10 @@ class StepSection(Section):
     think_s: SecondsSection = Field(description="Seconds from the answer to the next call.")
     new_tokens: LengthSection = Field(description="Tokens added to prompt and answer.")
     output_tokens: LengthSection | None = Field(None, description="Output of the next call; left out: the session's.")
-    edit_share: Share = Field(0.0, description="Of such steps that keep only a part of the conversation.")
+    edit_share: Share = Field(0.0, description="Of such steps that rewrite a part of the conversation.")
+    edit_keep: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.5, description="Mean share that an edit keeps.")
+    from_call: Annotated[int, Field(ge=1)] = Field(1, description="First call after which it may come.")
+    to_call: Annotated[int, Field(ge=1)] | None = Field(None, description="Last one; left out: any.")
 
 
 class SubAgentSection(Section):
@@ -87,6 +90,8 @@ class SessionSection(Section):
     reset_share: Share = Field(0.0, description="Of follow-ups whose context was compacted.")
     reset_tokens: LengthSection | None = Field(None, description="Prompt after that; left out: as the first.")
     max_prompt_tokens: Annotated[int, Field(ge=1)] = Field(128_000, description="A longer context is compacted.")
+    answer_kept: Share = Field(1.0, description="Share of an answer that stays in the context (reasoning may not).")
+    pace_sigma: NonNegative = Field(0.0, description="Spread between sessions of ln of a factor on waiting times.")
     ttft_s: NonNegative = Field(0.5, description="Nominal; only for the nominal time of follow-ups.")
     tpot_s: NonNegative = Field(0.02, description="Nominal; only for the nominal time of follow-ups.")
     sub_agents: SubAgentSection | None = Field(None, description="Agents that calls start; left out: none.")
@@ -96,6 +101,10 @@ class SessionSection(Section):
         for follow in (self.follow_share, self.sub_agents.follow_share if self.sub_agents else {1: 0.0}):
             if 1 not in follow:
                 raise ValueError("has a follow_share without call 1; legal is a share from call 1 on")
+        spans = [(step.from_call, step.to_call or 10**9) for step in self.steps.values()]
+        ends = {1, *(last + 1 for _, last in spans if last < 10**9)}
+        if not all(any(first <= call <= last for first, last in spans) for call in ends):
+            raise ValueError("has calls after which no step may come; legal is a step for every call")
         return self
 
 

@@ -118,18 +118,33 @@ def fano_terms(windows_s: Array, dwell_s: Array) -> Array:
     return 2.0 * dwell_s * (1.0 + np.expm1(-ratio) / ratio)
 
 
-def fit_bursts(rate_per_s: float, windows_s: Array, fano: Array, dwell_s: Array, steps: int = 4000) -> BurstArrivals:
+def fit_bursts(
+    rate_per_s: float,
+    windows_s: Array,
+    fano: Array,
+    dwell_s: Array,
+    span_s: float = math.inf,
+    steps: int = 4000,
+) -> BurstArrivals:
     """The process whose Fano factors come nearest to measured ones, in relative terms.
+
+    What is measured on a recording of n = span / w windows lacks the variance between recordings. On average it is
+    n / (n - 1) (F(w) - F(span) / n), which is what the process is asked to have.
 
     Args:
         rate_per_s: mean arrivals per second.
         windows_s: (W,) windows.
         fano: (W,) measured there; below 1 counts as 1.
         dwell_s: (K,) time scales to choose from.
+        span_s: length of the recording.
         steps: of coordinate descent.
     """
     weight = 1.0 / np.maximum(fano, 1.0)
-    terms = rate_per_s * fano_terms(windows_s, dwell_s) * weight[:, None]
+    seen = fano_terms(windows_s, dwell_s)
+    if math.isfinite(span_s):
+        number = np.floor(span_s / windows_s)[:, None]
+        seen = number / (number - 1.0) * (seen - fano_terms(np.array([span_s]), dwell_s) / number)
+    terms = rate_per_s * seen * weight[:, None]
     target = (np.maximum(fano, 1.0) - 1.0) * weight
     gram, goal = terms.T @ terms, terms.T @ target
     strength = np.zeros(len(dwell_s))
@@ -138,6 +153,6 @@ def fit_bursts(rate_per_s: float, windows_s: Array, fano: Array, dwell_s: Array,
             strength[k] = max(0.0, strength[k] + (goal[k] - gram[k] @ strength) / gram[k, k])
     used = np.flatnonzero(strength > 1e-3 * max(strength.sum(), 1e-12))
     root = np.sqrt(strength[used])
-    cv = max(float(root.sum()), 1.0)  # milder streams leave the rest to plain Poisson arrivals
+    cv = max(float(root.sum()), 0.25)  # the mildest streams that do; plain Poisson arrivals make up the rest
     share = tuple(float(x) for x in root / cv)
     return BurstArrivals(rate_per_s, share, tuple(float(x) for x in dwell_s[used]), (cv,) * len(used))

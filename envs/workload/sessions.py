@@ -4,11 +4,11 @@ A session is drawn call by call, all sessions of a kind at once. After call k it
 on k; what comes next is one of the kind's steps (a user who reads and asks, a tool that returns, retrieval, a retry
 after a failed validation), with its own waiting time and its own number of new tokens:
 
-    prompt[k + 1] = prompt[k] + output[k] + new tokens,   start[k + 1] = end[k] + waiting time
+    prompt[k + 1] = prompt[k] + answer_kept x output[k] + new tokens,   start[k + 1] = end[k] + waiting time
 
 The end is nominal (`ttft_s` + output tokens x `tpot_s`): in a world a follow-up arrives when its parent was answered.
-Contexts that would pass `max_prompt_tokens`, and a share of others, are compacted. A step may keep only a part of the
-conversation (an edited message), which cuts what a prefix cache can find.
+Contexts that would pass `max_prompt_tokens`, and a share of others, are compacted. A step may rewrite the
+conversation from some point on (an edited message), which cuts what a prefix cache can find.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from envs.workload.lengths import LengthMixture
 
 Array = np.ndarray[Any, Any]
 
-_MAX_CALLS = 100_000  # of one session; a guard against follow shares of 1
+MAX_CALLS = 100_000  # of one session; a guard against follow shares of 1
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,11 @@ class Step:
     Attributes:
         weight: relative frequency.
         think_s: seconds from the answer to the next call.
-        new_tokens: tokens added to prompt and answer.
+        new_tokens: tokens added to prompt and answer; of an edit, to what is kept.
         output_lengths: of the next call; None: the session kind's.
-        edit_share: of such steps that keep only a uniformly drawn part of the conversation.
+        edit_share: of such steps that rewrite the conversation from some point on.
+        edit_keep: mean share of the conversation before that point; single ones are 0.5 to 1.5 times that.
+        calls: first and last number of the answered call after which it may come.
     """
 
     weight: float
@@ -45,6 +47,8 @@ class Step:
     new_tokens: LengthMixture
     output_lengths: LengthMixture | None = None
     edit_share: float = 0.0
+    edit_keep: float = 0.5
+    calls: tuple[int, int] = (1, MAX_CALLS)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class SessionKind:
         max_prompt_tokens: longest prompt; a longer one is compacted.
         ttft_s, tpot_s: nominal service times.
         sub_agents: None where a call starts none.
+        answer_kept: share of an answer that stays in the context (reasoning may not).
+        pace_sigma: standard deviation of ln of a factor on all waiting times of a session: some are fast, some slow.
     """
 
     share: float
@@ -94,6 +100,8 @@ class SessionKind:
     ttft_s: float
     tpot_s: float
     sub_agents: SubAgents | None = None
+    answer_kept: float = 1.0
+    pace_sigma: float = 0.0
 
 
 @dataclass
@@ -211,36 +219,40 @@ def _threads(
         "think_s": np.zeros(size),
         "source": np.full(size, -1),
         "kept_tokens": np.zeros(size, dtype=np.int64),
+        "pace": np.exp(kind.pace_sigma * rng.standard_normal(size)) if kind.pace_sigma else np.ones(size),
     }
-    while size and number < _MAX_CALLS:
+    while size and number < MAX_CALLS:
         parts.append({**now, "level": np.full(size, number - 1)})
         share = [value for call, value in follow if call <= number][-1]
         on = np.flatnonzero(rng.random(size) < share)
         row = offset + on
         offset += size
-        now = _next(kind, rng, {name: values[on] for name, values in now.items()}, row)
+        now = _next(kind, rng, {name: values[on] for name, values in now.items()}, row, number)
         size, number = len(on), number + 1
-    names = parts[0] if parts else {}
+    names = [name for name in parts[0] if name != "pace"] if parts else []
     return Calls(**{name: np.concatenate([part[name] for part in parts]) for name in names})
 
 
-def _next(kind: SessionKind, rng: np.random.Generator, now: dict[str, Array], row: Array) -> dict[str, Array]:
-    """The calls that follow calls `now`, whose rows are `row`."""
+def _next(
+    kind: SessionKind, rng: np.random.Generator, now: dict[str, Array], row: Array, number: int
+) -> dict[str, Array]:
+    """The calls that follow calls `now`, the `number`-th of their threads, whose rows are `row`."""
     size = len(row)
-    edges = np.cumsum([step.weight for step in kind.steps])
+    edges = np.cumsum([step.weight * (step.calls[0] <= number <= step.calls[1]) for step in kind.steps])
     chosen = np.minimum(np.searchsorted(edges, rng.random(size) * edges[-1], side="right"), len(edges) - 1)
     think_s, new, output = np.zeros(size), np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
     kept = now["prompt_tokens"].copy()
     for index, step in enumerate(kind.steps):
         mine = np.flatnonzero(chosen == index)
-        think_s[mine] = step.think_s.draw(rng, len(mine))
+        think_s[mine] = step.think_s.draw(rng, len(mine)) * now["pace"][mine]
         new[mine] = _tokens(step.new_tokens, rng, len(mine))
         output[mine] = _tokens(step.output_lengths or kind.output_lengths, rng, len(mine))
         if step.edit_share:
             edited = mine[rng.random(len(mine)) < step.edit_share]
-            kept[edited] = (kept[edited] * rng.random(len(edited))).astype(np.int64)
-    whole = kept == now["prompt_tokens"]
-    prompt = np.where(whole, now["prompt_tokens"] + now["output_tokens"], kept) + new
+            part = np.minimum(step.edit_keep * (0.5 + rng.random(len(edited))), 1.0)
+            kept[edited] = (kept[edited] * part).astype(np.int64)
+    whole = now["prompt_tokens"] + (kind.answer_kept * now["output_tokens"]).astype(np.int64)
+    prompt = np.where(kept == now["prompt_tokens"], whole, kept) + new
     reset = (prompt > kind.max_prompt_tokens) | (rng.random(size) < kind.reset_share)
     short = np.minimum(_tokens(kind.reset_tokens, rng, size), kind.max_prompt_tokens)
     prompt = np.where(reset, short, prompt)
@@ -253,6 +265,7 @@ def _next(kind: SessionKind, rng: np.random.Generator, now: dict[str, Array], ro
         "think_s": think_s,
         "source": row,
         "kept_tokens": np.where(reset, 0, kept),
+        "pace": now["pace"],
     }
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from envs.workload.arrivals import GammaArrivals, MmppArrivals
-from envs.workload.fit import fit_lengths, fit_mmpp, ks_distance
+from envs.workload.fit_arrivals import fit_mmpp
+from envs.workload.fit_lengths import fit_lengths, ks_distance
 from envs.workload.generator import generate
 from envs.workload.lengths import LengthMixture
 from envs.workload.quality import QualityTruth, mean_ability

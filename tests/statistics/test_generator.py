@@ -189,12 +189,23 @@ def test_a_warm_start_has_chats_under_way():
     assert warm.arrived_at_s.min() >= 0.0 and warm.arrived_at_s.max() < 300.0
 
 
-def test_edits_and_compaction_lose_the_prefix():
-    step = {"think_s": seconds(5), "new_tokens": fixed(50), "edit_share": 1.0}
-    for kind in (chat(steps={"user": step}), chat(reset_share=1.0), chat(max_prompt_tokens=1100)):
+def test_edits_keep_a_part_and_compaction_nothing():
+    step = {"think_s": seconds(5), "new_tokens": fixed(500), "edit_share": 1.0, "edit_keep": 0.4}
+    drawn = scenario(4000.0, 0.5, sessions={"chat": chat(steps={"user": step})}, prefixes={"block_tokens": 1})
+    workload = drawn.generate(0)
+    second = np.flatnonzero(workload.prompt_tokens[workload.parent_index] == 1000)
+    second = second[workload.parent_index[second] >= 0]
+    first = np.cumsum(workload.prefix_count) - workload.prefix_count
+    kept = []
+    for row in second:
+        mine, before = first[row], first[workload.parent_index[row]]
+        both = workload.prefix_hash[mine : mine + 1000] == workload.prefix_hash[before : before + 1000]
+        kept.append(int(both.sum()))
+        assert both[: kept[-1]].all() and workload.prompt_tokens[row] == kept[-1] + 500
+    assert min(kept) >= 200 and max(kept) <= 600 and np.mean(kept) == pytest.approx(400, abs=15)
+    for kind in (chat(reset_share=1.0), chat(max_prompt_tokens=1100)):
         workload = scenario(4000.0, 0.5, sessions={"chat": kind}, prefixes={"block_tokens": 100}).generate(0)
-        hits = hit_curve(workload.prefix_hash, workload.prefix_count, 100, workload.prompt_tokens, np.array([np.inf]))
-        assert hits[0] < 0.35 and workload.prompt_tokens.max() <= 100_000
+        assert len(np.unique(workload.prefix_hash)) == len(workload.prefix_hash)
 
 
 def test_agents_fan_out_and_the_run_waits_for_the_slowest():

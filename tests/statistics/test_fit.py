@@ -1,0 +1,157 @@
+"""The fit: figures that were put in come out, what it prints can be loaded, and the shipped files can be drawn."""
+
+import numpy as np
+import pytest
+import yaml
+
+from envs.scenario import load_scenario
+from envs.scenario_files import CONFIGS, read_yaml
+from envs.scenario_workload import WorkloadSection
+from envs.workload.arrivals import GammaArrivals
+from envs.workload.arrivals_bursts import BurstArrivals
+from envs.workload.clients import Client
+from envs.workload.durations import SecondsMixture
+from envs.workload.fit import main
+from envs.workload.fit_check import compare
+from envs.workload.fit_model import Model, Sizes, fit, parts
+from envs.workload.fit_sessions import fit_session, link_calls
+from envs.workload.fit_text import text_of
+from envs.workload.lengths import LengthMixture
+from envs.workload.prefixes import PrefixSpec
+from envs.workload.sessions import SessionKind, Step
+from envs.workload.statistics import fano
+from envs.workload.traces import Trace
+from marginroute.errors import InputError
+
+SHORT = LengthMixture((1.0,), (300.0,), (0.5,), 1, 5000)
+WAIT = SecondsMixture((1.0,), (60.0,), (0.7,), 2000.0)
+
+
+def chats(edit_share=0.0):
+    step = Step(1.0, WAIT, LengthMixture((1.0,), (200.0,), (0.8,), 1, 5000), None, edit_share)
+    first = LengthMixture((1.0,), (3000.0,), (0.6,), 1, 40_000)
+    return SessionKind(1.0, -1, first, SHORT, ((1, 0.4), (2, 0.7)), (step,), 0.0, first, 100_000, 0.0, 0.0)
+
+
+TRUTH = Model(
+    GammaArrivals(1.0, 1.0), SHORT, SHORT, (), (chats(),), PrefixSpec(128, 128, (0,)), warm_up_s=3000.0, complete=False
+)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """An hour of chats of which only hashes tell what belongs together."""
+    return TRUTH.draw(4000.0, 0)
+
+
+def test_chats_are_found_again_from_hashes_alone(recorded):
+    links = link_calls(recorded)
+    assert links.common_tokens == 128 and not links.complete
+    kind = fit_session(recorded, links, 3)
+    follow = dict(kind.follow_share)
+    assert follow[1] == pytest.approx(0.4, abs=0.04) and follow[3] == pytest.approx(0.7, abs=0.05)
+    gaps = kind.steps[0].think_s.draw(np.random.default_rng(0), 20_000)
+    assert np.median(gaps) == pytest.approx(60.0, rel=0.1) and kind.answer_kept == 1.0
+    new = kind.steps[-1].new_tokens
+    assert new.mean_tokens() == pytest.approx(chats().steps[0].new_tokens.mean_tokens(), rel=0.15)
+
+
+def test_a_fitted_stream_is_like_rows_that_were_not_fitted(recorded):
+    first, later = parts(recorded, 0.6)
+    lines = compare(fit(first, Sizes(4, 4)), first, later, 4)
+    text = "\n".join(lines)
+    distance = [float(line.split(": ")[1].split(" ")[0]) for line in lines if "KS of" in line]
+    points = float(next(line for line in lines if "points" in line).split("sizes ")[1].split(" points")[0])
+    assert max(distance) < 0.07, text
+    assert points < 4.0, text
+
+
+def test_clients_are_fitted_one_by_one():
+    own = [
+        Client(
+            0.7, 0, 0, arrivals=BurstArrivals(1.0, (0.9,), (5.0,), (1.5,)), prompt_lengths=SHORT, output_lengths=SHORT
+        ),
+        Client(0.2, 0, 0, arrivals=GammaArrivals(1.0, 1.0), prompt_lengths=SHORT, output_lengths=SHORT),
+        Client(0.1, 0, 0, arrivals=GammaArrivals(1.0, 1.0), prompt_lengths=SHORT, output_lengths=SHORT),
+    ]
+    rng = np.random.default_rng(0)
+    times = [client.arrivals.scaled(8.0 * client.share).draw(rng, 6000.0) for client in own]
+    at_s = np.concatenate(times)
+    order = np.argsort(at_s)
+    tokens = np.concatenate([np.full(len(t), 10 ** (number + 1)) for number, t in enumerate(times)])[order]
+    tenant = np.repeat(["a", "b", "c"], [len(t) for t in times])[order]
+    trace = Trace(
+        "", at_s[order] - at_s[order][0], tokens.astype(np.int32), tokens.astype(np.int32), tenant_name=tenant
+    )
+    model = fit(trace)
+    assert [round(client.share, 1) for client in model.clients] == [0.7, 0.2, 0.1]
+    assert [round(client.prompt_lengths.median_tokens[0]) for client in model.clients] == [10, 100, 1000]
+    drawn = np.mean([fano(model.draw(6000.0, seed).arrived_at_s, 10.0) for seed in range(6)])
+    assert drawn == pytest.approx(fano(trace.arrived_at_s, 10.0), rel=0.3)
+
+
+def whole_sessions():
+    """Sessions recorded to their end, one a minute."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for session in range(120):
+        at, prompt, parent = 60.0 * session, 1000, -1
+        for _ in range(int(rng.integers(2, 9))):
+            rows.append((at, prompt, 50, session, parent, 0.0 if parent == -1 else 20.0))
+            parent = (session, at)
+            at, prompt = at + 1.0 + 20.0, prompt + 250
+    rows.sort(key=lambda row: row[0])
+    place = {(row[3], row[0]): number for number, row in enumerate(rows)}
+    at, prompt, output, session, parent, think = zip(*rows, strict=True)
+    return Trace(
+        "",
+        np.array(at),
+        np.array(prompt, dtype=np.int32),
+        np.array(output, dtype=np.int32),
+        session_index=np.array(session, dtype=np.int32),
+        parent_index=np.array([place.get(key, -1) for key in parent], dtype=np.int32),
+        think_s=np.array([np.nan if key == -1 else wait for key, wait in zip(parent, think, strict=True)]),
+        e2e_s=np.ones(len(at)),
+    )
+
+
+def test_whole_sessions_are_split_by_session():
+    trace = whole_sessions()
+    first, later = parts(trace, 0.5)
+    assert first.session_index.max() == later.session_index.max() == 59
+    even, odd = parts(trace, 0.5, 1.0)
+    assert even.n_requests + odd.n_requests == trace.n_requests
+    model = fit(first, Sizes(2, 2, kinds=1))
+    assert model.complete and model.arrivals.mean_rate_per_s() == pytest.approx(1 / 60.0, rel=0.01)
+    (kind,) = model.sessions
+    assert kind.ttft_s + 50 * kind.tpot_s == pytest.approx(1.0, abs=0.01)
+    assert np.median(kind.steps[0].think_s.draw(np.random.default_rng(0), 999)) == pytest.approx(20.0, rel=0.02)
+    assert kind.steps[0].new_tokens.median_tokens[-1] == pytest.approx(200.0, rel=0.01)
+
+
+def test_what_is_printed_is_a_workload(recorded):
+    for model in (fit(recorded, Sizes(3, 3)), fit(whole_sessions(), Sizes(2, 2))):
+        section = WorkloadSection.model_validate(yaml.safe_load(text_of(model, ["a note"], 'a "title"', "a source")))
+        assert section.arrivals.build().mean_rate_per_s() == pytest.approx(model.arrivals.mean_rate_per_s(), rel=1e-3)
+        assert len(section.sessions) == len(model.sessions)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "workloads").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_workloads_can_be_drawn(path):
+    section = WorkloadSection.model_validate(read_yaml(path))
+    assert section.title
+    rate = {"horizon_s": 600.0, "load_scale": 1.0}
+    changes = {f"fleet.pools.{pool}.kv_blocks": 200_000 for pool in ("small", "medium", "large")}
+    workload = load_scenario("azure_conversation", {"workload": path.stem, **rate, **changes}).generate(0)
+    assert workload.n_requests >= 1 and (workload.prefix_block_tokens > 0) == (section.prefixes is not None)
+
+
+def test_errors_of_the_command(tmp_path, capsys):
+    few = tmp_path / "few.csv"
+    few.write_text("arrived_at,prompt_tokens,output_tokens\n" + "".join(f"{s},5,5\n" for s in range(20)))
+    assert main([str(few)]) == 2
+    assert "to fit; legal is 50 or more" in capsys.readouterr().err
+    assert main([str(few), "--fit-share", "0"]) == 2
+    assert "legal is 0.1 to 1" in capsys.readouterr().err
+    with pytest.raises(InputError, match="keep chats together"):
+        parts(TRUTH.draw(200.0, 1), 0.6, 60.0)
