@@ -18,11 +18,14 @@ Order of an iteration (`start_iteration`), by scheduler:
 With prefix caching (prefix.py) a request is admitted with the blocks that are cached for it, and prefills the rest.
 
 `extras` is True or None, a constant of compilation: each kernel is compiled for both. With None everything that a pool
-may have beyond plain batching (prefix caching, priorities) is left out, and costs nothing.
+may have beyond plain batching (prefix caching, priorities, speculation) is left out, and costs nothing.
 
 At most one running request is ever in the middle of its prefill: nothing is admitted behind a chunk that did not fit.
 
-A decode batch that does not change is a *segment*: its j-th iteration takes first_s + j growth_s (see iteration.py)
+With speculative decoding (speculation.py) an iteration advances the decodes by several tokens, all by the same number;
+`counter` counts tokens, and a request whose last token comes in the middle ends with the iteration.
+
+A decode batch that does not change is a *segment*: its j-th iteration takes first_s + j growth_s (iteration.py)
 until one of its requests finishes, the mean length leaves its bin, the blocks run out, or somebody arrives. The
 scheduler plans as many iterations as are safe and looks again afterwards; an iteration planned for one event or for a
 thousand ends at segment_start_s plus the same closed form, so results do not depend on how far is skipped.
@@ -48,6 +51,7 @@ from envs.fleet.iteration import (
     decode_bin,
     decode_growth,
     decode_seconds,
+    draft_seconds,
     prefill_seconds,
     token_seconds,
 )
@@ -65,6 +69,7 @@ from envs.fleet.queues import (
     wait_prepend,
     worst_running,
 )
+from envs.fleet.speculation import elapsed_s, iterations_within, next_tokens, open_segment, tokens_between
 from envs.fleet.state import ABANDONED, COMPLETED, PREFILL_FIRST, VLLM_V1
 
 
@@ -72,12 +77,6 @@ from envs.fleet.state import ABANDONED, COMPLETED, PREFILL_FIRST, VLLM_V1
 def blocks_for(pool, tokens):
     """KV blocks that hold `tokens` tokens."""
     return (tokens + pool.block_size_tokens - 1) // pool.block_size_tokens
-
-
-@njit(cache=True, nogil=True)
-def elapsed_s(rep, iterations):
-    """Seconds from the start of the segment to the end of its n-th iteration."""
-    return iterations * rep.first_s + rep.growth_s * (0.5 * iterations * (iterations - 1))
 
 
 @njit(cache=True, nogil=True)
@@ -183,15 +182,15 @@ def _preempt(pool, extras, rep, slots, requests, w, r, i):
 
 
 @njit(cache=True, nogil=True)
-def _decode_need(pool, rep, request):
-    """KV blocks that a decode needs for the next iteration."""
+def _decode_need(pool, rep, request, tokens):
+    """KV blocks that a decode needs for its next tokens."""
     cached = request.computed + rep.counter - request.joined_at
-    return blocks_for(pool, cached + 1) - blocks_for(pool, cached)
+    return blocks_for(pool, cached + tokens) - blocks_for(pool, cached)
 
 
 @njit(cache=True, nogil=True)
-def _make_room(pool, extras, rep, slots, requests, w, r, i, demand):
-    """Preempts until `demand` blocks are free for running request i.
+def _make_room(pool, extras, rep, slots, requests, w, r, i, demand, tokens):
+    """Preempts until `demand` blocks are free for running request i; a decode gets `tokens` tokens in this iteration.
 
     Returns:
         0 where they were, 1 if others had to go, 2 if request i itself had to.
@@ -202,7 +201,7 @@ def _make_room(pool, extras, rep, slots, requests, w, r, i, demand):
         if extras is not None and pool.priorities:
             victim, before = worst_running(rep, requests, w, i)
             if before:
-                granted = _decode_need(pool, rep, requests[w, victim])
+                granted = _decode_need(pool, rep, requests[w, victim], tokens)
         _preempt(pool, extras, rep, slots, requests, w, r, victim)
         rep.kv_used_blocks -= granted
         preempted = 2 if victim == i else 1
@@ -210,8 +209,8 @@ def _make_room(pool, extras, rep, slots, requests, w, r, i, demand):
 
 
 @njit(cache=True, nogil=True)
-def _squeeze(pool, extras, rep, slots, requests, w, r):
-    """Gives every decode, in order, the block it needs, preempting the last in the running list or of the worst level.
+def _squeeze(pool, extras, rep, slots, requests, w, r, tokens):
+    """Gives every decode, in order, the blocks it needs, preempting the last in the running list or of the worst level.
 
     Returns:
         0 if nothing was preempted, 2 if a request had to preempt itself, which ends the iteration's decodes, else 1.
@@ -221,9 +220,9 @@ def _squeeze(pool, extras, rep, slots, requests, w, r):
     while i >= 0:
         request = requests[w, i]
         if request.joined_at >= 0:
-            need = _decode_need(pool, rep, request)
+            need = _decode_need(pool, rep, request, tokens)
             demand = 1 if pool.vidur_quirks else need
-            made = _make_room(pool, extras, rep, slots, requests, w, r, i, demand)
+            made = _make_room(pool, extras, rep, slots, requests, w, r, i, demand, tokens)
             preempted = max(preempted, made)
             if made == 2:
                 _stall(pool, rep, slots, requests, w, int(request.after))
@@ -234,25 +233,26 @@ def _squeeze(pool, extras, rep, slots, requests, w, r):
 
 
 @njit(cache=True, nogil=True)
-def _squeeze_until_somebody_runs(pool, extras, rep, slots, requests, w, r):
-    """`_squeeze`; where it leaves nobody to run, a step of no time passes and the scheduler looks again."""
-    preempted = _squeeze(pool, extras, rep, slots, requests, w, r)
-    while preempted == 2 and rep.batch == 0:
-        _resume_stalled(pool, rep, slots, requests, w, r)
-        if rep.batch == 0:
-            return 0
-        preempted = _squeeze(pool, extras, rep, slots, requests, w, r)
-    return preempted
+def _blocks_over(pool, rep, slots, w, first, last):
+    """KV blocks that the decode batch takes for its next tokens, from `first` up to, but not, `last`."""
+    size = pool.block_size_tokens
+    cycles = max(last - first, 0) // size
+    blocks = cycles * rep.batch
+    for j in range(first + cycles * size, last):
+        blocks += slots[w, rep.slot_at + (rep.counter + j) % size].boundaries
+    return blocks
 
 
 @njit(cache=True, nogil=True)
-def _grant_decode_blocks(pool, extras, rep, slots, requests, w, r):
-    """Takes the blocks that the decode batch needs for one iteration; returns what `_squeeze` does."""
+def _grant_decode_blocks(pool, extras, rep, slots, requests, w, r, tokens):
+    """Takes the blocks that the decode batch needs for an iteration of `tokens` each; returns what `_squeeze` does."""
     need = slots[w, rep.slot_at + rep.counter % pool.block_size_tokens].boundaries
+    if extras is not None:
+        need += _blocks_over(pool, rep, slots, w, 1, tokens)
     if rep.kv_used_blocks + need + pool.vidur_quirks <= pool.kv_blocks:
         rep.kv_used_blocks += need
         return 0
-    return _squeeze_until_somebody_runs(pool, extras, rep, slots, requests, w, r)
+    return _squeeze(pool, extras, rep, slots, requests, w, r, tokens)
 
 
 @njit(cache=True, nogil=True)
@@ -356,49 +356,63 @@ def _admit_whole(pool, extras, world, rep, slots, requests, w, now_s):
 
 
 @njit(cache=True, nogil=True)
-def _safe_iterations(pool, tables, rep, slots, w, r, bin_index):
+def _safe_iterations(pool, extras, tables, rep, slots, w, r, bin_index):
     """Decode iterations that need no scheduler in between; the first already has its blocks."""
+    in_bin = bin_iterations(pool, tables, rep.batch, rep.kv_sum, bin_index)
     until_finish = slots[w, rep.slot_at].finish_at - rep.counter
-    bound = min(bin_iterations(pool, tables, rep.batch, rep.kv_sum, bin_index), until_finish)
+    bound = min(in_bin, until_finish)
+    first, last = 1, bound
+    if extras is not None and rep.pace > 0:
+        bound = min(iterations_within(rep, in_bin - 1), iterations_within(rep, until_finish - 1)) + 1
+        first = tokens_between(rep, rep.done, rep.done + 1)
+        last = tokens_between(rep, rep.done, rep.done + bound)
     free = pool.kv_blocks - rep.kv_used_blocks - pool.vidur_quirks
     size = pool.block_size_tokens
-    if bound <= 1 or free >= rep.batch * ((bound - 1) // size + 1):
+    if bound <= 1 or free >= rep.batch * ((last - first) // size + 1):
         return bound
     if free < 0:
         return 1
     further = free // rep.batch * size
     free -= free // rep.batch * rep.batch
-    while further < bound - 1:
-        need = slots[w, rep.slot_at + (rep.counter + 1 + further) % size].boundaries
+    while further < last - first:
+        need = slots[w, rep.slot_at + (rep.counter + first + further) % size].boundaries
         if need > free:
             break
         free -= need
         further += 1
+    if extras is not None and rep.pace > 0:
+        return min(bound, iterations_within(rep, first + further))
     return min(bound, 1 + further)
 
 
 @njit(cache=True, nogil=True)
-def _plan_decodes(pool, tables, rep, slots, w, r, preempted, now_s):
+def _plan_decodes(pool, extras, tables, rep, slots, w, r, pace, preempted, now_s):
     """Continues the segment of an unchanged batch, or opens a new one, and says how far it may run."""
     bin_index = decode_bin(pool, tables, rep.batch, rep.kv_sum)
-    if rep.changed or bin_index != rep.segment_bin:
+    if rep.changed or bin_index != rep.segment_bin or (extras is not None and pace != rep.pace):
         rep.changed = 0
         rep.segment_bin = bin_index
         rep.segment_start_s = now_s
-        rep.done = 0
-        rep.first_s = token_seconds(pool, tables, rep.batch) + decode_seconds(
-            pool, tables, rep.batch, rep.kv_sum, bin_index
-        )
+        attention_s = decode_seconds(pool, tables, rep.batch, rep.kv_sum, bin_index)
         rep.growth_s = decode_growth(pool, tables, rep.batch, bin_index)
+        if extras is not None and pace > 0:
+            rep.first_s = token_seconds(pool, tables, rep.batch * (1 + pool.draft_tokens)) + attention_s
+            rep.first_s += draft_seconds(pool, tables, rep.batch, attention_s)
+            rep.growth_s *= 1.0 + pool.draft_tokens * pool.draft_cost
+        else:
+            rep.first_s = token_seconds(pool, tables, rep.batch) + attention_s
         if rep.slowdown != 1.0:
             rep.first_s *= rep.slowdown
             rep.growth_s *= rep.slowdown
+        if extras is not None:
+            open_segment(rep, pace)
+        rep.done = 0
     iterations = 1
     if pool.skip_iterations and not preempted:
-        iterations = _safe_iterations(pool, tables, rep, slots, w, r, bin_index)
+        iterations = _safe_iterations(pool, extras, tables, rep, slots, w, r, bin_index)
     rep.decodes = 1
     rep.planned = rep.done + iterations
-    rep.iteration_end_s = rep.segment_start_s + elapsed_s(rep, rep.done + 1)
+    rep.iteration_end_s = rep.segment_start_s + elapsed_s(extras, rep, rep.done + 1)
 
 
 @njit(cache=True, nogil=True)
@@ -409,7 +423,16 @@ def go_idle(rep, now_s):
     rep.busy_from_s = math.inf
     rep.iteration_end_s = math.inf
     rep.idle_from_s = now_s
-    rep.planned = rep.done = 0
+    rep.planned = 0
+    open_segment(rep, 0)
+
+
+@njit(cache=True, nogil=True)
+def _speculate(pool, extras, rep):
+    """Pace of the next iteration, tokens that it yields to every decode, and tokens that it checks of each."""
+    if extras is not None and pool.pace > 0 and rep.batch <= pool.speculation_max_batch:
+        return int(pool.pace), int(next_tokens(rep, pool.pace)), int(1 + pool.draft_tokens)
+    return 0, 1, 1
 
 
 @njit(cache=True, nogil=True)
@@ -420,6 +443,7 @@ def start_iteration(pool, extras, tables, world, rep, slots, requests, w, r, now
     products, prefixes, rounded = 0.0, 0, 0
     chunk, prefix, preempted = 0, 0, 0
     decodes = 1
+    pace, tokens_each, checked = _speculate(pool, extras, rep)
     if pool.scheduler == PREFILL_FIRST:
         prefills, tokens, squares, products, prefixes, rounded = _admit_whole(
             pool, extras, world, rep, slots, requests, w, now_s
@@ -427,11 +451,18 @@ def start_iteration(pool, extras, tables, world, rep, slots, requests, w, r, now
         if prefills > 0:
             decodes = 0
         elif rep.batch > 0:
-            preempted = _grant_decode_blocks(pool, extras, rep, slots, requests, w, r)
+            preempted = _grant_decode_blocks(pool, extras, rep, slots, requests, w, r, tokens_each)
     else:
         if rep.batch > 0:
-            preempted = _grant_decode_blocks(pool, extras, rep, slots, requests, w, r)
-        budget = pool.max_num_batched_tokens - rep.batch
+            preempted = _grant_decode_blocks(pool, extras, rep, slots, requests, w, r, tokens_each)
+        if extras is not None:
+            while preempted == 2 and rep.batch == 0:  # nobody can run: a step of no time, then the scheduler looks again
+                _resume_stalled(pool, rep, slots, requests, w, r)
+                pace, tokens_each, checked = _speculate(pool, extras, rep)
+                preempted = 0
+                if rep.batch > 0:
+                    preempted = _grant_decode_blocks(pool, extras, rep, slots, requests, w, r, tokens_each)
+        budget = pool.max_num_batched_tokens - rep.batch * checked
         i = int(rep.partial)
         if i >= 0 and budget > 0 and preempted < 2:
             request = requests[w, i]
@@ -440,7 +471,7 @@ def start_iteration(pool, extras, tables, world, rep, slots, requests, w, r, now
             blocks = 0
             if pool.scheduler == VLLM_V1:
                 blocks = blocks_for(pool, prefix + chunk) - blocks_for(pool, prefix)
-            made = _make_room(pool, extras, rep, slots, requests, w, r, i, blocks)
+            made = _make_room(pool, extras, rep, slots, requests, w, r, i, blocks, tokens_each)
             preempted = max(preempted, made)
             if made == 2:
                 chunk = 0
@@ -468,14 +499,17 @@ def start_iteration(pool, extras, tables, world, rep, slots, requests, w, r, now
     if rep.busy_from_s > now_s:
         rep.busy_from_s = now_s
     if prefills == 0:
-        _plan_decodes(pool, tables, rep, slots, w, r, preempted, now_s)
+        _plan_decodes(pool, extras, tables, rep, slots, w, r, pace, preempted, now_s)
         return
     seconds = prefill_seconds(pool, tables, prefills, squares, products, float(prefixes), rounded)
     batch = rep.batch if decodes else 0
-    seconds += token_seconds(pool, tables, tokens + batch)
+    seconds += token_seconds(pool, tables, tokens + batch * checked)
     if batch > 0:
         bin_index = decode_bin(pool, tables, batch, rep.kv_sum)
-        seconds += decode_seconds(pool, tables, batch, rep.kv_sum, bin_index)
+        attention_s = decode_seconds(pool, tables, batch, rep.kv_sum, bin_index)
+        seconds += attention_s
+        if pace > 0:
+            seconds += draft_seconds(pool, tables, batch, attention_s)
     seconds *= rep.slowdown
     rep.prefill_tokens_done += tokens
     rep.decodes = decodes if batch > 0 else 0
@@ -483,28 +517,31 @@ def start_iteration(pool, extras, tables, world, rep, slots, requests, w, r, now
     rep.segment_start_s = now_s
     rep.first_s = seconds
     rep.growth_s = 0.0
+    if extras is not None:
+        open_segment(rep, pace if batch > 0 else 0)
     rep.done = 0
     rep.planned = 1
     rep.iteration_end_s = now_s + seconds
 
 
 @njit(cache=True, nogil=True)
-def count_iterations(pool, rep, slots, w, r, iterations):
+def count_iterations(pool, extras, rep, slots, w, r, iterations):
     """Books `iterations` ended iterations of the segment, and the blocks of those that thereby started."""
+    done = rep.done
     rep.iterations += iterations
     rep.done += iterations
     if rep.decodes == 0:
         return
     started = iterations if rep.done < rep.planned else iterations - 1
-    size = pool.block_size_tokens
+    first, last, tokens = 1, 1 + started, iterations
+    if extras is not None and rep.pace > 0:
+        first = tokens_between(rep, done, done + 1)
+        last = tokens_between(rep, done, done + 1 + started)
+        tokens = tokens_between(rep, done, done + iterations)
     if started > 0:
-        cycles = started // size
-        blocks = cycles * rep.batch
-        for j in range(cycles * size, started):
-            blocks += slots[w, rep.slot_at + (rep.counter + 1 + j) % size].boundaries
-        rep.kv_used_blocks += blocks
-    grown = iterations * rep.batch
-    rep.counter += iterations
+        rep.kv_used_blocks += _blocks_over(pool, rep, slots, w, first, last)
+    grown = tokens * rep.batch
+    rep.counter += tokens
     rep.kv_sum += grown
     rep.decoding_tokens += grown
     rep.decode_tokens_done += grown
@@ -515,7 +552,8 @@ def _complete(world, rep, requests, w, i, now_s):
     request = requests[w, i]
     running_remove(rep, requests, w, i)
     rep.decoding -= 1
-    rep.decoding_tokens -= request.prompt_tokens + request.output_tokens
+    rep.decoding_tokens -= request.computed + 1
+    rep.decode_tokens_done -= request.computed + 1 - request.prompt_tokens - request.output_tokens
     _end_request(world, rep, requests, w, i, COMPLETED, now_s)
 
 

@@ -24,10 +24,11 @@ import math
 
 from numba import njit
 
-from envs.fleet.batching import blocks_for, count_iterations, elapsed_s, end_iteration, start_iteration
+from envs.fleet.batching import blocks_for, count_iterations, end_iteration, start_iteration
 from envs.fleet.prefix import reset_prefix_cache
 from envs.fleet.provider import end_provider_calls
 from envs.fleet.queues import empty_hold, empty_wait, finished_append, hold_append, release_held, wait_append
+from envs.fleet.speculation import PACE_ONE, elapsed_s
 from envs.fleet.state import ACTIVE, DOWN, FAILED, IN_FLIGHT, LOST, NOT_SUBMITTED, OFF
 
 LAST_INSTANT_S = 1e300  # later than everything, earlier than never (inf)
@@ -56,6 +57,7 @@ def _reset_replica(pool, rep, slots, w, r, phase):
     rep.prefill_tokens_done = rep.decode_tokens_done = rep.iterations = rep.restarts = 0
     rep.segment_start_s = rep.first_s = rep.growth_s = 0.0
     rep.planned = rep.done = rep.decodes = rep.batch = rep.kv_sum = rep.counter = 0
+    rep.pace = rep.phase = 0
     rep.changed = 1
     rep.segment_bin = -1
     rep.prefill_head = rep.prefill_tail = rep.partial = rep.running_head = rep.running_tail = rep.stalled_head = -1
@@ -151,7 +153,7 @@ def submit(pools, tables, worlds, replicas, slots, providers, requests, w, r, i,
     request.replica = r
     request.dispatched_at_s = now_s
     request.target = request.prompt_tokens
-    largest = blocks_for(pool, request.prompt_tokens + request.output_tokens - 1)
+    largest = blocks_for(pool, request.prompt_tokens + request.output_tokens - 1 + pool.draft_tokens)
     if largest + pool.watermark_blocks + pool.vidur_quirks > pool.kv_blocks:
         request.status = FAILED
         request.completed_at_s = now_s
@@ -189,24 +191,27 @@ def set_in_flight_cap(pools, tables, worlds, replicas, slots, providers, request
 
 
 @njit(cache=True, nogil=True)
-def _ended_by(rep, until_s):
+def _ended_by(extras, rep, until_s):
     """Iterations of the segment that have ended at `until_s`, at least the one in progress."""
     start_s = rep.segment_start_s
-    if start_s + elapsed_s(rep, rep.planned) <= until_s:
+    if start_s + elapsed_s(extras, rep, rep.planned) <= until_s:
         return rep.planned
     n = rep.done + 1
-    if start_s + elapsed_s(rep, n + 1) > until_s:
+    if start_s + elapsed_s(extras, rep, n + 1) > until_s:
         return n
     span_s = until_s - start_s
-    if rep.growth_s > 0.0:
-        half = rep.first_s - 0.5 * rep.growth_s
-        guess = (math.sqrt(half * half + 2.0 * rep.growth_s * span_s) - half) / rep.growth_s
+    growth_s = rep.growth_s
+    if extras is not None and rep.pace > 0:
+        growth_s *= rep.pace / PACE_ONE
+    if growth_s > 0.0:
+        half = rep.first_s - 0.5 * growth_s
+        guess = (math.sqrt(half * half + 2.0 * growth_s * span_s) - half) / growth_s
     else:
         guess = span_s / rep.first_s
     n = min(max(n, int(guess)), rep.planned)
-    while n > rep.done + 1 and start_s + elapsed_s(rep, n) > until_s:
+    while n > rep.done + 1 and start_s + elapsed_s(extras, rep, n) > until_s:
         n -= 1
-    while start_s + elapsed_s(rep, n + 1) <= until_s:
+    while start_s + elapsed_s(extras, rep, n + 1) <= until_s:
         n += 1
     return n
 
@@ -232,11 +237,11 @@ def _advance_replica(pool, extras, tables, world, rep, slots, requests, w, r, un
     while True:
         stop_s = min(scrape_s, until_s)
         if rep.planned > rep.done and rep.iteration_end_s <= stop_s:
-            count_iterations(pool, rep, slots, w, r, _ended_by(rep, stop_s) - rep.done)
+            count_iterations(pool, extras, rep, slots, w, r, _ended_by(extras, rep, stop_s) - rep.done)
             if rep.done < rep.planned:
-                rep.iteration_end_s = rep.segment_start_s + elapsed_s(rep, rep.done + 1)
+                rep.iteration_end_s = rep.segment_start_s + elapsed_s(extras, rep, rep.done + 1)
             else:
-                rep.iteration_end_s = rep.segment_start_s + elapsed_s(rep, rep.done)
+                rep.iteration_end_s = rep.segment_start_s + elapsed_s(extras, rep, rep.done)
                 end_iteration(pool, extras, world, rep, slots, requests, w, r, rep.iteration_end_s)
         elif rep.planned == rep.done and rep.iteration_end_s < stop_s:
             start_iteration(pool, extras, tables, world, rep, slots, requests, w, r, rep.iteration_end_s)

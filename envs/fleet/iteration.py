@@ -31,6 +31,7 @@ import numpy.typing as npt
 from numba import njit
 
 from envs.fleet.profile import Profile, flatten_profile
+from envs.fleet.speculation import Speculation
 from envs.fleet.state import POOL, record_array
 
 
@@ -92,10 +93,17 @@ def prefill_seconds(pool, tables, prefills, squares, product, prefix, prefix_rou
     return seconds + pool.prefill_square_s * squares + pool.prefill_product_s * product + pool.prefill_prefix_s * prefix
 
 
+@njit(cache=True, nogil=True)
+def draft_seconds(pool, tables, batch, attention_s):
+    """Seconds of the draft's steps beside a batch whose decodes attend for `attention_s` (see speculation.py)."""
+    return pool.draft_tokens * pool.draft_cost * (token_seconds(pool, tables, batch) + attention_s)
+
+
 def batch_seconds(
     profile: Profile,
     decodes: Sequence[int] | npt.NDArray[np.int64],
     chunks: Sequence[tuple[int, int]] = (),
+    speculation: Speculation | None = None,
 ) -> float:
     """Seconds of one iteration with the given decode lengths and (chunk, prefix) prefills, from the kernels."""
     flat, fields = flatten_profile(profile, max(len(decodes), 1), 0)
@@ -103,9 +111,14 @@ def batch_seconds(
     for field, value in fields.items():
         pools[field][0] = value
     pool, batch, kv_sum = pools[0], len(decodes), int(np.sum(decodes, dtype=np.int64))
-    seconds = token_seconds(pool, flat, batch + sum(c for c, _ in chunks))
+    checked = 1
+    if speculation is not None and batch <= speculation.max_batch:
+        pool["draft_tokens"], pool["draft_cost"] = speculation.draft_tokens, speculation.draft_cost
+        checked = 1 + speculation.draft_tokens
+    seconds = token_seconds(pool, flat, batch * checked + sum(c for c, _ in chunks))
     if batch:
-        seconds += decode_seconds(pool, flat, batch, kv_sum, decode_bin(pool, flat, batch, kv_sum))
+        attention_s = decode_seconds(pool, flat, batch, kv_sum, decode_bin(pool, flat, batch, kv_sum))
+        seconds += attention_s + (draft_seconds(pool, flat, batch, attention_s) if checked > 1 else 0.0)
     return float(
         seconds
         + prefill_seconds(
@@ -120,8 +133,13 @@ def batch_seconds(
     )
 
 
-def linear_coefficients(profile: Profile) -> tuple[float, float, float, float]:
+def linear_coefficients(
+    profile: Profile, speculation: Speculation | None = None
+) -> tuple[float, float, float, float]:
     """The best linear description of an iteration, which is what a gateway may know of an engine.
+
+    With speculation it is one of the seconds per token: those of an iteration without prefill, over the tokens that it
+    yields, and beside it what the prefill adds.
 
     Returns:
         base_s, per_prefill_token_s, per_decode_seq_s, per_kv_token_s: least squares of the relative error over batches
@@ -134,7 +152,12 @@ def linear_coefficients(profile: Profile) -> tuple[float, float, float, float]:
             for chunk in (0, 64, 256, 512, 1024, 2048):
                 rows.append([1.0, chunk, batch, batch * mean])
                 chunks = [(chunk, 0)] if chunk else []
-                seconds.append(batch_seconds(profile, np.full(batch, mean), chunks))
+                means = np.full(batch, mean)
+                whole_s = batch_seconds(profile, means, chunks, speculation)
+                if speculation is not None and batch <= speculation.max_batch:
+                    decode_s = batch_seconds(profile, means, (), speculation)
+                    whole_s += decode_s / speculation.tokens_per_iteration - decode_s
+                seconds.append(whole_s)
     design, target = np.array(rows), np.array(seconds)
     solution = np.linalg.lstsq(design / target[:, None], np.ones(len(target)), rcond=None)[0]
     return tuple(float(max(value, 0.0)) for value in solution)  # type: ignore[return-value]

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from envs.fleet.profile import Profile, flatten_profile
+from envs.fleet.speculation import MOST_DRAFT_TOKENS, Speculation
 from marginroute.errors import InputError
 
 FloatArray = npt.NDArray[np.float64]
@@ -95,6 +96,11 @@ POOL = np.dtype(
         # Priority scheduling, see queues.py
         ("priorities", "i8"),  # 1: who waits is served, and who runs preempted, by REQUEST.priority
         ("levels_at", "i8"),  # where the levels of a replica's two lines begin behind its slot_at
+        # Speculation, see speculation.py
+        ("pace", "i8"),  # tokens per iteration times 2^20; 0: none
+        ("draft_tokens", "i8"),
+        ("draft_cost", "f8"),
+        ("speculation_max_batch", "i8"),
     ]
 )
 
@@ -170,6 +176,8 @@ REPLICA = np.dtype(
         ("paid_s", "f8"),  # closed periods; `paid_seconds` adds the open one
         ("detected", "i8"),  # 1: the gateway knows that the replica is down
         ("stalled_head", "i8"),  # running requests that this iteration leaves out (see batching.py)
+        ("pace", "i8"),  # of the segment: tokens per iteration times 2^20; 0: one, without speculation
+        ("phase", "i8"),  # part of a token, in the same unit, that was left over when the segment began
     ]
 )
 
@@ -288,6 +296,7 @@ class PoolSpec:
         vidur_quirks: Reproduce Vidur's scheduler to the request.
         skip_iterations: Advance unchanged decode batches many iterations at once (equal results, faster).
         prefix_caching: Keep full blocks that have a hash, and reuse them for requests that begin with the same ones.
+        speculation: How it speculates; None: not at all.
         max_replicas: Engines that it may be scaled up to; 0: as many as `replicas`.
         min_replicas: Engines that it may be scaled down to.
         reserved_replicas: The first ones, paid all the time, whether they run or not.
@@ -313,6 +322,7 @@ class PoolSpec:
     vidur_quirks: bool = False
     skip_iterations: bool = True
     prefix_caching: bool = False
+    speculation: Speculation | None = None
     max_replicas: int = 0
     min_replicas: int = 1
     reserved_replicas: int = 0
@@ -406,6 +416,22 @@ def _check(condition: bool, pool: PoolSpec, field: str, legal: str) -> None:
         raise InputError(f"pool '{pool.name}': {field} = {getattr(pool, field)!r}, legal is {legal}")
 
 
+def _check_speculation(pool: PoolSpec, speculation: Speculation) -> None:
+    def check(condition: bool, field: str, legal: str) -> None:
+        if not condition:
+            value = getattr(speculation, field)
+            raise InputError(f"pool '{pool.name}': speculation.{field} = {value!r}, legal is {legal}")
+
+    check(1 <= speculation.draft_tokens <= MOST_DRAFT_TOKENS, "draft_tokens", f"1 to {MOST_DRAFT_TOKENS}")
+    check(0.0 <= speculation.acceptance <= 1.0, "acceptance", "from 0 to 1")
+    check(0.0 <= speculation.draft_cost < math.inf, "draft_cost", "0 or more")
+    check(speculation.max_batch >= 1, "max_batch", "1 or more")
+    most = min(pool.max_num_seqs, speculation.max_batch) * (1 + speculation.draft_tokens)
+    legal = f"{most} or more, so that every running request gets its draft_tokens and one more checked"
+    _check(pool.max_num_batched_tokens >= most, pool, "max_num_batched_tokens", legal)
+    _check(not pool.vidur_quirks, pool, "vidur_quirks", "false with speculation")
+
+
 def check_pool(pool: PoolSpec) -> None:
     """Raises InputError unless the engine can run this pool."""
     for field in ("replicas", "kv_blocks", "block_size_tokens", "max_num_seqs", "in_flight_cap"):
@@ -425,6 +451,8 @@ def check_pool(pool: PoolSpec) -> None:
     legal = " or ".join(policies) + f" with scheduler {pool.scheduler}"
     _check(pool.scheduling_policy in policies, pool, "scheduling_policy", legal)
     _check(0.0 <= pool.watermark_share < 1.0, pool, "watermark_share", "from 0 up to, but not, 1")
+    if pool.speculation is not None:
+        _check_speculation(pool, pool.speculation)
     _check(not (pool.prefix_caching and pool.vidur_quirks), pool, "prefix_caching", "false with vidur_quirks")
 
 
@@ -449,7 +477,10 @@ def _fill_pool(record: Any, pool: PoolSpec, spec: FleetSpec, tables: list[FloatA
         record[field] = getattr(pool, field)
     record["scheduler"] = SCHEDULERS[pool.scheduler]
     record["priorities"] = pool.scheduling_policy == "priority"
-    record["extras"] = pool.prefix_caching or pool.scheduling_policy == "priority"
+    record["extras"] = pool.prefix_caching or pool.scheduling_policy == "priority" or pool.speculation is not None
+    if pool.speculation is not None:
+        record["pace"], record["speculation_max_batch"] = pool.speculation.pace, pool.speculation.max_batch
+        record["draft_tokens"], record["draft_cost"] = pool.speculation.draft_tokens, pool.speculation.draft_cost
     record["levels_at"] = _decode_slots(spec)
     # vLLM V1 admits without a watermark
     reserve = 0.0 if pool.scheduler == "vllm-v1" else pool.watermark_share

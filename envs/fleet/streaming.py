@@ -12,7 +12,7 @@ import math
 
 from numba import njit
 
-from envs.fleet.batching import elapsed_s
+from envs.fleet.speculation import elapsed_s
 from envs.fleet.state import COMPLETED, IN_FLIGHT
 
 
@@ -51,7 +51,7 @@ def streamed(worlds, replicas, requests, w, rows, tokens, token_at_s):
             rep = replicas[w, request.replica]
             if request.joined_at >= 0:
                 tokens[k] = request.computed + rep.counter - request.joined_at + 1 - request.prompt_tokens
-                token_at_s[k] = rep.segment_start_s + elapsed_s(rep, rep.done)
+                token_at_s[k] = rep.segment_start_s + elapsed_s(True, rep, rep.done)
             else:
                 tokens[k] = request.target - request.prompt_tokens
 

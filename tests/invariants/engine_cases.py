@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from envs.fleet.profile import Profile, compact_profile
+from envs.fleet.speculation import Speculation
 from envs.fleet.state import NO_CAP, PoolSpec
 
 
@@ -37,9 +38,19 @@ def pools(
     quirks: bool = False,
     prefix_caching: bool = False,
     scheduling_policy: str = "fcfs",
+    speculation: bool = False,
 ) -> PoolSpec:
     """Small engines: few blocks, so that preemption happens, few slots, so that queues form."""
     max_num_seqs = draw(st.integers(1, 12))
+    speculates, most = None, max_num_seqs
+    if speculation:
+        speculates = Speculation(
+            draft_tokens=draw(st.integers(1, 5)),
+            acceptance=draw(st.sampled_from([0.0, 0.3, 0.62, 0.9, 1.0])),
+            draft_cost=draw(st.sampled_from([0.0, 0.05])),
+            max_batch=draw(st.sampled_from([1, 3, 100])),
+        )
+        most *= 1 + speculates.draft_tokens
     return PoolSpec(
         "pool",
         small_profile(),
@@ -47,13 +58,14 @@ def pools(
         kv_blocks=draw(st.integers(12, 80)),
         block_size_tokens=draw(st.sampled_from([1, 3, 4, 16])),
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=draw(st.integers(max_num_seqs, 64)),
+        max_num_batched_tokens=draw(st.integers(most, 80 if speculation else 64)),
         scheduler=scheduler or draw(st.sampled_from(["vllm-v1", "prefill-first", "sarathi"])),
         scheduling_policy=scheduling_policy,
         in_flight_cap=draw(st.sampled_from([1, 3, 8, NO_CAP])),
         watermark_share=draw(st.sampled_from([0.0, 0.05])),
         vidur_quirks=quirks,
         prefix_caching=prefix_caching,
+        speculation=speculates,
     )
 
 

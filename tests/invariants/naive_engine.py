@@ -111,6 +111,8 @@ class NaiveReplica:
         self.waiting: deque[Naive] = deque()
         self.running: list[Naive] = []
         self.arrived = 0
+        self.speculation = pool.speculation  # of the iteration being put together
+        self.left_over = 0  # of a token, in units of 2^-20
         self.kv = BlockPool(pool.kv_blocks)
 
     def run(self) -> None:
@@ -127,7 +129,9 @@ class NaiveReplica:
                 continue
             decodes = [r.computed + 1 for r, _ in batch if r.decoding]
             chunks = [(n, r.computed) for r, n in batch if not r.decoding]
-            now_s += batch_seconds(self.pool.profile, decodes, chunks)
+            if decodes and self.speculation is not None:
+                self.left_over = (self.left_over + self.speculation.pace) % 2**20
+            now_s += batch_seconds(self.pool.profile, decodes, chunks, self.speculation)
             self._arrive(math.nextafter(now_s, 0.0))
             self._finish(batch, now_s)
 
@@ -149,18 +153,33 @@ class NaiveReplica:
             line.clear()
             line.extend(line_in_order)
 
+    def _speculate(self) -> int:
+        """Says whether the next iteration speculates, and returns how many tokens a decode gains in it."""
+        decodes = sum(request.decoding for request in self.running)
+        self.speculation = self.pool.speculation
+        if self.speculation is None or decodes > self.speculation.max_batch:
+            self.speculation = None
+            return 1
+        return (self.left_over + self.speculation.pace) // 2**20
+
+    def _gain(self, request: Naive, tokens: int) -> int:
+        """Tokens that a decode gains, of `tokens` that all gain."""
+        return tokens
+
     def _schedule(self, now_s: float) -> list[tuple[Naive, int]]:
+        tokens = self._speculate()
+        checked = 1 if self.speculation is None else 1 + self.speculation.draft_tokens
         budget, batch, preempted = self.pool.max_num_batched_tokens, [], False
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
-            chunk = min(request.target - request.computed, budget)
+            chunk = self._gain(request, tokens) if request.decoding else min(request.target - request.computed, budget)
             while (need := _blocks(self.pool, request.computed + chunk) - len(request.blocks)) > len(self.kv.queue):
                 victim = self._victim()
                 done = [(other, n) for other, n in batch if other is victim]
                 if done:
                     batch.remove(done[0])
-                    budget += done[0][1]
+                    budget += checked if victim.decoding else done[0][1]
                     index -= 1
                 self.running.remove(victim)
                 self._evict(victim)
@@ -172,7 +191,7 @@ class NaiveReplica:
                 if self.name_generated_at_once or not request.decoding:
                     self._name(request, chunk)
                 batch.append((request, chunk))
-                budget -= chunk
+                budget -= checked if request.decoding else chunk
                 index += 1
                 continue
             break
@@ -237,8 +256,8 @@ class NaiveReplica:
                     self._leave(request, "abandoned", now_s)
                     continue
                 request.first_s = now_s
-            request.generated += 1
+            request.generated += chunk if request.decoding else 1
             request.decoding = True
-            if request.generated == request.output:
+            if request.generated >= request.output:
                 self._leave(request, "completed", now_s)
         self._release()
