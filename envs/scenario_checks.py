@@ -9,6 +9,7 @@ from envs.scenario_files import suggestion
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario
+    from envs.scenario_fleet import Pool
     from envs.scenario_sessions import SessionSection
 
 Problem = tuple[str, str]  # dotted key path, sentence
@@ -38,6 +39,7 @@ def _fleet(scenario: Scenario) -> Iterator[Problem]:
                 f"{pool.max_num_batched_tokens} is below max_num_seqs; legal is at least {pool.max_num_seqs}, "
                 "so that every running request gets its token",
             )
+        yield from _speculation(name, pool)
         if pool.scheduling_policy == "priority" and pool.scheduler != "vllm-v1":
             path = f"fleet.pools.{name}.scheduling_policy"
             yield path, f"is priority with scheduler {pool.scheduler}; legal is fcfs, or scheduler vllm-v1"
@@ -75,6 +77,19 @@ def _faults(scenario: Scenario) -> Iterator[Problem]:
         pool = fleet.pools.get(event.pool or "")
         if pool is not None and event.index >= pool.rows:
             yield f"{path}.index", f"{event.index}; legal is 0 to {pool.rows - 1}, the replicas of {event.pool}"
+
+
+def _speculation(name: str, pool: Pool) -> Iterator[Problem]:
+    """Every decode that speculates has its draft tokens and one more in the budget."""
+    if pool.speculation is not None:
+        decodes = min(pool.max_num_seqs, pool.speculation.max_batch or pool.max_num_seqs)
+        least = decodes * (1 + pool.speculation.draft_tokens)
+        if pool.max_num_batched_tokens < least:
+            yield (
+                f"fleet.pools.{name}.max_num_batched_tokens",
+                f"{pool.max_num_batched_tokens} is below what {decodes} speculating sequences check; legal is at least "
+                f"{least}, or a lower speculation.max_batch",
+            )
 
 
 def _plans(scenario: Scenario) -> Iterator[Problem]:
@@ -160,8 +175,9 @@ def _memory(scenario: Scenario) -> Iterator[Problem]:
     longest = _longest_tokens(scenario)
     for name, pool in scenario.fleet.pools.items():
         held = pool.kv_blocks * pool.block_size_tokens
-        if held < longest:
-            blocks = -(-longest // pool.block_size_tokens)
+        drafted = pool.speculation.draft_tokens if pool.speculation else 0
+        if held < longest + drafted:
+            blocks = -(-(longest + drafted) // pool.block_size_tokens)
             yield (
                 f"fleet.pools.{name}.kv_blocks",
                 f"{pool.kv_blocks} blocks hold {held} tokens, fewer than the largest request ({longest}); "

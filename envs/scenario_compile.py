@@ -97,6 +97,7 @@ def _profile_gpus(profile: Mapping[str, Any]) -> int:
 def fleet_spec(scenario: Scenario) -> FleetSpec:
     """The engine's fleet."""
     from envs.fleet.profile import compact_profile
+    from envs.fleet.speculation import Speculation
     from envs.fleet.state import NO_CAP, FleetSpec, PoolSpec, ProviderSpec
 
     fleet, tiers = scenario.fleet, scenario.tier_names
@@ -112,6 +113,7 @@ def fleet_spec(scenario: Scenario) -> FleetSpec:
             max_num_batched_tokens=pool.max_num_batched_tokens,
             scheduler=pool.scheduler,
             scheduling_policy=pool.scheduling_policy,
+            speculation=Speculation(**pool.speculation.model_dump(exclude_none=True)) if pool.speculation else None,
             in_flight_cap=pool.in_flight_cap or NO_CAP,
             watermark_share=pool.watermark_share,
             prefix_caching=pool.prefix_caching,

@@ -82,6 +82,20 @@ class Retries(Section):
     backoff_s: NonNegative = Field(0.0, description="Seconds between an error and the next decision.")
 
 
+class SpeculativeDecoding(Section):
+    """A draft proposes tokens, the engine checks them in one iteration (envs/fleet/speculation.py)."""
+
+    draft_tokens: Annotated[int, Field(ge=1, le=32)] = Field(description="Tokens proposed per iteration and sequence.")
+    acceptance: Share = Field(description="Probability that a proposed token is accepted.")
+    draft_cost: NonNegative = Field(
+        0.0,
+        description="Seconds of one step of the draft over those of the model's own iteration with the same decodes.",
+    )
+    max_batch: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Decodes above which an iteration does not speculate; left out: it always does."
+    )
+
+
 class Pool(Section):
     """Replicas of one engine profile, paid by GPU-hour."""
 
@@ -136,6 +150,7 @@ class Pool(Section):
         "fcfs",
         description="Who is served first and who is preempted: fcfs, or priority (of the classes, vllm-v1 only).",
     )
+    speculation: SpeculativeDecoding | None = Field(None, description="Speculative decoding; left out: none.")
     watermark_share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.01, description="Share of KV blocks that admission leaves free (prefill-first and sarathi)."
     )

@@ -134,7 +134,7 @@ class Plant:
             if self.layout.kind[c] == v.REPLICA:
                 spec = self.spec.pools[station]
                 pool = fleet.pools[spec.name]
-                coefficients = linear_coefficients(spec.profile)
+                coefficients = linear_coefficients(spec.profile, spec.speculation)
                 static[[v.BASE_S, v.PREFILL_TOKEN_S, v.DECODE_SEQ_S, v.KV_TOKEN_S], c] = coefficients
                 static[v.TOKEN_BUDGET, c] = spec.max_num_batched_tokens
                 static[v.SLOTS, c] = spec.max_num_seqs

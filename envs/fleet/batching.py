@@ -456,7 +456,9 @@ def start_iteration(pool, extras, tables, world, rep, slots, requests, w, r, now
         if rep.batch > 0:
             preempted = _grant_decode_blocks(pool, extras, rep, slots, requests, w, r, tokens_each)
         if extras is not None:
-            while preempted == 2 and rep.batch == 0:  # nobody can run: a step of no time, then the scheduler looks again
+            while (
+                preempted == 2 and rep.batch == 0
+            ):  # nobody can run: a step of no time, then the scheduler looks again
                 _resume_stalled(pool, rep, slots, requests, w, r)
                 pace, tokens_each, checked = _speculate(pool, extras, rep)
                 preempted = 0

@@ -133,9 +133,7 @@ def batch_seconds(
     )
 
 
-def linear_coefficients(
-    profile: Profile, speculation: Speculation | None = None
-) -> tuple[float, float, float, float]:
+def linear_coefficients(profile: Profile, speculation: Speculation | None = None) -> tuple[float, float, float, float]:
     """The best linear description of an iteration, which is what a gateway may know of an engine.
 
     With speculation it is one of the seconds per token: those of an iteration without prefill, over the tokens that it

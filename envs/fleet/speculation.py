@@ -8,22 +8,23 @@ With every token accepted with probability a, independently, an iteration yields
 
     token(n (k + 1) + sum c_i) + decode(n, m) + prefill + k c (token(n) + decode(n, m))   seconds,
 
-where n sequences are checked with k + 1 tokens each and c is the `draft_cost`: one step of the draft over one iteration
-of the model that decodes the same sequences (Leviathan's cost coefficient). Checking reads the KV cache once, as decoding
-does. While the model is bound by memory, token(n (k + 1)) is hardly more than token(n), and a sequence gains g / (1 + k c);
-at large batches it is k + 1 times as much, and speculation loses. A batch above `max_batch` decodes without.
+where n sequences are checked with k + 1 tokens each and c is the `draft_cost`: one step of the draft over one
+iteration of the model that decodes the same sequences (Leviathan's cost coefficient). Checking reads the KV cache once,
+as decoding does. While the model is bound by memory, token(n (k + 1)) is hardly more than token(n), and a sequence is
+g / (1 + k c) times as fast; at large batches it is k + 1 times as much, and speculation loses. A batch above
+`max_batch` decodes without.
 
 Acceptance is not drawn. All decodes of a replica advance by the same number of tokens, floor(g) or ceil(g), whose sum
-over iterations is floor(phase + g j): with `pace` = g in units of 2^-20 and `phase` what is left over from the iterations
-before, the first j iterations of a segment yield
+over j iterations is floor(phase + g j): with `pace` = g in units of 2^-20 and `phase` what is left over from the
+iterations before, the first j iterations of a segment yield
 
     t_j = floor((phase + j pace) / 2^20)   tokens.
 
 These are integers, so that an unchanged batch is skipped over exactly: its j-th iteration (from 0) attends to t_j more
-tokens per sequence than the first, hence n iterations take n first + growth sum_{j<n} t_j seconds, and the sum of floors
-has a closed form (`floor_sum`, as Euclid's algorithm). A request ends with the iteration that reaches its last token;
-what it yields beyond does not count. KV blocks follow the tokens; the k slots that a draft holds for the length of an
-iteration are left out (less than a block per sequence while k is below the block size).
+tokens per sequence than the first, hence n iterations take n first + growth sum_{j<n} t_j seconds, and the sum of
+floors has a closed form (`floor_sum`, as Euclid's algorithm). A request ends with the iteration that reaches its last
+token; what it yields beyond does not count. KV blocks follow the tokens; the k slots that a draft holds for the length
+of an iteration are left out (less than a block per sequence while k is below the block size).
 """
 
 # ruff: noqa: ANN001, ANN201 (Numba infers the types of kernels)
@@ -56,12 +57,12 @@ class Speculation:
 
     @property
     def tokens_per_iteration(self) -> float:
-        """g, tokens of a sequence per iteration."""
+        """Tokens of a sequence per iteration, g."""
         return float(sum(self.acceptance**j for j in range(self.draft_tokens + 1)))
 
     @property
     def pace(self) -> int:
-        """g in units of 2^-20 tokens."""
+        """The same in units of 2^-20 tokens."""
         return round(self.tokens_per_iteration * PACE_ONE)
 
 

@@ -53,6 +53,13 @@ def message(overrides=None, name="quickstart", **trace):
         ("fleet.pools.large.scheduler", "fifo", ["'fifo'", "vllm-v1"]),
         ("fleet.pools.large.scheduling_policy", "lifo", ["'lifo'", "priority"]),
         ("fleet.pools.large.gpus_per_replica", "2", ["fewer than profile llama-3.1-70b-h100-tp4", "at least 4"]),
+        ("fleet.pools.large.speculation", "{draft_tokens: 0, acceptance: 0.7}", ["draft_tokens", "0", "at least 1"]),
+        ("fleet.pools.large.speculation", "{draft_tokens: 4, acceptance: 1.7}", ["acceptance", "1.7", "at most 1"]),
+        (
+            "fleet.pools.large.speculation",
+            "{draft_tokens: 16, acceptance: 0.7}",
+            ["pools.large.max_num_batched_tokens", "128 speculating sequences", "at least 2176"],
+        ),
         ("plans.classes.team.priority", "8", ["8", "at most 7"]),
         ("fleet.providers.api.price_of", "gpt-4.11", ["gpt-4.11", "did you mean gpt-4.1"]),
         ("fleet.providers.api.input_usd_per_mtok", "1", ["both price_of and USD per mtok"]),

@@ -130,7 +130,9 @@ def small_cases():
 
 
 def test_compiled_equals_interpreted():
-    program = "import json; from tests.invariants import test_engine_speculation as t; print(json.dumps(t.small_cases()))"
+    program = (
+        "import json; from tests.invariants import test_engine_speculation as t; print(json.dumps(t.small_cases()))"
+    )
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
