@@ -41,7 +41,7 @@ def sample_observations(plant: Plant, advice: MarginRule, spec: FeatureSpec, sam
     """(B, D) observations of training episodes under the advice, spread over their length."""
     worlds = ObservedWorlds(plant, 8, advice, spec)
     worlds.load_all([plant.scenario.generate(seed, "train") for seed in range(8)])
-    steps = int(worlds.desks["n_requests"].min())
+    steps = int(worlds.desks["n_roots"].min())
     every = max(steps * 8 // samples, 1)
     rows = []
     for step in range(steps):

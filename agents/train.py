@@ -47,7 +47,7 @@ def fit_normaliser(plant: Plant, advice: MarginRule, config: TrainingConfig) -> 
     policy = Exploring(advice, 0.1, seed=0)
     candidates, contexts, signals = [], [], []
     wide = plant.layout.n_candidates * spec.n_candidate
-    for step in range(int(worlds.desks["n_requests"].min())):
+    for step in range(int(worlds.desks["n_roots"].min())):
         choices = policy.decide_batch(worlds.view())
         if step % 8 == 0:
             observation = worlds.observe()

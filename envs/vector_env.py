@@ -87,11 +87,11 @@ class ObservedWorlds(FleetWorlds):
     def summary(self, w: int) -> dict[str, float]:
         """What an episode of world `w` came to, for logs."""
         counts, layout = self.counts[w], self.plant.layout
-        first_calls = np.maximum(counts[books.FIRST_CALLS], 1)
+        first_calls, calls = counts[books.FIRST_CALLS], np.maximum(counts[books.CALLS], 1)
         actions = self.action_counts[w] / max(self.action_counts[w].sum(), 1)
-        result = {"margin_usd_per_1k": float(self.ledger_usd[w].sum() / first_calls.sum() * 1000.0)}
+        result = {"margin_usd_per_1k": float(self.ledger_usd[w].sum() / max(first_calls.sum(), 1) * 1000.0)}
         for k, name in enumerate(layout.class_names):
-            result[f"slo_{name}"] = float(counts[books.SLO_OK, k] / first_calls[k])
+            result[f"slo_{name}"] = float(counts[books.SLO_OK, k] / calls[k])
             result[f"quality_{name}"] = float(counts[books.GOOD, k] / max(counts[books.SERVED, k], 1))
         for kind, share in zip(("replica", "provider", "cache", "defer", "shed"), actions, strict=True):
             result[f"action_{kind}"] = float(share)
@@ -150,7 +150,7 @@ class FleetVecEnv(VecEnv):
     def _spread(self) -> None:
         """Plays world w by its advice for w / N of an episode."""
         worlds = self.worlds
-        lengths = worlds.desks["n_requests"] * np.arange(self.num_envs) // self.num_envs
+        lengths = worlds.desks["n_roots"] * np.arange(self.num_envs) // self.num_envs
         for step in range(int(lengths.max())):
             worlds.step(np.where(step < lengths, worlds.advice.decide_batch(worlds.view()), WAIT))
 

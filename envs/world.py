@@ -5,7 +5,8 @@ to the next decision epoch (an arrival, or a held batch job that is offered agai
 on the way and the seconds that passed, and (4) writes what the gateway can know now into the View's buffers.
 
 The batch queue is first in, first out: a deferred request comes back as a new decision after `hold_s`, and may be
-deferred again while its deadline leaves room. A request that a fault has ended comes back as a new decision too
+deferred again while its deadline leaves room. A request of a session arrives once the one before it has been answered
+(world_sessions.py). A request that a fault has ended comes back as a new decision too
 (world_elastic.py). At the horizon the backlog is settled inside the last step: the fleet
 runs dry without new arrivals, and jobs still in the batch queue are bought from the dearest provider (or go unserved),
 so that nothing is gained by parking work at the end.
@@ -24,6 +25,7 @@ from numba import njit
 
 from envs import prefix_kernel
 from envs import world_elastic as elastic
+from envs import world_sessions as sessions
 from envs.economics import ledger as books
 from envs.fleet import engine, scaling
 from envs.fleet.provider import provider_available, submit_provider
@@ -68,6 +70,8 @@ def _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, count, accou
     k = load.class_index
     expected = lengths[w, k, load.task_index].value
     books.post_unserved(ledger_usd, counts, terms, w, k, count, load.prompt_tokens, expected, account, cost_usd)
+    if load.first_child >= 0:
+        sessions.not_answered(loads, counts, w, i)
 
 
 @njit(cache=True, nogil=True)
@@ -80,6 +84,7 @@ def _post_finished(
     account = books.ENERGY if c < config[0].n_replicas else books.API_SPEND
     cached_tokens = request.cached_tokens if c < config[0].n_replicas else load.cached_tokens
     counts[w, books.RESTARTS, k] += request.restarts
+    sessions.ended(desks[w], load, own[w, c])
     if request.status == LOST:
         elastic.note_call(own[w, c], True, request.completed_at_s)
         prompt_tokens = min(request.computed, load.prompt_tokens)
@@ -117,6 +122,8 @@ def _post_finished(
         ledger_usd, counts, terms, w, k, load.prompt_tokens, load.output_tokens, ttft_s, tpot_s, e2e_s, answer == 1,
         account, cost_usd,
     )  # fmt: skip
+    if load.first_child >= 0:
+        sessions.answered(desks[w], loads, w, i, request.completed_at_s)
     mine = own[w, c]
     since_sent_s = request.first_token_at_s - request.dispatched_at_s
     mine.recent_ttft_s, weight = running_mean(mine.recent_ttft_s, mine.weight, since_sent_s, latency.RECENT_ANSWERS)
@@ -152,6 +159,8 @@ def _serve_from_cache(config, terms, desks, loads, entries, ledger_usd, counts, 
         ledger_usd, counts, terms, w, load.class_index, load.prompt_tokens, load.output_tokens, ttft_s, 0.0, ttft_s,
         entries[w, key].good == 1, books.CACHE, 0.0,
     )  # fmt: skip
+    if load.first_child >= 0:
+        sessions.answered(desk, loads, w, i, load.arrived_at_s + ttft_s)
 
 
 @njit(cache=True, nogil=True)
@@ -169,7 +178,7 @@ def _hold(config, desks, loads, w, i):
 @njit(cache=True, nogil=True)
 def _act(
     config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests,
-    desks, loads, index, entries, lengths, ledger_usd, counts, actions, signals, legal, w, c,
+    desks, loads, index, own, entries, lengths, ledger_usd, counts, actions, signals, legal, w, c,
 ):  # fmt: skip
     """Carries out the choice of candidate `c` for the current request; an illegal choice sheds the request."""
     desk = desks[w]
@@ -185,6 +194,8 @@ def _act(
         load.cached_tokens = int(signals[v.CACHED_TOKENS, w, c])
         requests[w, i].expected_cached_tokens = load.cached_tokens
         prefix_kernel.insert(index, loads, w, c, i, now_s)
+    if kind <= v.PROVIDER:
+        sessions.sent(desk, load, own[w, c])
     if kind == v.REPLICA:
         load.answered_by = c
         engine.submit(pools, tables, worlds, replicas, slots, providers, requests, w, c, i, now_s)
@@ -230,6 +241,7 @@ def _buy_out(
     c = config[0].n_replicas + p
     ttft_s, tpot_s = _provider_latency(static, sigmas, load, c, p)
     load.answered_by, load.cached_tokens = c, 0
+    sessions.sent(desks[w], load, own[w, c])
     request.status, request.dispatched_at_s = COMPLETED, desks[w].now_s
     request.first_token_at_s = desks[w].now_s + ttft_s
     request.completed_at_s = request.first_token_at_s + tpot_s * (load.output_tokens - 1)
@@ -272,6 +284,17 @@ def _settle(
 
 
 @njit(cache=True, nogil=True)
+def _note_arrival(desk, load, counts, w):
+    """A request is there for the first time, now."""
+    load.arrival = sessions.ARRIVED
+    counts[w, books.CALLS, load.class_index] += 1
+    gap_s = desk.now_s - desk.last_arrival_s
+    desk.arrival_gap_s, _ = running_mean(desk.arrival_gap_s, desk.arrivals, gap_s, latency.RECENT_ARRIVALS)
+    desk.arrivals += 1
+    desk.last_arrival_s = desk.now_s
+
+
+@njit(cache=True, nogil=True)
 def _go_on(
     config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, good, own, entries, lengths, ledger_usd, counts, changes, w,
@@ -290,9 +313,11 @@ def _go_on(
         arrival_s = loads[w, desk.cursor].arrived_at_s if desk.cursor < desk.n_requests else np.inf
         offer_s = loads[w, desk.held_head].offer_at_s if desk.held_head >= 0 else np.inf
         retry_s = loads[w, desk.retry_head].offer_at_s if desk.retry_head >= 0 else np.inf
-        next_s = min(arrival_s, offer_s, retry_s)
-        last = min(next_s, change_s) >= desk.horizon_s
-        until_s = desk.horizon_s if last else min(next_s, change_s)
+        ready_s = sessions.ready_s(desk, loads, w)
+        next_s = min(arrival_s, offer_s, retry_s, ready_s)
+        pause_s = min(change_s, sessions.safe_until_s(worlds, replicas, desk, own, w))
+        last = min(next_s, pause_s) >= desk.horizon_s
+        until_s = desk.horizon_s if last else min(next_s, pause_s)
         if desk.elastic == 1:
             scaling.advance(pools, tables, worlds, replicas, slots, providers, requests, w, until_s)
         else:
@@ -306,7 +331,7 @@ def _go_on(
         desk.now_s = until_s
         if desk.elastic == 1:
             elastic.post_gpu_hours(pools, replicas, desks, own, ledger_usd, w)
-        if last or next_s < change_s:
+        if last or next_s < pause_s:
             break
         elastic.apply_changes(pools, tables, worlds, replicas, slots, providers, requests, desks, changes, w)
     desk.elapsed_s = until_s - begun_s
@@ -324,12 +349,16 @@ def _go_on(
         if desk.held_head < 0:
             desk.held_tail = -1
     else:
-        i = desk.cursor
-        desk.cursor += 1
-        counts[w, books.FIRST_CALLS, loads[w, i].class_index] += 1
-        gap_s = next_s - desk.last_arrival_s
-        desk.arrival_gap_s, _ = running_mean(desk.arrival_gap_s, desk.cursor - 1, gap_s, latency.RECENT_ARRIVALS)
-        desk.last_arrival_s = next_s
+        if ready_s < arrival_s:
+            i = sessions.pop_ready(desk, loads, w)
+            requests[w, i].patience_until_s = next_s + loads[w, i].patience_s
+        else:
+            i = desk.cursor
+            desk.cursor += 1
+            while desk.cursor < desk.n_requests and loads[w, desk.cursor].follows == 1:
+                desk.cursor += 1
+            counts[w, books.FIRST_CALLS, loads[w, i].class_index] += 1
+        _note_arrival(desk, loads[w, i], counts, w)
     desk.current = i
 
 
@@ -467,7 +496,7 @@ def step(
             continue
         _act(
             config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests,
-            desks, loads, index, entries, lengths, ledger_usd, counts, actions, signals, legal, w, choices[w],
+            desks, loads, index, own, entries, lengths, ledger_usd, counts, actions, signals, legal, w, choices[w],
         )  # fmt: skip
         desks[w].sequence += 1
         _go_on(

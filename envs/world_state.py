@@ -16,6 +16,7 @@ LOAD = np.dtype(
         ("difficulty_signal", "f8"),
         ("ttft_noise", "f8"),
         ("tpot_noise", "f8"),
+        ("think_s", "f8"),
         ("class_index", "i4"),
         ("task_index", "i4"),
         ("tenant_index", "i4"),
@@ -29,6 +30,12 @@ LOAD = np.dtype(
         ("attempts", "i4"),  # that faults have ended
         ("next_held", "i4"),  # batch queue, or queue of retries
         ("offer_at_s", "f8"),
+        # Sessions, see world_sessions.py
+        ("follows", "i4"),  # 1: arrives after another request
+        ("arrival", "i4"),
+        ("first_child", "i4"),
+        ("next_sibling", "i4"),
+        ("ready_heap", "i4"),  # entry p of the world's heap of follow-ups on their way
     ]
 )
 """The workload as records, `(N, M)`, with the gateway's bookkeeping of each request."""
@@ -42,9 +49,14 @@ DESK = np.dtype(
         ("margin_usd", "f8"),
         ("arrival_gap_s", "f8"),  # moving mean
         ("last_arrival_s", "f8"),
+        ("arrivals", "i4"),
+        ("least_think_s", "f8"),
+        ("n_roots", "i4"),  # requests that follow no other: at least so many decisions
+        ("ready", "i4"),  # follow-ups on their way
+        ("leading", "i4"),  # requests in flight that others follow
         ("n_requests", "i4"),
         ("prefix_block_tokens", "i4"),  # 0: prompts are not hashed, or nothing is cached
-        ("cursor", "i4"),  # next arrival
+        ("cursor", "i4"),  # next arrival of one that follows no other
         ("current", "i4"),  # request being decided
         ("held_head", "i4"),
         ("held_tail", "i4"),
@@ -85,6 +97,7 @@ OWN = np.dtype(
         ("recent_ttft_s", "f8"),
         ("recent_tpot_s", "f8"),
         ("weight", "f8"),
+        ("leading", "i4"),  # requests in flight there that others follow
         ("error_share", "f8"),  # of recent calls, as of error_at_s
         ("error_at_s", "f8"),
         ("gpu_usd_per_s", "f8"),  # price of a replica while it is paid

@@ -24,6 +24,7 @@ from envs.prefixes import GatewayPrefixes, hashes_of
 from envs.scenario import Scenario
 from envs.workload.faults import CHANGE, changes
 from envs.workload.requests import Workload
+from envs.world_sessions import load_sessions
 from envs.world_state import CONFIG, DESK, LOAD, MEAN, OWN
 from marginroute import latency
 from marginroute import view as v
@@ -282,11 +283,12 @@ class FleetWorlds:
         desk["n_requests"], desk["horizon_s"] = m, workload.horizon_s
         desk["prefix_block_tokens"] = workload.prefix_block_tokens if self.prefixes.wants(workload) else 0
         self._load_faults(w, workload)
+        load_sessions(workload, desk, load)
         static = self.plant.static_signals
         stations = self.own.shape[1]
         self.own["recent_ttft_s"][w] = static[v.FIXED_TTFT_S, :stations]
         self.own["recent_tpot_s"][w] = static[v.FIXED_TPOT_S, :stations] + static[v.BASE_S, :stations]
-        for name in ("weight", "error_share", "error_at_s", "paid_s"):
+        for name in ("weight", "leading", "error_share", "error_at_s", "paid_s"):
             self.own[name][w] = 0.0
         self.lengths["value"][w], self.lengths["weight"][w] = self.plant.output_tokens, latency.PRIOR_LENGTHS
         self.entries["stored_at_s"][w] = -np.inf

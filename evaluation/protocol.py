@@ -178,7 +178,8 @@ def latency_histogram(worlds: FleetWorlds, workloads: Sequence[Workload]) -> NDA
         request = worlds.fleet.requests[w, : workload.n_requests]
         answered = request["status"] == COMPLETED
         first_s, last_s = request["first_token_at_s"][answered], request["completed_at_s"][answered]
-        arrived_s, gaps = workload.arrived_at_s[answered], np.maximum(workload.output_tokens[answered] - 1, 1)
+        arrived_s = worlds.loads["arrived_at_s"][w, : workload.n_requests][answered]
+        gaps = np.maximum(workload.output_tokens[answered] - 1, 1)
         latencies_s = (first_s - arrived_s, (last_s - first_s) / gaps, last_s - arrived_s)
         for m, latency_s in enumerate(latencies_s):
             counts[w, m] = histogram(latency_s, workload.class_index[answered], classes)

@@ -95,7 +95,7 @@ class EpisodeResults:
         """(E, K) one of `COUNTS`."""
         return np.asarray(self.counts[:, COUNTS.index(name)])
 
-    def share(self, numerator: str, denominator: str = "first_calls") -> Floats:
+    def share(self, numerator: str, denominator: str = "calls") -> Floats:
         """(K,) ratio of two counts over all episodes; NaN for a class without any."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(self.count(numerator).sum(axis=0) / self.count(denominator).sum(axis=0))

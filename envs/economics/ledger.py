@@ -3,6 +3,9 @@
 `ledger_usd` has shape (N, A, K + 1): N worlds, the accounts below, K customer classes and one last column for what no
 single class causes (GPU-hours). Revenue is positive, cost negative; the sum of all postings is the margin. `counts` has
 shape (N, len(COUNTS), K). All functions are compiled and take one world `w`; queues and times come in as plain numbers.
+
+Counts are of requests by class unless they say tokens. `calls` have arrived: `first_calls`, which come whatever
+happens, and follow-ups of sessions. `lost_calls` never will, since a request before them got no answer.
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ COUNTS = (
     "prompt_tokens",
     "output_tokens",
     "retries",
+    "calls",
+    "lost_calls",
 )
 (
     FIRST_CALLS,
@@ -60,7 +65,9 @@ COUNTS = (
     PROMPT_TOKENS,
     OUTPUT_TOKENS,
     RETRIES,
-) = range(15)
+    CALLS,
+    LOST_CALLS,
+) = range(17)
 
 tokens_usd = njit(cache=True, inline="always")(pricing.tokens_usd)
 answer_usd = njit(cache=True, inline="always")(pricing.answer_usd)
