@@ -341,9 +341,9 @@ def _go_on(
             desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
         )  # fmt: skip
         return
-    if retry_s <= min(offer_s, arrival_s):
+    if retry_s == next_s:
         i = elastic.pop_retry(desks, loads, w)
-    elif offer_s <= arrival_s:
+    elif offer_s == next_s:
         i = desk.held_head
         desk.held_head = loads[w, i].next_held
         if desk.held_head < 0:

@@ -161,13 +161,15 @@ def workload(scenario: Scenario, *rows: dict, horizon_s: float = 60.0) -> Worklo
         "p_good": [0.7] * tiers,
         "good": [1] * tiers,
         "provider_noise": [0.0, 0.0],
+        "session_index": -1,
+        "parent_index": -1,
+        "think_s": 0.0,
     }
     full = [default | row for row in rows]
     for row in full:
         row["deadline_s"] = deadlines[row["class_index"]] if row["deadline_s"] is None else row["deadline_s"]
-    kinds = {"good": "u1"} | dict.fromkeys(
-        ("class_index", "task_index", "tenant_index", "prompt_tokens", "output_tokens", "prompt_key"), "i4"
-    )
+    integers = ("class_index", "task_index", "tenant_index", "prompt_tokens", "output_tokens", "prompt_key")
+    kinds = {"good": "u1"} | dict.fromkeys((*integers, "session_index", "parent_index"), "i4")
     columns = {
         name: np.array([row[name] for row in full], dtype=kinds.get(name, "f8")).reshape(len(full), *np.shape(value))
         for name, value in default.items()

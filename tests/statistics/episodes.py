@@ -37,6 +37,7 @@ def make_results(name="bid-price", edge_usd=0.0, episodes=EPISODES, seed=0, clas
     counts = np.zeros((episodes, len(COUNTS), k), dtype=np.int64)
     calls = {
         "first_calls": 100,
+        "calls": 100,
         "served": 90,
         "shed": 5,
         "abandoned": 3,
