@@ -138,10 +138,15 @@ def forget(index, loads, w, c):
 
 
 @njit(cache=True, nogil=True)
-def show_cached(index, desk, loads, signals, w, i):
-    """Writes what every candidate is expected to have cached of request `i`; the last token is always computed."""
+def show_cached(index, desk, loads, signals, legal, n_replicas, w, i):
+    """Writes what every candidate is expected to have cached of request `i`; the last token is always computed.
+
+    A replica that takes no requests is going or gone: when it comes back, its cache is empty.
+    """
     load = loads[w, i]
     for c in range(index.marks.shape[1]):
         if index.marks[w, c].capacity_blocks > 0:
+            if c < n_replicas and not legal[w, c]:
+                forget(index, loads, w, c)
             tokens = match(index, loads, w, c, i, desk.now_s) * desk.prefix_block_tokens
             signals[v.CACHED_TOKENS, w, c] = min(tokens, load.prompt_tokens - 1)

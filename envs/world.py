@@ -401,7 +401,7 @@ def _show(
         signals[v.P_GOOD_PRIOR, w, c] = prior[w, i, tiers[c]]
         p_true[w, c] = truth[w, i, tiers[c]]
     if desk.prefix_block_tokens > 0:
-        prefix_kernel.show_cached(index, desk, loads, signals, w, i)
+        prefix_kernel.show_cached(index, desk, loads, signals, legal, n_replicas, w, i)
     c = n_replicas + n_providers
     legal[w, c] = cache_hit(config, desks, entries, loads, w, i)
     if legal[w, c]:

@@ -7,6 +7,7 @@ after 0.01 s and its last after 0.01 s times its output tokens. Round prices mak
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 import yaml
@@ -175,6 +176,30 @@ def workload(scenario: Scenario, *rows: dict, horizon_s: float = 60.0) -> Worklo
         for name, value in default.items()
     }
     return Workload(**columns, horizon_s=horizon_s)
+
+
+def as_sessions(episode: Workload, seed: int, share: float = 0.6, block_tokens: int = 16) -> Workload:
+    """The episode with most requests following an earlier one, whose prompt they repeat as far as theirs is long."""
+    rng, m = np.random.default_rng([seed, 1]), episode.n_requests
+    parent, session, think_s = np.full(m, -1), np.arange(m), rng.choice([0.0, 0.02, 0.5, 3.0], m) * rng.random(m)
+    lists: list[list[int]] = []
+    for i, prompt_tokens in enumerate(episode.prompt_tokens.tolist()):
+        past: list[int] = []
+        if i > 0 and rng.random() < share:
+            parent[i] = int(rng.integers(max(i - 8, 0), i))
+            session[i], past = session[parent[i]], lists[parent[i]]
+        shared = past[: prompt_tokens // block_tokens]
+        fresh = 10_000 * i
+        lists.append([*shared, *range(fresh, fresh + prompt_tokens // block_tokens - len(shared))])
+    return dataclasses.replace(
+        episode,
+        prefix_block_tokens=block_tokens,
+        prefix_count=[len(own) for own in lists],
+        prefix_hash=np.array([block for own in lists for block in own], dtype=np.int64),
+        session_index=session,
+        parent_index=parent,
+        think_s=think_s,
+    )
 
 
 class Played:

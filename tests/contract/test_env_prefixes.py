@@ -116,6 +116,19 @@ def test_a_follow_up_finds_the_answer_before_it(caching):
     assert cached(played)[1][ONE] == 400.0
 
 
+def test_a_replica_that_goes_is_expected_back_without_its_cache(tmp_path):
+    scenario = by_hand.scenario(tmp_path, CACHING | {"fleet.pools.two.min_replicas": 1})
+    worlds = FleetWorlds(scenario, 1)
+    worlds.load(0, alike(scenario, 0.0, 10.0, 20.0, 30.0))
+    expected = []
+    for choice, replicas in ((TWO_B, 2), (SHED, 1), (SHED, 2), (TWO_B, 2)):
+        expected.append(float(worlds.signals[v.CACHED_TOKENS, 0, TWO_B]))
+        worlds.set_replicas(np.array([1, replicas]))
+        worlds.step(np.array([choice]))
+    assert expected == [0.0, 399.0, 0.0, 0.0]
+    assert worlds.fleet.requests["cached_tokens"][0].tolist() == [0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("other", ["without hashes", "without caches"])
 def test_nothing_is_expected(caching, hand_scenario, other):
     scenario = hand_scenario if other == "without caches" else caching

@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from envs import world_sessions as sessions
 from envs.economics import ledger as books
 from envs.fleet.state import ABANDONED, COMPLETED, FAILED, NOT_SUBMITTED
 from envs.scenario import Scenario
@@ -23,6 +24,7 @@ def pools():
             "max_num_batched_tokens": st.sampled_from([64, 300, 1000]),
             "scheduler": st.sampled_from(["vllm-v1", "prefill-first", "sarathi"]),
             "in_flight_cap": st.none() | st.integers(1, 4),
+            "prefix_caching": st.booleans(),
         }
     )
 
@@ -107,13 +109,13 @@ def held_jobs(worlds, w, head="held_head"):
 def check_step(worlds):
     """What holds between any two decisions."""
     ended = worlds.counts[:, [books.SERVED, books.SHED, books.ABANDONED, books.FAILED]].sum(axis=(1, 2))
-    first_calls = worlds.counts[:, books.FIRST_CALLS].sum(axis=1)
+    calls = worlds.counts[:, books.CALLS].sum(axis=1)
     fleet = worlds.fleet
     flying = fleet.replicas["in_flight"].sum(axis=1) + fleet.providers["in_flight"].sum(axis=1)
     for w in range(worlds.n_worlds):
         held = len(held_jobs(worlds, w)) + len(held_jobs(worlds, w, "retry_head"))
         deciding = 0 if worlds.done[w] else 1
-        assert first_calls[w] == ended[w] + flying[w] + held + deciding
+        assert calls[w] == ended[w] + flying[w] + held + deciding
     assert (worlds.counts >= 0).all() and (worlds.action_counts >= 0).all()
     assert np.isfinite(worlds.ledger_usd).all()
     assert np.isfinite(worlds.signals).all() and not np.isnan(worlds.request).any()
@@ -133,15 +135,23 @@ def check_end(worlds, workloads):
     assert not fleet.replicas["decoding_tokens"].any() and not fleet.providers["in_flight"].any()
     for w, workload in enumerate(workloads):
         m, counts = workload.n_requests, worlds.counts[w]
-        np.testing.assert_array_equal(
-            counts[books.FIRST_CALLS], np.bincount(workload.class_index, minlength=counts.shape[1])
-        )
+        arrival, follows = worlds.loads["arrival"][w, :m], workload.parent_index >= 0
+        for count, rows in (
+            (books.FIRST_CALLS, ~follows),
+            (books.CALLS, arrival == sessions.ARRIVED),
+            (books.LOST_CALLS, arrival == sessions.NEVER),
+        ):
+            of_class = np.bincount(workload.class_index[rows], minlength=counts.shape[1])
+            np.testing.assert_array_equal(counts[count], of_class)
+        ends = counts[[books.SERVED, books.SHED, books.ABANDONED, books.FAILED]].sum(axis=0)
+        np.testing.assert_array_equal(ends, counts[books.CALLS])
+        check_follow_ups(worlds, w, workload)
         status = fleet.requests["status"][w, :m]
         assert (status == ABANDONED).sum() == counts[books.ABANDONED].sum()
         assert (status == FAILED).sum() == counts[books.FAILED].sum()
         from_cache = worlds.action_counts[w, v.CACHE]
         assert (status == COMPLETED).sum() == counts[books.SERVED].sum() - from_cache
-        assert (status == NOT_SUBMITTED).sum() <= counts[books.SHED].sum() + from_cache
+        assert (status[arrival == sessions.ARRIVED] == NOT_SUBMITTED).sum() <= counts[books.SHED].sum() + from_cache
         served = counts[books.SERVED].sum()
         assert counts[books.GOOD].sum() <= served and counts[books.SLO_OK].sum() <= served
         done = status == COMPLETED
@@ -150,7 +160,24 @@ def check_end(worlds, workloads):
         assert (cached_tokens == 0) == (from_cache == 0)
         decisions = worlds.desks["sequence"][w]
         again = counts[books.DEFERRED].sum() + counts[books.RETRIES].sum() - settled(worlds, w)
-        assert worlds.action_counts[w].sum() == decisions == m + again
+        assert worlds.action_counts[w].sum() == decisions == counts[books.CALLS].sum() + again
+
+
+def check_follow_ups(worlds, w, workload):
+    """A follow-up arrived exactly when it should, or would have come after the horizon, or its parent got no answer."""
+    arrival, at_s = worlds.loads["arrival"][w], worlds.loads["arrived_at_s"][w]
+    requests, horizon_s = worlds.fleet.requests[w], workload.horizon_s
+    assert worlds.desks["leading"][w] == 0 and not worlds.own["leading"][w].any()
+    for i in np.flatnonzero(workload.parent_index >= 0):
+        p = workload.parent_index[i]
+        if arrival[p] != sessions.ARRIVED:
+            assert arrival[i] == arrival[p]
+        elif requests["status"][p] == COMPLETED:
+            ready_s = requests["completed_at_s"][p] + max(workload.think_s[i], sessions.LEAST_THINK_S)
+            assert at_s[i] == ready_s
+            assert arrival[i] == (sessions.ARRIVED if ready_s < horizon_s else sessions.EXPECTED)
+        elif requests["status"][p] != NOT_SUBMITTED:
+            assert arrival[i] == sessions.NEVER
 
 
 def settled(worlds, w):
@@ -158,10 +185,15 @@ def settled(worlds, w):
     return int((worlds.loads["offer_at_s"][w] >= worlds.desks["horizon_s"][w]).sum())
 
 
-def play_at_random(scenario, seed, illegal, scaling):
-    """Plays two worlds with random choices and, with `scaling`, random targets, checking all the time."""
+def play_at_random(scenario, seed, illegal, scaling, linked):
+    """Plays two worlds with random choices and, with `scaling`, random targets, checking all the time.
+
+    With `linked` most requests follow others and repeat their prompts.
+    """
     worlds = FleetWorlds(scenario, 2)
     workloads = [scenario.generate(seed + w, "validation") for w in range(2)]
+    if linked:
+        workloads = [by_hand.as_sessions(workload, seed) for workload in workloads]
     worlds.load_all(workloads)
     worlds.set_in_flight_caps(None)
     rng = np.random.default_rng(seed)
@@ -185,15 +217,21 @@ def play_at_random(scenario, seed, illegal, scaling):
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(scenario=scenarios(), seed=st.integers(0, 1000), illegal=st.booleans())
-def test_every_request_is_in_one_place_and_ends_once(scenario, seed, illegal):
-    play_at_random(scenario, seed, illegal, False)
+@given(scenario=scenarios(), seed=st.integers(0, 1000), illegal=st.booleans(), linked=st.booleans())
+def test_every_request_is_in_one_place_and_ends_once(scenario, seed, illegal, linked):
+    play_at_random(scenario, seed, illegal, False, linked)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(scenario=shaky_scenarios(), seed=st.integers(0, 1000), illegal=st.booleans(), scaling=st.booleans())
-def test_so_it_is_when_replicas_fail_and_come_and_go(scenario, seed, illegal, scaling):
-    worlds, workloads = play_at_random(scenario, seed, illegal, scaling)
+@given(
+    scenario=shaky_scenarios(),
+    seed=st.integers(0, 1000),
+    illegal=st.booleans(),
+    scaling=st.booleans(),
+    linked=st.booleans(),
+)
+def test_so_it_is_when_replicas_fail_and_come_and_go(scenario, seed, illegal, scaling, linked):
+    worlds, workloads = play_at_random(scenario, seed, illegal, scaling, linked)
     fleet, spec = worlds.fleet, worlds.plant.spec
     for w, workload in enumerate(workloads):
         world = fleet.worlds[w]

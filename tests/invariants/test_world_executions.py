@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from by_hand import as_sessions
 
 from envs.scenario import load_scenario
 from envs.worlds import FleetWorlds
@@ -15,10 +16,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def episode():
-    """Two short worlds of quickstart, random legal play: every figure as exact text."""
-    scenario = load_scenario("quickstart", {"horizon_s": 5.0, "requests_per_episode": 24})
+    """Two short worlds of quickstart, one with sessions and prefixes, random legal play: every figure as exact text."""
+    caching = {f"fleet.pools.{pool}.prefix_caching": True for pool in ("small", "large")}
+    scenario = load_scenario("quickstart", {"horizon_s": 5.0, "requests_per_episode": 24} | caching)
     worlds = FleetWorlds(scenario, 2)
-    worlds.load_all([scenario.generate(seed, "validation") for seed in (3, 4)])
+    plain, linked = (scenario.generate(seed, "validation") for seed in (3, 4))
+    worlds.load_all([plain, as_sessions(linked, 0, 0.3)])
     worlds.set_in_flight_caps(np.full(len(scenario.pool_names), 2))
     rng, views = np.random.default_rng(0), []
     while not worlds.done.all():
@@ -36,7 +39,7 @@ def episode():
 
 def test_the_interpreter_gives_the_same_numbers():
     script = "import json, test_world_executions as t; print(json.dumps(t.episode()))"
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    paths = os.pathsep.join(str(folder) for folder in (ROOT, Path(__file__).parent, Path(__file__).parents[1]))
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTHONPATH": paths},
@@ -48,5 +51,5 @@ def test_the_interpreter_gives_the_same_numbers():
     assert done.returncode == 0, done.stderr[-2000:]
     interpreted, compiled = json.loads(done.stdout), episode()
     assert interpreted == compiled
-    assert all(sum(row) >= 24 for row in compiled["actions"])
+    assert sum(compiled["actions"][0]) >= 24 and sum(compiled["actions"][1]) >= 12
     assert np.count_nonzero(np.sum(compiled["actions"], axis=0)) >= 4
