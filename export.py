@@ -24,6 +24,9 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("run", type=Path, metavar="RUN", help="run folder of train.py")
     parse.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the bundle")
     parse.add_argument(
+        "--quality", type=Path, metavar="FILE", help="predictor of python -m agents quality, its models named as tiers"
+    )
+    parse.add_argument(
         "--evaluation", type=Path, metavar="FILE", help="evaluate.py --json of this run, for the model card"
     )
     return parse
@@ -40,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     from agents.train import load_archive
     from envs.worlds import Plant
     from marginroute.features import FeatureSpec
+    from marginroute.predictor import load as load_predictor
 
     run = Run(args.run)
     info = run.info()
@@ -49,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     evaluation = {"gate": info["gate"]}
     if args.evaluation is not None:
         evaluation |= read_evaluation(args.evaluation, info["scenario"]["name"])
+    predictor = None if args.quality is None else load_predictor(args.quality)
     learned = load_archive(run.policy_path, None)
     assert isinstance(learned.policy, ScorerPolicy)
     bundle = export(
@@ -60,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         args.out,
         evaluation,
         {key: info[key] for key in ("command", "seed", "versions")},
+        predictor,
     )
     print(
         f"{args.out}: policy {bundle.policy.name}, learned: {bundle.learned}; read it: marginroute inspect {args.out}"

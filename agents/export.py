@@ -18,6 +18,7 @@ from marginroute.features import FeatureSpec
 from marginroute.guard import GuardLimits
 from marginroute.heuristics import MarginRule, RuleOfThumb
 from marginroute.policy import Policy, ResidualPolicy
+from marginroute.predictor import QualityPredictor
 from marginroute.view import Array
 
 NAME = "marginroute"  # the exported policy's name in tables, learned or not
@@ -57,6 +58,7 @@ def make_bundle(
     fallback: MarginRule | RuleOfThumb,
     evaluation: dict[str, Any],
     provenance: dict[str, Any],
+    predictor: QualityPredictor | None = None,
 ) -> Bundle:
     """A bundle for a scenario's fleet and contracts."""
     scenario, terms = plant.scenario, plant.terms
@@ -77,6 +79,7 @@ def make_bundle(
         scenario={"name": scenario.name, "hash": scenario.hash},
         evaluation=evaluation,
         provenance=provenance,
+        predictor=predictor,
     )
 
 
@@ -89,13 +92,15 @@ def export(
     folder: Path,
     evaluation: dict[str, Any],
     provenance: dict[str, Any],
+    predictor: QualityPredictor | None = None,
 ) -> Bundle:
     """Writes a bundle: the learned policy, or the advice itself where the gate refused it (`learned` None)."""
     if learned is None or spec is None:
-        made = make_bundle(plant, replace(advice, name=NAME), fallback, evaluation, provenance)
+        made = make_bundle(plant, replace(advice, name=NAME), fallback, evaluation, provenance, predictor)
         bundle.save(made, folder)
         return made
-    made = make_bundle(plant, residual_policy(learned, advice, spec), fallback, evaluation, provenance)
+    policy = residual_policy(learned, advice, spec)
+    made = make_bundle(plant, policy, fallback, evaluation, provenance, predictor)
     observation = sample_observations(plant, advice, spec, PARITY_SAMPLES)
     bundle.save(made, folder, {"observation": observation, "logits": torch_logits(learned, observation)})
     return made

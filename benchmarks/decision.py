@@ -2,7 +2,8 @@
 
 Measured on views of simulated training episodes of `quickstart`, copied as a gateway would hold them; the network has
 the default width and random weights (the time does not depend on their values). The larger fleet is the same one with
-more replicas.
+more replicas. `quality_us` is P(good answer) of nine models from the text of a prompt of so many bytes, which a bundle
+with a predictor adds; weights and letters are random.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from marginroute.cli import main_guard
 def main(argv: list[str] | None = None) -> int:
     """Prints median and p99 at 16 and 256 candidates, and where the time goes."""
     arguments = common.parser(__doc__).parse_args(argv)
-    from benchmarks import decision_cost
+    from benchmarks import decision_cost, quality_cost
 
     common.emit(
         "decision",
-        decision_cost.figures(arguments.quick),
+        decision_cost.figures(arguments.quick) | {"quality_us": quality_cost.figures(arguments.quick)},
         network=f"scorer, width {decision_cost.WIDTH}",
         policy="guarded residual policy with reason in USD",
     )

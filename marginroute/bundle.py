@@ -1,15 +1,16 @@
 """The bundle: a trained policy on disk, as data that any gateway can verify and run.
 
-A bundle is a folder of three files, none of which can execute anything:
+A bundle is a folder of up to four files, none of which can execute anything:
 
     manifest.json   everything but arrays: format, versions, scenario, layout, contract terms, candidate constants,
                     advice and fallback heuristics, FeatureSpec with its normaliser, guard limits, evaluation table,
                     sha256 of the other files, and `digest`, the sha256 of the manifest itself without that field
     weights.npz     network weights by name (absent if the gate exported the heuristic: `learned: none`)
     parity.npz      observations and the logits and choices that the trained policy gave for them
+    quality.npz     predictor of P(good answer) from a prompt's text, where one was exported along
 
 `load` refuses a bundle whose hashes, format or feature version differ, and one whose network does not reproduce the
-parity vectors to 1e-5.
+parity vectors to 1e-5, or whose predictor does not reproduce the manifest's probe to 1e-9.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ from marginroute.features import split as split_observation
 from marginroute.guard import GuardedPolicy, GuardLimits
 from marginroute.heuristics import MarginRule, RuleOfThumb
 from marginroute.policy import WEIGHT_NAMES, Network, Policy, ResidualPolicy
+from marginroute.predictor import QualityPredictor
 from marginroute.quality import QualityPrior
 from marginroute.view import REQUEST_NAMES, SIGNAL_NAMES, Array, Layout
 
 FORMAT = 1
 PARITY_TOLERANCE = 1e-5
+PROBE = "Write a Python function that returns the 12 largest primes below n.\nWhy does it stop? \u00bfPor qu\u00e9?"
+PROBE_TOLERANCE = 1e-9
 MAX_FILE_BYTES = 64 << 20
 
 
@@ -59,6 +63,7 @@ class Bundle:
         scenario: name and hash of the scenario that it was trained for.
         evaluation: the table it was judged by, free form.
         provenance: versions, command, seed, training time.
+        predictor: of P(good answer) from the prompt, its models named as tiers; None: the prior is all there is.
         digest: sha256 of the manifest that it was loaded from; empty for a bundle in the making.
     """
 
@@ -74,6 +79,7 @@ class Bundle:
     scenario: dict[str, str]
     evaluation: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    predictor: QualityPredictor | None = None
     digest: str = ""
 
     @property
@@ -112,6 +118,25 @@ def _npz_bytes(arrays: dict[str, Array]) -> bytes:
     return buffer.getvalue()
 
 
+def check_predictor(predictor: QualityPredictor, layout: Layout) -> None:
+    """Raises InputError unless at least one of the predictor's models is a tier."""
+    if not set(predictor.models) & set(layout.tier_names):
+        raise InputError(
+            f"the quality predictor knows {', '.join(predictor.models)}; legal is at least one of the tiers "
+            f"{', '.join(layout.tier_names)}: fit it with --tier TIER=MODEL"
+        )
+
+
+def _described(predictor: QualityPredictor) -> dict[str, Any]:
+    """What the manifest says of a predictor; `auc` is null where it was not measured."""
+    return {
+        "models": list(predictor.models),
+        "auc": [float(x) if np.isfinite(x) else None for x in predictor.auc],
+        "source": predictor.source,
+        "probe": {"text": PROBE, "p_good": predictor.p_good(PROBE).tolist()},
+    }
+
+
 def parity_logits(policy: ResidualPolicy, observation: Array) -> Array:
     """Masked logits (B, C) of the numpy runtime for flat observations (B, D)."""
     spec = policy.spec
@@ -141,6 +166,9 @@ def save(bundle: Bundle, folder: Path, parity: dict[str, Array] | None = None) -
     if isinstance(policy, ResidualPolicy):
         assert parity is not None
         files = {"weights.npz": _npz_bytes(policy.network.arrays()), "parity.npz": _npz_bytes(parity)}
+    if bundle.predictor is not None:
+        check_predictor(bundle.predictor, bundle.layout)
+        files["quality.npz"] = bundle.predictor.to_bytes()
     manifest = _plain(
         {
             "format": FORMAT,
@@ -157,6 +185,7 @@ def save(bundle: Bundle, folder: Path, parity: dict[str, Array] | None = None) -
             "terms": bundle.terms,
             "output_tokens": bundle.output_tokens.tolist(),
             "prior": bundle.prior.to_dict(),
+            "quality": None if bundle.predictor is None else _described(bundle.predictor),
             "advice": heuristics.to_dict(advice),
             "fallback": heuristics.to_dict(bundle.fallback),
             "spec": policy.spec.to_dict() if isinstance(policy, ResidualPolicy) else None,
@@ -226,10 +255,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _arrays(folder: Path, name: str, sha256: dict[str, str]) -> dict[str, Array]:
+def _verified(folder: Path, name: str, sha256: dict[str, str]) -> bytes:
     data = _read(folder, name)
     if hashlib.sha256(data).hexdigest() != sha256.get(name):
         raise InputError(f"{folder / name} does not match the sha256 in the manifest; export the policy again")
+    return data
+
+
+def _arrays(folder: Path, name: str, sha256: dict[str, str]) -> dict[str, Array]:
+    data = _verified(folder, name, sha256)
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
@@ -266,6 +300,13 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Bundle:
         legal = ours != -np.inf
         if not np.allclose(ours[legal], theirs[legal], rtol=0.0, atol=PARITY_TOLERANCE):
             raise InputError(f"{folder} does not reproduce its parity vectors to {PARITY_TOLERANCE} on this machine")
+    predictor = None
+    if manifest.get("quality") is not None:
+        data = _verified(folder, "quality.npz", manifest["sha256"])
+        predictor = QualityPredictor.from_bytes(data, str(folder / "quality.npz"))
+        probe = manifest["quality"]["probe"]
+        if not np.allclose(predictor.p_good(probe["text"]), probe["p_good"], rtol=0.0, atol=PROBE_TOLERANCE):
+            raise InputError(f"{folder} does not reproduce its probe prompt to {PROBE_TOLERANCE} on this machine")
     return Bundle(
         policy=policy,
         fallback=heuristics.from_dict(manifest["fallback"]),
@@ -279,5 +320,6 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Bundle:
         scenario=manifest["scenario"],
         evaluation=manifest["evaluation"],
         provenance=manifest["provenance"],
+        predictor=predictor,
         digest=manifest["digest"],
     )

@@ -42,11 +42,12 @@ def model_card(folder: str | Path) -> str:
         ("Fallback", "fallback"),
         ("Guard", "guard"),
         ("Prior of P(good answer), by tier", "prior"),
+        ("Predictor of P(good answer)", "quality"),
         ("Evaluation", "evaluation"),
         ("Provenance", "provenance"),
         ("Files, sha256", "sha256"),
     ):
-        lines += ["", title, *(_tree(manifest[name], "  ") or ["  (none)"])]
+        lines += ["", title, *(_tree(manifest.get(name), "  ") or ["  (none)"])]
     return "\n".join(lines) + "\n"
 
 

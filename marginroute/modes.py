@@ -108,8 +108,12 @@ class Shadow:
         available: Collection[int] | None = None,
         hashes: Sequence[int] = (),
         block_tokens: float | None = None,
+        prompt: str | None = None,
     ) -> Decision | None:
-        """What the policy would do with a new request; None if it was decided before (the gateway tries again)."""
+        """What the policy would do with a new request; None if it was decided before (the gateway tries again).
+
+        The prompt's text serves the bundle's quality predictor, if it has one, and is not kept.
+        """
         self._write_off()
         with self._lock:
             if id in self._pending:
@@ -122,6 +126,7 @@ class Shadow:
             available=available,
             hashes=hashes,
             block_tokens=block_tokens,
+            prompt=prompt,
         )
         decision = self._policy.decide(view)
         digest = self.bundle.digest[:12]

@@ -48,6 +48,10 @@ class GatewayState:
         prefix_block_tokens: int = 0,
     ) -> None:
         self.layout, self._prior, self._clock = bundle.layout, bundle.prior, clock
+        self._predictor = bundle.predictor
+        models = () if bundle.predictor is None else bundle.predictor.models
+        self._predicted = [t for t, name in enumerate(self.layout.tier_names) if name in models]  # tiers by index
+        self._model = [models.index(self.layout.tier_names[t]) for t in self._predicted]
         self._can, self._hold_s = frozenset(can), hold_s
         self._lock = threading.Lock()
         self._counters = Counters(self.layout, bundle.static_signals, stale_after_s)
@@ -162,6 +166,7 @@ class GatewayState:
         cached_tier: int | None = None,
         hashes: Sequence[int] = (),
         block_tokens: float | None = None,
+        prompt: str | None = None,
     ) -> View:
         """What is known for the next decision; counts as one, and as an arrival if it is the request's first.
 
@@ -177,11 +182,14 @@ class GatewayState:
             cached_tier: model of the stored answer, if the gateway has one for this request.
             hashes: of the prompt's blocks, as in `begin`.
             block_tokens: tokens per block of this prompt; None: the usual number.
+            prompt: text to predict P(good) from, in place of the prior and of `difficulty_signal`, if the bundle has a
+                predictor; it is not kept.
 
         Raises:
             InputError: a class or task that the bundle does not know.
         """
         cell = self._cell(class_name, task_name)
+        p_good, difficulty_signal = self._quality(prompt, difficulty_signal)
         with self._lock:
             now_s = self._clock()
             if attempt == 1:
@@ -201,7 +209,6 @@ class GatewayState:
         request[[v.DIFFICULTY_SIGNAL, v.WAITED_S, v.DEADLINE_LEFT_S]] = difficulty_signal, waited_s, deadline_left_s
         if "hold" in self._can:
             signals[v.HELD] = np.maximum(signals[v.IN_FLIGHT] - signals[v.IN_FLIGHT_CAP], 0.0)
-        p_good = self._prior.p_good(difficulty_signal)
         signals[v.P_GOOD_PRIOR, : self._serving] = p_good[self.layout.tier[: self._serving]]
         if cached_tier is not None:
             signals[v.P_GOOD_PRIOR, self._serving] = p_good[cached_tier]
@@ -245,6 +252,15 @@ class GatewayState:
             _index(class_name, layout.class_names, "customer class"),
             _index(task_name, layout.task_names, "task type"),
         )
+
+    def _quality(self, prompt: str | None, difficulty_signal: float) -> tuple[Array, float]:
+        """(T,) P(good) of the tiers and the difficulty signal; a tier that the predictor lacks keeps its prior."""
+        if self._predictor is None or prompt is None:
+            return self._prior.p_good(difficulty_signal), difficulty_signal
+        predicted, difficulty_signal = self._predictor.predict(prompt)
+        p_good = self._prior.p_good(difficulty_signal)
+        p_good[self._predicted] = predicted[self._model]
+        return p_good, difficulty_signal
 
     def _legal(self, k: int, deadline_left_s: float, available: Collection[int] | None, cached: bool) -> Array:
         """(C,) bool: what this gateway could carry out now; shedding is the last resort even where it has no way to."""

@@ -1,7 +1,8 @@
 """What LiteLLM tells its callbacks, translated into the life of a request; free of LiteLLM itself.
 
-Prompts are counted, and hashed in blocks of their UTF-8 bytes (a gateway has no tokeniser), never kept. Nothing here is
-allowed to fail a request: the callback catches what is raised.
+Prompts are counted, hashed in blocks of their UTF-8 bytes (a gateway has no tokeniser), and read once by the bundle's
+quality predictor if it has one; they are never kept. Nothing here is allowed to fail a request: the callback catches
+what is raised.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ class Observer:
             available=available,
             hashes=hashes,
             block_tokens=self._block_bytes * tokens_per_byte,
+            prompt=None if self.shadow.bundle.predictor is None else _question(messages) or _question(_body(kwargs)),
         )
         if decision is not None:
             self._calls[id] = _Call(characters)
@@ -259,6 +261,19 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item)
+
+
+def _question(value: Any) -> str | None:
+    """What the user asked last: text of the last message from `user`, or of the last text where there are no roles."""
+    if isinstance(value, list | tuple):
+        asked = [item for item in value if isinstance(item, Mapping) and item.get("role") == "user"]
+        if asked:
+            return "\n".join(_texts(asked[-1])) or None
+        for item in reversed(value):
+            if question := _question(item):
+                return question
+        return None
+    return "\n".join(_texts(value)) or None
 
 
 def _count_characters(value: Any) -> int:

@@ -32,7 +32,7 @@ LAYERS = {
         ("numpy", "plotly", "polars", "rich", "scipy"),
     ),
 }
-TOP = ("envs.__main__", "benchmarks", *SCRIPTS)  # may import everything; nothing imports them
+TOP = ("envs.__main__", "agents.__main__", "benchmarks", *SCRIPTS)  # may import everything; nothing imports them
 
 # Libraries that may be absent: imported inside functions only.
 OPTIONAL = {
@@ -173,6 +173,7 @@ COMMANDS = [
     ("evaluate.py",),
     ("export.py",),
     ("-m", "envs"),
+    ("-m", "agents"),
     ("-m", "marginroute"),
 ]
 

@@ -1,0 +1,183 @@
+"""`python -m agents quality TABLE --out FILE.npz`: fit, judge on prompts held out, fit on all, write.
+
+The figures are of a fit on the other prompts; the predictor written is the same fit on all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agents.prompt_quality import auc_of, check, fit_predictor, folds_of, log_loss
+from envs.workload.traces_outcomes import Columns, OutcomeTable, read_outcomes
+from marginroute.errors import InputError
+from marginroute.predictor import QualityPredictor
+from marginroute.view import Array
+
+BINS = 5
+MIN_PROMPTS = 50
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """How a predictor does on rows held out; T models.
+
+    Attributes:
+        n: (T,) outcomes.
+        share_good: (T,).
+        auc: (T,) of the predictor.
+        auc_length: (T,) of the prompt's length alone, in the better direction.
+        loss: (T,) mean log loss in nats.
+        loss_constant: (T,) of the fitted rows' share of good answers, the same for every prompt.
+        curve: (T, BINS, 2) mean prediction and share of good answers, by fifths of the predictions.
+    """
+
+    n: Array
+    share_good: Array
+    auc: Array
+    auc_length: Array
+    loss: Array
+    loss_constant: Array
+    curve: Array
+
+    def to_dict(self, models: tuple[str, ...]) -> dict[str, Any]:
+        """Figures by model, for JSON; null where a figure is not defined."""
+        names = ("n", "share_good", "auc", "auc_length", "loss", "loss_constant")
+        return {
+            model: {name: _json(getattr(self, name)[t]) for name in names}
+            | {"calibration": [[_json(x) for x in pair] for pair in self.curve[t]]}
+            for t, model in enumerate(models)
+        }
+
+
+def _json(value: float) -> float | None:
+    return round(float(value), 6) if np.isfinite(value) else None
+
+
+def judge(predictor: QualityPredictor, texts: list[str], good: Array, fitted: Array) -> Judgement:
+    """A predictor on (N, T) outcomes that it was not fitted on; `fitted` are those that it was."""
+    logit = np.array([predictor.logit(text) for text in texts])
+    length = np.tile(np.log1p([[len(text)] for text in texts]), len(predictor.models))
+    by_length = auc_of(length, good)
+    share = (np.nansum(fitted, axis=0) + 0.5) / ((~np.isnan(fitted)).sum(axis=0) + 1.0)
+    constant = np.broadcast_to(np.log(share / (1.0 - share)), good.shape)
+    return Judgement(
+        n=(~np.isnan(good)).sum(axis=0),
+        share_good=np.nanmean(good, axis=0),
+        auc=auc_of(logit, good),
+        auc_length=np.maximum(by_length, 1.0 - by_length),
+        loss=log_loss(logit, good),
+        loss_constant=log_loss(constant, good),
+        curve=np.array([_curve(logit[:, t], good[:, t]) for t in range(len(share))]),
+    )
+
+
+def _curve(logit: Array, good: Array) -> Array:
+    """(BINS, 2) mean prediction and share of good answers by quantile of the prediction."""
+    known = np.flatnonzero(~np.isnan(good))
+    order = known[np.argsort(logit[known], kind="stable")]
+    p = 1.0 / (1.0 + np.exp(-logit))
+    return np.array([(p[part].mean(), good[part].mean()) for part in np.array_split(order, BINS)])
+
+
+def held_out(table: OutcomeTable, share: float, good_from: float, seed: int) -> tuple[QualityPredictor, Judgement]:
+    """The predictor fitted on all prompts, with the AUC of the same fit on the others, and that fit's judgement.
+
+    Raises:
+        InputError: too few prompts or outcomes.
+    """
+    good, n = table.good(good_from), len(table.prompts)
+    if n < MIN_PROMPTS:
+        raise InputError(f"the table has {n} prompts; legal is at least {MIN_PROMPTS}")
+    check(table.models, good)
+    _note(f"{n} prompts, {len(table.models)} models: {', '.join(table.models)}")
+    fold = folds_of(n, round(1.0 / share), seed + 1)
+    inside, outside = np.flatnonzero(fold), np.flatnonzero(fold == 0)
+    for t, name in enumerate(table.models):
+        if np.isnan(good[outside, t]).all():
+            raise InputError(f"model {name!r} has no outcome among the prompts held out; legal is a larger --held-out")
+    part = fit_predictor([table.prompts[i] for i in inside], table.models, good[inside], seed, _note)
+    judgement = judge(part, [table.prompts[i] for i in outside], good[outside], good[inside])
+    _note("the same on all prompts")
+    return replace(fit_predictor(table.prompts, table.models, good, seed, _note), auc=judgement.auc), judgement
+
+
+def text_table(models: tuple[str, ...], judged: Judgement) -> str:
+    """The judgement as text."""
+    width = max(len(name) for name in (*models, "model"))
+    head = f"{'model':<{width}}      n  good %    AUC  AUC of length  log loss  of a constant"
+    lines = ["Prompts held out:", head]
+    for t, name in enumerate(models):
+        lines.append(
+            f"{name:<{width}}  {judged.n[t]:5d}  {100 * judged.share_good[t]:6.1f}  {judged.auc[t]:5.3f}  "
+            f"{judged.auc_length[t]:13.3f}  {judged.loss[t]:8.3f}  {judged.loss_constant[t]:13.3f}"
+        )
+    lines.append(f"{'mean':<{width}}  {'':5}  {'':6}  {np.nanmean(judged.auc):5.3f}")
+    lines += ["", f"Calibration: predicted -> good %, by {BINS} equal parts of the predictions"]
+    for t, name in enumerate(models):
+        pairs = "   ".join(f"{100 * p:3.0f} -> {100 * y:3.0f}" for p, y in judged.curve[t])
+        lines.append(f"{name:<{width}}  {pairs}")
+    return "\n".join(lines) + "\n"
+
+
+def _named(table: OutcomeTable, tiers: list[str]) -> OutcomeTable:
+    """The table with models called as the scenario's tiers; those without a tier keep their names."""
+    called = {}
+    for item in tiers:
+        tier, equals, model = item.partition("=")
+        if not equals or not tier or model not in table.models:
+            raise InputError(f"--tier {item}: legal is TIER=MODEL with one of the models {', '.join(table.models)}")
+        called[model] = tier
+    models = tuple(called.get(name, name) for name in table.models)
+    if len(set(models)) < len(models):
+        raise InputError(f"--tier: two models would share a name ({', '.join(models)}); legal is a name for each")
+    return replace(table, models=models)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file so that it is either complete or untouched.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+            (Path(scratch) / path.name).write_bytes(data)
+            os.replace(Path(scratch) / path.name, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); legal is a file in a folder you own") from None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Fits, judges, prints and writes."""
+    if not 0.0 < arguments.held_out <= 0.5:
+        raise InputError(f"--held-out {arguments.held_out}: legal is above 0 and at most 0.5")
+    if not arguments.out.resolve().parent.is_dir():
+        raise InputError(f"{arguments.out}: cannot be written (no such folder); legal is a file in a folder you own")
+    models = tuple(arguments.models.split(",")) if arguments.models else None
+    columns = Columns(prompt=arguments.prompt, model=arguments.model, outcome=arguments.outcome, models=models)
+    table = _named(read_outcomes(arguments.table, columns), arguments.tier)
+    predictor, judged = held_out(table, arguments.held_out, arguments.good_from, arguments.seed)
+    source = f"{arguments.table.name}, {len(table.prompts)} prompts, good from {arguments.good_from:g}"
+    data = replace(predictor, source=source).to_bytes()
+    write_bytes(arguments.out, data)
+    sys.stdout.write(text_table(table.models, judged))
+    print(
+        f"\n{arguments.out}: {len(data) / 1e6:.1f} MB; into a bundle with python export.py RUN --out DIR --quality FILE"
+    )
+    if arguments.json is not None:
+        figures = {"table": source, "mean_auc": _json(np.nanmean(judged.auc)), "models": judged.to_dict(table.models)}
+        write_bytes(arguments.json, (json.dumps(figures, indent=1) + "\n").encode())
+    return 0
