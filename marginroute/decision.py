@@ -25,6 +25,7 @@ class Decision:
         runner_up_usd: expected USD of the choice minus that of the runner-up.
         knobs: levers set beside the choice, such as `{"in_flight_cap": {"large": 24}}`.
         guard: which guard handed the decision to the fallback; empty if none did.
+        support: names of the candidates that might have been chosen; empty: only this one.
     """
 
     candidate: int
@@ -37,6 +38,7 @@ class Decision:
     runner_up_usd: float = 0.0
     knobs: dict[str, dict[str, int]] = field(default_factory=dict)
     guard: str = ""
+    support: tuple[str, ...] = ()
 
 
 def best_legal(scores: Array, legal: Array) -> Array:

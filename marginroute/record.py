@@ -1,10 +1,15 @@
 """DecisionRecord: one schema for the audit log, the trace reader and off-policy evaluation.
 
 One JSON object per line. Prompts and answers are never part of a record.
+
+What the gateway knew of each candidate is in `signals`, so that a log can be decided again: the rows of
+`marginroute.view.SIGNALS` behind the constant ones, as little-endian float32, row by row, in base64. The constants are
+in the bundle.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import threading
@@ -16,7 +21,8 @@ import numpy as np
 
 from marginroute.decision import Decision
 from marginroute.errors import InputError
-from marginroute.view import REQUEST_NAMES, View
+from marginroute.features import FEATURE_VERSION
+from marginroute.view import N_STATIC_SIGNALS, REQUEST_NAMES, SIGNALS, Array, View
 
 SCHEMA = 1
 
@@ -35,8 +41,11 @@ class DecisionRecord:
         guard: why the fallback decided; empty if it did not.
         request: visible request signals by name (units in `marginroute.view.REQUEST`).
         legal: names of the legal candidates.
+        support: names of the candidates that might have been chosen; empty: only `choice`.
+        signals: what was known of each candidate, see above; empty if it was not logged.
+        feature_version: of the View that `request` and `signals` hold.
         served_by: candidate that really answered (shadow: the gateway's own choice); empty if unknown.
-        status: `completed`, `failed`, or `shed`; empty while pending.
+        status: `completed`, `abandoned`, `failed`, or `shed`; empty where this decision did not settle the request.
         ttft_s, e2e_s, prompt_tokens, output_tokens, cost_usd: the outcome, None where unknown.
         good: whether the answer was good, where feedback says so.
     """
@@ -55,6 +64,9 @@ class DecisionRecord:
     guard: str
     request: dict[str, float]
     legal: list[str]
+    support: list[str] = field(default_factory=list)
+    signals: str = ""
+    feature_version: int = FEATURE_VERSION
     served_by: str = ""
     status: str = ""
     ttft_s: float | None = None
@@ -91,7 +103,25 @@ def record_of(
         guard=decision.guard,
         request={name: float(x) for name, x in zip(REQUEST_NAMES, view.request, strict=True)},
         legal=[name for name, ok in zip(view.layout.names, view.legal, strict=True) if ok],
+        support=list(decision.support),
+        signals=packed(view.signals),
     )
+
+
+def packed(signals: Array) -> str:
+    """The changing rows of one view's signals (S, C) as text."""
+    return base64.b64encode(signals[N_STATIC_SIGNALS:].astype("<f4").tobytes()).decode()
+
+
+def unpacked(text: str, n_candidates: int) -> Array:
+    """The inverse of `packed`: (S - S_static, C) float32.
+
+    Raises:
+        ValueError: not such a text for this number of candidates.
+    """
+    rows = len(SIGNALS) - N_STATIC_SIGNALS
+    flat = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
+    return flat.reshape(rows, n_candidates)
 
 
 class RecordLog:

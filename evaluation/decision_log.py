@@ -1,0 +1,275 @@
+"""Reads logs of DecisionRecords for off-policy evaluation: views as arrays, and what every decision earned.
+
+A log is read in pieces of whole lines, each parsed as one table. Only decisions that carry their probability and an
+outcome count. Where a piece holds anything that is not legal it is gone through line by line, and the error names the
+line.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from evaluation.progress import Progress, silent
+from marginroute import pricing
+from marginroute import view as v
+from marginroute.bundle import Bundle
+from marginroute.errors import InputError
+from marginroute.features import FEATURE_VERSION
+from marginroute.record import SCHEMA, unpacked
+from marginroute.view import REQUEST_NAMES, Array, View
+
+PIECE_LINES = 20_000
+SETTLED = ("completed", "abandoned", "failed", "shed")
+_NUMBERS = ("ttft_s", "e2e_s", "prompt_tokens", "output_tokens", "cost_usd")
+_COLUMNS: dict[str, Any] = {
+    "id": pl.String,
+    "schema": pl.Int64,
+    "feature_version": pl.Int64,
+    "decided_at_s": pl.Float64,
+    "mode": pl.String,
+    "status": pl.String,
+    "choice": pl.String,
+    "probability": pl.Float64,
+    "legal": pl.List(pl.String),
+    "support": pl.List(pl.String),
+    "signals": pl.String,
+    "request": pl.Struct({name: pl.Float64 for name in REQUEST_NAMES}),
+    "good": pl.Boolean,
+    **dict.fromkeys(_NUMBERS, pl.Float64),
+}
+_NEEDED = ("id", "schema", "mode", "choice", "probability", "request", "legal", "signals", "status")
+
+
+@dataclass(frozen=True, eq=False)
+class Decisions:
+    """Settled decisions of a log, n of them.
+
+    Attributes:
+        view: what was known.
+        choice: (n,) candidate that was chosen.
+        probability: (n,) with which it was.
+        support: (n, C) bool, candidates that might have been chosen.
+        completed: (n,) bool, whether there was an answer.
+        numbers: (5, n) ttft_s, e2e_s, prompt_tokens, output_tokens, cost_usd; NaN where unknown.
+        good: (n,) 1 good, 0 bad, NaN unknown.
+        skipped: lines without an outcome before these.
+    """
+
+    view: View
+    choice: Array
+    probability: Array
+    support: Array
+    completed: Array
+    numbers: Array
+    good: Array
+    skipped: int
+
+    def reward_usd(self, p_good: Array) -> Array:
+        """(n,) own margin of each decision by its contract; P(good) (n,) stands in where nobody said if it was good."""
+        request = self.view.request
+        ttft_s, e2e_s, prompt_tokens, output_tokens, cost_usd = self.numbers
+        prices = request[v.INPUT_PRICE_USD], request[v.OUTPUT_PRICE_USD]
+        usage_usd = pricing.tokens_usd(prompt_tokens, output_tokens, *prices)
+        value_usd = usage_usd + request[v.REQUEST_VALUE_USD]
+        tpot_s = (e2e_s - ttft_s) / np.maximum(output_tokens - 1.0, 1.0)
+        share = sum(
+            request[credit] * (seen > request[slo])
+            for credit, slo, seen in (
+                (v.TTFT_CREDIT_SHARE, v.SLO_TTFT_S, ttft_s),
+                (v.TPOT_CREDIT_SHARE, v.SLO_TPOT_S, tpot_s),
+                (v.E2E_CREDIT_SHARE, v.SLO_E2E_S, e2e_s),
+            )
+        )
+        bad = np.where(np.isnan(self.good), 1.0 - p_good, 1.0 - self.good)
+        refund_usd = bad * pricing.refund_usd(value_usd, request[v.REFUND_SHARE], request[v.BAD_ANSWER_USD])
+        answered_usd = usage_usd - pricing.service_credit_usd(value_usd, share) - refund_usd
+        expected_usd = pricing.tokens_usd(request[v.PROMPT_TOKENS], request[v.EXPECTED_OUTPUT_TOKENS], *prices)
+        unserved_usd = -pricing.unserved_credit_usd(
+            expected_usd + request[v.REQUEST_VALUE_USD],
+            request[v.UNSERVED_CREDIT_SHARE],
+            request[v.UNSERVED_CREDIT_USD],
+        )
+        return np.where(self.completed, answered_usd, unserved_usd) - np.nan_to_num(cost_usd)
+
+
+def read_decisions(path: Path, bundle: Bundle, progress: Progress = silent) -> Iterator[Decisions]:
+    """The settled decisions of a log, in pieces.
+
+    Args:
+        path: JSONL file of DecisionRecords.
+        bundle: whose layout and constants the records go by.
+        progress: called with bytes read and bytes in all.
+
+    Raises:
+        InputError: a line that cannot be used: its number, what it holds, what is legal.
+    """
+    try:
+        total = path.stat().st_size
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); legal is a log of decisions") from None
+    reader, done = _Reader(path, bundle), 0
+    with file:
+        while lines := [line for _, line in zip(range(PIECE_LINES), file, strict=False)]:
+            decisions = reader.read(lines)
+            done += sum(map(len, lines))
+            progress(done, total)
+            if len(decisions.choice):
+                yield decisions
+
+
+class _Reader:
+    """Turns pieces of a log into arrays; remembers what it has seen."""
+
+    def __init__(self, path: Path, bundle: Bundle) -> None:
+        self.path, self.bundle, self.layout = path, bundle, bundle.layout
+        self.names = pl.DataFrame({"name": self.layout.names}).with_row_index("candidate")
+        self.lines = 0
+        self.skipped = 0
+        self.seen: dict[int, int] = {}  # hash of id and time -> line
+
+    def read(self, lines: list[bytes]) -> Decisions:
+        """One piece as arrays."""
+        try:
+            table = pl.read_ndjson(io.BytesIO(b"".join(lines)), schema=_COLUMNS)
+            if table.height != len(lines) or not lines[-1].endswith(b"\n"):
+                raise ValueError
+            decisions = self._arrays(table)
+        except (pl.exceptions.PolarsError, ValueError):
+            for i, line in enumerate(lines):
+                self._explain(self.lines + i + 1, line)
+            raise InputError(f"{self.path}: lines {self.lines + 1} to {self.lines + len(lines)} are no log") from None
+        self._remember(table)
+        self.lines += len(lines)
+        return decisions
+
+    def _arrays(self, table: pl.DataFrame) -> Decisions:
+        """Settled rows of a table as arrays; raises ValueError if anything is not as it should be."""
+        settled = table.filter(pl.col("status").is_in(SETTLED))
+        self.skipped += table.height - settled.height
+        n, width = settled.height, self.layout.n_candidates
+        probability = settled["probability"].to_numpy()
+        missing = table.select(pl.col(*_NEEDED).null_count()).row(0)
+        constants = (
+            (table["schema"] == SCHEMA).all()
+            and (table["feature_version"] == FEATURE_VERSION).all()
+            and not (table["mode"] == "shadow").any()
+        )
+        if any(missing) or not constants or not ((probability > 0.0) & (probability <= 1.0)).all():
+            raise ValueError
+        numbers = np.stack([settled[name].to_numpy().astype(np.float64) for name in _NUMBERS])
+        completed = (settled["status"] == "completed").to_numpy()
+        if np.isnan(numbers[:4, completed]).any() or np.isinf(numbers).any():
+            raise ValueError
+        flat = b"".join(settled["signals"].str.decode("base64").to_list())
+        changing = np.frombuffer(flat, dtype="<f4").reshape(n, len(v.SIGNALS) - v.N_STATIC_SIGNALS, width)
+        if not np.isfinite(changing).all():
+            raise ValueError
+        signals = np.empty((len(v.SIGNALS), n, width))
+        signals[: v.N_STATIC_SIGNALS] = self.bundle.static_signals[:, None, :]
+        signals[v.N_STATIC_SIGNALS :] = changing.transpose(1, 0, 2)
+        request = settled["request"].struct.unnest().select(REQUEST_NAMES).to_numpy().T
+        support = settled.select(
+            pl.when(pl.col("support").list.len().fill_null(0) > 0).then("support").otherwise(pl.concat_list("choice"))
+        ).to_series()
+        return Decisions(
+            view=View(
+                self.layout, signals, np.nan_to_num(request, nan=np.inf, posinf=np.inf), self._members(settled["legal"])
+            ),
+            choice=self._members(settled.select(pl.concat_list("choice")).to_series()).argmax(axis=1),
+            probability=probability,
+            support=self._members(support),
+            completed=completed,
+            numbers=numbers,
+            good=settled["good"].cast(pl.Float64).to_numpy().astype(np.float64),
+            skipped=self.skipped,
+        )
+
+    def _members(self, names: pl.Series) -> Array:
+        """Lists of candidate names (n,) as (n, C) bool."""
+        table = (
+            pl.DataFrame({"name": names}).with_row_index("row").explode("name").join(self.names, on="name", how="left")
+        )
+        if table["candidate"].null_count():
+            raise ValueError
+        members = np.zeros((len(names), self.layout.n_candidates), dtype=np.bool_)
+        members[table["row"].to_numpy(), table["candidate"].to_numpy()] = True
+        return members
+
+    def _remember(self, table: pl.DataFrame) -> None:
+        """Refuses a request decided twice at the same time."""
+        keys = table.select("id", "decided_at_s").hash_rows(seed=0).to_list()
+        for i, key in enumerate(keys):
+            line = self.lines + i + 1
+            if self.seen.setdefault(key, line) != line:
+                raise self._refuse(
+                    line, f"repeats request {table['id'][i]!r} of line {self.seen[key]}; legal is each once"
+                )
+
+    def _refuse(self, number: int, what: str) -> InputError:
+        return InputError(f"{self.path}, line {number}: {what}")
+
+    def _explain(self, number: int, line: bytes) -> None:
+        """Raises InputError if this line is what is wrong."""
+        try:
+            record = json.loads(line, parse_constant=lambda text: text)
+            if not isinstance(record, dict):
+                raise ValueError
+        except ValueError:
+            end = "" if line.endswith(b"\n") else ", the file ends within it"
+            raise self._refuse(number, f"is not a JSON object{end}; legal is one whole record per line") from None
+        if not line.endswith(b"\n"):
+            raise self._refuse(number, "has no end of line; legal is one whole record per line")
+        for name in _NEEDED:
+            if record.get(name) is None:
+                raise self._refuse(number, f"has no {name}; legal is a DecisionRecord of schema {SCHEMA}")
+        for name, legal in (("schema", SCHEMA), ("feature_version", FEATURE_VERSION)):
+            if record.get(name) != legal:
+                raise self._refuse(number, f"has {name} {record.get(name)!r}; legal is {legal}, that of this version")
+        if record["mode"] == "shadow":
+            raise self._refuse(
+                number, "was decided in shadow mode, where the gateway's own choice has no probability; legal is a log "
+                "of decisions that were carried out"
+            )  # fmt: skip
+        self._explain_values(number, record)
+
+    def _explain_values(self, number: int, record: dict[str, Any]) -> None:
+        known = ", ".join(self.layout.names)
+        for name in (record["choice"], *record["legal"], *(record.get("support") or ())):
+            if name not in self.layout.names:
+                raise self._refuse(
+                    number, f"names candidate {name!r}, which the policy does not know; legal is {known}"
+                )
+        probability = record["probability"]
+        if not _is_number(probability) or not 0.0 < probability <= 1.0:
+            raise self._refuse(number, f"has probability {probability!r}; legal is above 0, at most 1")
+        for name in _NUMBERS:
+            value = record.get(name)
+            needed = record["status"] == "completed" and name != "cost_usd"
+            if not (value is None and not needed) and not _is_number(value):
+                raise self._refuse(number, f"has {name} = {value!r}; legal is a number")
+        for name in REQUEST_NAMES:
+            value = record["request"].get(name)
+            if value is not None and not _is_number(value):
+                raise self._refuse(number, f"has request.{name} = {value!r}; legal is a number, or null for infinity")
+        try:
+            finite = np.isfinite(unpacked(record["signals"], self.layout.n_candidates)).all()
+        except (ValueError, TypeError):
+            finite = False
+        if not finite:
+            raise self._refuse(
+                number, f"has no signals of {self.layout.n_candidates} candidates; legal are those of the fleet that the "
+                "policy was made for, all numbers"
+            )  # fmt: skip
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and bool(np.isfinite(value))
