@@ -159,3 +159,74 @@ def post_unserved(
     post(ledger_usd, w, UNSERVED_CREDITS, k, -credit_usd)
     post(ledger_usd, w, cost_account, k, -cost_usd)
     counts[w, count, k] += 1
+
+
+@njit(cache=True, nogil=True)
+def post_served_amount(
+    ledger_usd: np.ndarray,
+    counts: np.ndarray,
+    terms: np.ndarray,
+    w: int,
+    k: int,
+    answered: float,
+    prompt_tokens: float,
+    output_tokens: float,
+    credited: float,
+    p_good: float,
+    cost_account: int,
+    cost_usd: float,
+) -> None:
+    """Posts an amount of answered requests at once, in expectation; `counts` is an array of floats.
+
+    Args:
+        ledger_usd: (N, A, K + 1).
+        counts: (N, len(COUNTS), K) f8; the caller adds which SLOs were kept.
+        terms: (K,) contracts.
+        w: World.
+        k: Class.
+        answered: Requests.
+        prompt_tokens: Mean per request.
+        output_tokens: Mean per request.
+        credited: Credited shares of a request's value, summed over the amount.
+        p_good: Share of good answers.
+        cost_account: Account of what the answers cost.
+        cost_usd: That cost.
+    """
+    if answered <= 0.0:
+        return
+    term = terms[k]
+    revenue_usd = tokens_usd(prompt_tokens, output_tokens, term.input_usd_per_token, term.output_usd_per_token)
+    value_usd = revenue_usd + term.request_value_usd
+    credit_usd = service_credit_usd(value_usd, credited / answered)
+    bad_usd = refund_usd(value_usd, term.refund_share, term.bad_answer_usd)
+    post(ledger_usd, w, USAGE_REVENUE, k, answered * revenue_usd)
+    post(ledger_usd, w, cost_account, k, -cost_usd)
+    post(ledger_usd, w, SLO_CREDITS, k, -answered * credit_usd)
+    post(ledger_usd, w, REFUNDS, k, -answered * (1.0 - p_good) * bad_usd)
+    counts[w, SERVED, k] += answered
+    counts[w, GOOD, k] += answered * p_good
+    counts[w, PROMPT_TOKENS, k] += answered * prompt_tokens
+    counts[w, OUTPUT_TOKENS, k] += answered * output_tokens
+
+
+@njit(cache=True, nogil=True)
+def post_unserved_amount(
+    ledger_usd: np.ndarray,
+    counts: np.ndarray,
+    terms: np.ndarray,
+    w: int,
+    k: int,
+    count: int,
+    unanswered: float,
+    prompt_tokens: float,
+    output_tokens: float,
+) -> None:
+    """Posts an amount of requests without an answer (`count` is SHED, ABANDONED or FAILED) of the given mean tokens."""
+    term = terms[k]
+    value_usd = (
+        tokens_usd(prompt_tokens, output_tokens, term.input_usd_per_token, term.output_usd_per_token)
+        + term.request_value_usd
+    )
+    credit_usd = unserved_credit_usd(value_usd, term.unserved_credit_share, term.unserved_credit_usd)
+    post(ledger_usd, w, UNSERVED_CREDITS, k, -unanswered * credit_usd)
+    counts[w, count, k] += unanswered

@@ -1,0 +1,105 @@
+"""The money of a control tick: joins the fluid surrogate's amounts with the ledger, as `envs.world` does with requests.
+
+Shapes: N worlds, P pools, K classes, V providers.
+"""
+
+# ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from envs.economics import ledger as books
+from envs.fleet.fluid_tick import tick
+
+PRICE = np.dtype(
+    [
+        ("energy_input_usd", "f8"),  # per token
+        ("energy_output_usd", "f8"),
+        ("replica_usd_per_s", "f8"),
+        ("reserved_usd_per_s", "f8"),  # of a reserved replica
+        ("reserved_replicas", "f8"),  # paid whether they are held or not
+    ]
+)
+"""Cost of a pool, `(P,)`."""
+
+ANSWER = np.dtype(
+    [
+        ("prompt_tokens", "f8"),  # mean per request
+        ("output_tokens", "f8"),
+        ("p_good", "f8"),  # share of good answers of the station's tier
+        ("cost_usd", "f8"),  # a provider's invoice per request
+        *[(name, "f8") for name in ("ttft_ok", "tpot_ok", "e2e_ok", "slo_ok", "credited")],  # a provider's, per request
+    ]
+)
+"""What a class gets at a pool or provider, `(P + V, K)`."""
+
+
+@njit(cache=True, nogil=True)
+def _count_promises(counts, w, k, ttft_ok, tpot_ok, e2e_ok, slo_ok):
+    counts[w, books.TTFT_OK, k] += ttft_ok
+    counts[w, books.TPOT_OK, k] += tpot_ok
+    counts[w, books.E2E_OK, k] += e2e_ok
+    counts[w, books.SLO_OK, k] += slo_ok
+
+
+@njit(cache=True, nogil=True)
+def _post_pool(terms, prices, answers, stations, flows, ledger_usd, counts, w, p, tick_s):
+    price, station = prices[p], stations[w, p]
+    paid = price.reserved_usd_per_s * price.reserved_replicas
+    paid += price.replica_usd_per_s * max(station.paid_replicas - price.reserved_replicas, 0.0)
+    books.post(ledger_usd, w, books.GPU_HOURS, terms.shape[0], -paid * tick_s)
+    for k in range(terms.shape[0]):
+        flow, answer = flows[w, p, k], answers[p, k]
+        counts[w, books.FIRST_CALLS, k] += flow.arrived
+        counts[w, books.CALLS, k] += flow.arrived
+        counts[w, books.DEFERRED, k] += flow.deferred
+        energy_usd = flow.served * books.tokens_usd(
+            answer.prompt_tokens, answer.output_tokens, price.energy_input_usd, price.energy_output_usd
+        )
+        books.post_served_amount(
+            ledger_usd, counts, terms, w, k, flow.served, answer.prompt_tokens, answer.output_tokens,
+            flow.served_credited, answer.p_good, books.ENERGY, energy_usd,
+        )  # fmt: skip
+        _count_promises(counts, w, k, flow.served_ttft_ok, flow.served_tpot_ok, flow.served_e2e_ok, flow.served_slo_ok)
+        for count, amount in ((books.SHED, flow.shed), (books.ABANDONED, flow.abandoned), (books.FAILED, flow.failed)):
+            books.post_unserved_amount(
+                ledger_usd, counts, terms, w, k, count, amount, answer.prompt_tokens, answer.output_tokens
+            )
+
+
+@njit(cache=True, nogil=True)
+def _post_provider(terms, answers, row, spills, ledger_usd, counts, w, v):
+    for k in range(terms.shape[0]):
+        answer, calls = answers[row, k], spills[w, v, k]
+        books.post_served_amount(
+            ledger_usd, counts, terms, w, k, calls, answer.prompt_tokens, answer.output_tokens,
+            calls * answer.credited, answer.p_good, books.API_SPEND, calls * answer.cost_usd,
+        )  # fmt: skip
+        _count_promises(
+            counts, w, k, calls * answer.ttft_ok, calls * answer.tpot_ok, calls * answer.e2e_ok, calls * answer.slo_ok
+        )
+
+
+@njit(cache=True, nogil=True)
+def step(
+    pools, classes, curves, kept, deadline_s, providers, stations, orders, flows, held, clocks_s, spills,
+    terms, prices, answers, ledger_usd, counts, margins_usd, rewards_usd, arrivals, pool_levers, class_levers, tick_s,
+):  # fmt: skip
+    """Advances every world by one control tick and posts it; `rewards_usd` (N,) is the change of the ledger."""
+    for w in range(flows.shape[0]):
+        tick(
+            pools, classes, curves, kept, deadline_s, providers, stations, orders, flows, held, clocks_s, spills,
+            w, arrivals, pool_levers, class_levers, tick_s,
+        )  # fmt: skip
+        books.post_time(ledger_usd, terms, w, 0.0, tick_s)
+        for p in range(flows.shape[1]):
+            _post_pool(terms, prices, answers, stations, flows, ledger_usd, counts, w, p, tick_s)
+        for v in range(spills.shape[1]):
+            _post_provider(terms, answers, flows.shape[1] + v, spills, ledger_usd, counts, w, v)
+        total = 0.0
+        for account in range(ledger_usd.shape[1]):
+            for k in range(ledger_usd.shape[2]):
+                total += ledger_usd[w, account, k]
+        rewards_usd[w] = total - margins_usd[w]
+        margins_usd[w] = total
