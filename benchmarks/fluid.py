@@ -101,6 +101,11 @@ def main(argv: list[str] | None = None) -> int:
     for tick_s in TICKS_S:
         figures[f"starter_ticks_per_cpu_s_{tick_s:g}s"] = starter_ticks_per_cpu_s(tick_s, 5 if quick else 40)
     figures["errors"], rows = error_table(plants, quick)
+    figures["other_mixes"] = {}
+    for profile, plant in plants.items():
+        for one in case.other_mixes()[:: 4 if quick else 1]:
+            off = case.errors(case.run_engine(plant, one), case.run_fluid(plant, one))
+            figures["other_mixes"][f"{profile}, {one.name}"] = {name: round(value, 2) for name, value in off.items()}
     common.emit("fluid", figures, rows=rows)
     return 0
 

@@ -117,6 +117,7 @@ class Case:
         new_cap: cap from the middle on.
         new_replicas: replicas from the middle on.
         seed: of the arrivals.
+        only: classes that arrive, by index; none: all, in the mix that the curves were measured with.
     """
 
     load: float
@@ -125,11 +126,13 @@ class Case:
     new_cap: int = 0
     new_replicas: int = REPLICAS
     seed: int = 0
+    only: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
         """What the table calls it."""
         words = [f"load {self.load:g}", "steady" if len(set(self.shape)) == 1 else "steps"]
+        words += [" and ".join(CLASSES[k] for k in self.only) + " only"] * bool(self.only)
         words += [f"cap {self.cap}"] * (self.cap < NO_CAP) + [f"then cap {self.new_cap}"] * (self.new_cap > 0)
         return ", ".join(words + [f"then {self.new_replicas} replicas"] * (self.new_replicas != REPLICAS))
 
@@ -141,7 +144,8 @@ def arrivals_of(plant: Plant, case: Case) -> tuple[Array, Array]:
     third_s = HORIZON_S / 3.0
     times = [third_s * (i + rng.random(rng.poisson(per_s * factor * third_s))) for i, factor in enumerate(case.shape)]
     arrived_at_s = np.sort(np.concatenate(times))
-    return arrived_at_s, rng.integers(0, len(plant.sample.class_index), len(arrived_at_s))
+    classes = case.only or tuple(range(len(CLASSES)))
+    return arrived_at_s, rng.choice(np.flatnonzero(np.isin(plant.sample.class_index, classes)), len(arrived_at_s))
 
 
 @njit(cache=True, nogil=True)
@@ -291,7 +295,7 @@ def errors(engine: dict[str, Any], fluid: dict[str, Any]) -> dict[str, float]:
 
 
 def cases() -> list[Case]:
-    """The grid: loads, steady and in steps, with and without a cap; nearly idle ones; levers that move in the middle."""
+    """The grid: loads, steady and in steps, with and without a cap; nearly idle ones; levers moved in the middle."""
     grid = [
         Case(load, shape, cap)
         for shape in ((1.0, 1.0, 1.0), (0.5, 1.2, 0.7))
@@ -300,6 +304,11 @@ def cases() -> list[Case]:
     ]
     moved = [Case(load, new_replicas=6) for load in (0.7, 0.9, 1.1)] + [Case(0.9, cap=CAP, new_cap=96)]
     return [*grid, Case(0.05), Case(0.1), *moved]
+
+
+def other_mixes() -> list[Case]:
+    """Loads of another mix than that of the curves."""
+    return [Case(load, only=(2,)) for load in (0.45, 0.6)] + [Case(load, only=(0, 1)) for load in (1.1, 1.3)]
 
 
 def near_knee(case: Case) -> bool:

@@ -74,10 +74,15 @@ def curves_of(pool: PoolSpec, sample: Sample) -> Curves:
 
 
 def bin_arrivals(workload: Workload, tick_s: float, share: Array) -> Array:
-    """(T, P, K) requests per tick, those of a class split over the pools by `share` (P, K)."""
+    """(T, P, K) requests per tick, those of a class split over the pools by `share` (P, K).
+
+    Follow-ups of sessions count at their nominal times.
+    """
     ticks = math.ceil(workload.horizon_s / tick_s)
     counts = np.zeros((ticks, share.shape[1]))
-    np.add.at(counts, ((workload.arrived_at_s / tick_s).astype(np.int64), workload.class_index), 1.0)
+    inside = workload.arrived_at_s < workload.horizon_s
+    tick = (workload.arrived_at_s[inside] / tick_s).astype(np.int64)
+    np.add.at(counts, (np.minimum(tick, ticks - 1), workload.class_index[inside]), 1.0)
     return counts[:, None, :] * share
 
 
