@@ -18,12 +18,8 @@ from marginroute.errors import InputError
 if TYPE_CHECKING:
     from envs.scenario import Scenario
     from evaluation.bounds import Bounds
-    from evaluation.progress import Progress
-    from evaluation.results import EpisodeResults
-    from marginroute.policy import Policy
-
-SHUFFLED_MIX = "shuffled-mix"
-MAX_VALIDATION_EPISODES = 16
+    from evaluation.contest import Contest, Entrants, Play
+    from evaluation.report import Report
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,15 +28,20 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("scenario", nargs="?", default="quickstart", help="name in configs/scenarios or path of a YAML")
     parse.add_argument("--policy", nargs="+", default=[], action="extend", metavar="RUN", help="run folders or bundles")
     parse.add_argument("--baselines", default="all", help="all, none, or names separated by commas (default: all)")
-    parse.add_argument("--episodes", type=int, default=32, help="held-out episodes (default: 32)")
+    parse.add_argument("--episodes", type=int, help="held-out episodes (default: 32; with --until-ci at most 4096)")
     parse.add_argument("--seed", type=int, default=0, help="first held-out seed (default: 0)")
     parse.add_argument("--trace", metavar="FILE", help="recorded requests in place of generated ones")
     parse.add_argument("--trace-format", metavar="NAME", help="layout of the trace (default: told from it)")
     parse.add_argument("--columns", metavar="NAME=COLUMN,...", help="for csv: our names and the file's columns")
     parse.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="scenario overrides")
     parse.add_argument("--bound", action="store_true", help="compute upper bounds of the margin, too")
+    parse.add_argument("--until-ci", type=float, metavar="USD", help="play until gains are known to +- USD per 1k")
+    parse.add_argument("--vary", nargs="+", default=[], action="extend", metavar="KEY=V1,V2|A..B", help="what if: plan")
+    parse.add_argument("--explain", type=int, metavar="N", help="explain decision N of episode --seed")
     parse.add_argument("--workers", type=int, help="processes (default: one per core that may be used)")
+    parse.add_argument("--no-cache", action="store_true", help="play again what was played before")
     parse.add_argument("--json", type=Path, metavar="FILE", help="write the figures, too")
+    parse.add_argument("--report", type=Path, metavar="FILE.html", help="write a page with figures, too (.md: a card)")
     return parse
 
 
@@ -49,115 +50,137 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the comparison and prints it; bad input exits 2."""
     args = parser().parse_args(argv)
     check_flags(args)
+    from evaluation.contest import MOST_EPISODES, Play, enter, hold
+    from evaluation.document import check_target
+
+    for target in (args.json, args.report):
+        if target is not None:
+            check_target(target)
+    episodes = args.episodes or (MOST_EPISODES if args.until_ci is not None else 32)
+    play = Play(episodes, args.seed, args.workers, not args.no_cache, args.until_ci)
+    settings = planned(args)
+    scenario = load(args, {})
+    entrants = enter(scenario, args.policy, args.baselines)
+    if args.explain is not None:
+        explain(scenario, entrants, play, args.explain)
+    elif settings:
+        plan(args, scenario, entrants, settings, play)
+    else:
+        compare(args, scenario, hold(scenario, entrants, play), play)
+    return 0
+
+
+def load(args: argparse.Namespace, more: Mapping[str, str]) -> Scenario:
+    """The scenario with the overrides of the command line, and more."""
     from envs.scenario import load_scenario
     from evaluation.arguments import pairs
-    from evaluation.document import check_target, to_document, write_json
-    from evaluation.report import build_report
-    from evaluation.table import print_report
 
-    if args.json is not None:
-        check_target(args.json)
-    scenario = load_scenario(
+    return load_scenario(
         args.scenario,
-        overrides=pairs(args.set, "--set"),
+        overrides={**pairs(args.set, "--set"), **more},
         trace=args.trace,
         trace_format=args.trace_format,
         columns=pairs(args.columns.split(","), "--columns") if args.columns else None,
     )
-    best, results = compare(scenario, args)
-    report = build_report(scenario.name, results, best, upper_bounds(scenario, args) if args.bound else None)
+
+
+def planned(args: argparse.Namespace) -> list[dict[str, str]]:
+    """The settings of --vary."""
+    from evaluation.plan import settings
+
+    return settings(args.vary) if args.vary else []
+
+
+def compare(args: argparse.Namespace, scenario: Scenario, contest: Contest, play: Play) -> None:
+    """Prints and writes the comparison."""
+    from evaluation.document import to_document, write_json
+    from evaluation.report import build_report
+    from evaluation.table import print_report
+
+    episodes = len(contest.results[contest.shown].seeds)
+    bounds = upper_bounds(scenario, range(play.seed, play.seed + episodes), play) if args.bound else None
+    report = build_report(scenario.name, contest.results, contest.best, bounds)
     if args.json is not None:
         write_json(args.json, to_document(report))
+    if args.report is not None:
+        write_report(args.report, scenario, report, contest, play)
     print_report(report)
-    return 0
 
 
-def compare(scenario: Scenario, args: argparse.Namespace) -> tuple[str | None, dict[str, EpisodeResults]]:
-    """Chooses the best heuristic on validation seeds, then plays every policy on the held-out ones."""
+def write_report(path: Path, scenario: Scenario, report: Report, contest: Contest, play: Play) -> None:
+    """A page, or a Markdown card."""
+    from evaluation.document import write_text
+    from evaluation.page import markdown, write_page
+    from evaluation.page_data import collect
     from evaluation.progress import progress_bar
-    from evaluation.protocol import best_on_validation, evaluate_policies
 
-    examined = load_policies(args.policy, scenario)
-    heuristics, with_mix = select_baselines(scenario, args.baselines, args.policy)
-    if not examined and not heuristics:
-        raise InputError("nothing to compare: give at least one --policy or one of --baselines")
-    best = None
-    if heuristics:
-        with progress_bar("choosing the best heuristic (validation)") as progress:
-            episodes = min(args.episodes, MAX_VALIDATION_EPISODES)
-            best = best_on_validation(scenario, heuristics, episodes, progress=progress, workers=args.workers)
-
-    def play(policies: Mapping[str, Policy], progress: Progress) -> dict[str, EpisodeResults]:
-        return evaluate_policies(
-            scenario, policies, args.episodes, first_seed=args.seed, progress=progress, workers=args.workers
+    if path.suffix == ".md":
+        write_text(path, markdown(report, contest.shown))
+        return
+    with progress_bar("report") as progress:
+        data = collect(
+            scenario,
+            contest.policies,
+            contest.shown,
+            contest.reference,
+            episodes=min(report.episodes, 32),
+            seed=play.seed,
+            progress=progress,
+            workers=play.workers,
         )
-
-    with progress_bar("held-out episodes") as progress:
-        results = play({**examined, **heuristics}, progress)
-    if with_mix:
-        with progress_bar("content-blind control") as progress:
-            results |= play(shuffled_mixes(results, list(examined) or [str(best)]), progress)
-    return best, results
+    write_page(path, report, data, contest.shown, f"python evaluate.py {' '.join(sys.argv[1:])}")
 
 
-def upper_bounds(scenario: Scenario, args: argparse.Namespace) -> Bounds:
+def upper_bounds(scenario: Scenario, seeds: range, play: Play) -> Bounds:
     """Bounds of the held-out episodes."""
     from evaluation.bounds import bound_episodes
     from evaluation.progress import progress_bar
 
     with progress_bar("upper bounds") as progress:
-        seeds = range(args.seed, args.seed + args.episodes)
-        return bound_episodes(scenario, seeds, progress=progress, workers=args.workers)
+        return bound_episodes(scenario, seeds, progress=progress, workers=play.workers)
 
 
-def load_policies(runs: list[str], scenario: Scenario) -> dict[str, Policy]:
-    """Policies of run folders or bundles by name; runs whose policies share a name are told apart by folder."""
-    if not runs:
-        return {}
-    from agents.run import load_policy
+def explain(scenario: Scenario, entrants: Entrants, play: Play, number: int) -> None:
+    """Explains one decision of the first policy, or of the best heuristic."""
+    from evaluation.contest import choose_best
+    from evaluation.explain import explain_decision, print_explanation
 
-    policies = [(Path(run), load_policy(Path(run), scenario)) for run in runs]
-    names = [policy.name for _, policy in policies]
-    return {
-        policy.name if names.count(policy.name) == 1 else f"{policy.name}:{run}": policy for run, policy in policies
-    }
+    examined = list(entrants.examined.values())
+    policy = examined[0] if examined else entrants.heuristics[str(choose_best(scenario, entrants.heuristics, play))]
+    print_explanation(explain_decision(scenario, policy, number, play.seed), number, play.seed)
 
 
-def select_baselines(scenario: Scenario, wanted: str, runs: list[str]) -> tuple[dict[str, Policy], bool]:
-    """The tuned heuristics asked for, and whether the shuffled mix is among them."""
-    if wanted == "none":
-        return {}, False
-    from agents.baselines import baselines_for
+def plan(
+    args: argparse.Namespace, scenario: Scenario, entrants: Entrants, settings: list[dict[str, str]], play: Play
+) -> None:
+    """Plays the settings, prints and writes the plan."""
+    from evaluation.document import write_json, write_text
+    from evaluation.plan import to_plan_document, vary
+    from evaluation.plan_show import plan_page, print_plan
 
-    known: dict[str, Policy] = {**baselines_for(scenario, run_dir=Path(runs[0]) if runs else None)}
-    known.pop(SHUFFLED_MIX, None)
-    if wanted == "all":
-        return known, True
-    names = [name.strip() for name in wanted.split(",")]
-    for name in names:
-        if name != SHUFFLED_MIX and name not in known:
-            raise InputError(f"--baselines {name!r} is not known; legal are {', '.join([*known, SHUFFLED_MIX])}")
-    return {name: known[name] for name in names if name != SHUFFLED_MIX}, SHUFFLED_MIX in names
-
-
-def shuffled_mixes(results: Mapping[str, EpisodeResults], of: list[str]) -> dict[str, Policy]:
-    """For each policy of `of`, its tier shares given out at random: what its choice of content is worth."""
-    from marginroute.heuristics import ShuffledMix
-
-    names = [SHUFFLED_MIX] if len(of) == 1 else [f"{SHUFFLED_MIX}:{name}" for name in of]
-    return {
-        name: ShuffledMix(name, tier_shares=results[policy].tier_shares) for name, policy in zip(names, of, strict=True)
-    }
+    rows = vary(lambda setting: load(args, setting), entrants, settings, play)
+    if args.json is not None:
+        write_json(args.json, to_plan_document(scenario.name, rows))
+    if args.report is not None:
+        write_text(args.report, plan_page(scenario.name, rows, f"python evaluate.py {' '.join(sys.argv[1:])}"))
+    print_plan(scenario.name, rows, play.episodes)
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuses flags that make no comparison, before anything heavy is imported."""
-    for flag, value, least in (("--episodes", args.episodes, 1), ("--seed", args.seed, 0)):
-        if value < least:
+    for flag, value, least in (
+        ("--episodes", args.episodes, 1),
+        ("--seed", args.seed, 0),
+        ("--explain", args.explain, 0),
+        ("--workers", args.workers, 1),
+    ):
+        if value is not None and value < least:
             raise InputError(f"{flag} {value} is not legal; legal is {least} or more")
+    if args.until_ci is not None and not args.until_ci > 0.0:
+        raise InputError(f"--until-ci {args.until_ci} is not legal; legal is more than 0")
+    if args.explain is not None and args.vary:
+        raise InputError("--explain and --vary exclude each other; legal is one of them")
     check_trace_flags(args)
-    if args.workers is not None and args.workers < 1:
-        raise InputError(f"--workers {args.workers} is not legal; legal is 1 or more")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ MODELLED = frozenset(
     e2e_credit_share unserved_credit_share unserved_credit_usd patience_s delay_tolerant name
     profile replicas tier kv_blocks block_size_tokens max_num_seqs max_num_batched_tokens scheduler
     watermark_share vidur_quirks skip_iterations prefix_caching ttft_s ttft_sigma tpot_s tpot_sigma
-    requests_per_minute burst_requests max_replicas reserved_replicas
+    requests_per_minute burst_requests max_replicas reserved_replicas speculation
     """.split()  # noqa: SIM905
 )
 """Contract terms and settings of pools and providers that the options are made of."""

@@ -73,7 +73,15 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     Raises:
         InputError: the folder does not exist or cannot be written.
     """
-    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all.
+
+    Raises:
+        InputError: the folder does not exist or cannot be written.
+    """
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:

@@ -17,6 +17,7 @@ for every batch size and knot of the profile, solved by HiGHS. delta = min(a_sq,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,9 @@ class Hull:
         area_s: delta, per square token of prefill attention.
         least_prefill_token_s: shortest time per prompt token in any iteration.
         least_prefill_s: shortest iteration with a prompt token in it.
-        least_decode_s: shortest iteration with a decode in it.
+        least_decode_s: shortest iteration with a decode in it, per token that it yields to a request.
+        most_tokens: that an iteration yields to a request; more than 1 with speculation, which costs no less than the
+            same iteration without.
     """
 
     prefill_token_s: float
@@ -51,6 +54,7 @@ class Hull:
     least_prefill_token_s: float
     least_prefill_s: float
     least_decode_s: float
+    most_tokens: int = 1
 
     def prefill_work_s(self, prompt_tokens: Floats, cached_tokens: Floats | float = 0.0) -> Floats:
         """Least engine seconds of a prefill, (...,)."""
@@ -60,8 +64,9 @@ class Hull:
     def decode_work_s(self, prompt_tokens: Floats, output_tokens: Floats) -> Floats:
         """Least engine seconds of all decode tokens after the first, (...,)."""
         steps = output_tokens - 1.0
-        attended = steps * prompt_tokens + 0.5 * steps * output_tokens
-        return np.asarray(self.decode_token_s * steps + self.attended_token_s * attended)
+        attended = steps * (prompt_tokens + 0.5 * output_tokens - (self.most_tokens - 1.0))
+        work_s = self.decode_token_s * steps + self.attended_token_s * np.maximum(attended, 0.0)
+        return np.asarray(work_s / self.most_tokens)
 
     def least_ttft_s(self, prompt_tokens: Floats, cached_tokens: Floats | float = 0.0) -> Floats:
         """Shortest time from dispatch to the first token, on an idle replica."""
@@ -86,6 +91,10 @@ def pool_hull(
     slots, budget = pool.max_num_seqs, max(pool.max_num_batched_tokens, pool.max_num_seqs)
     if SCHEDULERS.get(pool.scheduler) == PREFILL_FIRST:
         budget = max(budget, pool.kv_blocks * pool.block_size_tokens)  # a longer prompt runs alone
+    most_tokens = 1
+    if pool.speculation is not None:
+        most_tokens = math.ceil(pool.speculation.tokens_per_iteration)
+        budget = max(budget, slots * (1 + pool.speculation.draft_tokens))
     delta = min(at["prefill_square_s"], 0.5 * at["prefill_product_s"])
     token_s = _token_seconds(flat, at, budget)
     mixed_s = token_s + _least_attention_s(flat, at, budget, at["prefill_square_s"] - delta)
@@ -102,7 +111,8 @@ def pool_hull(
         delta,
         least_prefill_token_s=max(float((mixed_s[1:] / tokens).min()), 0.0),
         least_prefill_s=max(float(mixed_s[1:].min()), 0.0),
-        least_decode_s=max(float(min(alone_s)), 0.0),
+        least_decode_s=max(float(min(alone_s)), 0.0) / most_tokens,
+        most_tokens=most_tokens,
     )
 
 

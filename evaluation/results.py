@@ -61,6 +61,11 @@ class EpisodeResults:
     horizon_s: Floats
     latency_histogram: Ints
 
+    def episodes(self, rows: slice) -> EpisodeResults:
+        """Some of the episodes."""
+        part: dict[str, Any] = {name: getattr(self, name)[rows] for name in ARRAYS}
+        return replace(self, **part)
+
     @property
     def first_calls(self) -> Ints:
         """(E,) exogenous requests: the denominator of every "per 1k", the same for all policies."""

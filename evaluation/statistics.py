@@ -38,6 +38,8 @@ LEAST_ERROR_SHARE = 0.1
 """A resample whose standard error is below this share of the sample's is degenerate: nearly all its episodes agree."""
 MAX_DEGENERATE_SHARE = 0.01
 """With more of them t* has no usable tails (policies that differ in a few episodes only): Student interval."""
+FIRST_LOOK_EPISODES = 32
+"""Below it a confidence sequence of skewed differences covers 93 %, from it on 95 % or more (test_coverage.py)."""
 EXACT_SIGN_FLIP_EPISODES = 16
 SIGN_FLIP_DRAWS = 19_999
 
@@ -122,6 +124,49 @@ def paired_estimate(
     """`paired_interval` of one series (E,) as an `Estimate`."""
     mean, low, high = paired_interval(numerator, denominator, scale=scale, seed=seed)
     return Estimate(float(mean), float(low), float(high))
+
+
+def confidence_sequence(
+    numerator: ArrayLike,
+    denominator: ArrayLike | None = None,
+    *,
+    scale: float = 1.0,
+    level: float = 0.95,
+    tuned_for: int = 64,
+) -> Estimate:
+    """Interval that may be looked at after every episode: it covers at all times together with probability `level`.
+
+    The asymptotic confidence sequence of Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas (Time-uniform central limit
+    theory and asymptotic confidence sequences, Annals of Statistics 52, 2024, eq. 10): with t episodes, standard error
+    s of one, and a = 1 - level, the half width is
+
+        s sqrt( 2 (t r^2 + 1) / (t^2 r^2) log( sqrt(t r^2 + 1) / a ) ),
+        r^2 = (-2 log a + log(-2 log a) + 1) / tuned_for,
+
+    narrowest near t = tuned_for. The ratio is linearised as in `paired_interval`.
+
+    Args:
+        numerator: (E,) per-episode totals.
+        denominator: (E,) positive per-episode totals; None means 1.
+        scale: factor of the estimate and its interval.
+        level: of coverage at all times together.
+        tuned_for: number of episodes for which the sequence is made narrowest.
+
+    Returns:
+        low and high are NaN below FIRST_LOOK_EPISODES episodes.
+    """
+    x = np.asarray(numerator, dtype=np.float64)
+    t = len(x)
+    n = np.ones(t) if denominator is None else np.asarray(denominator, dtype=np.float64)
+    ratio = float(x.sum() / n.sum())
+    if t < FIRST_LOOK_EPISODES:
+        return Estimate(scale * ratio, float("nan"), float("nan"))
+    alpha = 1.0 - level
+    per_episode = np.sqrt(np.square(x - ratio * n).sum() / (t - 1)) / n.mean()
+    r2 = (-2.0 * np.log(alpha) + np.log(-2.0 * np.log(alpha)) + 1.0) / tuned_for
+    grown = t * r2 + 1.0
+    half = per_episode * float(np.sqrt(2.0 * grown / (t * t * r2) * np.log(np.sqrt(grown) / alpha)))
+    return Estimate(scale * ratio, scale * (ratio - half), scale * (ratio + half))
 
 
 def sign_flip_p_value(differences: ArrayLike, *, draws: int = SIGN_FLIP_DRAWS, seed: int = 0) -> float:

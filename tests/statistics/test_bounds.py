@@ -73,6 +73,16 @@ def policies(scenario):
     }
 
 
+def test_speculation_serves_more_and_stays_below():
+    overrides = {**SMALL, "load_scale": 2.0, "fleet.pools.medium.speculation": "{draft_tokens: 4, acceptance: 0.8}"}
+    scenario = load_scenario("quickstart", overrides)
+    plain = bound_episodes(load_scenario("quickstart", {**SMALL, "load_scale": 2.0}), range(2), workers=1)
+    bounds = bound_episodes(scenario, range(2), workers=1)
+    assert (bounds.clairvoyant_usd >= plain.clairvoyant_usd - 1e-3).all()
+    for result in evaluate_policies(scenario, policies(scenario), 2, workers=1).values():
+        assert (result.margin_usd <= bounds.clairvoyant_usd).all()
+
+
 @pytest.mark.parametrize("load_scale", [0.5, 1.0, 3.0])
 def test_no_policy_earns_more_in_any_episode(load_scale):
     scenario = load_scenario("quickstart", {**SMALL, "load_scale": load_scale})

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.statistics import paired_interval, sign_flip_p_value
+from evaluation.statistics import confidence_sequence, paired_interval, sign_flip_p_value
 
 REPORTS = 4_000
 RESAMPLES = 1_999
@@ -72,3 +72,14 @@ def test_sign_flip_rejects_a_true_null_as_often_as_it_says():
     rng = np.random.default_rng(9)
     p_values = np.array([sign_flip_p_value(x, draws=499) for x in rng.standard_t(5, size=(2_000, 32))])
     assert 0.035 <= (p_values <= 0.05).mean() <= 0.065
+
+
+@pytest.mark.parametrize("shape", DIFFERENCES)
+def test_a_confidence_sequence_covers_at_every_look(shape):
+    x = 0.3 + DIFFERENCES[shape](np.random.default_rng(11), (600, 256))
+    for_ever = np.ones(len(x), dtype=bool)
+    for episodes in range(32, 257, 16):  # as `--until-ci` looks
+        for i, row in enumerate(x[:, :episodes]):
+            interval = confidence_sequence(row)
+            for_ever[i] &= interval.low <= 0.3 <= interval.high
+    assert for_ever.mean() >= 0.95 - 2.0 * np.sqrt(0.95 * 0.05 / len(x))

@@ -76,14 +76,15 @@ def test_every_documented_flag_is_there():
 
 
 @pytest.fixture
-def two_heuristics(monkeypatch):
+def two_heuristics(monkeypatch, tmp_path_factory):
     """Untuned heuristics in place of the tuned ones, and a run folder's policy."""
     from marginroute.heuristics import FixedTier, LeastInFlight
 
     known = {"least-in-flight": LeastInFlight("least-in-flight"), "fixed-small": FixedTier("fixed-small", 0)}
+    monkeypatch.setattr("evaluation.cache.CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr("agents.baselines.baselines_for", lambda scenario, run_dir=None: dict(known))
     ppo = LeastInFlight("ppo", use_providers=True)
-    monkeypatch.setattr(evaluate, "load_policies", lambda runs, scenario: {"ppo": ppo} if runs else {})
+    monkeypatch.setattr("evaluation.contest.load_policies", lambda runs, scenario: {"ppo": ppo} if runs else {})
 
 
 SMALL = ["quickstart", "--set", "horizon_s=10", "requests_per_episode=30", "--episodes", "3", "--workers", "1"]

@@ -1,0 +1,208 @@
+"""Who takes part in a comparison, and how long it is played."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from envs.scenario import Scenario
+from evaluation.cache import cached_play
+from evaluation.progress import progress_bar
+from evaluation.report import PER_1K
+from evaluation.results import EpisodeResults, concatenate
+from evaluation.statistics import confidence_sequence
+from marginroute.errors import InputError
+from marginroute.heuristics import ShuffledMix
+from marginroute.policy import Policy
+
+SHUFFLED_MIX = "shuffled-mix"
+MAX_VALIDATION_EPISODES = 16
+BATCH_EPISODES = 16
+MOST_EPISODES = 4096
+
+
+@dataclass(frozen=True)
+class Entrants:
+    """Policies by name.
+
+    Attributes:
+        examined: of run folders and bundles.
+        heuristics: tuned for the scenario.
+        with_mix: whether the content-blind control takes part.
+    """
+
+    examined: Mapping[str, Policy]
+    heuristics: Mapping[str, Policy]
+    with_mix: bool
+
+    @property
+    def all(self) -> dict[str, Policy]:
+        """Everybody but the control."""
+        return {**self.examined, **self.heuristics}
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A comparison that was played.
+
+    Attributes:
+        best: the heuristic chosen on validation episodes; None if none took part.
+        heuristics: names of the tuned heuristics.
+        policies, results: by name, controls included.
+    """
+
+    best: str | None
+    heuristics: tuple[str, ...]
+    policies: Mapping[str, Policy]
+    results: Mapping[str, EpisodeResults]
+
+    @property
+    def shown(self) -> str:
+        """The policy of the headline: the first examined one, or the best heuristic."""
+        first = next(iter(self.results))
+        return first if self.best is None or first not in self.heuristics else self.best
+
+    @property
+    def reference(self) -> str:
+        """What the headline's policy is set beside: the best heuristic; for that one, what gateways ship."""
+        if self.best is not None and self.best != self.shown:
+            return self.best
+        others = [name for name in ("shipped", *self.results) if name in self.results and name != self.shown]
+        return next(iter(others), self.shown)
+
+
+@dataclass(frozen=True)
+class Play:
+    """How the held-out episodes are played.
+
+    Attributes:
+        episodes: how many; with `until_usd` at most.
+        seed: the first.
+        workers: processes.
+        use_cache: whether episodes that were played before are looked up.
+        until_usd: stop as soon as every examined policy's gain is known to +- so many USD per 1k requests.
+    """
+
+    episodes: int
+    seed: int = 0
+    workers: int | None = None
+    use_cache: bool = True
+    until_usd: float | None = None
+
+
+def load_policies(runs: list[str], scenario: Scenario) -> dict[str, Policy]:
+    """Policies of run folders or bundles by name; runs whose policies share a name are told apart by folder."""
+    if not runs:
+        return {}
+    from agents.run import load_policy
+
+    policies = [(Path(run), load_policy(Path(run), scenario)) for run in runs]
+    names = [policy.name for _, policy in policies]
+    return {
+        policy.name if names.count(policy.name) == 1 else f"{policy.name}:{run}": policy for run, policy in policies
+    }
+
+
+def enter(scenario: Scenario, runs: list[str], baselines: str) -> Entrants:
+    """The policies asked for.
+
+    Args:
+        scenario: the world.
+        runs: run folders or bundles.
+        baselines: "all", "none", or names separated by commas.
+
+    Raises:
+        InputError: an unknown name, or nobody.
+    """
+    examined = load_policies(runs, scenario)
+    heuristics, with_mix = _baselines(scenario, baselines, runs)
+    if not examined and not heuristics:
+        raise InputError("nothing to compare: give at least one --policy or one of --baselines")
+    return Entrants(examined, heuristics, with_mix)
+
+
+def hold(scenario: Scenario, entrants: Entrants, play: Play) -> Contest:
+    """Chooses the best heuristic on validation episodes, then plays everybody on held-out ones."""
+    best = choose_best(scenario, entrants.heuristics, play)
+    if play.until_usd is None:
+        with progress_bar("held-out episodes") as progress:
+            results = cached_play(
+                scenario, entrants.all, play.episodes, play.seed, progress, play.workers, play.use_cache
+            )
+    else:
+        results = _until(scenario, entrants, best, play, play.until_usd)
+    policies = entrants.all
+    if entrants.with_mix:
+        mixes = shuffled_mixes(results, list(entrants.examined) or [str(best)])
+        episodes = len(next(iter(results.values())).seeds)
+        with progress_bar("content-blind control") as progress:
+            results |= cached_play(scenario, mixes, episodes, play.seed, progress, play.workers, play.use_cache)
+        policies |= mixes
+    return Contest(best, tuple(entrants.heuristics), policies, results)
+
+
+def choose_best(scenario: Scenario, heuristics: Mapping[str, Policy], play: Play) -> str | None:
+    """The heuristic that earns most on validation episodes; None without any."""
+    if len(heuristics) < 2:
+        return next(iter(heuristics), None)
+    episodes = min(play.episodes, MAX_VALIDATION_EPISODES)
+    with progress_bar("choosing the best heuristic (validation)") as progress:
+        results = cached_play(
+            scenario, heuristics, episodes, 0, progress, play.workers, play.use_cache, split="validation"
+        )
+    return max(results, key=lambda name: float(results[name].margin_usd.sum()))
+
+
+def shuffled_mixes(results: Mapping[str, EpisodeResults], of: list[str]) -> dict[str, Policy]:
+    """For each policy of `of`, its tier shares given out at random: what its choice of content is worth."""
+    names = [SHUFFLED_MIX] if len(of) == 1 else [f"{SHUFFLED_MIX}:{name}" for name in of]
+    return {
+        name: ShuffledMix(name, tier_shares=results[policy].tier_shares) for name, policy in zip(names, of, strict=True)
+    }
+
+
+def _baselines(scenario: Scenario, wanted: str, runs: list[str]) -> tuple[dict[str, Policy], bool]:
+    """The tuned heuristics asked for, and whether the shuffled mix is among them."""
+    if wanted == "none":
+        return {}, False
+    from agents.baselines import baselines_for
+
+    known: dict[str, Policy] = {**baselines_for(scenario, run_dir=Path(runs[0]) if runs else None)}
+    known.pop(SHUFFLED_MIX, None)
+    if wanted == "all":
+        return known, True
+    names = [name.strip() for name in wanted.split(",")]
+    for name in names:
+        if name != SHUFFLED_MIX and name not in known:
+            raise InputError(f"--baselines {name!r} is not known; legal are {', '.join([*known, SHUFFLED_MIX])}")
+    return {name: known[name] for name in names if name != SHUFFLED_MIX}, SHUFFLED_MIX in names
+
+
+def _until(
+    scenario: Scenario, entrants: Entrants, best: str | None, play: Play, until_usd: float
+) -> dict[str, EpisodeResults]:
+    """Plays batches until the gains over the best heuristic are known well enough, or the episodes are spent."""
+    if best is None or not (set(entrants.all) - {best}):
+        raise InputError("--until-ci needs two policies, one of them a heuristic; legal is --policy with --baselines")
+    watched = list(entrants.examined) or [name for name in entrants.heuristics if name != best]
+    parts: dict[str, list[EpisodeResults]] = {name: [] for name in entrants.all}
+    episodes = 0
+    with progress_bar("held-out episodes until the gain is known") as progress:
+        while True:
+            batch = min(BATCH_EPISODES, play.episodes - episodes)
+            more = cached_play(scenario, entrants.all, batch, play.seed + episodes, None, play.workers, play.use_cache)
+            episodes += batch
+            for name, of_name in more.items():
+                parts[name].append(of_name)
+            results = {name: concatenate(of_name) for name, of_name in parts.items()}
+            calls = results[best].first_calls
+            widths = [
+                confidence_sequence(results[name].margin_usd - results[best].margin_usd, calls, scale=PER_1K)
+                for name in watched
+            ]
+            progress(episodes, play.episodes)
+            widest = max((interval.high - interval.low) / 2.0 for interval in widths)
+            if episodes >= play.episodes or (not math.isnan(widest) and widest <= until_usd):
+                return results

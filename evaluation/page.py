@@ -1,0 +1,208 @@
+"""The report as one HTML file: figures by plotly, which is written into the file, tables, and the words around them.
+
+Made for a platform engineer and a finance partner: the answer first, then where the money comes from, what it was not
+bought with, when it is earned, and where it stops being true. Colours are Okabe and Ito's, told apart by the
+colour-blind; every figure is as wide as the page, and prints.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from evaluation.page_data import PageData
+from evaluation.page_figures import figures
+from evaluation.report import Report, accounts_usd_per_1k, action_shares, shed_shares
+from evaluation.statistics import Estimate
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .3rem; }
+p { margin: .4rem 0; max-width: 45rem; } .headline { font-size: 1.15rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; margin: .6rem 0; }
+th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; } tr.shown td { font-weight: 600; }
+td.words { text-align: left; white-space: normal; min-width: 12rem; } .note { color: #555; font-size: .85rem; }
+@media print { body { max-width: none; } section { break-inside: avoid; } .modebar { display: none !important; } }
+"""
+
+
+def write_page(path: Path, report: Report, data: PageData, shown: str, command: str) -> None:
+    """Writes the page, self-contained: it needs no network.
+
+    Args:
+        path: file to write, whole or not at all.
+        report: the comparison.
+        data: what was simulated beside it.
+        shown: the policy of the headline.
+        command: that made it.
+    """
+    from evaluation.document import write_text
+
+    write_text(path, page(report, data, shown, command))
+
+
+def page(report: Report, data: PageData, shown: str, command: str) -> str:
+    """The HTML text."""
+    from plotly.offline import get_plotlyjs
+
+    body = [
+        f"<h1>{_text(report.scenario)}: what routing by <em>{_text(shown)}</em> earns</h1>",
+        _headline(report, shown),
+    ]
+    for key, (title, words, figure) in figures(report, data, shown).items():
+        drawn = figure.to_html(
+            full_html=False, include_plotlyjs=False, div_id=key, config={"displayModeBar": False, "responsive": True}
+        )
+        body.append(f"<section><h2>{title}</h2><p>{words}</p>{drawn}</section>")
+    body += [_comparison(report, shown), _accounts(report, list(dict.fromkeys((shown, data.reference))))]
+    if data.swaps is not None:
+        body.append(_swaps(data))
+    body.append(f'<p class="note">Made by <code>{_text(command)}</code></p>')
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(report.scenario)}</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body>"
+        + "\n".join(body)
+        + "</body></html>\n"
+    )
+
+
+def headline(report: Report, shown: str) -> str:
+    """The answer in a few sentences of plain text."""
+    first = report.results[shown]
+    margin, hourly = report.margin_usd_per_1k[shown], report.margin_usd_per_hour[shown]
+    words = [
+        f"{shown} earns {_usd(margin)} per 1,000 requests after all costs ({_usd(hourly)} per hour), over"
+        f" {report.episodes} held-out episodes with {first.first_calls.sum():,} requests."
+    ]
+    paired = report.paired.get(shown)
+    if paired is not None:
+        sure = "more than chance" if paired.delta_usd_per_1k.excludes_zero else "no more than chance may explain"
+        words.append(
+            f"Against {paired.vs}, the best tuned heuristic, on the same requests, that is"
+            f" {_usd(paired.delta_usd_per_1k, '+')} per 1,000 requests ({paired.delta_pct:+.1f} % of contribution"
+            f" margin): {sure} (p = {paired.p_value:.3f})."
+        )
+    share, bounds = report.share_of_bound(shown), report.bounds_usd_per_1k
+    if share is not None and bounds["clairvoyant"] is not None and bounds["same_information"] is not None:
+        words.append(
+            f"No policy can earn more than {bounds['clairvoyant']:.2f}, and none that cannot foresee which answers are"
+            f" good more than {bounds['same_information']:.2f}; {shown} reaches {100 * share.mean:.1f} % of the first"
+            " (contribution margin)."
+        )
+    return " ".join(words)
+
+
+def markdown(report: Report, shown: str) -> str:
+    """The comparison as a Markdown card: headline, table and accounts."""
+    heads = ("policy", "margin", "95 %", "delta", "contribution", "SLO %", "good %", "lost %")
+    lines = [f"# {report.scenario}: {shown}", "", headline(report, shown), "", "| " + " | ".join(heads) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(heads) - 1))
+    lines += ["| " + " | ".join(row) + " |" for row in _rows(report)]
+    lines += ["", f"Accounts of {shown}, USD per 1,000 requests:", "", "| account | USD |", "| --- | ---: |"]
+    accounts = accounts_usd_per_1k(report.results[shown])
+    lines += [f"| {name.replace('_', ' ')} | {usd:,.3f} |" for name, usd in accounts.items() if usd]
+    lines.append(f"| **margin** | {sum(accounts.values()):,.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _headline(report: Report, shown: str) -> str:
+    return f'<p class="headline">{_text(headline(report, shown))}</p>'
+
+
+def _rows(report: Report) -> list[list[str]]:
+    rows = []
+    for name in report.ranking:
+        results, margin, paired = report.results[name], report.margin_usd_per_1k[name], report.paired.get(name)
+        rows.append(
+            [
+                f"{name} *" if name == report.best_heuristic else name,
+                f"{margin.mean:,.2f}",
+                f"{margin.low:,.2f} to {margin.high:,.2f}",
+                _usd(paired.delta_usd_per_1k, "+") if paired else "",
+                f"{report.contribution_usd_per_1k[name].mean:,.2f}",
+                _range(results.share("slo_ok")),
+                _range(results.share("good", "served")),
+                _range(shed_shares(results)),
+            ]
+        )
+    return rows
+
+
+def _comparison(report: Report, shown: str) -> str:
+    heads = ("policy", "margin", "95 %", "delta [95 %]", "contribution", "SLO %", "good %", "lost %")
+    note = (
+        "* best heuristic, chosen on other episodes. USD per 1,000 requests; contribution is before GPU-hours; delta is"
+        " paired with *. SLO, good and lost (shed, abandoned or failed): lowest to highest customer class."
+    )
+    return (
+        "<section><h2>All policies</h2>"
+        + _table(heads, _rows(report), {shown})
+        + f'<p class="note">{note}</p></section>'
+    )
+
+
+def _accounts(report: Report, names: list[str]) -> str:
+    accounts = {name: accounts_usd_per_1k(report.results[name]) for name in names}
+    rows = [
+        [account.replace("_", " "), *(f"{accounts[name][account]:,.3f}" for name in names)]
+        for account in accounts[names[0]]
+        if any(accounts[name][account] for name in names)
+    ]
+    rows.append(["margin", *(f"{sum(accounts[name].values()):,.3f}" for name in names)])
+    actions = {name: action_shares(report.results[name]) for name in names}
+    kinds = [[kind, *(f"{100 * actions[name][kind]:.1f} %" for name in names)] for kind in actions[names[0]]]
+    return (
+        "<section><h2>Accounts that add up, and what was decided</h2>"
+        + _table(("USD per 1,000 requests", *names), rows, {"margin"})
+        + _table(("share of decisions", *names), kinds, set())
+        + "</section>"
+    )
+
+
+def _swaps(data: PageData) -> str:
+    swaps = data.swaps
+    assert swaps is not None
+    rows = [
+        [str(x.decision), x.request, x.choice, x.other, f"{x.worth_usd:+.4f}"]
+        for x in sorted(swaps.top, key=lambda x: -x.worth_usd)
+    ]
+    words = (
+        f"{swaps.policy} decides otherwise than {swaps.reference} in {100 * swaps.share:.1f} % of the decisions of one"
+        f" held-out episode. {swaps.examined} of them were played both ways, everything else as it was: one was worth"
+        f" {_usd(swaps.worth_usd, '+', 4)} on average. The best and the worst:"
+    )
+    table = _table(("decision", "request", swaps.policy, swaps.reference, "worth USD"), rows, set(), words_column=1)
+    return f"<section><h2>Where they differ, and what it was worth</h2><p>{_text(words)}</p>{table}</section>"
+
+
+def _table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], marked: set[str], words_column: int | None = None
+) -> str:
+    head = "".join(f"<th>{_text(x)}</th>" for x in heads)
+    lines = []
+    for row in rows:
+        cells = "".join(f"<td{' class=words' if i == words_column else ''}>{_text(x)}</td>" for i, x in enumerate(row))
+        lines.append(f"<tr{' class=shown' if row[0].removesuffix(' *') in marked else ''}>{cells}</tr>")
+    body = "".join(lines)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _usd(estimate: Estimate, sign: str = "", digits: int = 2) -> str:
+    shown = f"{estimate.mean:{sign},.{digits}f}"
+    if math.isnan(estimate.low):
+        return f"USD {shown}"
+    return f"USD {shown} [{estimate.low:{sign},.{digits}f}, {estimate.high:{sign},.{digits}f}]"
+
+
+def _range(shares: Sequence[float]) -> str:
+    known = [100.0 * share for share in shares if not math.isnan(share)]
+    return f"{min(known):.1f}-{max(known):.1f}" if known else "-"
+
+
+def _text(words: str) -> str:
+    return html.escape(str(words))

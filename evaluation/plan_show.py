@@ -1,0 +1,110 @@
+"""A plan as a terminal table, and as a page with its curve."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from evaluation.page_figures import DASHES, PALETTE
+from evaluation.plan import Row, break_even
+from evaluation.statistics import Estimate
+from evaluation.table import stdout_console
+
+HEADS = ("policy", "USD/h", "[95 % CI]", "change", "[95 % CI]", "SLO %", "lost %", "busy %")
+
+
+def print_plan(scenario: str, rows: Sequence[Row], episodes: int) -> None:
+    """Prints the rows and the break-even points."""
+    console = stdout_console()
+    console.print(f"[bold]{scenario}[/bold]: {episodes} held-out episodes per setting, the same seeds in each\n")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    keys = list(rows[0].setting)
+    for key in keys:
+        table.add_column(key, justify="left", overflow="fold")
+    for i, head in enumerate(HEADS):
+        table.add_column(head.replace("[", r"\["), justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row.setting.values(), *(cell.replace("[", r"\[") for cell in cells(row)))
+    console.print(table)
+    for line in break_even_lines(rows):
+        console.print(line, markup=False)
+    console.print(
+        "\nMargin in USD per hour after all costs; change: paired with the first setting. SLO: lowest class; lost:"
+        " highest class. Policies stay as tuned for the scenario itself.",
+        markup=False,
+    )
+
+
+def cells(row: Row) -> list[str]:
+    """The columns of `HEADS`."""
+    margin = _with_interval(row.margin_usd_per_hour, "")
+    change = ["", ""] if row.change_usd_per_hour is None else _with_interval(row.change_usd_per_hour, "+")
+    return [row.policy, *margin, *change, f"{row.slo_pct:.1f}", f"{row.lost_pct:.1f}", f"{row.busy_pct:.1f}"]
+
+
+def break_even_lines(rows: Sequence[Row]) -> list[str]:
+    """A sentence per policy whose margin crosses zero along the one key that varies."""
+    keys = list(rows[0].setting)
+    if len(keys) != 1:
+        return []
+    return [
+        f"{name} breaks even at {keys[0]} = {', '.join(f'{x:.3g}' for x in points)}"
+        for name, points in break_even(rows, keys[0]).items()
+        if points
+    ]
+
+
+def plan_page(scenario: str, rows: Sequence[Row], command: str) -> str:
+    """A self-contained page: the curve, then the table."""
+    import plotly.graph_objects as go
+    from plotly.offline import get_plotlyjs
+
+    from evaluation.page import STYLE
+
+    keys = list(rows[0].setting)
+    figure = go.Figure(layout={"template": "plotly_white", "height": 460, "legend": {"orientation": "h", "y": 1.1}})
+    for i, name in enumerate(dict.fromkeys(row.policy for row in rows)):
+        mine = [row for row in rows if row.policy == name]
+        usd = [row.margin_usd_per_hour for row in mine]
+        figure.add_scatter(
+            x=[", ".join(row.setting.values()) for row in mine],
+            y=[x.mean for x in usd],
+            name=name,
+            line={"color": PALETTE[i % len(PALETTE)], "dash": DASHES[i % len(DASHES)]},
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [0.0 if math.isnan(x.high) else x.high - x.mean for x in usd],
+                "arrayminus": [0.0 if math.isnan(x.low) else x.mean - x.low for x in usd],
+            },
+        )
+    figure.add_hline(y=0.0, line_color="#555")
+    figure.update_xaxes(title=", ".join(keys), type="category", automargin=True)
+    figure.update_yaxes(title="margin, USD per hour", automargin=True)
+    drawn = figure.to_html(
+        full_html=False, include_plotlyjs=False, div_id="plan", config={"displayModeBar": False, "responsive": True}
+    )
+    head = "".join(f"<th>{html.escape(x)}</th>" for x in (*keys, *HEADS))
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in (*row.setting.values(), *cells(row))) + "</tr>"
+        for row in rows
+    )
+    lines = "".join(f"<p>{html.escape(line)}</p>" for line in break_even_lines(rows))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(scenario)}</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body>"
+        f"<h1>{html.escape(scenario)}: margin by {html.escape(', '.join(keys))}</h1>{drawn}{lines}"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<p class="note">Made by <code>{html.escape(command)}</code></p></body></html>\n'
+    )
+
+
+def _with_interval(estimate: Estimate, sign: str) -> list[str]:
+    if math.isnan(estimate.low):
+        return [f"{estimate.mean:{sign},.2f}", "-"]
+    return [f"{estimate.mean:{sign},.2f}", f"[{estimate.low:{sign},.2f}, {estimate.high:{sign},.2f}]"]
