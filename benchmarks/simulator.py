@@ -15,7 +15,10 @@ replicas in one compiled rule, which a test holds to `least-in-flight` of margin
 
 `requests_per_cpu_s_R` is the slowest product row with R replicas; `MODE_requests_per_cpu_s_R` those of the others.
 `decisions_per_cpu_s` steps the native FleetVecEnv (observations, masks, rewards, learning signal) of `quickstart`
-with legal choices at random; `worlds_decisions_per_cpu_s` its worlds without the observations.
+with legal choices at random; `worlds_decisions_per_cpu_s` its worlds without the observations. The same worlds with
+the conversations of `mooncake_conversation` (sessions, 14,000 tokens a prompt) make `sessions_decisions_per_cpu_s`, and
+with prefix caching in all pools, hashes of every block in the engines and in the gateway's record,
+`prefix_decisions_per_cpu_s`.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ from marginroute.cli import main_guard
 MODES = ("base", "parity", "gateway", "product-no-hash", "product")
 REPLICAS = (1, 16, 64)
 UTILISATIONS = {"base": (0.5, 0.8, 0.95), "gateway": (0.5, 0.8, 0.95), "product": (0.5, 0.8, 0.95)}
+SESSIONS = {"workload": "mooncake_conversation", "requests_per_episode": None}
+CACHING = {f"fleet.pools.{pool}.prefix_caching": True for pool in ("small", "medium", "large")}
 _COMPILE = "import benchmarks.simulator_fleet as s, time; s.warm_up(); print(time.process_time())"
 
 
@@ -95,7 +100,7 @@ def starts() -> tuple[float, float]:
     return first - second, second
 
 
-def decisions_per_cpu_s(steps: int, n_worlds: int, native: bool) -> float:
+def decisions_per_cpu_s(steps: int, n_worlds: int, native: bool, overrides: dict[str, Any] | None = None) -> float:
     """Decisions per CPU-second of `quickstart`, legal at random: the native VecEnv, or its worlds alone."""
     import numpy as np
 
@@ -103,7 +108,7 @@ def decisions_per_cpu_s(steps: int, n_worlds: int, native: bool) -> float:
     from envs.vector_env import FleetVecEnv
     from envs.worlds import FleetWorlds, Plant
 
-    plant = Plant(load_scenario("quickstart"))
+    plant = Plant(load_scenario("quickstart", overrides))
     if native:
         env = FleetVecEnv(plant, n_worlds, stagger=True)
         env.reset()
@@ -160,6 +165,8 @@ def figures(quick: bool) -> dict[str, Any]:
     return found | {
         "decisions_per_cpu_s": round(decisions_per_cpu_s(steps, 256, native=True)),
         "worlds_decisions_per_cpu_s": round(decisions_per_cpu_s(steps, 256, native=False)),
+        "sessions_decisions_per_cpu_s": round(decisions_per_cpu_s(steps, 32, False, SESSIONS)),
+        "prefix_decisions_per_cpu_s": round(decisions_per_cpu_s(steps, 32, False, SESSIONS | CACHING)),
         "compile_s": round(compile_s, 2),
         "second_start_s": round(second_start_s, 2),
         "world_mib": round(world_mib(s.Episode(16, "product", 2_000, 100.0).fleet), 2),
