@@ -54,10 +54,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.evaluation is not None:
         evaluation |= read_evaluation(args.evaluation, info["scenario"]["name"])
     predictor = None if args.quality is None else load_predictor(args.quality)
+    scenario = run.scenario()
+    if predictor is not None and scenario.workload.difficulty.signal_auc is None:
+        print(
+            "note: the policy was trained on a prior that does not know the task; for a gateway that predicts from the "
+            "prompt, train with workload.difficulty.signal_auc = the predictor's AUC (docs/quality.md)",
+            file=sys.stderr,
+        )
     learned = load_archive(run.policy_path, None)
     assert isinstance(learned.policy, ScorerPolicy)
     bundle = export(
-        Plant(run.scenario()),
+        Plant(scenario),
         learned.policy if info["gate"]["learned"] else None,
         advice,
         FeatureSpec.from_dict(learned.policy_kwargs["spec"]),

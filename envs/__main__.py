@@ -45,6 +45,20 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--gpu-memory-gb", type=float, help="memory of one GPU")
     cache.add_argument("--gpus", type=int, help="GPUs of one replica")
 
+    quality = kinds.add_parser("quality", help="abilities and difficulty of tiers from a table of outcomes")
+    quality.add_argument("table", type=Path, metavar="TABLE", help="outcomes: CSV (also .gz), JSON lines or Parquet")
+    quality.add_argument("--out", type=Path, required=True, metavar="QUALITY.yaml", help="figures to write")
+    quality.add_argument("--item", metavar="COLUMN", help="prompt, or whatever identifies it (default: prompt, ...)")
+    quality.add_argument("--category", metavar="COLUMN", help="kind of task (default: one for all)")
+    quality.add_argument("--models", metavar="A,B", help="models to keep (default: all)")
+    quality.add_argument("--factors", type=int, default=2, metavar="K", help="latent factors, 1 to 3 (default 2)")
+    quality.add_argument("--good-from", type=float, default=0.5, metavar="SCORE", help="least good score (default 0.5)")
+    quality.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the quarter of items held out (default 0)"
+    )
+    quality.add_argument("--title", default="", help="the table in words")
+    quality.add_argument("--source", default="", help="where the table comes from, with its licence")
+
     endpoint = kinds.add_parser("endpoint", help="engine profile from measurements of a running OpenAI-compatible URL")
     endpoint.add_argument("url", metavar="URL", help="base URL; /v1 is added where it is missing")
     endpoint.add_argument("--out", type=Path, required=True, metavar="PROFILE.yaml", help="profile to write")
@@ -114,7 +128,7 @@ COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] 
     "emulate": ("envs.emulator", "serve a fleet as OpenAI-compatible endpoints", _emulate),
     "describe": ("envs.describe", "statistics of recorded or generated requests", _describe),
     "fetch": ("envs.fetch", "download a public set of recorded requests", _fetch),
-    "calibrate": ("envs.calibrate", "fit an engine profile", _calibrate),
+    "calibrate": ("envs.calibrate", "fit an engine profile, or who answers what well", _calibrate),
 }
 
 

@@ -1,4 +1,4 @@
-"""`python -m envs calibrate iterations TABLE.csv | endpoint URL | aiconfigurator MODEL --out PROFILE.yaml`."""
+"""`python -m envs calibrate iterations TABLE.csv | endpoint URL | aiconfigurator MODEL | quality TABLE --out FILE`."""
 
 from __future__ import annotations
 
@@ -102,6 +102,10 @@ def run(arguments: argparse.Namespace) -> int:
         from envs import calibrate_aiconfigurator
 
         return calibrate_aiconfigurator.run(arguments)
+    if arguments.kind == "quality":
+        from envs import calibrate_quality
+
+        return calibrate_quality.run(arguments)
     profile = calibrate_iterations(arguments.table, _facts(arguments))
     write_whole(arguments.out, profile_text(profile))
     fit = profile["fit"]

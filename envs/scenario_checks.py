@@ -61,6 +61,11 @@ def _fleet(scenario: Scenario) -> Iterator[Problem]:
         if missing:
             legal = ", ".join(scenario.workload.tasks)
             yield path, f"has no figure for {', '.join(missing)}; legal is one for each of the tasks {legal}"
+        first_name, first = next(iter(fleet.tiers.items()))
+        count, legal_count = len(tier.quality.loadings), len(first.quality.loadings)
+        if count != legal_count:
+            path = f"fleet.tiers.{name}.quality.loadings"
+            yield path, f"has {count} figures; legal is {legal_count}, as many as tier {first_name} has"
 
 
 def _faults(scenario: Scenario) -> Iterator[Problem]:

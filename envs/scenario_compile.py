@@ -13,7 +13,7 @@ from envs.scenario_files import locate, nearest, read_yaml
 from envs.scenario_fleet import FleetSection, Provider
 from envs.scenario_lengths import LengthSection
 from envs.workload.lengths import LengthMixture
-from envs.workload.quality import QualityTruth, mean_ability
+from envs.workload.quality import QualityTruth, mean_ability, with_auc
 from envs.workload.spec import WorkloadSpec
 from marginroute.errors import InputError
 
@@ -198,16 +198,34 @@ def _mixtures(scenario: Scenario, kind: str) -> tuple[LengthMixture, ...]:
 
 
 def _quality(scenario: Scenario, task_share: Array) -> QualityTruth:
-    tiers = [tier.quality for tier in scenario.fleet.tiers.values()]
+    tiers, difficulty = [tier.quality for tier in scenario.fleet.tiers.values()], scenario.workload.difficulty
     ability = [tuple(tier.ability[task] for task in scenario.task_names) for tier in tiers]
+    loadings = tuple(tier.loadings for tier in tiers) if tiers[0].loadings else ()
+    own = [task.nobody_can_share for task in scenario.workload.tasks.values()]
+    nobody, task_nobody, able_share = difficulty.nobody_can_share, (), task_share
+    if any(share is not None for share in own):
+        task_nobody = tuple(nobody if share is None else share for share in own)
+        nobody = float(task_share @ np.array(task_nobody))
+        able_share = task_share * (1.0 - np.array(task_nobody)) / (1.0 - nobody)
     prior = [
-        mean_ability(np.array(mine), tier.slope, task_share) if tier.prior_ability is None else tier.prior_ability
+        mean_ability(np.array(mine), tier.slope, able_share, sum(x * x for x in tier.loadings))
+        if tier.prior_ability is None
+        else tier.prior_ability
         for tier, mine in zip(tiers, ability, strict=True)
     ]
-    return QualityTruth(
+    truth = QualityTruth(
         ability=tuple(ability),
         slope=tuple(tier.slope for tier in tiers),
         prior_ability=tuple(prior),
-        nobody_can_share=scenario.workload.difficulty.nobody_can_share,
-        signal_correlation=scenario.workload.difficulty.signal_correlation,
+        nobody_can_share=nobody,
+        signal_correlation=difficulty.signal_correlation or 1.0,
+        loadings=loadings,
+        task_nobody_can=task_nobody,
+        independent_luck=difficulty.luck == "independent",
     )
+    if difficulty.signal_auc is None:
+        return truth
+    try:
+        return with_auc(truth, task_share, difficulty.signal_auc)
+    except InputError as error:
+        raise InputError(f"workload.difficulty.signal_auc: {error}") from None

@@ -19,12 +19,15 @@ class Section(BaseModel):
 
 
 class TierQuality(Section):
-    """P(good answer) = (1 - nobody_can_share) * Phi(ability[task] - slope * difficulty), difficulty ~ N(0, 1)."""
+    """P(good answer) = (1 - nobody_can_share) * Phi(ability[task] - slope * difficulty - loadings . factors)."""
 
     ability: dict[Name, float] = Field(
         description="Probit of P(good answer) at average difficulty, one figure per task of the workload."
     )
     slope: NonNegative = Field(description="Fall of that probit per standard deviation of difficulty.")
+    loadings: Annotated[tuple[float, ...], Field(max_length=4, strict=False)] = Field(
+        (), description="Fall of that probit per standard deviation of further factors; as many for every tier."
+    )
     prior_ability: float | None = Field(
         None,
         description="The one figure that the public prior knows; left out: the ability averaged over the tasks.",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from envs.scenario_arrivals import ArrivalSection, SeasonSection
 from envs.scenario_fleet import Name, NonNegative, Section, Share
@@ -16,6 +16,9 @@ class Task(Section):
     """A type of work."""
 
     share: Weight = Field(description="Relative share of requests; class_task_share may override it for a class.")
+    nobody_can_share: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
+        None, description="Share of its prompts that no tier answers well; left out: difficulty.nobody_can_share."
+    )
     prompt_tokens: LengthSection | None = Field(None, description="Prompt lengths; left out: the workload's.")
     output_tokens: LengthSection | None = Field(None, description="Output lengths; left out: the workload's.")
 
@@ -34,9 +37,23 @@ class Difficulty(Section):
     nobody_can_share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="Share of prompts that no tier answers well."
     )
-    signal_correlation: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        description="Correlation of the observable difficulty signal with true difficulty."
+    signal_correlation: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None, description="A public prior per tier is observed, and a signal of difficulty with this correlation."
     )
+    signal_auc: Annotated[float, Field(ge=0.5, lt=1.0)] | None = Field(
+        None,
+        description="A calibrated predictor of P(good) is observed; its area under the ROC curve, mean over tiers.",
+    )
+    luck: Literal["shared", "independent"] = Field(
+        "shared",
+        description="shared: a tier fails only where every tier of lower P(good) fails; independent: given P(good).",
+    )
+
+    @model_validator(mode="after")
+    def _one_signal(self) -> Difficulty:
+        if (self.signal_correlation is None) == (self.signal_auc is None):
+            raise ValueError("has both or none of signal_correlation and signal_auc; legal is one of the two")
+        return self
 
 
 class WorkloadSection(Section):

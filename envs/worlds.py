@@ -63,11 +63,13 @@ class Plant:
         self.priority = np.array([customer.priority for customer in scenario.plans.classes.values()], dtype=np.int64)
         self.slots = np.array([float(p.max_num_seqs) for p in self.spec.pools])
         quality = scenario.workload_spec.quality
+        task_nobody = quality.task_nobody_can or (quality.nobody_can_share,) * len(scenario.task_names)
         self.prior = QualityPrior(
-            ability=np.array(quality.prior_ability),
+            ability=np.array(quality.ability).T if quality.sees_task else np.array(quality.prior_ability),
             slope=np.array(quality.slope),
             signal_correlation=quality.signal_correlation,
-            nobody_can_share=quality.nobody_can_share,
+            nobody_can_share=np.array(task_nobody) if quality.sees_task else quality.nobody_can_share,
+            unseen_variance=quality.unseen_variance if quality.loadings else None,
         )
         self.output_tokens = np.tile(scenario.expected_output_tokens, (len(scenario.class_names), 1))
 

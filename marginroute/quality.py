@@ -59,21 +59,23 @@ def prior_p_good(
     slope: Array | float,
     difficulty_signal: Array,
     signal_correlation: float,
-    nobody_can_share: float,
+    nobody_can_share: Array | float,
+    unseen_variance: Array | float = 0.0,
 ) -> Array:
     """P(good answer) of every tier by its public prior: tier and difficulty signal, not the task.
 
     Args:
-        ability: (T,) probit of P(good) at zero difficulty, averaged over tasks.
+        ability: (T,) probit of P(good) at zero difficulty, averaged over tasks; (..., T) where the task is known.
         slope: (T,) or scalar, fall of that probit per standard deviation of difficulty.
         difficulty_signal: (...,) the signal z.
         signal_correlation: rho in (0, 1].
-        nobody_can_share: share of prompts that no tier answers well.
+        nobody_can_share: share of prompts that no tier answers well, a scalar or (..., 1).
+        unseen_variance: (T,) or scalar, variance of the probit from what no signal tells of.
 
     Returns:
         (..., T) probabilities.
     """
-    spread = np.sqrt(1.0 + np.square(slope) * (1.0 - signal_correlation * signal_correlation))
+    spread = np.sqrt(1.0 + np.square(slope) * (1.0 - signal_correlation * signal_correlation) + unseen_variance)
     probit = (ability - slope * signal_correlation * np.asarray(difficulty_signal)[..., None]) / spread
     return (1.0 - nobody_can_share) * normal_cdf(probit)
 
@@ -83,21 +85,29 @@ class QualityPrior:
     """The public prior with its figures: what a gateway needs to show P(good) of every tier.
 
     Attributes:
-        ability: (T,) probit of P(good) at zero difficulty, averaged over tasks.
+        ability: (T,) probit of P(good) at zero difficulty, averaged over tasks; (J, T) if it knows tasks.
         slope: (T,) fall of that probit per standard deviation of difficulty.
         signal_correlation: of difficulty signal and difficulty, in (0, 1].
-        nobody_can_share: share of prompts that no tier answers well.
+        nobody_can_share: share of prompts that no tier answers well; (J,) if it knows tasks.
+        unseen_variance: (T,) variance of the probit from what the signal does not tell of; None: 0.
     """
 
     ability: Array
     slope: Array
     signal_correlation: float
-    nobody_can_share: float
+    nobody_can_share: float | Array
+    unseen_variance: Array | None = None
 
-    def p_good(self, difficulty_signal: Array | float) -> Array:
-        """(..., T) probabilities for (...,) signals."""
+    def p_good(self, difficulty_signal: Array | float, task: int = 0) -> Array:
+        """(..., T) probabilities for (...,) signals of prompts of one task."""
+        knows_tasks = self.ability.ndim == 2
         return prior_p_good(
-            self.ability, self.slope, np.asarray(difficulty_signal), self.signal_correlation, self.nobody_can_share
+            self.ability[task] if knows_tasks else self.ability,
+            self.slope,
+            np.asarray(difficulty_signal),
+            self.signal_correlation,
+            float(np.asarray(self.nobody_can_share)[task]) if knows_tasks else self.nobody_can_share,
+            0.0 if self.unseen_variance is None else self.unseen_variance,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,17 +116,20 @@ class QualityPrior:
             "ability": self.ability.tolist(),
             "slope": self.slope.tolist(),
             "signal_correlation": self.signal_correlation,
-            "nobody_can_share": self.nobody_can_share,
+            "nobody_can_share": np.asarray(self.nobody_can_share).tolist(),
+            "unseen_variance": None if self.unseen_variance is None else self.unseen_variance.tolist(),
         }
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> QualityPrior:
         """The inverse of `to_dict`."""
+        share, unseen = data["nobody_can_share"], data.get("unseen_variance")
         return QualityPrior(
             ability=np.array(data["ability"], dtype=np.float64),
             slope=np.array(data["slope"], dtype=np.float64),
             signal_correlation=float(data["signal_correlation"]),
-            nobody_can_share=float(data["nobody_can_share"]),
+            nobody_can_share=np.array(share, dtype=np.float64) if isinstance(share, list) else float(share),
+            unseen_variance=None if unseen is None else np.array(unseen, dtype=np.float64),
         )
 
 

@@ -189,7 +189,7 @@ class GatewayState:
             InputError: a class or task that the bundle does not know.
         """
         cell = self._cell(class_name, task_name)
-        p_good, difficulty_signal = self._quality(prompt, difficulty_signal)
+        p_good, difficulty_signal = self._quality(prompt, difficulty_signal, cell[1])
         with self._lock:
             now_s = self._clock()
             if attempt == 1:
@@ -253,12 +253,12 @@ class GatewayState:
             _index(task_name, layout.task_names, "task type"),
         )
 
-    def _quality(self, prompt: str | None, difficulty_signal: float) -> tuple[Array, float]:
+    def _quality(self, prompt: str | None, difficulty_signal: float, task: int) -> tuple[Array, float]:
         """(T,) P(good) of the tiers and the difficulty signal; a tier that the predictor lacks keeps its prior."""
         if self._predictor is None or prompt is None:
-            return self._prior.p_good(difficulty_signal), difficulty_signal
+            return self._prior.p_good(difficulty_signal, task), difficulty_signal
         predicted, difficulty_signal = self._predictor.predict(prompt)
-        p_good = self._prior.p_good(difficulty_signal)
+        p_good = self._prior.p_good(difficulty_signal, task)
         p_good[self._predicted] = predicted[self._model]
         return p_good, difficulty_signal
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from envs.workload.compose import compose
 from envs.workload.draws import choose, draw_lengths, draw_recurrences, draw_tasks, draw_tenants, given_recurrences
+from envs.workload.quality import draw_quality
 from envs.workload.requests import Workload
 from envs.workload.spec import GivenRequests, WorkloadSpec
-from marginroute.quality import prior_p_good
 
 Array = np.ndarray[Any, Any]
 
@@ -45,10 +45,7 @@ def generate(spec: WorkloadSpec, rng: np.random.Generator, given: GivenRequests 
     output_tokens = draw_lengths(spec.output_lengths, rng, task_index, source)
     if given is not None:
         prompt_tokens, output_tokens = given.prompt_tokens[source], given.output_tokens[source]
-    normal = rng.standard_normal((2, size))[:, source]
-    signal = spec.quality.signal(normal[0], normal[1])
-    p_good = spec.quality.p_good(task_index, normal[0])
-    quality = spec.quality
+    quality = draw_quality(spec.quality, rng, task_index, source)
     return Workload(
         arrived_at_s=arrived_at_s,
         class_index=class_index,
@@ -59,16 +56,10 @@ def generate(spec: WorkloadSpec, rng: np.random.Generator, given: GivenRequests 
         patience_s=_patience(spec, rng, class_index),
         deadline_s=_deadlines(spec, class_index, None if given is None else given.deadline_s),
         prompt_key=prompt_key,
-        difficulty_signal=signal,
-        p_good_prior=prior_p_good(
-            np.array(quality.prior_ability),
-            np.array(quality.slope),
-            signal,
-            quality.signal_correlation,
-            quality.nobody_can_share,
-        ),
-        p_good=p_good,
-        good=(rng.random(size)[source, None] < p_good).astype(np.uint8),
+        difficulty_signal=quality.signal,
+        p_good_prior=quality.p_good_prior,
+        p_good=quality.p_good,
+        good=spec.quality.good(task_index, quality.p_good, rng.random(size)[source], quality.luck),
         provider_noise=rng.standard_normal((size, 2)),
         horizon_s=spec.horizon_s if given is None else given.horizon_s,
         **({} if given is None else {name: getattr(given, name) for name in _LINKS}),

@@ -42,9 +42,9 @@ class Workload:
         deadline_s: (M,) f8, relative to arrival; inf unless the class is delay-tolerant.
         prompt_key: (M,) i4, identity of a prompt that may recur, dense from 0; -1: unique.
         difficulty_signal: (M,) f8, standardised predictor of difficulty.
-        p_good_prior: (M, T) f8, P(good answer) by the public prior of each tier.
+        p_good_prior: (M, T) f8, observable P(good answer) of each tier, by a public prior or by a predictor.
         p_good: (M, T) f8, true P(good answer). Hidden.
-        good: (M, T) u1, outcome: one uniform per prompt compared with `p_good`, hence monotone in it. Hidden.
+        good: (M, T) u1, outcome; with shared luck monotone in `p_good`. Hidden.
         provider_noise: (M, 2) f8, standard normals behind a provider's TTFT and TPOT. Hidden.
         horizon_s: length of the episode.
         prefix_block_tokens: tokens per block hash; 0: nobody hashes prompts.

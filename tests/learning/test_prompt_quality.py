@@ -226,3 +226,17 @@ def test_bad_flags_give_one_sentence(more, words, tables, tmp_path, capsys):
     assert main(["quality", str(tables / "wide.csv"), "--out", str(tmp_path / "q.npz"), *more]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and all(word in error for word in words)
+
+
+def test_export_puts_it_into_the_bundle(finished_run, tables, tmp_path, capsys):
+    import export
+    from marginroute import bundle
+
+    out = tmp_path / "q.npz"
+    assert main(["quality", str(tables / "wide.csv"), "--out", str(out)]) == 0
+    assert export.main([str(finished_run), "--out", str(tmp_path / "bundle"), "--quality", str(out)]) == 0
+    assert "signal_auc" in capsys.readouterr().err
+    loaded = bundle.load(tmp_path / "bundle").predictor
+    assert loaded.models == ("small", "large")
+    assert export.main([str(finished_run), "--out", str(tmp_path / "other"), "--quality", str(tables / "wide.csv")]) == 2
+    assert "is not a quality predictor" in capsys.readouterr().err and not (tmp_path / "other").exists()
