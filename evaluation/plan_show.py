@@ -20,11 +20,15 @@ HEADS = ("policy", "USD/h", "[95 % CI]", "change", "[95 % CI]", "SLO %", "lost %
 def print_plan(scenario: str, rows: Sequence[Row], episodes: int) -> None:
     """Prints the rows and the break-even points."""
     console = stdout_console()
-    console.print(f"[bold]{scenario}[/bold]: {episodes} held-out episodes per setting, the same seeds in each\n")
+    console.print(f"[bold]{scenario}[/bold]: {episodes} held-out episodes per setting, the same seeds in each")
+    console.print(f"{', '.join(rows[0].setting)}\n", markup=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     keys = list(rows[0].setting)
-    for key in keys:
-        table.add_column(key, justify="left", overflow="fold")
+    ends = [key.rpartition(".")[2] for key in keys]
+    for key, end in zip(keys, ends, strict=True):
+        head = end if ends.count(end) == 1 else key
+        width = max(len(head), *(len(row.setting[key]) for row in rows))
+        table.add_column(head, min_width=width, no_wrap=True)
     for i, head in enumerate(HEADS):
         table.add_column(head.replace("[", r"\["), justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
