@@ -22,7 +22,7 @@ def print_plan(scenario: str, rows: Sequence[Row], episodes: int) -> None:
     console = stdout_console()
     console.print(f"[bold]{scenario}[/bold]: {episodes} held-out episodes per setting, the same seeds in each")
     console.print(f"{', '.join(rows[0].setting)}\n", markup=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     keys = list(rows[0].setting)
     ends = [key.rpartition(".")[2] for key in keys]
     for key, end in zip(keys, ends, strict=True):
