@@ -79,17 +79,19 @@ class Options:
 
 
 def observed_p_good(plant: Plant, workload: Workload) -> Floats:
-    """(M, T) P(good answer) given all that a gateway could know of a request: its task and difficulty signal."""
+    """(M, T) P(good answer) given all that a gateway could know of a request: its task and what predicts difficulty."""
     quality = plant.scenario.workload_spec.quality
     if quality.sees_task:
-        return workload.p_good_prior
-    return prior_p_good(
-        np.array(quality.ability).T[workload.task_index],
-        np.array(quality.slope),
-        workload.difficulty_signal,
-        quality.signal_correlation,
-        quality.nobody_can(workload.task_index),
-        quality.unseen_variance,
+        return np.asarray(workload.p_good_prior)  # the predictor's figure follows from all its signals by Bayes' rule
+    return np.asarray(
+        prior_p_good(
+            np.array(quality.ability).T[workload.task_index],
+            np.array(quality.slope),
+            workload.difficulty_signal,
+            quality.signal_correlation,
+            quality.nobody_can(workload.task_index),
+            quality.unseen_variance,
+        )
     )
 
 
