@@ -14,6 +14,7 @@ import numpy.typing as npt
 from numba import njit
 
 from envs.fleet.state import Fleet
+from envs.fleet.stretches import dense, write_stretches
 from marginroute.errors import InputError
 
 IntArray = npt.NDArray[np.int64]
@@ -138,4 +139,4 @@ def load_hashes(fleet: Fleet, w: int, hashes: Ragged, check: bool = True) -> Non
     requests["hash_count"] = 0
     requests["hash_count"][: counts.size] = counts
     requests["hash_at"][: counts.size] = start + np.cumsum(counts) - counts
-    slots["block_hash"][start : start + flat.size] = flat
+    write_stretches(slots, requests["hash_at"], counts, *dense(flat))

@@ -9,8 +9,8 @@ type, so that a kernel compiles once for every fleet and its machine code is cac
     worlds (N,)     clock, finished list, heap of provider calls, conservation counters
     replicas (N, R) one engine each, pool-major order; the fields that a gateway may read come first
     slots (N, L)    working memory, cells of 16 bytes: per replica the heap of finishing decodes, the histogram of KV
-                    block boundaries and the levels of priority; then, for prefix caching, per replica its blocks, and
-                    all requests' hashes
+                    block boundaries and the levels of priority; then, for prefix caching, per replica its runs of
+                    blocks, and all requests' stretches of hashes
     providers (N, V)  calls in flight and the token bucket of the rate limit
     requests (N, M) inputs, outcome and the engine's own bookkeeping
 
@@ -62,7 +62,7 @@ POOL = np.dtype(
         ("vidur_quirks", "i8"),  # 1: reproduce Vidur to the request (see envs/fleet/batching.py)
         ("skip_iterations", "i8"),  # 0: one event per iteration; results are equal, only slower
         ("prefix_caching", "i8"),  # 1: blocks with a hash are kept and found again (see envs/fleet/prefix.py)
-        ("bucket_mask", "i8"),  # buckets of the hash map less one; their number is a power of two
+        ("bucket_mask", "i8"),  # buckets of the prefix cache's hash map less one; their number is a power of two
         ("scrape_interval_s", "f8"),
         ("in_flight_cap", "i8"),
         # Scaling and failing, see envs/fleet/scaling.py and envs/fleet/faults.py
@@ -149,8 +149,9 @@ REPLICA = np.dtype(
         ("counter", "i8"),  # decode iterations so far, the clock of slots.finish_at
         ("slot_at", "i8"),  # where its part of the world's slots begins
         # Prefix cache
-        ("block_at", "i8"),  # where its blocks begin in the world's slots, two cells each
+        ("block_at", "i8"),  # where its runs begin in the world's slots, two cells each
         ("idle_blocks", "i8"),  # cached blocks that no request holds: free, the least recently used goes first
+        ("used_runs", "i8"),  # runs that have been in use, spare ones included
         # Queues: heads and tails in requests.next, requests.before / after
         ("wait_head", "i4"),
         ("wait_tail", "i4"),
@@ -161,9 +162,9 @@ REPLICA = np.dtype(
         ("partial", "i4"),  # the one running request whose prefill is not complete
         ("running_head", "i4"),  # order of admission
         ("running_tail", "i4"),
-        ("idle_head", "i4"),  # least recently used idle block, in slots.before / after
+        ("idle_head", "i4"),  # run with the least recently used idle block, in slots.before / after
         ("idle_tail", "i4"),
-        ("spare_head", "i4"),  # cells that hold no block, in slots.after
+        ("spare_head", "i4"),  # runs that have ended, in slots.after
         ("scrape_index", "i8"),
         ("scrape_phase_s", "f8"),
         # Scaling and failing
@@ -188,16 +189,20 @@ _SLOT_FIELDS: tuple[tuple[str, str, int], ...] = (  # name, type, byte: the kind
     ("boundaries", "i4", 12),  # p < block size: decodes that need a new block when counter % block size == p
     # Level p of a replica's line, at the engine and in the hold queue, from slot_at + levels_at
     ("level_tail", "i4", 0),  # last request of the level; -1: none
-    # Block p of the prefix cache, cell block_at + 2 p, and the cell behind it
-    ("block_hash", "i8", 0),
-    ("holders", "i4", 8),  # requests that hold the block; 0: idle
-    ("bucket", "i4", 12),  # first block of bucket p of the hash map; -1: empty
-    ("before", "i4", 0),  # cell behind: list of idle blocks
-    ("after", "i4", 4),  # cell behind: list of idle blocks, or of spare cells
-    ("chain", "i4", 8),  # cell behind: next block in the same bucket
-    # Block j of a request, cell hash_at + j: its block_hash, an input of 0 or more, and
-    ("block", "i4", 8),  # the block that the request holds; without meaning while it holds none
-    ("admission", "i4", 12),  # j = 0: requests that were admitted before this one
+    # Run p of the prefix cache, cell block_at + 2 p, and the cell behind it (see prefix.py)
+    ("stretch", "i4", 0),  # number of the stretch of which it has blocks
+    ("offset", "i4", 4),  # its first block, counted in the stretch
+    ("length", "i4", 8),  # blocks
+    ("holders", "i4", 12),  # requests that hold it; 0: idle
+    ("before", "i4", 0),  # cell behind: list of idle runs
+    ("after", "i4", 4),  # cell behind: list of idle runs, of spare ones; of a run that is held, what was cut off it
+    ("chain", "i4", 8),  # cell behind: next run in the same bucket
+    ("bucket", "i4", 12),  # cell behind: first run of bucket p of the hash map; -1: empty
+    # Cell hash_at + k of a request: its k-th stretch, and the k-th note of what it holds
+    ("end", "i4", 4),  # blocks of the request up to the end of its k-th `stretch`
+    ("run", "i4", 8),  # a run that it holds, and all that were cut off it up to the next note's block
+    ("first", "i4", 12),  # k > 0: block of the request with which the run begins; it begins with block 0 in note 0
+    ("admission", "i4", 12),  # k = 0: requests that were admitted before this one
 )
 
 SLOT = np.dtype(
@@ -252,7 +257,7 @@ REQUEST = np.dtype(
         ("output_tokens", "i4"),  # hidden from every gateway
         ("patience_until_s", "f8"),  # absolute; inf: never leaves
         ("priority", "i4"),  # 0 to 7, lower first, where the pool schedules by priority
-        ("hash_at", "i4"),  # where its block hashes begin in the world's slots
+        ("hash_at", "i4"),  # where its stretches of block hashes begin in the world's slots
         ("hash_count", "i4"),  # its blocks with a hash, generated ones behind the prompt included; 0: none
         ("expected_cached_tokens", "i4"),  # of the prompt, by the gateway's account; not in pending_prefill_tokens
         # Outcome
@@ -271,6 +276,7 @@ REQUEST = np.dtype(
         ("computed", "i4"),  # tokens in the KV cache; a decode has counter - joined_at more
         ("call_heap", "i4"),  # position p of the world's heap of provider calls holds this request
         ("hashed_blocks", "i4"),  # its first blocks that stand in the index of the prefix cache
+        ("noted_runs", "i4"),  # notes of the runs that these are in
         ("joined_at", "i8"),  # counter value at which the request joined the decode batch; -1: not decoding
     ]
 )
@@ -456,9 +462,14 @@ def check_pool(pool: PoolSpec) -> None:
     _check(not (pool.prefix_caching and pool.vidur_quirks), pool, "prefix_caching", "false with vidur_quirks")
 
 
-def _cached_blocks(pool: PoolSpec) -> int:
-    """Blocks and buckets for which a replica's prefix cache has room: its KV blocks, rounded up to a power of two."""
-    return 1 << (pool.kv_blocks - 1).bit_length() if pool.prefix_caching else 0
+def _cached_runs(pool: PoolSpec) -> int:
+    """Runs for which a replica's prefix cache has room: each has a block at least."""
+    return pool.kv_blocks if pool.prefix_caching else 0
+
+
+def _buckets(pool: PoolSpec) -> int:
+    """Buckets of its hash map: a power of two, about one per four blocks."""
+    return 1 << max((pool.kv_blocks - 1).bit_length() - 2, 0) if pool.prefix_caching else 1
 
 
 def _decode_slots(spec: FleetSpec) -> int:
@@ -485,7 +496,7 @@ def _fill_pool(record: Any, pool: PoolSpec, spec: FleetSpec, tables: list[FloatA
     # vLLM V1 admits without a watermark
     reserve = 0.0 if pool.scheduler == "vllm-v1" else pool.watermark_share
     record["watermark_blocks"] = int(reserve * pool.kv_blocks)
-    record["bucket_mask"] = max(_cached_blocks(pool), 1) - 1
+    record["bucket_mask"] = _buckets(pool) - 1
     record["max_replicas"] = pool.rows
     record["scrape_interval_s"] = spec.scrape_interval_s
     offset = sum(len(table) for table in tables)
@@ -498,7 +509,7 @@ def _fill_pool(record: Any, pool: PoolSpec, spec: FleetSpec, tables: list[FloatA
 def _place_replicas(fleet: Fleet, own_slots: int) -> None:
     """Gives every replica its pool and its part of the slots."""
     of_replica = fleet.spec.pool_of_replica
-    cells = 2 * np.array([_cached_blocks(pool) for pool in fleet.spec.pools])[of_replica]
+    cells = 2 * np.array([_cached_runs(pool) for pool in fleet.spec.pools])[of_replica]
     fleet.replicas["pool"] = of_replica
     fleet.replicas["slot_at"] = np.arange(len(of_replica)) * own_slots
     fleet.replicas["block_at"] = len(of_replica) * own_slots + np.cumsum(cells) - cells
@@ -525,7 +536,7 @@ def allocate(spec: FleetSpec, n_worlds: int, max_requests: int, max_hashes: int 
     pools["first_replica"] = np.cumsum(pools["max_replicas"]) - pools["max_replicas"]
     slots = _decode_slots(spec) + _level_slots(spec)
     n_replicas, n_providers = spec.n_replicas, len(spec.providers)
-    cells = sum(pool.rows * (slots + 2 * _cached_blocks(pool)) for pool in spec.pools)
+    cells = sum(pool.rows * (slots + 2 * _cached_runs(pool)) for pool in spec.pools)
     fleet = Fleet(
         spec=spec,
         pools=pools,

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,9 @@ def test_every_request_as_in_the_naive_engine(pool, seed, requests_per_s, as_vll
     np.testing.assert_allclose(ours["completed_at_s"][taken], [r.end_s for r in naive], rtol=1e-12)
     np.testing.assert_allclose(ours["first_token_at_s"][taken], [r.first_s for r in naive], rtol=1e-12)
     assert fleet.replicas["evicted_blocks"][0, 0] == engine.kv.evicted
-    assert _index(pool, fleet, 0) == {key: len(blocks) for key, blocks in engine.kv.index.items() if blocks}
+    assert _index(fleet, _names(fleet, ragged), 0) == {
+        key: len(blocks) for key, blocks in engine.kv.index.items() if blocks
+    }
 
 
 def test_the_cases_reach_every_path():
@@ -85,21 +88,59 @@ def _chain(slots, at, p, field):
         p = int(slots[field][at + 2 * p + 1])
 
 
-def _index(pool, fleet, r):
-    """Hash to number of blocks, read from the buckets of a replica."""
-    rep, slots = fleet.replicas[0, r], fleet.slots[0]
-    at, found = int(rep["block_at"]), {}
-    for b in range(int(fleet.pools["bucket_mask"][rep["pool"]]) + 1):
-        for p in _chain(slots, at, int(slots["bucket"][at + 2 * b]), "chain"):
-            key = int(slots["block_hash"][at + 2 * p])
-            found[key] = found.get(key, 0) + 1
-    return found
+def _names(fleet, ragged):
+    """Hashes of every stretch, from the requests' lists."""
+    cells, names = fleet.slots[0], {}
+    for request, own in zip(fleet.requests[0], _by_request(ragged), strict=True):
+        begin, k = 0, int(request["hash_at"])
+        while begin < len(own):
+            end = int(cells["end"][k])
+            part = own[begin:end].tolist()
+            assert names.setdefault(int(cells["stretch"][k]), part) == part
+            begin, k = end, k + 1
+    return names
 
 
-def _check_blocks(pool, fleet, r, rows):
-    """Recounts holders, idle and spare blocks and the index from the requests that run on a replica."""
+def _run_hashes(fleet, names, r, p):
+    cell = fleet.slots[0][int(fleet.replicas[0, r]["block_at"]) + 2 * p]
+    own = names[int(cell["stretch"])][int(cell["offset"]) :][: int(cell["length"])]
+    assert len(own) == cell["length"] > 0
+    return own
+
+
+def _indexed(fleet, r):
+    """Runs in the buckets of a replica."""
     rep, slots = fleet.replicas[0, r], fleet.slots[0]
     at = int(rep["block_at"])
+    for b in range(int(fleet.pools["bucket_mask"][rep["pool"]]) + 1):
+        yield from _chain(slots, at, int(slots["bucket"][at + 2 * b + 1]), "chain")
+
+
+def _index(fleet, names, r):
+    """Hash to number of blocks."""
+    return dict(Counter(h for p in _indexed(fleet, r) for h in _run_hashes(fleet, names, r, p)))
+
+
+def _held(fleet, r, request):
+    """Runs that a request holds."""
+    slots, at, here = fleet.slots[0], int(fleet.replicas[0, r]["block_at"]), int(request["hash_at"])
+    notes, j, runs = int(request["noted_runs"]), 0, []
+    for n in range(notes):
+        assert n == 0 or slots["first"][here + n] == j
+        end = int(slots["first"][here + n + 1]) if n + 1 < notes else int(request["hashed_blocks"])
+        p = int(slots["run"][here + n])
+        while j < end:
+            runs.append(p)
+            j += int(slots["length"][at + 2 * p])
+            p = int(slots["after"][at + 2 * p + 1])
+    assert j == request["hashed_blocks"]
+    return runs
+
+
+def _check_blocks(pool, fleet, r, ragged):
+    """Recounts holders, idle blocks, spare runs and the index from the requests that run on a replica."""
+    rep, slots, rows = fleet.replicas[0, r], fleet.slots[0], fleet.requests[0]
+    at, names, lists = int(rep["block_at"]), _names(fleet, ragged), _by_request(ragged)
     holders, private, i = {}, 0, int(rep["running_head"])
     while i >= 0:
         request = rows[i]
@@ -110,20 +151,21 @@ def _check_blocks(pool, fleet, r, rows):
             tokens = int(request["target"])
         hashed = int(request["hashed_blocks"])
         assert hashed <= request["hash_count"]
-        own = slots[int(request["hash_at"]) :][:hashed]["block"].tolist()
-        for j, p in enumerate(own):
+        runs = _held(fleet, r, request)
+        assert [h for p in runs for h in _run_hashes(fleet, names, r, p)] == lists[i][:hashed].tolist()
+        for p in runs:
             holders[p] = holders.get(p, 0) + 1
-            assert slots["block_hash"][at + 2 * p] == slots["block_hash"][int(request["hash_at"]) + j]
         private += -(-tokens // pool.block_size_tokens) - hashed
         i = int(request["after"])
     idle = list(_chain(slots, at, int(rep["idle_head"]), "after"))
     spare = list(_chain(slots, at, int(rep["spare_head"]), "after"))
-    assert len(idle) == rep["idle_blocks"]
-    assert sorted([*holders, *idle, *spare]) == list(range(pool.kv_blocks))
+    assert sorted([*holders, *idle, *spare]) == list(range(int(rep["used_runs"])))
+    assert rep["used_runs"] <= pool.kv_blocks
+    assert sorted(_indexed(fleet, r)) == sorted([*holders, *idle])
     assert all(slots["holders"][at + 2 * p] == 0 for p in idle)
     assert all(slots["holders"][at + 2 * p] == n for p, n in holders.items())
-    assert sum(_index(pool, fleet, r).values()) == len(idle) + len(holders)
-    held = len(holders) + private
+    assert sum(len(_run_hashes(fleet, names, r, p)) for p in idle) == rep["idle_blocks"]
+    held = sum(len(_run_hashes(fleet, names, r, p)) for p in holders) + private
     in_progress = rep["planned"] > rep["done"] and rep["decodes"]
     assert held <= rep["kv_used_blocks"] <= held + (rep["batch"] if in_progress else 0)
     assert rep["kv_used_blocks"] <= pool.kv_blocks
@@ -143,11 +185,11 @@ def test_blocks_are_held_idle_or_spare(pool, seed, requests_per_s):
     for i, now_s in enumerate(data["arrived_at_s"]):
         advance(*fleet.arrays, 0, now_s)
         for r in range(pool.replicas):
-            _check_blocks(pool, fleet, r, rows)
+            _check_blocks(pool, fleet, r, ragged)
         submit(*fleet.arrays, 0, i % pool.replicas, i, now_s)
     drain(*fleet.arrays, 0)
     for r in range(pool.replicas):
-        _check_blocks(pool, fleet, r, rows)
+        _check_blocks(pool, fleet, r, ragged)
     assert (fleet.replicas["kv_used_blocks"] == 0).all()
     assert (rows["cached_tokens"] < np.maximum(rows["prompt_tokens"], 1)).all()
     assert (rows["cached_tokens"] % pool.block_size_tokens == 0).all()
