@@ -20,6 +20,7 @@ from marginroute import latency, pricing
 from marginroute import view as v
 from marginroute.bundle import Bundle
 from marginroute.decision import Decision
+from marginroute.feedback import QualityPosterior
 from marginroute.record import DecisionRecord, RecordLog, record_of
 from marginroute.telemetry import GatewayState
 from marginroute.view import Array
@@ -76,6 +77,7 @@ class Shadow:
         can: what the gateway could carry out beside sending a request on (see `telemetry.GatewayState`).
         stale_after_s: silence after which a request is written off.
         prefix_block_tokens: tokens per block hash of a prompt (see `telemetry.GatewayState`).
+        posterior: what feedback says of P(good), if anything.
     """
 
     def __init__(
@@ -85,9 +87,16 @@ class Shadow:
         can: Collection[str] = ("shed",),
         stale_after_s: float = 7200.0,
         prefix_block_tokens: int = 0,
+        posterior: QualityPosterior | None = None,
     ) -> None:
         self.bundle = bundle
-        self.state = GatewayState(bundle, can=can, stale_after_s=stale_after_s, prefix_block_tokens=prefix_block_tokens)
+        self.state = GatewayState(
+            bundle,
+            can=can,
+            stale_after_s=stale_after_s,
+            prefix_block_tokens=prefix_block_tokens,
+            posterior=posterior,
+        )
         self.candidate = {name: c for c, name in enumerate(bundle.layout.names)}
         self._policy, self._log, self._stale_after_s = bundle.guarded(), log, stale_after_s
         self._pending: OrderedDict[str, _Pending] = OrderedDict()

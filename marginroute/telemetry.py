@@ -18,9 +18,10 @@ from marginroute import view as v
 from marginroute.bundle import Bundle
 from marginroute.counters import COUNTERS, Counters, Entry
 from marginroute.errors import InputError
+from marginroute.feedback import QualityPosterior, shifted
 from marginroute.latency import PRIOR_LENGTHS, RECENT_ARRIVALS, RECENT_LENGTHS, running_mean
 from marginroute.prefix_index import MAX_BLOCKS, PrefixIndex
-from marginroute.view import Array, View
+from marginroute.view import Array, Layout, View
 
 CONTRACT = v.REQUEST_NAMES[v.INPUT_PRICE_USD :]  # request signals that the contract of a class fixes
 
@@ -36,6 +37,7 @@ class GatewayState:
         hold_s: seconds after which a deferred request is decided again (with `defer`).
         stale_after_s: silence after which a request in flight is taken for dead.
         prefix_block_tokens: tokens that a block hash of a prompt stands for, about; 0: prompts are not hashed.
+        posterior: what feedback says of P(good), if anything.
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class GatewayState:
         hold_s: float = math.inf,
         stale_after_s: float = 900.0,
         prefix_block_tokens: int = 0,
+        posterior: QualityPosterior | None = None,
     ) -> None:
         self.layout, self._prior, self._clock = bundle.layout, bundle.prior, clock
-        self._predictor = bundle.predictor
+        self._predictor, self._shift = bundle.predictor, quality_shift(bundle.layout, posterior)
         models = () if bundle.predictor is None else bundle.predictor.models
         self._predicted = [t for t, name in enumerate(self.layout.tier_names) if name in models]  # tiers by index
         self._model = [models.index(self.layout.tier_names[t]) for t in self._predicted]
@@ -256,11 +259,11 @@ class GatewayState:
     def _quality(self, prompt: str | None, difficulty_signal: float, task: int) -> tuple[Array, float]:
         """(T,) P(good) of the tiers and the difficulty signal; a tier that the predictor lacks keeps its prior."""
         if self._predictor is None or prompt is None:
-            return self._prior.p_good(difficulty_signal, task), difficulty_signal
+            return shifted(self._prior.p_good(difficulty_signal, task), self._shift[:, task]), difficulty_signal
         predicted, difficulty_signal = self._predictor.predict(prompt)
         p_good = self._prior.p_good(difficulty_signal, task)
         p_good[self._predicted] = predicted[self._model]
-        return p_good, difficulty_signal
+        return shifted(p_good, self._shift[:, task]), difficulty_signal
 
     def _legal(self, k: int, deadline_left_s: float, available: Collection[int] | None, cached: bool) -> Array:
         """(C,) bool: what this gateway could carry out now; shedding is the last resort even where it has no way to."""
@@ -281,6 +284,21 @@ class GatewayState:
         gap_s = now_s - self._last_arrival_s
         self._gap_s, _ = running_mean(self._gap_s, self._arrivals - 1, gap_s, RECENT_ARRIVALS)
         self._last_arrival_s = now_s
+
+
+def quality_shift(layout: Layout, posterior: QualityPosterior | None) -> Array:
+    """(T, J) shifts of the log-odds of P(good) that feedback calls for; 0 without.
+
+    Raises:
+        InputError: the feedback is of other tiers or tasks.
+    """
+    if posterior is None:
+        return np.zeros((len(layout.tier_names), len(layout.task_names)))
+    if (posterior.tiers, posterior.tasks) != (layout.tier_names, layout.task_names):
+        raise InputError(
+            "the feedback is of other tiers or tasks than the bundle; run marginroute feedback with this one"
+        )
+    return posterior.shift()[0]
 
 
 def _index(name: str | None, known: tuple[str, ...], what: str) -> int:

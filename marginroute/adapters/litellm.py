@@ -30,6 +30,7 @@ from typing import Any
 from marginroute import bundle as bundles
 from marginroute.adapters.litellm_observer import Observer, Settings, log
 from marginroute.errors import InputError
+from marginroute.feedback import load_posterior
 from marginroute.modes import Shadow
 from marginroute.record import RecordLog
 
@@ -92,6 +93,7 @@ def build(settings: Settings) -> Observer:
         RecordLog(settings.log),
         stale_after_s=settings.stale_after_s,
         prefix_block_tokens=settings.prefix_block_tokens,
+        posterior=load_posterior(settings.feedback) if settings.feedback else None,
     )
     observer = Observer(shadow, settings)
     log.warning("marginroute: shadow mode, %s %s, records in %s", bundle.policy.name, bundle.digest[:12], settings.log)

@@ -40,6 +40,7 @@ class Settings:
         candidates: candidate by deployment id or by LiteLLM model name, for deployments without
             `model_info.marginroute_candidate`.
         stale_after_s: silence after which a request is written off.
+        feedback: file of `marginroute feedback` that corrects P(good); empty: none.
         prefix_block_tokens: tokens, about, per block hash of a prompt; 0: prompts are not hashed.
     """
 
@@ -51,6 +52,7 @@ class Settings:
     default_task: str = ""
     candidates: Mapping[str, str] = field(default_factory=dict)
     stale_after_s: float = 7200.0
+    feedback: str = ""
     prefix_block_tokens: int = 64
 
 

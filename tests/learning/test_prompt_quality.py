@@ -238,5 +238,7 @@ def test_export_puts_it_into_the_bundle(finished_run, tables, tmp_path, capsys):
     assert "signal_auc" in capsys.readouterr().err
     loaded = bundle.load(tmp_path / "bundle").predictor
     assert loaded.models == ("small", "large")
-    assert export.main([str(finished_run), "--out", str(tmp_path / "other"), "--quality", str(tables / "wide.csv")]) == 2
+    assert (
+        export.main([str(finished_run), "--out", str(tmp_path / "other"), "--quality", str(tables / "wide.csv")]) == 2
+    )
     assert "is not a quality predictor" in capsys.readouterr().err and not (tmp_path / "other").exists()
