@@ -168,6 +168,20 @@ CONTEXT_FEATURES = (
     Feature("value_usd", "millionths of a USD", "ln(1 + x)"),
 )
 _CONTEXT_LOG1P_FROM = 3
+_CONTEXT_ROWS = np.array(
+    [
+        v.DIFFICULTY_SIGNAL,
+        v.SEQUENCE,  # computed
+        v.DEADLINE_LEFT_S,  # computed
+        v.PROMPT_TOKENS,
+        v.EXPECTED_OUTPUT_TOKENS,
+        v.WAITED_S,
+        v.ARRIVAL_RATE_PER_S,
+        v.REQUEST_VALUE_USD,  # computed
+    ]
+)
+_ZERO, _MIN_LOGIT = np.array(0.0), np.array(MIN_LOGIT)  # see `View.asked`
+_LOW, _HIGH, _SHIFT = (np.array(x, dtype=np.float32) for x in (-CLIP, CLIP, 1e-3))
 
 
 def feature_spec(layout: Layout, temperature_share: float = 0.03) -> FeatureSpec:
@@ -185,85 +199,85 @@ def feature_spec(layout: Layout, temperature_share: float = 0.03) -> FeatureSpec
 
 def _clip(rows: Array) -> Array:
     """Clips in place; `np.clip` costs several times as much on the few numbers of one decision."""
-    np.maximum(rows, -CLIP, out=rows)
-    return np.minimum(rows, CLIP, out=rows)
+    np.maximum(rows, _LOW, out=rows)
+    return np.minimum(rows, _HIGH, out=rows)
 
 
 def _last(rows: Array) -> Array:
-    """(F, ...) -> (..., F), a view."""
-    return rows.transpose(*range(1, rows.ndim), 0)
+    """(F, C) -> (C, F), (F, N, C) -> (N, C, F), a view."""
+    return rows.T if rows.ndim == 2 else rows.transpose(1, 2, 0)
 
 
 def candidate_features(view: View, assessment: Assessment) -> Array:
     """(..., C, F) float32, clipped, not normalised."""
-    s, q, a, layout = view.signals, view.request[..., None], assessment, view.layout
-    per_value = 1.0 / np.maximum(a.value_usd, 1e-9)
-    n = len(CANDIDATE_FEATURES)
+    s, a, layout, request = view.signals, assessment, view.layout, view.request
+    per_value = np.asarray(1.0 / np.maximum(a.value_usd, 1e-9))
+    n, alone = len(CANDIDATE_FEATURES), view.legal.ndim == 1
     rows = np.empty((n + len(layout.one_hot), *view.legal.shape), dtype=np.float32)
     rows[0] = view.legal
     rows[1] = a.p_good
-    rows[2:6] = a.parts_usd * per_value
+    np.multiply(a.parts_usd, per_value, out=rows[2:6], casting="same_kind")
     rows[6] = a.fill
     rows[7] = s[v.KV_USAGE]
-    rows[8] = s[v.CACHED_TOKENS] / q[v.PROMPT_TOKENS]
+    np.divide(s[v.CACHED_TOKENS], view.asked(v.PROMPT_TOKENS), out=rows[8], casting="same_kind")
     rows[9] = s[v.RECENT_ERRORS]
-    rows[10:12] = a.latency_s / q[v.SLO_TTFT_S : v.SLO_TPOT_S + 1]
+    slo_s = request[v.SLO_TTFT_S : v.SLO_TPOT_S + 1, ..., None]
+    np.divide(a.latency_s, slo_s, out=rows[10:12], casting="same_kind")
     rows[12:14] = a.latency_s
     rows[14] = s[v.RECENT_TTFT_S]
-    rows[15] = np.maximum(a.best_usd - a.score_usd, 0.0) * (10.0 * per_value)
+    below_usd = np.maximum(a.best_usd - a.score_usd, _ZERO)
+    np.multiply(below_usd, np.asarray(10.0 * per_value), out=rows[15], casting="same_kind")
     rows[16:20] = s[v.HELD : v.TELEMETRY_AGE_S + 1]
     logs = rows[_LOG_FROM:_LOG1P_FROM]
-    logs += 1e-3
+    logs += _SHIFT
     np.log(logs, out=logs)
-    np.log1p(rows[_LOG1P_FROM:n], out=rows[_LOG1P_FROM:n])
+    logs = rows[_LOG1P_FROM:n]
+    np.log1p(logs, out=logs)
     _clip(rows[:n])
-    rows[n:] = layout.one_hot.reshape(-1, *([1] * (view.legal.ndim - 1)), layout.n_candidates)
+    rows[n:] = layout.one_hot if alone else layout.one_hot[:, None]
     return _last(rows)
 
 
 def context_features(view: View, assessment: Assessment) -> Array:
     """(..., G) float32, clipped, not normalised."""
     q, layout = view.request, view.layout
-    one_hot = layout.class_and_task[q[v.CLASS_INDEX].astype(np.int64), q[v.TASK_INDEX].astype(np.int64)]
+    class_index, task_index = q[v.CLASS_INDEX : v.TASK_INDEX + 1].astype(np.int64)
+    one_hot = layout.class_and_task[class_index, task_index]
     n, replicas = one_hot.shape[-1], layout.n_replicas
-    out = np.empty((*q.shape[1:], n + len(CONTEXT_FEATURES)), dtype=np.float32)
-    out[..., :n] = one_hot
-    rest = out[..., n:]
-    rest[..., 0] = q[v.DIFFICULTY_SIGNAL]
+    rows = q.take(_CONTEXT_ROWS, axis=0)  # (8, ...)
     there = view.legal[..., :replicas]
-    rest[..., 1] = np.add.reduce(assessment.fill[..., :replicas] * there, axis=-1)
-    rest[..., 1] /= np.maximum(np.add.reduce(there, axis=-1), 1)
-    rest[..., 2] = 1.0 / (1.0 + np.maximum(q[v.DEADLINE_LEFT_S], 0.0))
-    rest[..., 3] = q[v.PROMPT_TOKENS]
-    rest[..., 4] = q[v.EXPECTED_OUTPUT_TOKENS]
-    rest[..., 5] = q[v.WAITED_S]
-    rest[..., 6] = q[v.ARRIVAL_RATE_PER_S]
-    rest[..., 7] = 1e6 * assessment.value_usd[..., 0]
-    logs = rest[..., _CONTEXT_LOG1P_FROM:]
+    rows[1] = np.add.reduce(assessment.fill[..., :replicas] * there, axis=-1)
+    rows[1] /= np.maximum(np.add.reduce(there, axis=-1), 1)
+    rows[2] = 1.0 / (1.0 + np.maximum(q[v.DEADLINE_LEFT_S], 0.0))
+    rows[7] = 1e6 * assessment.value_usd.reshape(q.shape[1:])
+    rows = rows.astype(np.float32)
+    logs = rows[_CONTEXT_LOG1P_FROM:]
     np.log1p(logs, out=logs)
-    return _clip(out)
+    out = np.empty((*q.shape[1:], n + len(rows)), dtype=np.float32)
+    out[..., :n] = one_hot
+    out[..., n:] = _clip(rows).T
+    return out
 
 
 def advice_logits(assessment: Assessment, temperature_share: float) -> Array:
     """(..., C) float32: (score - best legal score) / temperature, from MIN_LOGIT to 0."""
-    temperature_usd = np.maximum(temperature_share * assessment.value_usd, 1e-9)
-    logits = (assessment.score_usd - assessment.best_usd) / temperature_usd
-    return np.minimum(np.maximum(logits, MIN_LOGIT), 0.0).astype(np.float32)
+    temperature_usd = np.asarray(np.maximum(temperature_share * assessment.value_usd, 1e-9))
+    logits = assessment.score_usd - assessment.best_usd
+    logits /= temperature_usd
+    np.maximum(logits, _MIN_LOGIT, out=logits)
+    return np.minimum(logits, _ZERO).astype(np.float32)
 
 
 def observe(view: View, assessment: Assessment, spec: FeatureSpec) -> Array:
     """The flat observation (..., D) float32: candidates | context | advice logits | legal mask; not normalised."""
-    candidate = candidate_features(view, assessment)
-    lead = view.legal.shape[:-1]
-    return np.concatenate(
-        [
-            candidate.reshape(*lead, -1),
-            context_features(view, assessment),
-            advice_logits(assessment, spec.temperature_share),
-            view.legal.astype(np.float32),
-        ],
-        axis=-1,
-    )
+    lead, c = view.legal.shape[:-1], view.layout.n_candidates
+    out = np.empty((*lead, spec.size(c)), dtype=np.float32)
+    candidate, context, advice, legal = split(out, c, spec)
+    candidate[...] = candidate_features(view, assessment)
+    context[...] = context_features(view, assessment)
+    advice[...] = advice_logits(assessment, spec.temperature_share)
+    legal[...] = view.legal
+    return out
 
 
 def split(observation: Array, n_candidates: int, spec: FeatureSpec) -> tuple[Array, Array, Array, Array]:

@@ -40,11 +40,13 @@ from marginroute.view import PROVIDER, Array, Layout, View
 
 DEFER_COLUMN = -2  # candidates end with cache, defer, shed
 MAX_FILL = 2.0  # fill of a replica beyond which its congestion price no longer rises
+_MAX_FILL, _ONE, _NEVER = np.array(MAX_FILL), np.array(1.0), np.array(-np.inf)  # see `View.asked`
 
 
 @dataclass(slots=True)
 class Assessment:
-    """Expected USD of each candidate for a request; arrays are (..., C) unless said otherwise.
+    """Expected USD of each candidate for a request; arrays are (..., C) unless said otherwise, and what is (..., 1) is
+    () for one decision.
 
     Attributes:
         p_good: probability of a good answer.
@@ -83,9 +85,9 @@ class Assessment:
         """
         c = candidate
         stay, margin = float(self.stay[c]), float(self.margin_usd[c])
-        revenue = stay * float(self.usage_usd[0])
+        revenue = stay * float(self.usage_usd)
         cost, credits, refunds, congestion = (-usd for usd in self.parts_usd[:, c].tolist())
-        unserved = -(1.0 - stay) * float(self.unserved_usd[0])
+        unserved = -(1.0 - stay) * float(self.unserved_usd)
         later = margin - (revenue + refunds + credits + unserved + cost)
         if abs(later) > 1e-12:
             unserved, later = 0.0, margin
@@ -135,28 +137,40 @@ class MarginParameters:
 def p_exceeds(estimate: Array, limit: Array, sharpness: Array | float) -> Array:
     """Probability that a latency ends above `limit` when `estimate` is expected; 0 where the limit is infinite."""
     ratio = np.power(estimate / limit, sharpness)
-    return ratio / (1.0 + ratio)
+    return ratio / (ratio + _ONE)
+
+
+def best_score(score_usd: Array, legal: Array) -> Array:
+    """(..., 1), or () for one decision: the highest score of a legal candidate."""
+    ranked = np.where(legal, score_usd, _NEVER)
+    if ranked.ndim == 1:
+        return ranked[ranked.argmax(), ...]
+    best: Array = np.maximum.reduce(ranked, axis=-1, keepdims=True)
+    return best
 
 
 def assess(view: View, parameters: MarginParameters, quality: FittedQuality | None = None) -> Assessment:
     """Puts USD on every candidate of a view."""
-    s, q, layout = view.signals, view.request[..., None], view.layout
+    s, layout, asked = view.signals, view.layout, view.asked
     p_good = s[v.P_GOOD_PRIOR] if quality is None else quality.p_good(view)
     latency_s, work_s = latency.estimate(view)
-    prompt_tokens, output_tokens = q[v.PROMPT_TOKENS], q[v.EXPECTED_OUTPUT_TOKENS]
-    usage_usd = pricing.tokens_usd(prompt_tokens, output_tokens, q[v.INPUT_PRICE_USD], q[v.OUTPUT_PRICE_USD])
-    value_usd = usage_usd + q[v.REQUEST_VALUE_USD]
-    unserved_usd = pricing.unserved_credit_usd(value_usd, q[v.UNSERVED_CREDIT_SHARE], q[v.UNSERVED_CREDIT_USD])
-    bad_now_usd = pricing.refund_usd(value_usd, q[v.REFUND_SHARE], q[v.BAD_ANSWER_USD])
+    prompt_tokens, output_tokens = asked(v.PROMPT_TOKENS), asked(v.EXPECTED_OUTPUT_TOKENS)
+    usage_usd = np.asarray(
+        pricing.tokens_usd(prompt_tokens, output_tokens, asked(v.INPUT_PRICE_USD), asked(v.OUTPUT_PRICE_USD))
+    )
+    value_usd = np.asarray(usage_usd + asked(v.REQUEST_VALUE_USD))
+    unserved_usd = np.asarray(
+        pricing.unserved_credit_usd(value_usd, asked(v.UNSERVED_CREDIT_SHARE), asked(v.UNSERVED_CREDIT_USD))
+    )
+    bad_now_usd = np.asarray(pricing.refund_usd(value_usd, asked(v.REFUND_SHARE), asked(v.BAD_ANSWER_USD)))
 
-    seen_s = np.empty((4, *work_s.shape))  # TTFT, TPOT and E2E as their SLOs see them, TTFT as patience sees it
-    np.multiply(latency_s[0], parameters.ttft_scale, out=seen_s[0])
-    np.multiply(latency_s[1], parameters.tpot_scale, out=seen_s[1])
-    seen_s[0] += q[v.WAITED_S]
-    seen_s[2] = seen_s[0] + seen_s[1] * output_tokens
-    seen_s[3] = seen_s[0]
-    missed = p_exceeds(seen_s, q[v.SLO_TTFT_S : v.PATIENCE_S + 1], parameters.sharpness)
-    stay = (1.0 - missed[3]) * (1.0 - s[v.RECENT_ERRORS]) * layout.answers
+    missed = np.empty((4, *work_s.shape))  # TTFT, TPOT and E2E as their SLOs see them, TTFT as patience sees it
+    np.add(latency_s[0] * parameters.ttft_scale, asked(v.WAITED_S), out=missed[0])
+    np.multiply(latency_s[1], parameters.tpot_scale, out=missed[1])
+    np.add(missed[0], missed[1] * output_tokens, out=missed[2])
+    missed[3] = missed[0]
+    missed = p_exceeds(missed, view.request[v.SLO_TTFT_S : v.PATIENCE_S + 1, ..., None], parameters.sharpness)
+    stay = (_ONE - missed[3]) * ((_ONE - s[v.RECENT_ERRORS]) * layout.answers)
     bad_usd = stay * bad_now_usd
     fill = s[v.IN_FLIGHT] / s[v.SLOTS]
 
@@ -166,22 +180,26 @@ def assess(view: View, parameters: MarginParameters, quality: FittedQuality | No
         prompt_tokens, s[v.CACHED_TOKENS], output_tokens, s[v.INPUT_USD], s[v.CACHED_INPUT_USD], s[v.OUTPUT_USD]
     )
     np.add(paid_usd, s[v.CALL_USD], out=cost_usd)
-    credited_share = np.add.reduce(missed[:3] * q[v.TTFT_CREDIT_SHARE : v.E2E_CREDIT_SHARE + 1])
+    credited_share = missed[0] * asked(v.TTFT_CREDIT_SHARE) + missed[1] * asked(v.TPOT_CREDIT_SHARE)
+    credited_share += missed[2] * asked(v.E2E_CREDIT_SHARE)
     np.multiply(stay, pricing.service_credit_usd(value_usd, credited_share), out=credit_usd)
-    np.multiply(1.0 - p_good, bad_usd, out=refund_usd)
-    rise = np.power(np.minimum(fill, MAX_FILL), parameters.fill_power)
-    np.multiply(np.take(parameters.price, layout.station, axis=-1) * work_s, rise, out=congestion_usd)
+    bad_share = _ONE - p_good
+    np.multiply(bad_share, bad_usd, out=refund_usd)
+    rise = np.power(np.minimum(fill, _MAX_FILL), parameters.fill_power)
+    np.multiply(parameters.price.take(layout.station, axis=-1) * work_s, rise, out=congestion_usd)
 
-    margin_usd = stay * (usage_usd + unserved_usd) - unserved_usd - np.add.reduce(parts_usd[:3])
-    if np.logical_or.reduce(view.legal[..., DEFER_COLUMN], axis=None):
-        idle_usd = usage_usd - (1.0 - p_good) * bad_now_usd - cost_usd
+    margin_usd = stay * np.asarray(usage_usd + unserved_usd)
+    margin_usd -= unserved_usd
+    margin_usd -= cost_usd + credit_usd + refund_usd
+    may_defer = view.legal[..., DEFER_COLUMN]
+    if may_defer.any():
+        idle_usd = usage_usd - bad_share * bad_now_usd - cost_usd
         able = view.legal & (layout.kind <= PROVIDER)
         later_usd = np.where(able, idle_usd, -unserved_usd).max(axis=-1, keepdims=True)
         later_usd = (parameters.defer_share * later_usd)[..., 0]
-        may_defer = view.legal[..., DEFER_COLUMN]
         margin_usd[..., DEFER_COLUMN] = np.where(may_defer, later_usd, margin_usd[..., DEFER_COLUMN])
     score_usd = margin_usd - congestion_usd
-    best_usd = np.maximum.reduce(np.where(view.legal, score_usd, -np.inf), axis=-1, keepdims=True)
+    best_usd = best_score(score_usd, view.legal)
     return Assessment(
         p_good, latency_s, stay, fill, value_usd, usage_usd, unserved_usd, bad_usd, parts_usd, margin_usd, score_usd,
         best_usd,

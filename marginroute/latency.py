@@ -25,6 +25,7 @@ RECENT_LENGTHS = 200.0  # answers of a class and task that the mean output lengt
 RECENT_ARRIVALS = 50.0  # gaps between arrivals that the arrival rate looks back
 RECENT_CALLS = 5.0  # calls that the share of errors looks back
 ERROR_HALF_LIFE_S = 10.0  # an error that nothing followed counts half after this; LiteLLM cools down for 5 s
+_ZERO, _HALF, _ONE = np.array(0.0), np.array(0.5), np.array(1.0)  # see `View.asked`
 PRIOR_LENGTHS = 20.0  # answers that the operator's own mean output length counts for at the start
 
 
@@ -49,24 +50,20 @@ def estimate(view: View) -> tuple[Array, Array]:
         latency_s: (2, ..., C), TTFT and TPOT; work_s: (..., C).
     """
     s = view.signals
-    prompt_tokens = view.request[v.PROMPT_TOKENS][..., None]
+    prompt_tokens, output_tokens = view.asked(v.PROMPT_TOKENS), view.asked(v.EXPECTED_OUTPUT_TOKENS)
     prefill_tokens = prompt_tokens - s[v.CACHED_TOKENS]
-    output_tokens = view.request[v.EXPECTED_OUTPUT_TOKENS][..., None]
     slots = np.minimum(s[v.SLOTS], s[v.IN_FLIGHT_CAP])
-    batch = np.minimum(s[v.DECODING] + 1.0, slots)
+    batch = np.minimum(s[v.DECODING] + _ONE, slots)
     kv_tokens = s[v.DECODING_TOKENS] + prompt_tokens
-    decode_s = s[v.BASE_S] + s[v.DECODE_SEQ_S] * batch + s[v.KV_TOKEN_S] * kv_tokens
+    latency_s = np.empty((2, *slots.shape))
+    decode_s = np.add(s[v.BASE_S] + s[v.DECODE_SEQ_S] * batch, s[v.KV_TOKEN_S] * kv_tokens, out=latency_s[1])
     pending_tokens = s[v.PENDING_PREFILL_TOKENS] + prefill_tokens
-    iterations = np.maximum(pending_tokens / np.maximum(s[v.TOKEN_BUDGET] - batch, 1.0), 1.0) + 0.5
+    iterations = np.maximum(pending_tokens / np.maximum(s[v.TOKEN_BUDGET] - batch, _ONE), _ONE) + _HALF
     crowded_out = (kv_tokens + pending_tokens - s[v.KV_CAPACITY_TOKENS]) / (prompt_tokens + output_tokens)
-    ahead = np.maximum(np.maximum(s[v.IN_FLIGHT] + 1.0 - slots, crowded_out), 0.0)
+    ahead = np.maximum(np.maximum(s[v.IN_FLIGHT] + _ONE - slots, crowded_out), _ZERO)
     wait_s = ahead * output_tokens * decode_s / slots
-    prefill_s = pending_tokens * s[v.PREFILL_TOKEN_S]
-    latency_s = np.empty((2, *prefill_s.shape))
-    np.add(iterations * decode_s, prefill_s + wait_s, out=latency_s[0])
-    latency_s[1] = decode_s
+    np.add(iterations * decode_s, pending_tokens * s[v.PREFILL_TOKEN_S] + wait_s, out=latency_s[0])
     latency_s += s[v.FIXED_TTFT_S : v.FIXED_TPOT_S + 1]
-    per_output_token_s = (
-        s[v.DECODE_SEQ_S] + s[v.KV_TOKEN_S] * (prompt_tokens + 0.5 * output_tokens) + s[v.BASE_S] / s[v.SLOTS]
-    )
+    attended_tokens = np.asarray(prompt_tokens + 0.5 * output_tokens)
+    per_output_token_s = s[v.DECODE_SEQ_S] + s[v.KV_TOKEN_S] * attended_tokens + s[v.BASE_S] / s[v.SLOTS]
     return latency_s, prefill_tokens * s[v.PREFILL_TOKEN_S] + output_tokens * per_output_token_s

@@ -44,6 +44,7 @@ class Policy(Protocol):
         """In-flight cap per pool, (P,) float64, for replicas with `slots` (P,) sequences; None leaves them."""
 
 
+_ZERO = np.zeros((), dtype=np.float32)  # see `View.asked`
 WEIGHT_NAMES = ("candidate", "context", "bias_1", "hidden", "bias_2", "head", "kappa")
 
 
@@ -78,10 +79,10 @@ class Network:
         """Logits (..., C) of a folded network from (..., C, F) and (..., G) features and advice logits (..., C)."""
         h = candidate @ self.candidate
         h += (context @ self.context + self.bias_1)[..., None, :]
-        np.maximum(h, 0.0, out=h)
+        np.maximum(h, _ZERO, out=h)
         h = h @ self.hidden
         h += self.bias_2
-        np.maximum(h, 0.0, out=h)
+        np.maximum(h, _ZERO, out=h)
         return advice * self.kappa + h @ self.head
 
 
@@ -146,10 +147,10 @@ class ResidualPolicy:
     def decide_on(self, view: View, inputs: Inputs) -> Decision:
         """As `decide`, on inputs that have been computed already."""
         logits, assessment = self.logits(inputs), inputs.assessment
-        scale_usd = self.spec.temperature_share * float(assessment.value_usd[0])
+        scale_usd = self.spec.temperature_share * float(assessment.value_usd)
 
         def reason(c: int) -> dict[str, float]:
-            learned_usd = logits[c] * scale_usd - (assessment.score_usd[c] - assessment.best_usd[0])
+            learned_usd = logits[c] * scale_usd - (assessment.score_usd[c] - assessment.best_usd)
             parts = assessment.parts(c)
             parts["learned"] = float(learned_usd)
             return parts

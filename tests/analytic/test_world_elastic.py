@@ -226,7 +226,7 @@ def test_errors_count_as_lost_value(hand_env, hand_scenario):
     clean = rule.assess(_view_with_errors(hand_env, hand_scenario, {}))
     failing = rule.assess(_view_with_errors(hand_env, hand_scenario, {ONE: 0.5}))
     assert failing.stay[ONE] == pytest.approx(0.5 * clean.stay[ONE])
-    cost, unserved = clean.parts_usd[0, ONE], clean.unserved_usd[0]
+    cost, unserved = clean.parts_usd[0, ONE], float(clean.unserved_usd)
     gain = clean.margin_usd[ONE] + unserved + cost
     assert failing.margin_usd[ONE] == pytest.approx(0.5 * gain - unserved - cost)
 
