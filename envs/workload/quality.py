@@ -82,7 +82,8 @@ class QualityTruth:
     def signal(self, factor: Array, normal: Array) -> Array:
         """Observable signal of a factor, any shape: factor plus noise, standardised, with the stated correlation."""
         rho = self.signal_correlation
-        return rho * factor + np.sqrt(1.0 - rho * rho) * normal
+        seen: Array = rho * factor + np.sqrt(1.0 - rho * rho) * normal
+        return seen
 
     def observed(self, task_index: Array, signal: Array, other_signals: Array | None = None) -> Array:
         """(M, T) P(good) by the public prior, or by a predictor that sees (M, K - 1) signals of the other factors."""
@@ -91,7 +92,7 @@ class QualityTruth:
             prior = np.array(self.prior_ability)
             return prior_p_good(prior, slope, signal, rho, self.nobody_can_share, self.unseen_variance)
         ability = np.array(self.ability).T[task_index]
-        unseen = 0.0
+        unseen: Array | float = 0.0
         if other_signals is not None:
             ability = ability - rho * other_signals @ np.array(self.loadings).T
             unseen = (1.0 - rho * rho) * self.unseen_variance
