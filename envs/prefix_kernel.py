@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
+from envs.fleet.state import STARTING
 from marginroute import view as v
 
 MARK = np.dtype(
@@ -138,15 +139,28 @@ def forget(index, loads, w, c):
 
 
 @njit(cache=True, nogil=True)
-def show_cached(index, desk, loads, signals, legal, n_replicas, w, i):
-    """Writes what every candidate is expected to have cached of request `i`; the last token is always computed.
+def note_send(index, desks, loads, requests, signals, w, c):
+    """The current request leaves for replica or provider `c`, with what its View expected to be cached there."""
+    desk = desks[w]
+    i = desk.current
+    load = loads[w, i]
+    load.cached_tokens = int(signals[v.CACHED_TOKENS, w, c])
+    requests[w, i].expected_cached_tokens = load.cached_tokens
+    insert(index, loads, w, c, i, desk.now_s)
 
-    A replica that takes no requests is going or gone: when it comes back, its cache is empty.
+
+@njit(cache=True, nogil=True)
+def show_cached(index, replicas, desks, loads, signals, legal, w):
+    """Writes what every candidate is expected to have cached of the current request; the last token is never cached.
+
+    A replica that is down or off is forgotten: when it comes back, its cache is empty.
     """
+    desk = desks[w]
+    i = desk.current
     load = loads[w, i]
     for c in range(index.marks.shape[1]):
         if index.marks[w, c].capacity_blocks > 0:
-            if c < n_replicas and not legal[w, c]:
+            if c < replicas.shape[1] and not legal[w, c] and replicas[w, c].state >= STARTING:
                 forget(index, loads, w, c)
             tokens = match(index, loads, w, c, i, desk.now_s) * desk.prefix_block_tokens
             signals[v.CACHED_TOKENS, w, c] = min(tokens, load.prompt_tokens - 1)

@@ -30,7 +30,7 @@ from envs.economics import ledger as books
 from envs.fleet import engine, scaling
 from envs.fleet.provider import provider_available, submit_provider
 from envs.fleet.response_cache import append, unlink
-from envs.fleet.state import ABANDONED, COMPLETED, FAILED, LOST, STARTING
+from envs.fleet.state import ABANDONED, COMPLETED, FAILED, LOST
 from marginroute import latency
 from marginroute import view as v
 
@@ -178,7 +178,7 @@ def _hold(config, desks, loads, w, i):
 @njit(cache=True, nogil=True)
 def _act(
     config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests,
-    desks, loads, index, own, entries, lengths, ledger_usd, counts, actions, signals, legal, w, c,
+    desks, loads, entries, lengths, ledger_usd, counts, actions, legal, w, c,
 ):  # fmt: skip
     """Carries out the choice of candidate `c` for the current request; an illegal choice sheds the request."""
     desk = desks[w]
@@ -190,12 +190,6 @@ def _act(
     actions[w, kind] += 1
     load = loads[w, i]
     k = load.class_index
-    if kind <= v.PROVIDER and desk.prefix_block_tokens > 0:
-        load.cached_tokens = int(signals[v.CACHED_TOKENS, w, c])
-        requests[w, i].expected_cached_tokens = load.cached_tokens
-        prefix_kernel.insert(index, loads, w, c, i, now_s)
-    if kind <= v.PROVIDER:
-        sessions.sent(desk, load, own[w, c])
     if kind == v.REPLICA:
         load.answered_by = c
         engine.submit(pools, tables, worlds, replicas, slots, providers, requests, w, c, i, now_s)
@@ -364,7 +358,7 @@ def _go_on(
 
 @njit(cache=True, nogil=True)
 def _show(
-    config, terms, tiers, replicas, providers, desks, loads, index, prior, truth, good, own, entries, lengths,
+    config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries, lengths,
     signals, request_view, legal, p_true, w,
 ):  # fmt: skip
     """Writes the View of the current decision, and beside it the hidden P(good) that only the learner reads."""
@@ -387,8 +381,6 @@ def _show(
             signals[v.KV_USAGE, w, c] = replica.scraped_kv_usage
             signals[v.TELEMETRY_AGE_S, w, c] = desk.now_s - replica.scraped_at_s
             legal[w, c] = scaling.takes_requests(replica)
-            if replica.state >= STARTING and not legal[w, c] and desk.prefix_block_tokens > 0:
-                prefix_kernel.forget(index, loads, w, c)
         else:
             p = c - n_replicas
             signals[v.IN_FLIGHT, w, c] = providers[w, p].in_flight
@@ -400,8 +392,6 @@ def _show(
         signals[v.RECENT_TPOT_S, w, c] = mine.recent_tpot_s
         signals[v.P_GOOD_PRIOR, w, c] = prior[w, i, tiers[c]]
         p_true[w, c] = truth[w, i, tiers[c]]
-    if desk.prefix_block_tokens > 0:
-        prefix_kernel.show_cached(index, desk, loads, signals, legal, n_replicas, w, i)
     c = n_replicas + n_providers
     legal[w, c] = cache_hit(config, desks, entries, loads, w, i)
     if legal[w, c]:
@@ -454,9 +444,11 @@ def begin(
     )  # fmt: skip
     if desks[w].done == 0:
         _show(
-            config, terms, tiers, replicas, providers, desks, loads, index, prior, truth, good, own, entries,
+            config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries,
             lengths, signals, request_view, legal, p_true, w,
         )  # fmt: skip
+        if desks[w].prefix_block_tokens > 0:
+            prefix_kernel.show_cached(index, replicas, desks, loads, signals, legal, w)
 
 
 @njit(cache=True, nogil=True)
@@ -494,9 +486,14 @@ def step(
             _account(desks, ledger_usd, w)  # nothing, unless the episode ended before its first decision
             desks[w].elapsed_s = 0.0
             continue
+        c = choices[w]
+        if 0 <= c < kinds.shape[0] and kinds[c] <= v.PROVIDER and legal[w, c]:
+            sessions.sent(desks[w], loads[w, desks[w].current], own[w, c])
+            if desks[w].prefix_block_tokens > 0:
+                prefix_kernel.note_send(index, desks, loads, requests, signals, w, c)
         _act(
             config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests,
-            desks, loads, index, own, entries, lengths, ledger_usd, counts, actions, signals, legal, w, choices[w],
+            desks, loads, entries, lengths, ledger_usd, counts, actions, legal, w, c,
         )  # fmt: skip
         desks[w].sequence += 1
         _go_on(
@@ -506,6 +503,8 @@ def step(
         _account(desks, ledger_usd, w)
         if desks[w].done == 0:
             _show(
-                config, terms, tiers, replicas, providers, desks, loads, index, prior, truth, good, own, entries,
+                config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries,
                 lengths, signals, request_view, legal, p_true, w,
             )  # fmt: skip
+            if desks[w].prefix_block_tokens > 0:
+                prefix_kernel.show_cached(index, replicas, desks, loads, signals, legal, w)
