@@ -8,6 +8,7 @@ import math
 from numba import njit
 
 FEW = 8  # replicas up to which idle ones are counted exactly
+NOTHING = 1e-12  # requests, or seconds of work, too few to divide by
 
 
 @njit(cache=True, nogil=True)
@@ -18,7 +19,7 @@ def _normal(z):
 @njit(cache=True, nogil=True)
 def expected_excess(mean, variance, bound):
     """E[(J - bound)+] of a lognormal J."""
-    if bound <= 0.0 or mean <= 0.0:
+    if bound <= NOTHING or mean <= NOTHING:
         return max(mean - bound, 0.0)
     s = math.sqrt(math.log1p(variance / (mean * mean)))
     if s < 1e-6:
@@ -30,12 +31,13 @@ def expected_excess(mean, variance, bound):
 @njit(cache=True, nogil=True)
 def expected_idle(mean, variance, replicas):
     """E[(R - J)+]: replicas without a request, J negative binomial (exact where S is linear in the level and R = 1)."""
-    if mean <= 0.0:
-        return replicas
+    if mean <= NOTHING:
+        return max(replicas - mean, 0.0)
     if replicas > FEW:
         sd = math.sqrt(variance)
         z = (replicas - mean) / max(sd, 1e-9)
-        return max((replicas - mean) * _normal(z) + sd * math.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi), 0.0)
+        idle = (replicas - mean) * _normal(z) + sd * math.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi)
+        return min(max(idle, 0.0), replicas)
     excess = max(variance / mean - 1.0, -0.9)  # below 0: binomial
     p = math.exp(-mean) if abs(excess) < 1e-6 else math.exp(-mean / excess * math.log1p(excess))
     idle = replicas * p
@@ -44,7 +46,7 @@ def expected_idle(mean, variance, replicas):
         p *= max(mean + excess * j, 0.0) / ((j + 1.0) * (1.0 + excess))
         j += 1
         idle += (replicas - j) * p
-    return idle
+    return min(idle, replicas)
 
 
 @njit(cache=True, nogil=True)

@@ -8,7 +8,7 @@ import math
 import numpy as np
 from numba import njit
 
-from envs.fleet.fluid_closure import at_row, level_of, row_of
+from envs.fleet.fluid_closure import NOTHING, at_row, level_of, row_of
 from envs.fleet.fluid_curves import (
     E2E_S,
     E2E_VAR,
@@ -24,6 +24,7 @@ from envs.fleet.fluid_curves import (
 _AT, _WEIGHT = np.polynomial.hermite_e.hermegauss(5)
 _WEIGHT = _WEIGHT / _WEIGHT.sum()
 _SHIFT_ROWS = 8.0  # psi moves latencies by at most this many rows of `curves`
+LONGEST_WAIT_S = 1e9
 
 
 @njit(cache=True, nogil=True)
@@ -45,6 +46,7 @@ def take_shares(pool, classes, curves, flows, w, p, row, behind):
             flow = flows[w, p, k]
             flow.in_service = (flow.waiting + flow.inflow_per_s) * at_row(curves, p, k, E2E_S, row, behind)
             total += flow.in_service
+        total = total if total > NOTHING else 0.0
     mixed, reference, left_s, right_s = 0.0, 0.0, 0.0, 0.0
     for k in range(n_classes):
         flow = flows[w, p, k]
@@ -86,7 +88,7 @@ def expect(pool, curves, kept, station, flows, w, p, mean, variance, replicas, r
         flow.new_e2e_s = flow.new_e2e_square = 0.0
     s = math.sqrt(math.log1p(variance / (mean * mean))) if mean > 1e-9 else 0.0
     full_per_s = 0.0
-    if room > 0.0:
+    if room > NOTHING:
         row, behind = row_of(pool, level_of(room, replicas), 0.0)
         for k in range(n_classes):
             full_per_s += flows[w, p, k].in_service * room / (psi * at_row(curves, p, k, E2E_S, row, behind))
@@ -111,7 +113,7 @@ def expect(pool, curves, kept, station, flows, w, p, mean, variance, replicas, r
         wait_s = station.ready_in_s
         seen = 1.0
         if full_per_s > 0.0:
-            wait_s = max(jobs + 1.0 - room, 0.0) / full_per_s
+            wait_s = min(max(jobs + 1.0 - room, 0.0) / full_per_s, LONGEST_WAIT_S)
             seen = level_of(min(max(jobs + 1.0 + ahead, 1.0), max(room, 1e-9)), replicas)
         wait += weight * wait_s
         row, behind = row_of(pool, seen, shift)

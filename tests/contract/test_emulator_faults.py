@@ -9,7 +9,7 @@ import urllib.request
 import pytest
 from served import FLEET, served
 
-ELASTIC = FLEET.replace("replicas: 2,", "replicas: 2, max_replicas: 3, load_s: 1.0,")
+ELASTIC = FLEET.replace("replicas: 2,", "replicas: 2, max_replicas: 3, load_s: 3.0,")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_failed_replica_answers_503_and_comes_back(url):
     for thread in running:
         thread.start()
     time.sleep(0.5)
-    assert call(f"{url}/emulate/faults", {"station": "pool-0", "duration_s": 0.5})[0] == 200
+    assert call(f"{url}/emulate/faults", {"station": "pool-0", "duration_s": 3.0})[0] == 200
     for thread in running:
         thread.join()
     assert replies[False][0] == 503 and b"failed" in replies[False][1]
@@ -80,10 +80,10 @@ def test_a_slow_replica_is_slow_for_a_while(url):
 
 
 def test_a_provider_that_is_down(url):
-    assert call(f"{url}/emulate/faults", {"station": "api", "duration_s": 1.0})[0] == 200
+    assert call(f"{url}/emulate/faults", {"station": "api", "duration_s": 3.0})[0] == 200
     status, body = ask(url, "api", 2)
     assert status == 503 and b"does not answer" in body
-    time.sleep(1.2)
+    time.sleep(3.2)
     assert ask(url, "api", 2)[0] == 200
 
 
