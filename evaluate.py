@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from evaluation.report import Report
 
 
+DEFAULT_SCENARIO = "quickstart"
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parse = argparse.ArgumentParser(prog="evaluate.py", description=(__doc__ or "").partition("\n")[0])
-    parse.add_argument("scenario", nargs="?", default="quickstart", help="name in configs/scenarios or path of a YAML")
+    parse.add_argument("scenario", nargs="?", help="name in configs/scenarios or path of a YAML (default: quickstart)")
     parse.add_argument("--policy", nargs="+", default=[], action="extend", metavar="RUN", help="run folders or bundles")
     parse.add_argument("--baselines", default="all", help="all, none, or names separated by commas (default: all)")
     parse.add_argument("--episodes", type=int, help="held-out episodes (default: 32; with --until-ci at most 4096)")
@@ -34,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--trace-format", metavar="NAME", help="layout of the trace (default: told from it)")
     parse.add_argument("--columns", metavar="NAME=COLUMN,...", help="for csv: our names and the file's columns")
     parse.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="scenario overrides")
+    parse.add_argument("--log", type=Path, metavar="LOG", help="a gateway's decisions: backtest, or --policy on them")
     parse.add_argument("--bound", action="store_true", help="compute upper bounds of the margin, too")
     parse.add_argument("--until-ci", type=float, metavar="USD", help="play until gains are known to +- USD per 1k")
     parse.add_argument("--vary", nargs="+", default=[], action="extend", metavar="KEY=V1,V2|A..B", help="what if: plan")
@@ -59,6 +63,14 @@ def main(argv: list[str] | None = None) -> int:
     episodes = args.episodes or (MOST_EPISODES if args.until_ci is not None else 32)
     play = Play(episodes, args.seed, args.workers, not args.no_cache, args.until_ci)
     settings = planned(args)
+    if args.log is not None:
+        from evaluation.log_command import backtest, off_policy
+
+        if args.policy:
+            off_policy(args, None if args.scenario is None else load(args, {}))
+        else:
+            backtest(args, load(args, {}))
+        return 0
     scenario = load(args, {})
     entrants = enter(scenario, args.policy, args.baselines)
     if args.explain is not None:
@@ -76,7 +88,7 @@ def load(args: argparse.Namespace, more: Mapping[str, str]) -> Scenario:
     from evaluation.arguments import pairs
 
     return load_scenario(
-        args.scenario,
+        args.scenario or DEFAULT_SCENARIO,
         overrides={**pairs(args.set, "--set"), **more},
         trace=args.trace,
         trace_format=args.trace_format,
@@ -93,13 +105,14 @@ def planned(args: argparse.Namespace) -> list[dict[str, str]]:
 
 def compare(args: argparse.Namespace, scenario: Scenario, contest: Contest, play: Play) -> None:
     """Prints and writes the comparison."""
+    from evaluation.calibration import verdict
     from evaluation.document import to_document, write_json
     from evaluation.report import build_report
     from evaluation.table import print_report
 
     episodes = len(contest.results[contest.shown].seeds)
     bounds = upper_bounds(scenario, range(play.seed, play.seed + episodes), play) if args.bound else None
-    report = build_report(scenario.name, contest.results, contest.best, bounds)
+    report = build_report(scenario.name, contest.results, contest.best, bounds, verdict(scenario.hash))
     if args.json is not None:
         write_json(args.json, to_document(report))
     if args.report is not None:

@@ -175,8 +175,8 @@ def check_fits(layout: Layout, scenario: Scenario, folder: Path) -> None:
             )
 
 
-def load_policy(folder: Path, scenario: Scenario | None = None) -> Policy:
-    """The guarded policy of a run folder or a bundle, for the scenario that it will decide in.
+def load_bundle(folder: Path, scenario: Scenario | None = None) -> bundle.Bundle:
+    """The bundle of a run folder, or the bundle that the folder is, for the scenario that it will decide in.
 
     Raises:
         InputError: neither, an unfinished run, a bundle that does not verify, or one of another fleet.
@@ -184,7 +184,12 @@ def load_policy(folder: Path, scenario: Scenario | None = None) -> Policy:
     read = bundle.load(_bundle_folder(folder))
     if scenario is not None:
         check_fits(read.layout, scenario, folder)
-    return read.guarded()
+    return read
+
+
+def load_policy(folder: Path, scenario: Scenario | None = None) -> Policy:
+    """The guarded policy of a run folder or a bundle; raises InputError as `load_bundle`."""
+    return load_bundle(folder, scenario).guarded()
 
 
 def _bundle_folder(folder: Path) -> Path:

@@ -1,14 +1,10 @@
 """Reads logs of DecisionRecords for off-policy evaluation: views as arrays, and what every decision earned.
 
-A log is read in pieces of whole lines, each parsed as one table. Only decisions that carry their probability and an
-outcome count. Where a piece holds anything that is not legal it is gone through line by line, and the error names the
-line.
+Only decisions that carry their probability and an outcome count.
 """
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +13,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from evaluation.log_lines import LineLog, is_number
 from evaluation.progress import Progress, silent
 from marginroute import pricing
 from marginroute import view as v
 from marginroute.bundle import Bundle
-from marginroute.errors import InputError
 from marginroute.features import FEATURE_VERSION
-from marginroute.record import SCHEMA, unpacked
+from marginroute.record import unpacked
 from marginroute.view import REQUEST_NAMES, Array, View
 
-PIECE_LINES = 20_000
 SETTLED = ("completed", "abandoned", "failed", "shed")
 _NUMBERS = ("ttft_s", "e2e_s", "prompt_tokens", "output_tokens", "cost_usd")
 _COLUMNS: dict[str, Any] = {
@@ -111,59 +106,29 @@ def read_decisions(path: Path, bundle: Bundle, progress: Progress = silent) -> I
     Raises:
         InputError: a line that cannot be used: its number, what it holds, what is legal.
     """
-    try:
-        total = path.stat().st_size
-        file = open(path, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); legal is a log of decisions") from None
-    reader, done = _Reader(path, bundle), 0
-    with file:
-        while lines := [line for _, line in zip(range(PIECE_LINES), file, strict=False)]:
-            decisions = reader.read(lines)
-            done += sum(map(len, lines))
-            progress(done, total)
-            if len(decisions.choice):
-                yield decisions
+    reader = _Reader(path, bundle)
+    for decisions in reader.log.pieces(reader.arrays, reader.explain, progress):
+        if len(decisions.choice):
+            yield decisions
 
 
 class _Reader:
-    """Turns pieces of a log into arrays; remembers what it has seen."""
+    """Turns pieces of a log into arrays."""
 
     def __init__(self, path: Path, bundle: Bundle) -> None:
-        self.path, self.bundle, self.layout = path, bundle, bundle.layout
+        self.log = LineLog(path, _COLUMNS, _NEEDED)
+        self.bundle, self.layout = bundle, bundle.layout
         self.names = pl.DataFrame({"name": self.layout.names}).with_row_index("candidate")
-        self.lines = 0
         self.skipped = 0
-        self.seen: dict[int, int] = {}  # hash of id and time -> line
 
-    def read(self, lines: list[bytes]) -> Decisions:
-        """One piece as arrays."""
-        try:
-            table = pl.read_ndjson(io.BytesIO(b"".join(lines)), schema=_COLUMNS)
-            if table.height != len(lines) or not lines[-1].endswith(b"\n"):
-                raise ValueError
-            decisions = self._arrays(table)
-        except (pl.exceptions.PolarsError, ValueError):
-            for i, line in enumerate(lines):
-                self._explain(self.lines + i + 1, line)
-            raise InputError(f"{self.path}: lines {self.lines + 1} to {self.lines + len(lines)} are no log") from None
-        self._remember(table)
-        self.lines += len(lines)
-        return decisions
-
-    def _arrays(self, table: pl.DataFrame) -> Decisions:
+    def arrays(self, table: pl.DataFrame) -> Decisions:
         """Settled rows of a table as arrays; raises ValueError if anything is not as it should be."""
         settled = table.filter(pl.col("status").is_in(SETTLED))
         self.skipped += table.height - settled.height
         n, width = settled.height, self.layout.n_candidates
         probability = settled["probability"].to_numpy()
-        missing = table.select(pl.col(*_NEEDED).null_count()).row(0)
-        constants = (
-            (table["schema"] == SCHEMA).all()
-            and (table["feature_version"] == FEATURE_VERSION).all()
-            and not (table["mode"] == "shadow").any()
-        )
-        if any(missing) or not constants or not ((probability > 0.0) & (probability <= 1.0)).all():
+        usable = (table["feature_version"] == FEATURE_VERSION).all() and not (table["mode"] == "shadow").any()
+        if not usable or not ((probability > 0.0) & (probability <= 1.0)).all():
             raise ValueError
         numbers = np.stack([settled[name].to_numpy().astype(np.float64) for name in _NUMBERS])
         completed = (settled["status"] == "completed").to_numpy()
@@ -177,6 +142,9 @@ class _Reader:
         signals[: v.N_STATIC_SIGNALS] = self.bundle.static_signals[:, None, :]
         signals[v.N_STATIC_SIGNALS :] = changing.transpose(1, 0, 2)
         request = settled["request"].struct.unnest().select(REQUEST_NAMES).to_numpy().T
+        for row, names in ((v.CLASS_INDEX, self.layout.class_names), (v.TASK_INDEX, self.layout.task_names)):
+            if not np.isin(request[row], np.arange(len(names))).all():
+                raise ValueError
         support = settled.select(
             pl.when(pl.col("support").list.len().fill_null(0) > 0).then("support").otherwise(pl.concat_list("choice"))
         ).to_series()
@@ -204,72 +172,48 @@ class _Reader:
         members[table["row"].to_numpy(), table["candidate"].to_numpy()] = True
         return members
 
-    def _remember(self, table: pl.DataFrame) -> None:
-        """Refuses a request decided twice at the same time."""
-        keys = table.select("id", "decided_at_s").hash_rows(seed=0).to_list()
-        for i, key in enumerate(keys):
-            line = self.lines + i + 1
-            if self.seen.setdefault(key, line) != line:
-                raise self._refuse(
-                    line, f"repeats request {table['id'][i]!r} of line {self.seen[key]}; legal is each once"
-                )
-
-    def _refuse(self, number: int, what: str) -> InputError:
-        return InputError(f"{self.path}, line {number}: {what}")
-
-    def _explain(self, number: int, line: bytes) -> None:
-        """Raises InputError if this line is what is wrong."""
-        try:
-            record = json.loads(line, parse_constant=lambda text: text)
-            if not isinstance(record, dict):
-                raise ValueError
-        except ValueError:
-            end = "" if line.endswith(b"\n") else ", the file ends within it"
-            raise self._refuse(number, f"is not a JSON object{end}; legal is one whole record per line") from None
-        if not line.endswith(b"\n"):
-            raise self._refuse(number, "has no end of line; legal is one whole record per line")
-        for name in _NEEDED:
-            if record.get(name) is None:
-                raise self._refuse(number, f"has no {name}; legal is a DecisionRecord of schema {SCHEMA}")
-        for name, legal in (("schema", SCHEMA), ("feature_version", FEATURE_VERSION)):
-            if record.get(name) != legal:
-                raise self._refuse(number, f"has {name} {record.get(name)!r}; legal is {legal}, that of this version")
+    def explain(self, number: int, record: dict[str, Any]) -> None:
+        """Raises InputError if this record is what is wrong."""
+        refuse = self.log.refusal
+        version = record.get("feature_version")
+        if version != FEATURE_VERSION:
+            raise refuse(number, f"has feature_version {version!r}; legal is {FEATURE_VERSION}, that of this version")
         if record["mode"] == "shadow":
-            raise self._refuse(
+            raise refuse(
                 number, "was decided in shadow mode, where the gateway's own choice has no probability; legal is a log "
                 "of decisions that were carried out"
             )  # fmt: skip
-        self._explain_values(number, record)
-
-    def _explain_values(self, number: int, record: dict[str, Any]) -> None:
         known = ", ".join(self.layout.names)
         for name in (record["choice"], *record["legal"], *(record.get("support") or ())):
             if name not in self.layout.names:
-                raise self._refuse(
-                    number, f"names candidate {name!r}, which the policy does not know; legal is {known}"
-                )
+                raise refuse(number, f"names candidate {name!r}, which the policy does not know; legal is {known}")
         probability = record["probability"]
-        if not _is_number(probability) or not 0.0 < probability <= 1.0:
-            raise self._refuse(number, f"has probability {probability!r}; legal is above 0, at most 1")
+        if not is_number(probability) or not 0.0 < probability <= 1.0:
+            raise refuse(number, f"has probability {probability!r}; legal is above 0, at most 1")
         for name in _NUMBERS:
             value = record.get(name)
             needed = record["status"] == "completed" and name != "cost_usd"
-            if not (value is None and not needed) and not _is_number(value):
-                raise self._refuse(number, f"has {name} = {value!r}; legal is a number")
+            if not (value is None and not needed) and not is_number(value):
+                raise refuse(number, f"has {name} = {value!r}; legal is a number")
+        self._explain_view(number, record)
+
+    def _explain_view(self, number: int, record: dict[str, Any]) -> None:
         for name in REQUEST_NAMES:
             value = record["request"].get(name)
-            if value is not None and not _is_number(value):
-                raise self._refuse(number, f"has request.{name} = {value!r}; legal is a number, or null for infinity")
+            if value is not None and not is_number(value):
+                raise self.log.refusal(
+                    number, f"has request.{name} = {value!r}; legal is a number, or null for infinity"
+                )
+        for name, names in (("class_index", self.layout.class_names), ("task_index", self.layout.task_names)):
+            if record["request"].get(name) not in range(len(names)):
+                found = record["request"].get(name)
+                words = f"has request.{name} = {found!r}; legal is 0 to {len(names) - 1} ({', '.join(names)})"
+                raise self.log.refusal(number, words)
+        width = self.layout.n_candidates
         try:
-            finite = np.isfinite(unpacked(record["signals"], self.layout.n_candidates)).all()
+            finite = np.isfinite(unpacked(record["signals"], width)).all()
         except (ValueError, TypeError):
             finite = False
         if not finite:
-            raise self._refuse(
-                number, f"has no signals of {self.layout.n_candidates} candidates; legal are those of the fleet that the "
-                "policy was made for, all numbers"
-            )  # fmt: skip
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool) and bool(np.isfinite(value))
+            words = f"has no signals of {width} candidates; legal are those of the policy's fleet, all numbers"
+            raise self.log.refusal(number, words)

@@ -33,6 +33,7 @@ def to_document(report: Report) -> dict[str, Any]:
     document = {
         "schema": SCHEMA,
         "scenario": report.scenario,
+        "calibration": None if report.calibration is None else dict(report.calibration),
         "episodes": report.episodes,
         "policies": {name: _policy_document(report, name) for name in report.ranking},
         "best_heuristic": report.best_heuristic,

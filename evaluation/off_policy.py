@@ -153,7 +153,7 @@ class Totals:
         )
 
     def estimates(self, level: float = 0.95) -> dict[str, Estimate]:
-        """Every estimator in USD per 1k decisions, and `logged`, what the log itself earned."""
+        """Every estimator in USD per 1k decisions; `logged`, what the log itself earned; `gain`, DR less that."""
         self.overlap()
         assert self.sums is not None and self.products is not None
         mean = self.sums / self.n
@@ -166,6 +166,7 @@ class Totals:
         ratio = mean[wr] / mean[w] if mean[w] > 0.0 else np.nan
         spread = covariance[wr, wr] - 2.0 * ratio * covariance[wr, w] + ratio**2 * covariance[w, w]
         found["snips"] = (ratio, spread / mean[w] ** 2 if mean[w] > 0.0 else np.nan)
+        found["gain"] = (mean[dr] - mean[r], covariance[dr, dr] - 2.0 * covariance[dr, r] + covariance[r, r])
         z = NormalDist().inv_cdf(0.5 + level / 2.0)
         result = {}
         for name, (value, variance) in found.items():
@@ -189,21 +190,29 @@ def evaluate_log(path: Path, bundle: Bundle, progress: Progress = silent) -> dic
     good, its P(good) stands in.
 
     Returns:
-        decisions, overlap, refusal, usd_per_1k_decisions: {estimator: {mean, low, high}}, labelled: share of answers
-        of which the log says whether they were good.
+        policy, learned, scenario, overlap, refusal, usd_per_1k_decisions: {estimator: {mean, low, high}}, skipped:
+        decisions without an outcome, labelled: share of answers of which the log says whether they were good.
 
     Raises:
         InputError: a line that cannot be used, or a bundle without a margin rule.
     """
     model = _margin_rule(bundle)
     policy, totals = bundle.guarded(), Totals()
-    labelled = answered = 0
+    labelled = answered = skipped = 0
     for piece in read_decisions(path, bundle, progress):
         chosen = policy.decide_batch(piece.view)
         _add(totals, piece, np.eye(bundle.layout.n_candidates)[chosen], model)
         labelled += int((piece.completed & ~np.isnan(piece.good)).sum())
         answered += int(piece.completed.sum())
-    return {**totals.to_dict(), "labelled": labelled / max(answered, 1)}
+        skipped = piece.skipped
+    return {
+        "policy": bundle.policy.name,
+        "learned": bundle.learned,
+        "scenario": dict(bundle.scenario),
+        **totals.to_dict(),
+        "skipped": skipped,
+        "labelled": labelled / max(answered, 1),
+    }
 
 
 def _add(totals: Totals, piece: Decisions, target: Floats, model: MarginRule) -> None:

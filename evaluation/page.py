@@ -7,27 +7,16 @@ colour-blind; every figure is as wide as the page, and prints.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from evaluation.calibration import verdict_words
 from evaluation.page_data import PageData
 from evaluation.page_figures import figures
+from evaluation.page_parts import drawn, frame, paragraph, section, table, text
 from evaluation.report import Report, accounts_usd_per_1k, action_shares, shed_shares
 from evaluation.statistics import Estimate
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .3rem; }
-p { margin: .4rem 0; max-width: 45rem; } .headline { font-size: 1.15rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; margin: .6rem 0; }
-th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; } tr.shown td { font-weight: 600; }
-td.words { text-align: left; white-space: normal; min-width: 12rem; } .note { color: #555; font-size: .85rem; }
-@media print { body { max-width: none; } section { break-inside: avoid; } .modebar { display: none !important; } }
-"""
 
 
 def write_page(path: Path, report: Report, data: PageData, shown: str, command: str) -> None:
@@ -47,28 +36,19 @@ def write_page(path: Path, report: Report, data: PageData, shown: str, command: 
 
 def page(report: Report, data: PageData, shown: str, command: str) -> str:
     """The HTML text."""
-    from plotly.offline import get_plotlyjs
-
     body = [
-        f"<h1>{_text(report.scenario)}: what routing by <em>{_text(shown)}</em> earns</h1>",
-        _headline(report, shown),
+        f"<h1>{text(report.scenario)}: what routing by <em>{text(shown)}</em> earns</h1>",
+        paragraph(headline(report, shown), "headline"),
     ]
+    if words := verdict_words(report.calibration):
+        calibrated = report.calibration is not None and report.calibration["calibrated"]
+        body.insert(0, paragraph(words, "note" if calibrated else "warning"))
     for key, (title, words, figure) in figures(report, data, shown).items():
-        drawn = figure.to_html(
-            full_html=False, include_plotlyjs=False, div_id=key, config={"displayModeBar": False, "responsive": True}
-        )
-        body.append(f"<section><h2>{title}</h2><p>{words}</p>{drawn}</section>")
+        body.append(section(title, paragraph(words), drawn(figure, key)))
     body += [_comparison(report, shown), _accounts(report, list(dict.fromkeys((shown, data.reference))))]
     if data.swaps is not None:
         body.append(_swaps(data))
-    body.append(f'<p class="note">Made by <code>{_text(command)}</code></p>')
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(report.scenario)}</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body>"
-        + "\n".join(body)
-        + "</body></html>\n"
-    )
+    return frame(report.scenario, "\n".join(body), command)
 
 
 def headline(report: Report, shown: str) -> str:
@@ -100,7 +80,9 @@ def headline(report: Report, shown: str) -> str:
 def markdown(report: Report, shown: str) -> str:
     """The comparison as a Markdown card: headline, table and accounts."""
     heads = ("policy", "margin", "95 %", "delta", "contribution", "SLO %", "good %", "lost %")
-    lines = [f"# {report.scenario}: {shown}", "", headline(report, shown), "", "| " + " | ".join(heads) + " |"]
+    verdict = verdict_words(report.calibration)
+    lines = [f"**{verdict}**", ""] if verdict else []
+    lines += [f"# {report.scenario}: {shown}", "", headline(report, shown), "", "| " + " | ".join(heads) + " |"]
     lines.append("| --- |" + " ---: |" * (len(heads) - 1))
     lines += ["| " + " | ".join(row) + " |" for row in _rows(report)]
     lines += ["", f"Accounts of {shown}, USD per 1,000 requests:", "", "| account | USD |", "| --- | ---: |"]
@@ -108,10 +90,6 @@ def markdown(report: Report, shown: str) -> str:
     lines += [f"| {name.replace('_', ' ')} | {usd:,.3f} |" for name, usd in accounts.items() if usd]
     lines.append(f"| **margin** | {sum(accounts.values()):,.3f} |")
     return "\n".join(lines) + "\n"
-
-
-def _headline(report: Report, shown: str) -> str:
-    return f'<p class="headline">{_text(headline(report, shown))}</p>'
 
 
 def _rows(report: Report) -> list[list[str]]:
@@ -139,11 +117,7 @@ def _comparison(report: Report, shown: str) -> str:
         "* best heuristic, chosen on other episodes. USD per 1,000 requests; contribution is before GPU-hours; delta is"
         " paired with *. SLO, good and lost (shed, abandoned or failed): lowest to highest customer class."
     )
-    return (
-        "<section><h2>All policies</h2>"
-        + _table(heads, _rows(report), {shown})
-        + f'<p class="note">{note}</p></section>'
-    )
+    return section("All policies", table(heads, _rows(report), {shown}), paragraph(note, "note"))
 
 
 def _accounts(report: Report, names: list[str]) -> str:
@@ -156,11 +130,10 @@ def _accounts(report: Report, names: list[str]) -> str:
     rows.append(["margin", *(f"{sum(accounts[name].values()):,.3f}" for name in names)])
     actions = {name: action_shares(report.results[name]) for name in names}
     kinds = [[kind, *(f"{100 * actions[name][kind]:.1f} %" for name in names)] for kind in actions[names[0]]]
-    return (
-        "<section><h2>Accounts that add up, and what was decided</h2>"
-        + _table(("USD per 1,000 requests", *names), rows, {"margin"})
-        + _table(("share of decisions", *names), kinds, set())
-        + "</section>"
+    return section(
+        "Accounts that add up, and what was decided",
+        table(("USD per 1,000 requests", *names), rows, {"margin"}),
+        table(("share of decisions", *names), kinds),
     )
 
 
@@ -176,20 +149,8 @@ def _swaps(data: PageData) -> str:
         f" held-out episode. {swaps.examined} of them were played both ways, everything else as it was: one was worth"
         f" {_usd(swaps.worth_usd, '+', 4)} on average. The best and the worst:"
     )
-    table = _table(("decision", "request", swaps.policy, swaps.reference, "worth USD"), rows, set(), words_column=1)
-    return f"<section><h2>Where they differ, and what it was worth</h2><p>{_text(words)}</p>{table}</section>"
-
-
-def _table(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], marked: set[str], words_column: int | None = None
-) -> str:
-    head = "".join(f"<th>{_text(x)}</th>" for x in heads)
-    lines = []
-    for row in rows:
-        cells = "".join(f"<td{' class=words' if i == words_column else ''}>{_text(x)}</td>" for i, x in enumerate(row))
-        lines.append(f"<tr{' class=shown' if row[0].removesuffix(' *') in marked else ''}>{cells}</tr>")
-    body = "".join(lines)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    heads = ("decision", "request", swaps.policy, swaps.reference, "worth USD")
+    return section("Where they differ, and what it was worth", paragraph(words), table(heads, rows, words_columns=(1,)))
 
 
 def _usd(estimate: Estimate, sign: str = "", digits: int = 2) -> str:
@@ -202,7 +163,3 @@ def _usd(estimate: Estimate, sign: str = "", digits: int = 2) -> str:
 def _range(shares: Sequence[float]) -> str:
     known = [100.0 * share for share in shares if not math.isnan(share)]
     return f"{min(known):.1f}-{max(known):.1f}" if known else "-"
-
-
-def _text(words: str) -> str:
-    return html.escape(str(words))

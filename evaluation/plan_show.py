@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from evaluation.page_figures import DASHES, PALETTE
+from evaluation.page_parts import drawn, frame, paragraph, table, text
 from evaluation.plan import Row, break_even
 from evaluation.statistics import Estimate
 from evaluation.table import stdout_console
@@ -22,18 +22,18 @@ def print_plan(scenario: str, rows: Sequence[Row], episodes: int) -> None:
     console = stdout_console()
     console.print(f"[bold]{scenario}[/bold]: {episodes} held-out episodes per setting, the same seeds in each")
     console.print(f"{', '.join(rows[0].setting)}\n", markup=False)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     keys = list(rows[0].setting)
     ends = [key.rpartition(".")[2] for key in keys]
     for key, end in zip(keys, ends, strict=True):
         head = end if ends.count(end) == 1 else key
         width = max(len(head), *(len(row.setting[key]) for row in rows))
-        table.add_column(head, min_width=width, no_wrap=True)
+        shown.add_column(head, min_width=width, no_wrap=True)
     for i, head in enumerate(HEADS):
-        table.add_column(head.replace("[", r"\["), justify="left" if i == 0 else "right", no_wrap=True)
+        shown.add_column(head.replace("[", r"\["), justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row.setting.values(), *(cell.replace("[", r"\[") for cell in cells(row)))
-    console.print(table)
+        shown.add_row(*row.setting.values(), *(cell.replace("[", r"\[") for cell in cells(row)))
+    console.print(shown)
     for line in break_even_lines(rows):
         console.print(line, markup=False)
     console.print(
@@ -65,9 +65,6 @@ def break_even_lines(rows: Sequence[Row]) -> list[str]:
 def plan_page(scenario: str, rows: Sequence[Row], command: str) -> str:
     """A self-contained page: the curve, then the table."""
     import plotly.graph_objects as go
-    from plotly.offline import get_plotlyjs
-
-    from evaluation.page import STYLE
 
     keys = list(rows[0].setting)
     figure = go.Figure(layout={"template": "plotly_white", "height": 460, "legend": {"orientation": "h", "y": 1.1}})
@@ -89,23 +86,14 @@ def plan_page(scenario: str, rows: Sequence[Row], command: str) -> str:
     figure.add_hline(y=0.0, line_color="#555")
     figure.update_xaxes(title=", ".join(keys), type="category", automargin=True)
     figure.update_yaxes(title="margin, USD per hour", automargin=True)
-    drawn = figure.to_html(
-        full_html=False, include_plotlyjs=False, div_id="plan", config={"displayModeBar": False, "responsive": True}
-    )
-    head = "".join(f"<th>{html.escape(x)}</th>" for x in (*keys, *HEADS))
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in (*row.setting.values(), *cells(row))) + "</tr>"
-        for row in rows
-    )
-    lines = "".join(f"<p>{html.escape(line)}</p>" for line in break_even_lines(rows))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(scenario)}</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body>"
-        f"<h1>{html.escape(scenario)}: margin by {html.escape(', '.join(keys))}</h1>{drawn}{lines}"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f'<p class="note">Made by <code>{html.escape(command)}</code></p></body></html>\n'
-    )
+    rows_shown = [[*row.setting.values(), *cells(row)] for row in rows]
+    body = [
+        f"<h1>{text(scenario)}: margin by {text(', '.join(keys))}</h1>",
+        drawn(figure, "plan"),
+        *(paragraph(line) for line in break_even_lines(rows)),
+        table((*keys, *HEADS), rows_shown),
+    ]
+    return frame(scenario, "".join(body), command)
 
 
 def _with_interval(estimate: Estimate, sign: str) -> list[str]:

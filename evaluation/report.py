@@ -58,6 +58,7 @@ class Report:
         best_heuristic: chosen on validation seeds; None if no heuristic took part.
         paired: by name of every policy but the best heuristic.
         bounds: of the same episodes; None where they were not computed.
+        calibration: verdict of the last backtest of the scenario; None where there was none.
     """
 
     scenario: str
@@ -68,6 +69,7 @@ class Report:
     best_heuristic: str | None
     paired: Mapping[str, Paired]
     bounds: Bounds | None = None
+    calibration: Mapping[str, Any] | None = None
 
     @property
     def episodes(self) -> int:
@@ -114,6 +116,7 @@ def build_report(
     results: Mapping[str, EpisodeResults],
     best_heuristic: str | None,
     bounds: Bounds | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> Report:
     """Computes intervals and paired differences.
 
@@ -122,6 +125,7 @@ def build_report(
         results: by policy name, all on the same episodes.
         best_heuristic: name in `results` that the others are compared with, chosen on other seeds.
         bounds: of the same episodes, where known.
+        calibration: of the scenario, see `evaluation.calibration`.
 
     Raises:
         InputError: the results are not from the same requests, or the bounds from other episodes.
@@ -159,6 +163,7 @@ def build_report(
         best_heuristic=best_heuristic,
         paired=paired,
         bounds=bounds,
+        calibration=calibration,
     )
 
 

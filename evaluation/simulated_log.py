@@ -77,6 +77,8 @@ def _settle(worlds: FleetWorlds, record: DecisionRecord, i: int, c: int, known: 
     record.status, record.served_by = STATUS[int(request["status"])], layout.names[c]
     record.prompt_tokens, record.output_tokens = int(load["prompt_tokens"]), int(load["output_tokens"])
     record.cost_usd = 0.0
+    if record.status == "abandoned":
+        record.e2e_s = float(request["patience_until_s"] - load["arrived_at_s"])
     if record.status == "completed":
         record.ttft_s = float(request["first_token_at_s"] - load["arrived_at_s"])
         record.e2e_s = float(request["completed_at_s"] - load["arrived_at_s"])

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from envs.economics.ledger import ACCOUNTS
+from evaluation.calibration import verdict_words
 from evaluation.report import Paired, Report, accounts_usd_per_1k, action_shares, shed_shares
 from evaluation.results import Floats
 from evaluation.statistics import Estimate
@@ -55,6 +56,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     """Prints the comparison: policies by margin, then their accounts."""
     console = console or stdout_console()
     first = next(iter(report.results.values()))
+    if words := verdict_words(report.calibration):
+        console.print(f"{words}\n", style="bold", markup=False)
     console.print(
         f"[bold]{report.scenario}[/bold]: {report.episodes} held-out episodes, {first.first_calls.sum():,} requests,"
         f" {first.horizon_s.sum() / 3600.0:,.1f} h; the same for every policy\n"

@@ -93,6 +93,7 @@ class BoundsModel(Strict):
 class DocumentModel(Strict):
     version: Literal[1] = Field(alias="schema")
     scenario: str
+    calibration: dict | None
     episodes: Annotated[int, Field(ge=1)]
     policies: dict[str, PolicyModel]
     best_heuristic: str | None

@@ -1,0 +1,67 @@
+"""`evaluate.py --log`: with --policy what it would have earned on the log, without how well the world predicts it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaluation.calibration import verdict
+from evaluation.document import write_json, write_text
+from evaluation.page_parts import command_line
+from evaluation.progress import progress_bar
+
+if TYPE_CHECKING:
+    from envs.scenario import Scenario
+
+SCHEMA = 1
+
+
+def off_policy(args: argparse.Namespace, scenario: Scenario | None) -> None:
+    """Evaluates every --policy on the decisions of --log.
+
+    Args:
+        args: of the command line.
+        scenario: that the policies have to fit; None: their own.
+
+    Raises:
+        InputError: a policy or a line of the log that cannot be used.
+    """
+    from agents.run import load_bundle
+    from evaluation.off_policy import evaluate_log
+    from evaluation.off_policy_show import off_policy_page, print_off_policy
+
+    bundles = {run: load_bundle(Path(run), scenario) for run in args.policy}
+    names = [bundle.policy.name for bundle in bundles.values()]
+    found: dict[str, dict[str, Any]] = {}
+    for run, bundle in bundles.items():
+        name = bundle.policy.name if names.count(bundle.policy.name) == 1 else f"{bundle.policy.name}:{run}"
+        with progress_bar(f"{name} on {args.log.name} (bytes)") as progress:
+            found[name] = evaluate_log(args.log, bundle, progress)
+    for name, bundle in zip(found, bundles.values(), strict=True):
+        found[name]["calibration"] = verdict(bundle.scenario["hash"])
+    if args.json is not None:
+        write_json(args.json, {"schema": SCHEMA, "log": str(args.log), "off_policy": found})
+    if args.report is not None:
+        write_text(args.report, off_policy_page(args.log.name, found, command_line()))
+    print_off_policy(str(args.log), found)
+
+
+def backtest(args: argparse.Namespace, scenario: Scenario) -> None:
+    """Replays --log under its own choices in the world, prints predicted against logged, and keeps the verdict.
+
+    Raises:
+        InputError: a line of the log that cannot be used.
+    """
+    from evaluation import backtest as examiner
+    from evaluation import calibration
+    from evaluation.backtest_show import backtest_page, print_backtest
+
+    with progress_bar(f"replaying {args.log.name}") as progress:
+        document = examiner.backtest(scenario, args.log, progress)
+    calibration.remember(document)
+    if args.json is not None:
+        write_json(args.json, {"schema": SCHEMA, "backtest": document})
+    if args.report is not None:
+        write_text(args.report, backtest_page(document, command_line()))
+    print_backtest(document)

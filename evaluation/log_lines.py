@@ -1,0 +1,127 @@
+"""Pieces of a log of DecisionRecords as tables; the first line that cannot be used is named.
+
+A log is read in pieces of whole lines, each parsed as one table, which is fast. Where a piece holds anything that is
+not legal it is gone through line by line, and the error says which one and why.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import polars as pl
+
+from evaluation.progress import Progress
+from marginroute.errors import InputError
+from marginroute.record import SCHEMA
+
+Part = TypeVar("Part")
+
+PIECE_LINES = 20_000
+
+
+@dataclass
+class LineLog:
+    """A log in the course of being read.
+
+    Attributes:
+        path: JSONL file of DecisionRecords.
+        columns: polars type by name of what is read; `id`, `schema` and `decided_at_s` among them.
+        needed: columns that every line must have.
+        lines: read so far.
+        seen: line by hash of id and time of the decision.
+    """
+
+    path: Path
+    columns: Mapping[str, Any]
+    needed: tuple[str, ...]
+    lines: int = 0
+    seen: dict[int, int] = field(default_factory=dict, repr=False)
+
+    def pieces(
+        self,
+        use: Callable[[pl.DataFrame], Part],
+        explain: Callable[[int, dict[str, Any]], None],
+        progress: Progress,
+    ) -> Iterator[Part]:
+        """What `use` makes of each piece.
+
+        Args:
+            use: takes a table in; raises ValueError if anything in it is not as it should be.
+            explain: raises InputError if the record of a line is what is wrong.
+            progress: called with bytes read and bytes in all.
+
+        Raises:
+            InputError: the file cannot be read, or a line: its number, what it holds, what is legal.
+        """
+        try:
+            total = self.path.stat().st_size
+            file = open(self.path, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror}); legal is a log of decisions") from None
+        done = 0
+        with file:
+            while lines := [line for _, line in zip(range(PIECE_LINES), file, strict=False)]:
+                part = self._read(lines, use, explain)
+                done += sum(map(len, lines))
+                progress(done, total)
+                yield part
+
+    def _read(
+        self, lines: list[bytes], use: Callable[[pl.DataFrame], Part], explain: Callable[[int, dict[str, Any]], None]
+    ) -> Part:
+        try:
+            table = pl.read_ndjson(io.BytesIO(b"".join(lines)), schema=dict(self.columns))
+            if table.height != len(lines) or not lines[-1].endswith(b"\n"):
+                raise ValueError
+            if any(table.select(pl.col(*self.needed).null_count()).row(0)) or not (table["schema"] == SCHEMA).all():
+                raise ValueError
+            part = use(table)
+        except (pl.exceptions.PolarsError, ValueError):
+            for i, line in enumerate(lines):
+                explain(self.lines + i + 1, self._record(self.lines + i + 1, line))
+            raise InputError(f"{self.path}: lines {self.lines + 1} to {self.lines + len(lines)} are no log") from None
+        self._remember(table)
+        self.lines += len(lines)
+        return part
+
+    def _remember(self, table: pl.DataFrame) -> None:
+        """Refuses a request decided twice at the same time."""
+        keys = table.select("id", "decided_at_s").hash_rows(seed=0).to_list()
+        for i, key in enumerate(keys):
+            line = self.lines + i + 1
+            if self.seen.setdefault(key, line) != line:
+                words = f"repeats request {table['id'][i]!r} of line {self.seen[key]}; legal is each once"
+                raise self.refusal(line, words)
+
+    def refusal(self, number: int, what: str) -> InputError:
+        """The error of a line."""
+        return InputError(f"{self.path}, line {number}: {what}")
+
+    def _record(self, number: int, line: bytes) -> dict[str, Any]:
+        """The line's record, if it is a whole one of this schema."""
+        try:
+            record = json.loads(line, parse_constant=lambda text: text)
+            if not isinstance(record, dict):
+                raise ValueError
+        except ValueError:
+            end = "" if line.endswith(b"\n") else ", the file ends within it"
+            raise self.refusal(number, f"is not a JSON object{end}; legal is one whole record per line") from None
+        if not line.endswith(b"\n"):
+            raise self.refusal(number, "has no end of line; legal is one whole record per line")
+        for name in self.needed:
+            if record.get(name) is None:
+                raise self.refusal(number, f"has no {name}; legal is a DecisionRecord of schema {SCHEMA}")
+        if record["schema"] != SCHEMA:
+            raise self.refusal(number, f"has schema {record['schema']!r}; legal is {SCHEMA}, that of this version")
+        return record
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, float | int) and not isinstance(value, bool) and bool(np.isfinite(value))

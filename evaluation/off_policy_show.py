@@ -1,0 +1,110 @@
+"""Off-policy evaluation as a terminal table and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from evaluation.calibration import verdict_words
+from evaluation.page_figures import PALETTE
+from evaluation.page_parts import drawn, frame, paragraph, section, table, text
+from evaluation.table import stdout_console
+
+ESTIMATORS = {
+    "logged": "logged: what the log itself earned",
+    "dr": "DR: doubly robust",
+    "gain": "gain: DR less logged",
+    "switch": "switch: DR without large weights",
+    "snips": "SNIPS: weighted, self-normalised",
+    "ips": "IPS: weighted",
+    "dm": "DM: the policy's own expectation",
+}
+"""In the order in which they are read; the first three are the answer, the others should agree with DR."""
+ESTIMAND = (
+    "What is estimated is the own margin of a decision at the states of the log: what the customer pays for the request"
+    " less credits, refunds and the cost of the answer. The queues that the policy itself would have built are not in"
+    " the log, nor are GPU-hours."
+)
+
+
+def print_off_policy(log: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prints the estimates of every policy and how much of it the log can speak about."""
+    console = stdout_console()
+    for name, document in found.items():
+        if words := verdict_words(document["calibration"]):
+            console.print(f"[bold]{words}[/bold]\n")
+        console.print(f"[bold]{name}[/bold] on {log}: {overlap_words(document)}\n")
+        shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        for i, head in enumerate(("USD per 1k decisions", "mean", r"\[95 % CI]")):
+            shown.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
+        for words, mean, interval in _rows(document):
+            shown.add_row(words, mean, interval.replace("[", r"\["))
+        console.print(shown)
+        if document["refusal"]:
+            console.print(f"\nNo answer: {document['refusal']}.", markup=False)
+        console.print()
+    console.print(ESTIMAND, markup=False)
+
+
+def overlap_words(document: Mapping[str, Any]) -> str:
+    """How much of a policy the log can speak about."""
+    overlap = document["overlap"]
+    share = 100.0 * overlap["effective"] / overlap["decisions"]
+    return (
+        f"{overlap['decisions']:,} decisions with an outcome ({document['skipped']:,} without are left out), worth"
+        f" {overlap['effective']:,.0f} of the policy's own ({share:.0f} %); it takes the logged candidate in"
+        f" {100.0 * overlap['agreement']:.0f} %, one that the log could not have taken in"
+        f" {100.0 * overlap['uncovered']:.1f} %; mean weight {overlap['mean_weight']:.2f}, largest"
+        f" {overlap['largest_weight']:.1f}; {100.0 * document['labelled']:.0f} % of the answers are labelled"
+    )
+
+
+def off_policy_page(log: str, found: Mapping[str, Mapping[str, Any]], command: str) -> str:
+    """A self-contained page: per policy the estimates as figure and table, or the refusal."""
+    body = [f"<h1>{text(log)}: what other policies would have earned</h1>", paragraph(ESTIMAND)]
+    for number, (name, document) in enumerate(found.items()):
+        parts = [paragraph(overlap_words(document))]
+        if words := verdict_words(document["calibration"]):
+            parts.insert(0, paragraph(words, "note" if document["calibration"]["calibrated"] else "warning"))
+        if document["refusal"]:
+            parts.append(paragraph(f"No answer: {document['refusal']}.", "warning"))
+        parts.append(drawn(_figure(document), f"estimates-{number}"))
+        parts.append(table(("USD per 1,000 decisions", "mean", "95 %"), _rows(document), {ESTIMATORS["dr"]}))
+        body.append(section(name, *parts))
+    return frame(log, "".join(body), command)
+
+
+def _rows(document: Mapping[str, Any]) -> list[list[str]]:
+    estimates = document["usd_per_1k_decisions"]
+    return [
+        [words, f"{x['mean']:{sign},.2f}", f"[{x['low']:{sign},.2f}, {x['high']:{sign},.2f}]"]
+        for name, words in ESTIMATORS.items()
+        if (x := estimates.get(name)) is not None
+        for sign in ["+" if name == "gain" else ""]
+    ]
+
+
+def _figure(document: Mapping[str, Any]) -> Any:
+    import plotly.graph_objects as go
+
+    estimates = document["usd_per_1k_decisions"]
+    names: Sequence[str] = [name for name in ESTIMATORS if name in estimates and name != "gain"][::-1]
+    figure = go.Figure(layout={"template": "plotly_white", "height": 110 + 36 * len(names), "showlegend": False})
+    figure.add_scatter(
+        x=[estimates[name]["mean"] for name in names],
+        y=[ESTIMATORS[name] for name in names],
+        mode="markers",
+        marker={"size": 10, "color": [PALETTE[1] if name == "logged" else PALETTE[0] for name in names]},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [estimates[name]["high"] - estimates[name]["mean"] for name in names],
+            "arrayminus": [estimates[name]["mean"] - estimates[name]["low"] for name in names],
+        },
+    )
+    figure.update_xaxes(title="USD per 1,000 decisions", automargin=True)
+    figure.update_yaxes(automargin=True)
+    return figure
