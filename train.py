@@ -4,6 +4,7 @@ Try:
   python train.py                                     train on quickstart into runs/quickstart
   python train.py azure_conversation --trace FILE --trace-format azure-llm
   python train.py my_scenario.yaml -n 2000000 --seed 1 --out runs/mine --set training.learning_rate=5e-4
+  python train.py --floor slo.enterprise=0.99 quality.team=0.85 shed.batch=0.01
   python train.py --resume runs/mine                  go on after an interruption
   python train.py --list                              scenarios that ship
 """
@@ -20,6 +21,7 @@ from evaluation.arguments import check_trace_flags
 from marginroute.cli import main_guard
 from marginroute.errors import InputError
 
+ADVICE = "bid-price-fitted"  # the heuristic that the network corrects
 MAX_SEED = 400_000  # training seeds take 10,000 episodes each, out of the 2**32 that a split has
 
 if TYPE_CHECKING:
@@ -43,6 +45,14 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: runs/SCENARIO)")
     parse.add_argument(
         "--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="overrides, dotted keys"
+    )
+    parse.add_argument(
+        "--floor",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="KEY=SHARE",
+        help="what a class must reach: slo.CLASS, quality.CLASS (least), shed.CLASS (most)",
     )
     parse.add_argument("--resume", type=Path, metavar="RUN", help="go on from the newest checkpoint of a run folder")
     parse.add_argument("--retune", action="store_true", help="tune the baselines even if tuned values exist")
@@ -69,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"--seed {args.seed} is not legal; legal is 0 to {MAX_SEED}")
     check_trace_flags(args)
     from agents.config import load_training, split_overrides
+    from agents.floors import parse as parse_floors
     from agents.run import Run
     from evaluation.progress import force_bars
 
@@ -76,7 +87,9 @@ def main(argv: list[str] | None = None) -> int:
         force_bars()
     if args.resume is not None:
         given = [
-            word for word in arguments if word.startswith(("-n", "--steps", "--n-envs", "--set", "--seed", "--trace"))
+            word
+            for word in arguments
+            if word.startswith(("-n", "--steps", "--n-envs", "--set", "--seed", "--trace", "--floor"))
         ]
         if given:
             raise InputError(f"--resume goes on as the run was started; {given[0]} is not legal beside it")
@@ -91,9 +104,10 @@ def main(argv: list[str] | None = None) -> int:
     columns = pairs(args.columns.split(","), "--columns") if args.columns else None
     scenario = load_scenario(args.scenario, overrides, args.trace, args.trace_format, columns)
     config = load_training(None, training)
+    parse_floors(args.floor, scenario.class_names)
     run = Run(args.out or Path("runs") / scenario.name)
     run.create(scenario, config, args.seed, shlex.join(["python", "train.py", *arguments]))
-    run.update(retune=args.retune)
+    run.update(retune=args.retune, floors=args.floor)
     return carry_out(run, scenario, config, args.seed, args, resume=False)
 
 
@@ -124,6 +138,8 @@ def finish(
     """Baselines, training, gate and export; the steps that a new run and a resumed one share."""
     from agents import baselines
     from agents.export import export
+    from agents.floors import keep_floors
+    from agents.floors import parse as parse_floors
     from agents.train import train
     from envs import announce_compilation
     from envs.worlds import Plant
@@ -132,23 +148,53 @@ def finish(
 
     announce_compilation()
     plant = Plant(scenario)
-    advice, fallback = baselines.advice_and_fallback(tuned_baselines(run, plant, args))
+    floors = parse_floors(run.info().get("floors", ()), scenario.class_names)
+    rules = tuned_baselines(run, plant, args)
+    kept = None
+    if floors:
+        held = {name: keep_floors(plant, rule, floors) for name, rule in baselines.margin_rules(rules).items()}
+        baselines.replace_rules(rules, {name: x.rule for name, x in held.items()})
+        run.update(
+            heuristic_floors={name: {"kept": x.found.kept, "reached": x.found.shares} for name, x in held.items()}
+        )
+        kept = held[ADVICE]
+    advice, fallback = baselines.advice_and_fallback(rules)
     log = tracker(run, scenario, seed) if args.track else lambda _: None
     with progress_bar("training (decisions)") as progress:
-        policy, spec = train(plant, advice, config, run, seed, resume=resume, progress=progress, log=log)
+        policy, spec = train(plant, advice, config, run, seed, resume=resume, progress=progress, log=log, kept=kept)
     with progress_bar("gate (validation episodes)") as progress:
-        verdict = gate(scenario, policy, advice, spec, config, progress)
+        verdict = gate(scenario, policy, advice, spec, config, progress, floors)
+    run.update(gate=verdict)
+    if not verdict["learned"] and verdict.get("heuristic_breaks"):
+        run.update(status="floor out of reach")
+        raise InputError(
+            "no policy keeps the floors on validation episodes: of the heuristic "
+            f"{'; '.join(verdict['heuristic_breaks'])}; the learned policy was refused since "
+            f"{'; '.join(verdict['refused'])}; nothing is exported, legal are "
+            "floors within reach"
+        )
     provenance = {key: run.info()[key] for key in ("command", "seed", "versions")}
     chosen = policy if verdict["learned"] else None
     export(plant, chosen, advice, spec, fallback, run.bundle_path, {"gate": verdict}, provenance)
-    run.update(status="finished", gate=verdict)
-    print(
-        f"gate: learned minus {advice.name} = {verdict['delta_usd_per_1k']:+.4f} USD per 1k validation requests, 95 % "
-        f"[{verdict['ci95'][0]:+.4f}, {verdict['ci95'][1]:+.4f}]; exported: "
-        f"{'the learned policy' if verdict['learned'] else advice.name + ' (learned: none)'}"
-    )
+    run.update(status="finished")
+    print(verdict_line(verdict, advice.name))
     print(f"run folder {run.folder}; compare it: {compare_command(run)}")
     return 0
+
+
+def verdict_line(verdict: dict[str, Any], advice: str) -> str:
+    """What the gate found, in one line."""
+    interval = "none" if verdict["ci95"] is None else "[{:+.4f}, {:+.4f}]".format(*verdict["ci95"])
+    exported = "the learned policy" if verdict["learned"] else f"{advice} (learned: none)"
+    floors = "".join(
+        f"; {key} {x['learned']:.4f} (heuristic {x['heuristic']:.4f}, floor {x['limit']:g})"
+        for key, x in verdict.get("floors", {}).items()
+    )
+    why = f"; refused: {'; '.join(verdict['refused'])}" if verdict["refused"] else ""
+    return (
+        f"gate: learned minus {advice} = {verdict['delta_usd_per_1k']:+.4f} USD per 1k validation requests, 95 % "
+        f"{interval} of {verdict['observations']} observations{floors}; exported: {exported}{why}"
+    )
 
 
 def compare_command(run: Run) -> str:

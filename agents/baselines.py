@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,19 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Rule]]:
         return data, {name: heuristics.from_dict(row["policy"]) for name, row in data["baselines"].items()}
     except (TypeError, KeyError) as error:
         raise InputError(f"{path} is incomplete ({error}); tune the baselines again with train.py --retune") from None
+
+
+def margin_rules(path: Path) -> dict[str, heuristics.MarginRule]:
+    """The margin rules of a file of tuned baselines, by name."""
+    return {name: rule for name, rule in load(path)[1].items() if isinstance(rule, heuristics.MarginRule)}
+
+
+def replace_rules(path: Path, rules: Mapping[str, Rule]) -> None:
+    """Puts other parameters behind some of a file's baselines: what their tuning measured no longer holds for them."""
+    data = load(path)[0]
+    for name, rule in rules.items():
+        data["baselines"][name]["policy"] = heuristics.to_dict(rule)
+    write_text(path, yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
 
 
 def advice_and_fallback(path: Path) -> tuple[heuristics.MarginRule, Rule]:

@@ -21,6 +21,7 @@ from stable_baselines3.common.utils import set_random_seed
 
 from agents.config import TrainingConfig
 from agents.export import residual_policy
+from agents.floors import Ascent, Floor, Kept, worst_miss
 from agents.network import ScorerPolicy
 from agents.ppo import MarginPPO
 from agents.run import Run, check_archive
@@ -34,6 +35,7 @@ from marginroute.policy import Policy
 
 Progress = Callable[[int, int], None]
 MIN_SIGNAL_USD = 1e-9  # unit of the learning signal where nothing is worth anything
+EPISODES_PER_ASCENT = 8  # that end between two steps of the floors' multipliers, at least
 FIRST_TRAINING_SEED = 10_000  # episodes before it belong to tuning and to the fit of P(good)
 
 
@@ -62,13 +64,15 @@ def fit_normaliser(plant: Plant, advice: MarginRule, config: TrainingConfig) -> 
 
 @dataclass
 class Validation:
-    """Mean margin of policies on fixed validation episodes."""
+    """Mean margin of policies on fixed validation episodes, and by how much they miss the worst floor."""
 
     objective: Objective
+    floors: tuple[Floor, ...] = ()
 
-    def __call__(self, policy: Policy) -> float:
-        """USD per 1k first calls."""
-        return float(self.objective([policy])[0])  # type: ignore[list-item]
+    def __call__(self, policy: Policy) -> tuple[float, float]:
+        """USD per 1k first calls; share by which the worst floor is missed, 0 where all hold."""
+        usd = float(self.objective([policy])[0])  # type: ignore[list-item]
+        return usd, worst_miss(self.floors, self.objective.counts)
 
 
 class Watch(BaseCallback):
@@ -77,47 +81,70 @@ class Watch(BaseCallback):
     Args:
         run: where checkpoints and the best policy go.
         config: intervals.
-        validate: margin of a policy on validation episodes.
+        validate: margin of a policy on validation episodes, and by how much it misses a floor.
         advice, spec: of the policy that is validated.
         progress: called with (steps done, steps in all).
         log: called with a mapping of metrics after each validation.
+        ascent: multipliers of floors, which follow the training's episodes.
     """
 
     def __init__(
         self,
         run: Run,
         config: TrainingConfig,
-        validate: Callable[[Policy], float],
+        validate: Callable[[Policy], tuple[float, float]],
         advice: MarginRule,
         spec: FeatureSpec,
         progress: Progress,
         log: Callable[[dict[str, float]], None],
+        ascent: Ascent | None = None,
     ) -> None:
         super().__init__()
+        self._ascent, self._counts, self._counted = ascent, np.zeros(0), 0
         self._run, self._config, self._validate = run, config, validate
         self._advice, self._spec, self._progress, self._log = advice, spec, progress, log
         self._next_checkpoint = config.checkpoint_every_steps
         self._episodes: list[dict[str, float]] = []
         info = run.info()
         self.history: list[dict[str, float]] = info["history"]
-        self.best_usd = max((row["margin_usd_per_1k"] for row in self.history), default=-np.inf)
+        ranks = [(-row.get("floor_missed_by", 0.0), row["margin_usd_per_1k"]) for row in self.history]
+        self.best = max(ranks, default=(-np.inf, -np.inf))
         self._every = max(config.steps // config.validations, 1)
 
     def _on_training_start(self) -> None:
         done = self.model.num_timesteps
         self._next_checkpoint = done + self._config.checkpoint_every_steps
         self._next_validation = done + self._every
+        if self._ascent is not None:
+            if done and (usd := self._run.info().get("multipliers_usd")):
+                self._ascent.integral_usd[...] = self._ascent.usd[...] = usd
+            self._signal_floors()
         if not self.history:
             self._validated(0)
 
     def _on_step(self) -> bool:
-        self._episodes += [info["fleet"] for info in self.locals["infos"] if info]
+        for info in self.locals["infos"]:
+            if info:
+                self._episodes.append(info["fleet"])
+                self._counts = info["counts"] + (self._counts if self._counted else 0)
+                self._counted += 1
         return True
 
     def _on_rollout_end(self) -> None:
         for key in self._episodes[0] if self._episodes else ():
             self.logger.record(f"fleet/{key}", float(np.mean([episode[key] for episode in self._episodes])))
         self._episodes = []
+        if self._ascent is not None and self._counted >= EPISODES_PER_ASCENT:
+            self._ascent.update(self._counts)
+            self._counted = 0
+            self._signal_floors()
+            for key, usd in self._ascent.metrics().items():
+                self.logger.record(f"fleet/{key}", usd)
+
+    def _signal_floors(self) -> None:
+        """Gives the learning signal the multipliers of now."""
+        assert self._ascent is not None
+        self.training_env.worlds.floor_usd = self._ascent.usd  # type: ignore[attr-defined]
 
     def _on_rollout_start(self) -> None:
         done = self.model.num_timesteps
@@ -128,6 +155,8 @@ class Watch(BaseCallback):
         if done >= self._next_checkpoint:
             path = self._run.folder / "checkpoints" / f"step_{done:010d}.zip"
             save_archive(self.model, path)  # type: ignore[arg-type]
+            if self._ascent is not None:
+                self._run.update(multipliers_usd=self._ascent.integral_usd.tolist())
             self._next_checkpoint += self._config.checkpoint_every_steps
 
     def _on_training_end(self) -> None:
@@ -136,14 +165,15 @@ class Watch(BaseCallback):
 
     def _validated(self, steps: int) -> None:
         assert isinstance(self.model.policy, ScorerPolicy)
-        usd = self._validate(residual_policy(self.model.policy, self._advice, self._spec))
+        usd, missed = self._validate(residual_policy(self.model.policy, self._advice, self._spec))
         self.logger.record("fleet/validation_margin_usd_per_1k", usd)
-        if usd > self.best_usd:  # before it enters the history: an interruption must not leave a best without policy
-            self.best_usd = usd
+        if (-missed, usd) > self.best:  # before it enters the history: an interruption must not leave none of the best
+            self.best = (-missed, usd)
             save_archive(self.model, self._run.policy_path)  # type: ignore[arg-type]
-        self.history.append({"steps": steps, "margin_usd_per_1k": usd})
+        more = {} if self._ascent is None else {"floor_missed_by": missed, **self._ascent.metrics()}
+        self.history.append({"steps": steps, "margin_usd_per_1k": usd, **more})
         self._run.update(history=self.history)
-        self._log({"steps": steps, "validation_margin_usd_per_1k": usd})
+        self._log({"steps": steps, "validation_margin_usd_per_1k": usd, **more})
 
 
 def save_archive(model: MarginPPO, path: Path) -> None:
@@ -198,8 +228,11 @@ def train(
     resume: bool = False,
     progress: Progress = lambda *_: None,
     log: Callable[[dict[str, float]], None] = lambda _: None,
+    kept: Kept | None = None,
 ) -> tuple[ScorerPolicy, FeatureSpec]:
     """Trains and returns the policy that was best on validation, with its feature spec.
+
+    With floors (`kept`, whose rule the advice is) policies that keep them come before those that do not.
 
     An interruption leaves a checkpoint in the run folder and passes on.
 
@@ -225,8 +258,9 @@ def train(
         env.episodes = int(model.num_timesteps // plant.scenario.generate(first, "train").n_requests)
     else:
         model = make_model(env, config, spec, seed, run.folder / "tb")
-    validate = Validation(Objective(plant, "validation", range(config.validation_episodes)))
-    watch = Watch(run, config, validate, advice, spec, progress, log)
+    objective = Objective(plant, "validation", range(config.validation_episodes))
+    validate = Validation(objective, kept.floors if kept else ())
+    watch = Watch(run, config, validate, advice, spec, progress, log, Ascent(kept) if kept else None)
     steps = config.steps - model.num_timesteps
     if steps > 0:
         try:

@@ -136,12 +136,14 @@ class Objective:
         self.workloads = [plant.scenario.generate(seed, split) for seed in seeds]  # type: ignore[arg-type]
         self.requests = sum(workload.n_requests for workload in self.workloads)
         self._worlds: dict[int, FleetWorlds] = {}
+        self.counts: Array = np.zeros(0)  # (len(COUNTS), K) over all rules and episodes last played
 
     def __call__(self, rules: list[Rule]) -> Array:
         """(L,) mean margin per 1k first calls of each rule."""
         worlds = self._worlds.setdefault(len(rules), FleetWorlds(self.plant, len(rules) * len(self.workloads)))
         worlds.load_all(self.workloads * len(rules))
         worlds.run(rules[0] if len(rules) == 1 else stack(rules, len(self.workloads)))
+        self.counts = worlds.counts.sum(axis=0)
         return margins(worlds).reshape(len(rules), -1).mean(axis=1)
 
 

@@ -27,7 +27,7 @@ from envs.workload.generator import generate
 from envs.workload.requests import Workload
 from envs.workload.spec import WorkloadSpec
 from envs.workload.traces import FORMATS, Trace, read_trace
-from envs.workload.traces_window import window
+from envs.workload.traces_window import block, window
 from marginroute.errors import InputError
 
 if TYPE_CHECKING:
@@ -165,13 +165,8 @@ class Scenario(Section):
 
         Splits never share a stream: a seed of `train` says nothing about the same seed of `heldout`.
         """
-        if split not in SPLIT_CODE:
-            raise InputError(f"split {split!r} is not legal; legal is {', '.join(SPLIT_CODE)}")
-        if not 0 <= seed < 2**32:
-            raise InputError(f"seed {seed} is not legal; legal is 0 to {2**32 - 1}")
-        variant = SPLIT_CODE[split] * DRAWS + seed % DRAWS if self.ranges else 0
+        variant, rng = self._draw(seed, split)
         member = self.variants[variant]
-        rng = np.random.default_rng([SPLIT_CODE[split], int(seed), _SEED_SALT])
         given = None
         if member.recorded is not None:
             given = window(
@@ -180,6 +175,23 @@ class Scenario(Section):
         workload = generate(member.workload_spec, rng, given)
         faults = scenario_faults.faults(member, (SPLIT_CODE[split], int(seed), _SEED_SALT, _FAULT_SALT))
         return replace(workload, variant=variant, faults=faults)
+
+    def _draw(self, seed: int, split: Split) -> tuple[int, np.random.Generator]:
+        """Variant and generator of an episode."""
+        if split not in SPLIT_CODE:
+            raise InputError(f"split {split!r} is not legal; legal is {', '.join(SPLIT_CODE)}")
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed {seed} is not legal; legal is 0 to {2**32 - 1}")
+        variant = SPLIT_CODE[split] * DRAWS + seed % DRAWS if self.ranges else 0
+        return variant, np.random.default_rng([SPLIT_CODE[split], int(seed), _SEED_SALT])
+
+    def block(self, seed: int, split: Split) -> int:
+        """Which episode-long block of its part of the trace an episode starts in; -1 without a trace."""
+        variant, rng = self._draw(seed, split)
+        member = self.variants[variant]
+        if member.recorded is None:
+            return -1
+        return block(member.recorded, SPLIT_CODE[split], member.horizon_s, rng, member.load_scale)
 
     @cached_property
     def variants(self) -> tuple[Scenario, ...]:

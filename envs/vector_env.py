@@ -27,6 +27,7 @@ from envs.workload.requests import Workload
 from envs.world import WAIT
 from envs.worlds import FleetWorlds, Plant
 from marginroute import features
+from marginroute import view as v
 from marginroute.features import CLIP, MIN_LOGIT, FeatureSpec
 from marginroute.heuristics import Assessment, MarginParameters, MarginRule
 from marginroute.view import Array
@@ -48,6 +49,9 @@ class ObservedWorlds(FleetWorlds):
         n_worlds: N.
         advice: margin rule behind the observation's estimates; None: the untuned expected margin.
         spec: feature columns; None: the default ones.
+
+    Attributes:
+        floor_usd: (3, K) multipliers of floors in the learning signal, None: those of the advice, if it has any.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class ObservedWorlds(FleetWorlds):
         self.advice = advice or default_advice(self.plant)
         self.spec = spec or features.feature_spec(self.plant.layout)
         self.assessment: Assessment | None = None
+        self.floor_usd: Array | None = None
 
     @property
     def observation_space(self) -> spaces.Box:
@@ -82,7 +87,14 @@ class ObservedWorlds(FleetWorlds):
         legal = self.legal[rows, choices]
         choices = np.where(legal, choices, self.plant.layout.n_candidates - 1)
         known = self.p_true[rows, choices] - a.p_good[rows, choices]
-        return a.score_usd[rows, choices] + known * a.bad_usd[rows, choices]
+        signal_usd = a.score_usd[rows, choices] + known * a.bad_usd[rows, choices]
+        if self.floor_usd is not None:
+            assert a.kept is not None and self.advice.parameters.multipliers is not None
+            more_usd = self.floor_usd - self.advice.parameters.multipliers  # (3, K) beyond what the score holds
+            kept = a.kept[:, rows, choices]
+            kept[1] += known * a.stay[rows, choices]
+            signal_usd += (more_usd[:, self.request[v.CLASS_INDEX].astype(np.int64)] * kept).sum(axis=0)
+        return signal_usd
 
     def summary(self, w: int) -> dict[str, float]:
         """What an episode of world `w` came to, for logs."""
@@ -174,6 +186,7 @@ class FleetVecEnv(VecEnv):
                     "TimeLimit.truncated": True,
                     "episode": {"r": margin_usd, "l": int(self._lengths[w]), "t": 0.0},
                     "fleet": worlds.summary(w),
+                    "counts": worlds.counts[w].copy(),
                 }
                 worlds.load(int(w), self._next_workload())
                 self._lengths[w] = 0

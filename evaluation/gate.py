@@ -1,21 +1,68 @@
-"""The gate: is the learned policy better than the heuristic that it corrects, on validation episodes not trained on?"""
+"""The gate: is the learned policy better than the heuristic that it corrects, on validation episodes not trained on?
+
+It is exported only if all of this holds: the paired 95 % interval of its gain lies above zero; no class loses more than
+`MOST_LOST` of SLO attainment or answer quality, or gets no answer that much more often, than under the heuristic; and
+every floor is kept.
+
+On a trace the episodes are windows of one stretch of time, and many more of them are played than fit it side by side.
+Those whose starts fall into the same episode-long block count as one observation: a stretch that holds fewer than two
+blocks allows no interval, so nothing learned is exported from it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from evaluation.progress import Progress, silent
 from evaluation.protocol import evaluate_policies
-from evaluation.statistics import paired_estimate
+from evaluation.report import shed_shares
+from evaluation.results import EpisodeResults
+from evaluation.statistics import Estimate, paired_estimate
 
 if TYPE_CHECKING:
     from agents.config import TrainingConfig
+    from agents.floors import Floor
     from agents.network import ScorerPolicy
     from envs.scenario import Scenario
     from marginroute.features import FeatureSpec
     from marginroute.heuristics import MarginRule
 
 FIRST_GATE_SEED = 10_000  # validation seeds below it chose among checkpoints
+MOST_LOST = 0.01  # share of a class's requests
+
+
+def paired_by_blocks(scenario: Scenario, ours: EpisodeResults, theirs: EpisodeResults) -> tuple[Estimate, int]:
+    """Gain in USD per 1k first calls with its interval, and the number of observations behind it."""
+    gain_usd, calls = ours.margin_usd - theirs.margin_usd, ours.first_calls
+    if scenario.trace is not None:
+        block = np.unique([scenario.block(int(seed), "validation") for seed in ours.seeds], return_inverse=True)[1]
+        gain_usd, calls = np.bincount(block, gain_usd), np.bincount(block, calls)
+    return paired_estimate(gain_usd, calls, scale=1000.0), len(calls)
+
+
+def losses(ours: EpisodeResults, theirs: EpisodeResults) -> list[str]:
+    """What classes lose by the learned policy, as sentences; empty where none loses more than `MOST_LOST`."""
+    found = []
+    for what, numerator, denominator in (("SLO attainment", "slo_ok", "calls"), ("quality", "good", "served")):
+        lost = theirs.share(numerator, denominator) - ours.share(numerator, denominator)
+        found += [
+            (name, f"loses {100.0 * x:.1f} points of {what}", x) for name, x in zip(ours.class_names, lost, strict=True)
+        ]
+    more = shed_shares(ours) - shed_shares(theirs)
+    found += [
+        (name, f"gets no answer {100.0 * x:.1f} points more often", x)
+        for name, x in zip(ours.class_names, more, strict=True)
+    ]
+    return [f"{name} {words}" for name, words, x in found if x > MOST_LOST]
+
+
+def broken(floors: Sequence[Floor], results: EpisodeResults) -> list[str]:
+    """Floors that a policy does not keep, as sentences."""
+    counts = results.counts.sum(axis=0)
+    return [f"{f.key} is {f.share(counts):.4f} (floor {f.limit:g})" for f in floors if f.missing(counts) > 0.0]
 
 
 def gate(
@@ -25,11 +72,13 @@ def gate(
     spec: FeatureSpec,
     config: TrainingConfig,
     progress: Progress = silent,
+    floors: Sequence[Floor] = (),
 ) -> dict[str, Any]:
     """Paired comparison of the learned policy (argmax, numpy runtime) with its advice.
 
     Returns:
-        learned: whether the 95 % interval of the gain lies above zero; delta_usd_per_1k, ci95, episodes.
+        learned: whether it may be exported; refused: why not, in sentences; delta_usd_per_1k, ci95 (None where there
+        is none), episodes, observations; with floors also floors: limit and shares by key, and heuristic_breaks.
     """
     from agents.export import residual_policy
 
@@ -43,11 +92,20 @@ def gate(
         progress=progress,
     )
     ours, theirs = results[learned.name], results[advice.name]
-    estimate = paired_estimate(ours.margin_usd - theirs.margin_usd, ours.first_calls, scale=1000.0)
-    return {
-        "learned": bool(estimate.low > 0.0),
+    estimate, observations = paired_by_blocks(scenario, ours, theirs)
+    refused = [] if estimate.low > 0.0 else ["the interval of the gain does not lie above zero"]
+    refused += [*losses(ours, theirs), *broken(floors, ours)]
+    verdict: dict[str, Any] = {
+        "learned": not refused,
+        "refused": refused,
         "vs": advice.name,
         "delta_usd_per_1k": estimate.mean,
-        "ci95": [estimate.low, estimate.high],
+        "ci95": None if np.isnan(estimate.low) else [estimate.low, estimate.high],
         "episodes": config.gate_episodes,
+        "observations": observations,
     }
+    if floors:
+        shares = [(f, *(f.share(r.counts.sum(axis=0)) for r in (ours, theirs))) for f in floors]
+        verdict["floors"] = {f.key: {"limit": f.limit, "learned": x, "heuristic": y} for f, x, y in shares}
+        verdict["heuristic_breaks"] = broken(floors, theirs)
+    return verdict

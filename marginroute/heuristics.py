@@ -10,6 +10,8 @@ with P(good), TTFT and TPOT estimated from the View, `leave` the chance that the
 fails (the recent share of errors there: that a failed call may be tried again elsewhere is not counted), and the price
 of a station (USD per second of engine work) tuned; it stands for the requests that would be displaced
 (revenue management's bid price, Talluri & van Ryzin, The Theory and Practice of Revenue Management, ch. 3).
+A *floor* (a class must reach an SLO attainment or an answer quality, or may lose only so many requests) enters the
+score as its multiplier: so many USD per call of the class that meets its SLOs, gets a good answer, or gets one at all.
 All functions work on (..., C) arrays.
 """
 
@@ -40,7 +42,7 @@ from marginroute.view import PROVIDER, Array, Layout, View
 
 DEFER_COLUMN = -2  # candidates end with cache, defer, shed
 MAX_FILL = 2.0  # fill of a replica beyond which its congestion price no longer rises
-_MAX_FILL, _ONE, _NEVER = np.array(MAX_FILL), np.array(1.0), np.array(-np.inf)  # see `View.asked`
+_MAX_FILL, _ZERO, _ONE, _NEVER = (np.array(x) for x in (MAX_FILL, 0.0, 1.0, -np.inf))  # see `View.asked`
 
 
 @dataclass(slots=True)
@@ -61,8 +63,10 @@ class Assessment:
         parts_usd: (4, ..., C) cost of the answer, expected service credits, expected refunds, and congestion (the
             price of the capacity taken; not a cash flow).
         margin_usd: expected cash; what *defer* is worth by the rule's own estimate.
-        score_usd: margin minus congestion; what the rule ranks by.
+        score_usd: margin minus congestion, plus what floors add; what the rule ranks by.
         best_usd: (..., 1) highest score of a legal candidate.
+        kept: (3, ...) chances that floors are about: SLOs met, a good answer, any answer; None without floors.
+        floor_usd: what the floors' multipliers add to the score; None without floors.
     """
 
     p_good: Array
@@ -77,6 +81,8 @@ class Assessment:
     margin_usd: Array
     score_usd: Array
     best_usd: Array
+    kept: Array | None = None
+    floor_usd: Array | None = None
 
     def parts(self, candidate: int) -> dict[str, float]:
         """Expected USD of one candidate of a single view, by part; the cash parts add up to the margin.
@@ -99,7 +105,8 @@ class Assessment:
             "cost": cost,
             "later_answer": later if abs(later) > 1e-12 else 0.0,
         }
-        return {**parts, "margin": margin, "congestion": congestion}
+        parts |= {"margin": margin, "congestion": congestion}
+        return parts if self.floor_usd is None else {**parts, "floors": float(self.floor_usd[c])}
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,8 @@ class MarginParameters:
         sharpness: of the miss probability r**a / (1 + r**a) at r = estimate / limit.
         defer_share: hold a delay-tolerant request unless its best candidate earns this share of its idle margin.
         cap_share: in-flight cap of a replica as a multiple of its sequence slots.
+        slo_usd, good_usd, served_usd: multipliers of floors, USD per call that meets its SLOs, gets a good answer, gets
+            an answer, one per class (K,); empty: no floors.
     """
 
     station_usd_per_s: tuple[float, ...]
@@ -126,6 +135,15 @@ class MarginParameters:
     sharpness: float = 4.0
     defer_share: float = 0.9
     cap_share: float = 2.0
+    slo_usd: tuple[float, ...] = ()
+    good_usd: tuple[float, ...] = ()
+    served_usd: tuple[float, ...] = ()
+
+    @cached_property
+    def multipliers(self) -> Array | None:
+        """(3, K) or (3, N, K) USD per SLO met, good answer and answer; None without floors."""
+        given = np.array([self.slo_usd, self.good_usd, self.served_usd], dtype=np.float64)
+        return given if given.size else None
 
     @cached_property
     def price(self) -> Array:
@@ -199,11 +217,52 @@ def assess(view: View, parameters: MarginParameters, quality: FittedQuality | No
         later_usd = (parameters.defer_share * later_usd)[..., 0]
         margin_usd[..., DEFER_COLUMN] = np.where(may_defer, later_usd, margin_usd[..., DEFER_COLUMN])
     score_usd = margin_usd - congestion_usd
+    kept = floor_usd = None
+    if parameters.multipliers is not None:
+        kept = kept_floors(view, stay, missed, p_good, parameters.defer_share)
+        floor_usd = usd_of(parameters.multipliers, asked(v.CLASS_INDEX), kept)
+        score_usd += floor_usd
+        bad_usd += stay * by_class(parameters.multipliers[1], asked(v.CLASS_INDEX))
     best_usd = best_score(score_usd, view.legal)
     return Assessment(
         p_good, latency_s, stay, fill, value_usd, usage_usd, unserved_usd, bad_usd, parts_usd, margin_usd, score_usd,
-        best_usd,
+        best_usd, kept, floor_usd,
     )  # fmt: skip
+
+
+def by_class(usd: Array, class_index: Array) -> Array:
+    """(..., 1) or (): the entry of each decision's class in (K,), or in (N, K) with one row per world."""
+    k = class_index.astype(np.int64)
+    found: Array = usd[k] if usd.ndim == 1 else np.take_along_axis(usd, k, axis=-1)
+    return found
+
+
+def usd_of(multipliers: Array, class_index: Array, kept: Array) -> Array:
+    """(..., C) USD that multipliers (3, K) or (3, N, K) put on the chances `kept` (3, ..., C)."""
+    total = by_class(multipliers[0], class_index) * kept[0]
+    total += by_class(multipliers[1], class_index) * kept[1]
+    total += by_class(multipliers[2], class_index) * kept[2]
+    return total
+
+
+def kept_floors(view: View, stay: Array, missed: Array, p_good: Array, defer_share: Array | float) -> Array:
+    """(3, ..., C) chances that the call meets all its SLOs, gets a good answer, gets any answer.
+
+    A deferred call is taken to meet its SLOs later and to get the best answer there is now, all times `defer_share`,
+    which is how far the rule trusts a later answer.
+    """
+    kept = np.empty((3, *stay.shape))
+    kept[0] = stay * (_ONE - missed[0]) * (_ONE - missed[1]) * (_ONE - missed[2])
+    kept[1] = stay * p_good
+    kept[2] = stay
+    may_defer = view.legal[..., DEFER_COLUMN]
+    if may_defer.any():
+        able = view.legal & (view.layout.kind <= PROVIDER)
+        later = np.ones((3, *may_defer.shape))
+        later[1] = np.where(able, p_good, _ZERO).max(axis=-1)
+        later *= np.asarray(defer_share)[..., 0] if np.ndim(defer_share) else defer_share
+        kept[..., DEFER_COLUMN] = np.where(may_defer, later, kept[..., DEFER_COLUMN])
+    return kept
 
 
 @dataclass(frozen=True)
@@ -255,7 +314,7 @@ def to_dict(policy: Rule) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, MarginParameters):
-        return {p.name: _plain(getattr(value, p.name)) for p in fields(value)}
+        return {p.name: _plain(getattr(value, p.name)) for p in fields(value) if getattr(value, p.name) != ()}
     if isinstance(value, FittedQuality):
         return value.to_dict()
     if isinstance(value, RuleOfThumb):

@@ -46,6 +46,18 @@ def window(
     )
 
 
+def block(trace: Trace, part: int, horizon_s: float, rng: np.random.Generator, speed: float = 1.0) -> int:
+    """Which of the episode-long blocks of its part an episode starts in, 0 or more; arguments as `window`'s.
+
+    Windows of different blocks overlap little, those of one block much: a part is worth as many observations as it has
+    blocks, however many windows are drawn from it.
+    """
+    low_s, high_s = (edge * trace.span_s for edge in SPLIT_EDGES[part : part + 2])
+    length_s = min(horizon_s * speed, high_s - low_s)
+    blocks = max(int((high_s - low_s) / length_s), 1)
+    return min(int(rng.random() * blocks), blocks - 1)
+
+
 def _class_numbers(trace: Trace, class_names: tuple[str, ...]) -> dict[str, int]:
     """Number of each class that the trace names; empty unless all of them are the scenario's, by name or by number."""
     if trace.class_name is None:
