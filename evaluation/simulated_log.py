@@ -11,7 +11,8 @@ from envs.fleet.state import ABANDONED, COMPLETED, FAILED
 from envs.worlds import FleetWorlds, Plant
 from marginroute import view as v
 from marginroute.exploration import ExploringPolicy
-from marginroute.record import DecisionRecord, RecordLog, record_of
+from marginroute.record import DecisionRecord, record_of
+from marginroute.record_log import RecordLog
 
 STATUS = {COMPLETED: "completed", ABANDONED: "abandoned", FAILED: "failed"}
 

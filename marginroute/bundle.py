@@ -87,6 +87,21 @@ class Bundle:
         """`residual` if a network corrects the advice, `none` if a heuristic was exported."""
         return "residual" if isinstance(self.policy, ResidualPolicy) else "none"
 
+    @property
+    def estimate(self) -> MarginRule | None:
+        """The margin rule that puts USD on candidates: the policy itself or its advice; None: a rule without money."""
+        rule = self.policy.advice if isinstance(self.policy, ResidualPolicy) else self.policy
+        return rule if isinstance(rule, MarginRule) else None
+
+    def required_estimate(self) -> MarginRule:
+        """The same; raises InputError where there is none."""
+        if self.estimate is None:
+            raise InputError(
+                f"exploration needs expected USD, and {self.policy.name} has none; legal is a bundle whose policy is a "
+                "margin rule or a network that corrects one"
+            )
+        return self.estimate
+
     def guarded(self) -> GuardedPolicy:
         """The policy as a gateway should run it."""
         return GuardedPolicy(self.policy, self.fallback, self.limits)

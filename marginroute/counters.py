@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -155,6 +155,26 @@ class Counters:
         mine[v.RECENT_TTFT_S], new_weight = running_mean(mine[v.RECENT_TTFT_S], weight, ttft_s, RECENT_ANSWERS)
         mine[v.RECENT_TPOT_S], _ = running_mean(mine[v.RECENT_TPOT_S], weight, tpot_s, RECENT_ANSWERS)
         self._weight[entry.candidate] = new_weight
+
+    def take_over(
+        self, old: Counters, candidates: dict[int, int], classes: dict[int, int], tasks: dict[int, int]
+    ) -> None:
+        """Goes on where the counters of an earlier bundle end; the maps lead from old indices to new ones."""
+        for theirs, c in candidates.items():
+            for row in (v.RECENT_TTFT_S, v.RECENT_TPOT_S, v.WAITING, v.RUNNING, v.KV_USAGE):
+                self.signals[row, c] = old.signals[row, theirs]
+            self._weight[c], self._errors[:, c] = old._weight[theirs], old._errors[:, theirs]
+        for id, entry in old._entries.items():
+            if entry.candidate not in candidates:
+                continue
+            cell = classes.get(entry.cell[0], 0), tasks.get(entry.cell[1], 0)
+            mine = replace(entry, candidate=candidates[entry.candidate], cell=cell)
+            mine.first_token_at_s, mine.tokens, mine.silent = None, 0, True
+            self.begin(id, mine)
+            if entry.first_token_at_s is not None:
+                self._start_decoding(mine, entry.first_token_at_s)
+                if not entry.silent:
+                    self.progress(id, entry.tokens, entry.alive_at_s)
 
     def note_call(self, candidate: int, failed: bool, now_s: float) -> None:
         """A call to a replica or provider has failed, or has not."""

@@ -73,7 +73,10 @@ class ExploringPolicy:
 
     def decide(self, view: View) -> Decision:
         """The policy's decision or a drawn one, with its probability."""
-        decision = self.policy.decide(view)
+        return self.explore(view, self.policy.decide(view))
+
+    def explore(self, view: View, decision: Decision) -> Decision:
+        """The policy's given decision or a drawn one, with its probability."""
         probability = self.probabilities(view, np.array(decision.candidate))
         c, names = int(self._draw(probability)), view.layout.names
         support = tuple(name for name, p in zip(names, probability, strict=True) if p > 0.0)

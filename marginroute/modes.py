@@ -1,234 +1,234 @@
-"""How far a bundle may act. Shadow mode: it decides beside the gateway, changes nothing, and every request is recorded.
+"""How far a bundle may act: shadow, canary or live, and back to shadow by itself when limits break.
 
-A `Shadow` is told by an adapter what the gateway does, in this order for one request id:
+    shadow   it decides beside the gateway and changes nothing
+    canary   it acts on a share of the requests, the same tenants (sessions, requests) every time
+    live     it acts on every request
 
-    decide -> (sent -> first_token? -> attempt_failed?)* -> finished
-
-and writes one DecisionRecord when the request has finished. A request of which nothing more is heard for
-`stale_after_s` is written without an outcome, so that nothing is kept for ever.
+After a rollback nothing is acted on for a while, then a small share in probation under tighter limits, then the
+configured mode again: a limit that is broken now and then does not switch a gateway back and forth.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
-from marginroute import latency, pricing
-from marginroute import view as v
-from marginroute.bundle import Bundle
-from marginroute.decision import Decision
-from marginroute.feedback import QualityPosterior
-from marginroute.record import DecisionRecord, RecordLog, record_of
-from marginroute.telemetry import GatewayState
-from marginroute.view import Array
+from marginroute.errors import InputError
+from marginroute.rollback import ACTED, CONTROL, RollbackLimits, Window, broken
+
+MODES = ("shadow", "canary", "live")
+CANARY_BY = ("tenant", "session", "request")
+CHECKS = 100  # of the limits in a window, at most
+MOST_DOUBLINGS = 6
+
+IN_FORCE, ROLLED_BACK, PROBATION = "in force", "rolled back", "probation"
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What really happened to a request; None where unknown.
+class ModeSettings:
+    """What the operator allows.
 
     Attributes:
-        status: `completed` or `failed`.
-        served_by: candidate that answered, empty if none did or it is not one of the bundle's.
-        ttft_s: from the request's arrival to its first token.
-        e2e_s: from the request's arrival to its last token.
-        attempt_ttft_s: the same from the start of the attempt that answered.
-        attempt_e2e_s: the same.
-        prompt_tokens: as counted by who answered.
-        output_tokens: the same.
-        cost_usd: what the answer cost the operator; None: by the bundle's figures for the candidate.
+        mode: one of `MODES`.
+        canary_share: of tenants, sessions or requests that a canary acts on.
+        canary_by: what the share is drawn by; a request without a tenant or session is drawn by itself.
+        canary_tenants: acted on in a canary whatever their hash says.
+        rollback: when to go back to shadow.
     """
 
-    status: str
-    served_by: str = ""
-    ttft_s: float | None = None
-    e2e_s: float | None = None
-    attempt_ttft_s: float | None = None
-    attempt_e2e_s: float | None = None
-    prompt_tokens: int | None = None
-    output_tokens: int | None = None
-    cost_usd: float | None = None
+    mode: str = "shadow"
+    canary_share: float = 0.05
+    canary_by: str = "tenant"
+    canary_tenants: tuple[str, ...] = ()
+    rollback: RollbackLimits = field(default_factory=RollbackLimits)
+
+    def __post_init__(self) -> None:
+        for name, legal in (("mode", MODES), ("canary_by", CANARY_BY)):
+            if getattr(self, name) not in legal:
+                raise InputError(f"{name} = {getattr(self, name)!r}; legal: {', '.join(legal)}")
+        if isinstance(self.canary_share, str) or not 0.0 <= self.canary_share <= 1.0:
+            raise InputError(f"canary_share = {self.canary_share!r}; legal is 0 to 1")
+
+    @property
+    def share(self) -> float:
+        """Of the requests that may be acted on."""
+        return {"shadow": 0.0, "canary": self.canary_share, "live": 1.0}[self.mode]
 
 
-@dataclass
-class _Pending:
-    """A request that was decided and has not finished; latency estimates are (C,) seconds, cached tokens (C,)."""
-
-    record: DecisionRecord
-    decided_at_s: float  # own clock
-    class_name: str | None
-    task_name: str | None
-    ttft_s: Array
-    tpot_s: Array
-    cached_tokens: Array
-    hashes: Sequence[int]
-    block_tokens: float | None
+def position(key: str) -> float:
+    """Where a key stands in [0, 1): the same on every machine, so that a growing share keeps whom it had."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest(), "big") / 2.0**64
 
 
-class Shadow:
-    """Decides every request beside a gateway and records what the gateway did instead. Thread-safe.
+@dataclass(slots=True)
+class Result:
+    """What became of one request, as far as limits ask.
+
+    Attributes:
+        failed: there was no answer because of errors.
+        slos_met: whether every SLO that could be judged was met; None if none could.
+        surplus_usd: earned minus what the fallback was expected to earn; None if that was not estimated.
+        value_usd: of the request to its customer.
+    """
+
+    failed: bool
+    slos_met: bool | None = None
+    surplus_usd: float | None = None
+    value_usd: float = 0.0
+
+
+class ModeSwitch:
+    """Says which requests are acted on, and rolls back. Thread-safe.
 
     Args:
-        bundle: whose policy decides, under its guard.
-        log: where the records go.
-        can: what the gateway could carry out beside sending a request on (see `telemetry.GatewayState`).
-        stale_after_s: silence after which a request is written off.
-        prefix_block_tokens: tokens per block hash of a prompt (see `telemetry.GatewayState`).
-        posterior: what feedback says of P(good), if anything.
+        settings: of the operator.
+        clock: seconds that never jump.
+        on_event: told of every change, as plain data (`event`, `at_s` in Unix time, `reason`, `until_s`).
     """
 
     def __init__(
         self,
-        bundle: Bundle,
-        log: RecordLog,
-        can: Collection[str] = ("shed",),
-        stale_after_s: float = 7200.0,
-        prefix_block_tokens: int = 0,
-        posterior: QualityPosterior | None = None,
+        settings: ModeSettings,
+        clock: Callable[[], float] = time.monotonic,
+        on_event: Callable[[dict[str, Any]], object] = lambda event: None,
     ) -> None:
-        self.bundle = bundle
-        self.state = GatewayState(
-            bundle,
-            can=can,
-            stale_after_s=stale_after_s,
-            prefix_block_tokens=prefix_block_tokens,
-            posterior=posterior,
-        )
-        self.candidate = {name: c for c, name in enumerate(bundle.layout.names)}
-        self._policy, self._log, self._stale_after_s = bundle.guarded(), log, stale_after_s
-        self._pending: OrderedDict[str, _Pending] = OrderedDict()
+        self.settings, self._clock, self._on_event = settings, clock, on_event
+        self._window = Window(settings.rollback.window_s)
         self._lock = threading.Lock()
+        self._state, self._since_s, self._until_s = IN_FORCE, clock(), 0.0
+        self._checked_s = clock()
+        self._doublings, self.rollbacks, self.reason = 0, 0, ""
 
     @property
-    def pending(self) -> int:
-        """Requests decided and not finished."""
-        return len(self._pending)
+    def state(self) -> str:
+        """`in force`, `rolled back` or `probation`."""
+        return self._state
 
-    def decide(
-        self,
-        id: str,
-        prompt_tokens: int,
-        class_name: str | None = None,
-        task_name: str | None = None,
-        difficulty_signal: float = 0.0,
-        available: Collection[int] | None = None,
-        hashes: Sequence[int] = (),
-        block_tokens: float | None = None,
-        prompt: str | None = None,
-    ) -> Decision | None:
-        """What the policy would do with a new request; None if it was decided before (the gateway tries again).
+    @property
+    def share(self) -> float:
+        """Of the requests that are acted on now."""
+        if self._state == ROLLED_BACK:
+            return 0.0
+        probation = self.settings.rollback.probation_share
+        return self.settings.share if self._state == IN_FORCE else min(self.settings.share, probation)
 
-        The prompt's text serves the bundle's quality predictor, if it has one, and is not kept.
-        """
-        self._write_off()
-        with self._lock:
-            if id in self._pending:
-                return None
-        view = self.state.view(
-            prompt_tokens,
-            class_name,
-            task_name,
-            difficulty_signal,
-            available=available,
-            hashes=hashes,
-            block_tokens=block_tokens,
-            prompt=prompt,
-        )
-        decision = self._policy.decide(view)
-        digest = self.bundle.digest[:12]
-        record = record_of(decision, view, id=id, decided_at_s=time.time(), mode="shadow", bundle=digest)
-        (ttft_s, tpot_s), _ = latency.estimate(view)
-        with self._lock:
-            self._pending[id] = _Pending(
-                record,
-                time.monotonic(),
-                class_name,
-                task_name,
-                ttft_s,
-                tpot_s,
-                view.signals[v.CACHED_TOKENS],
-                hashes,
-                block_tokens,
-            )
-        return decision
-
-    def decided_at_s(self, id: str) -> float | None:
-        """Unix time of a pending request's decision."""
-        pending = self._pending.get(id)
-        return None if pending is None else pending.record.decided_at_s
-
-    def sent(self, id: str, candidate: int, streamed: bool) -> None:
-        """The gateway sends a decided request to a candidate of its own choice."""
-        pending = self._pending.get(id)
-        if pending is None:
-            return
-        estimate_s = None if streamed else (float(pending.ttft_s[candidate]), float(pending.tpot_s[candidate]))
-        prompt_tokens = int(pending.record.request["prompt_tokens"])
-        self.state.begin(
-            id,
-            candidate,
-            prompt_tokens,
-            pending.class_name,
-            pending.task_name,
-            estimate_s,
-            pending.hashes,
-            pending.block_tokens,
-        )
-
-    def first_token(self, id: str, ago_s: float) -> None:
-        """The first token of a stream came `ago_s` seconds ago."""
-        self.state.first_token(id, ago_s)
-
-    def attempt_failed(self, id: str) -> None:
-        """One attempt failed; the gateway may try again."""
-        self.state.end(id, "failed")
-
-    def finished(self, id: str, outcome: Outcome) -> bool:
-        """Records what happened; False if the request is unknown or was recorded before."""
-        kind = self.bundle.layout.kind[self.candidate.get(outcome.served_by, -1)]
-        taught = outcome.output_tokens if kind <= v.PROVIDER else None  # a stored answer says nothing of an engine
-        self.state.end(id, outcome.status, taught, outcome.attempt_ttft_s, outcome.attempt_e2e_s)
-        with self._lock:
-            pending = self._pending.pop(id, None)
-        if pending is None:
+    def acts(self, request: str, tenant: str = "", session: str = "") -> bool:
+        """Whether a new request is acted on."""
+        self._advance()
+        share, settings = self.share, self.settings
+        if share <= 0.0:
             return False
-        record = pending.record
-        for name in ("status", "served_by", "ttft_s", "e2e_s", "prompt_tokens", "output_tokens"):
-            setattr(record, name, getattr(outcome, name))
-        record.cost_usd = (
-            self._cost_usd(outcome, pending.cached_tokens) if outcome.cost_usd is None else outcome.cost_usd
-        )
-        self._log.write(record)
-        return True
+        if settings.mode == "canary" and self._state == IN_FORCE and tenant in settings.canary_tenants:
+            return True
+        key = {"tenant": tenant, "session": session, "request": request}[settings.canary_by] or request
+        return share >= 1.0 or position(key) < share
 
-    def close(self) -> None:
-        """Writes what is still pending, without outcome, and closes the log."""
+    def decided(self, acted: bool, guarded: bool) -> None:
+        """A decision was made; `guarded`: the guard handed it to the fallback."""
         with self._lock:
-            left = list(self._pending.values())
-            self._pending.clear()
-        for pending in left:
-            self._log.write(pending.record)
-        self._log.close()
+            counts = self._window.at(self._clock(), ACTED if acted else CONTROL)
+            counts.decisions += 1.0
+            counts.guarded += guarded
 
-    def _cost_usd(self, outcome: Outcome, cached_tokens: Array) -> float | None:
-        c = self.candidate.get(outcome.served_by)
-        if c is None or outcome.prompt_tokens is None or outcome.output_tokens is None:
-            return None
-        static = self.bundle.static_signals[:, c]
-        tokens = outcome.prompt_tokens, min(cached_tokens[c], outcome.prompt_tokens), outcome.output_tokens
-        prices = static[v.INPUT_USD], static[v.CACHED_INPUT_USD], static[v.OUTPUT_USD]
-        return float(static[v.CALL_USD] + pricing.answer_usd(*tokens, *prices))
-
-    def _write_off(self) -> None:
-        now_s, stale = time.monotonic(), []
+    def finished(self, acted: bool, result: Result) -> None:
+        """A request has ended."""
         with self._lock:
-            while self._pending:
-                id, oldest = next(iter(self._pending.items()))
-                if now_s - oldest.decided_at_s <= self._stale_after_s:
-                    break
-                stale.append(self._pending.pop(id))
-        for pending in stale:
-            self._log.write(pending.record)
+            counts = self._window.at(self._clock(), ACTED if acted else CONTROL)
+            counts.requests += 1.0
+            counts.failed += result.failed
+            if result.slos_met is not None:
+                counts.judged += 1.0
+                counts.met += result.slos_met
+            if result.surplus_usd is not None:
+                counts.compared += 1.0
+                counts.surplus_usd += result.surplus_usd
+                counts.surplus_usd2 += result.surplus_usd**2
+                counts.value_usd += result.value_usd
+        self._advance()
+
+    def roll_back(self, reason: str) -> None:
+        """Acts on nothing for the time that the settings say."""
+        with self._lock:
+            event = self._roll_back(reason, self._clock())
+        self._on_event(event)
+
+    def resume_rolled_back(self, left_s: float, reason: str) -> None:
+        """Takes over a rollback that an earlier process had made and that has `left_s` seconds to go."""
+        with self._lock:
+            now_s = self._clock()
+            self._state, self._since_s, self._until_s, self.reason = ROLLED_BACK, now_s, now_s + left_s, reason
+
+    def status(self) -> dict[str, Any]:
+        """Mode, state and the figures of the window, as plain data."""
+        with self._lock:
+            now_s = self._clock()
+            control, acted = self._window.sums(now_s)
+            left_s = max(self._until_s - now_s, 0.0) if self._state == ROLLED_BACK else 0.0
+        return {
+            "mode": self.settings.mode,
+            "state": self._state,
+            "share": self.share,
+            "rollbacks": self.rollbacks,
+            "reason": self.reason,
+            "left_s": left_s,
+            "acted": _figures(acted),
+            "control": _figures(control),
+        }
+
+    def _advance(self) -> None:
+        """Judges the limits, a hundred times a window at most, and moves from state to state."""
+        now_s, limits = self._clock(), self.settings.rollback
+        if self.settings.mode == "shadow" or now_s - self._checked_s < limits.window_s / CHECKS:
+            return
+        with self._lock:
+            self._checked_s = now_s
+            event = self._step(now_s, limits)
+        if event is not None:
+            self._on_event(event)
+
+    def _step(self, now_s: float, limits: RollbackLimits) -> dict[str, Any] | None:
+        control, acted = self._window.sums(now_s)
+        if self._state == ROLLED_BACK:
+            if now_s < self._until_s:
+                return None
+            if broken(limits.tightened(), control, acted):  # the guard's share is seen in shadow mode too
+                self._until_s = now_s + limits.window_s
+                return None
+            self._window.clear()
+            self._state, self._since_s = PROBATION, now_s
+            return {"event": "probation", "at_s": time.time(), "reason": self.reason, "share": self.share}
+        if reason := broken(limits, control, acted):
+            return self._roll_back(reason, now_s)
+        long_enough = now_s - self._since_s >= limits.window_s and acted.requests >= limits.min_requests
+        if self._state == PROBATION and long_enough and not broken(limits.tightened(), control, acted):
+            self._state, self._since_s = IN_FORCE, now_s
+            return {"event": "in force", "at_s": time.time(), "reason": self.reason, "share": self.share}
+        return None
+
+    def _roll_back(self, reason: str, now_s: float) -> dict[str, Any]:
+        hold_s = self.settings.rollback.hold_s
+        again = self.rollbacks > 0 and now_s - self._until_s < 10.0 * hold_s
+        self._doublings = min(self._doublings + 1, MOST_DOUBLINGS) if again else 0
+        hold_s *= 2.0**self._doublings
+        self._window.clear()
+        self._state, self._since_s, self._until_s, self.reason = ROLLED_BACK, now_s, now_s + hold_s, reason
+        self.rollbacks += 1
+        at_s = time.time()
+        return {"event": "rollback", "at_s": at_s, "reason": reason, "until_s": at_s + hold_s}
+
+
+def _figures(counts: Any) -> dict[str, float | None]:
+    def share(part: float, whole: float) -> float | None:
+        return part / whole if whole else None
+
+    return {
+        "requests": counts.requests,
+        "error_rate": share(counts.failed, counts.requests),
+        "slo_attainment": share(counts.met, counts.judged),
+        "surplus_usd_per_1k_requests": share(1e3 * counts.surplus_usd, counts.compared),
+        "guard_share": share(counts.guarded, counts.decisions),
+    }

@@ -131,6 +131,19 @@ class PrefixIndex:
                 del recent[block]
                 self._drop(block, bit)
 
+    def blocks(self, candidate: int) -> list[tuple[int, float]]:
+        """(hash, last use) of what is remembered for a candidate, least recently used first."""
+        with self._lock:
+            return list(self._recent[candidate].items())
+
+    def insert_all(self, candidate: int, blocks: Sequence[tuple[int, float]]) -> None:
+        """Takes over what another index remembered, in its order."""
+        recent, bit, capacity = self._recent[candidate], 1 << candidate, self._capacity[candidate]
+        with self._lock:
+            for block, used_at_s in blocks[max(len(blocks) - capacity, 0) :]:
+                self._holders[block] = self._holders.get(block, 0) | bit
+                recent[block] = used_at_s
+
     def forget(self, candidate: int) -> None:
         """Empties a candidate's record, as after a restart of its engine."""
         with self._lock:

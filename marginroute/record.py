@@ -11,16 +11,11 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import threading
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from marginroute.decision import Decision
-from marginroute.errors import InputError
 from marginroute.features import FEATURE_VERSION
 from marginroute.view import N_STATIC_SIGNALS, REQUEST_NAMES, SIGNALS, Array, View
 
@@ -104,13 +99,18 @@ def record_of(
         request={name: float(x) for name, x in zip(REQUEST_NAMES, view.request, strict=True)},
         legal=[name for name, ok in zip(view.layout.names, view.legal, strict=True) if ok],
         support=list(decision.support),
-        signals=packed(view.signals),
+        signals=packed(changing_rows(view.signals)),
     )
 
 
-def packed(signals: Array) -> str:
-    """The changing rows of one view's signals (S, C) as text."""
-    return base64.b64encode(signals[N_STATIC_SIGNALS:].astype("<f4").tobytes()).decode()
+def changing_rows(signals: Array) -> Array:
+    """(S - S_static, C) float32 copy of what a record holds of one view's signals (S, C)."""
+    return signals[N_STATIC_SIGNALS:].astype("<f4")
+
+
+def packed(changing: Array) -> str:
+    """The changing rows of one view's signals as text."""
+    return base64.b64encode(changing.tobytes()).decode()
 
 
 def unpacked(text: str, n_candidates: int) -> Array:
@@ -122,35 +122,3 @@ def unpacked(text: str, n_candidates: int) -> Array:
     rows = len(SIGNALS) - N_STATIC_SIGNALS
     flat = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
     return flat.reshape(rows, n_candidates)
-
-
-class RecordLog:
-    """Appends records to a JSONL file; whole lines only, safe to share between threads.
-
-    Lines are flushed to the operating system at once; they reach the disk when it decides (no fsync).
-
-    Args:
-        path: the file; its folder is made.
-
-    Raises:
-        InputError: the file cannot be opened for appending.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self._lock = threading.Lock()
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise InputError(f"decision log {path} cannot be opened for appending: {error.strerror}") from None
-
-    def write(self, record: DecisionRecord | dict[str, Any]) -> None:
-        """Appends one line."""
-        line = record.to_json() if isinstance(record, DecisionRecord) else json.dumps(record)
-        with self._lock:
-            os.write(self._fd, line.encode() + b"\n")
-
-    def close(self) -> None:
-        """Closes the file."""
-        with self._lock:
-            os.close(self._fd)

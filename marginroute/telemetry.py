@@ -218,6 +218,28 @@ class GatewayState:
         legal = self._legal(cell[0], deadline_left_s, available, cached_tier is not None)
         return View(self.layout, signals, request, legal)
 
+    def take_over(self, old: GatewayState) -> None:
+        """Goes on where the state of an earlier bundle ends; candidates, classes and tasks are matched by name.
+
+        What was in flight at a candidate that is no more leaves the counters; block hashes are carried over where they
+        stand for as many tokens.
+        """
+        with old._lock, self._lock:
+            candidates = _places(self.layout.names[: self._serving], old.layout.names[: old._serving])
+            classes = _places(self.layout.class_names, old.layout.class_names)
+            tasks = _places(self.layout.task_names, old.layout.task_names)
+            self._counters.take_over(old._counters, candidates, classes, tasks)
+            for theirs, c in candidates.items():
+                self._scraped_at_s[c] = old._scraped_at_s[theirs]
+                if self._prefixes and old._prefixes and self._block_tokens == old._block_tokens:
+                    self._prefixes.insert_all(c, old._prefixes.blocks(theirs))
+            for k_old, k in classes.items():
+                for j_old, j in tasks.items():
+                    self._lengths[k, j] = old._lengths[k_old, j_old]
+                    self._lengths_weight[k, j] = old._lengths_weight[k_old, j_old]
+            self._arrivals, self._sequence = old._arrivals, old._sequence
+            self._gap_s, self._last_arrival_s = old._gap_s, old._last_arrival_s
+
     @property
     def in_flight(self) -> int:
         """Requests in flight at all candidates."""
@@ -299,6 +321,11 @@ def quality_shift(layout: Layout, posterior: QualityPosterior | None) -> Array:
             "the feedback is of other tiers or tasks than the bundle; run marginroute feedback with this one"
         )
     return posterior.shift()[0]
+
+
+def _places(new: Sequence[str], old: Sequence[str]) -> dict[int, int]:
+    """Old index -> new index of the names that both have."""
+    return {i: new.index(name) for i, name in enumerate(old) if name in new}
 
 
 def _index(name: str | None, known: tuple[str, ...], what: str) -> int:

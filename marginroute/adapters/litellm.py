@@ -27,12 +27,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from marginroute import bundle as bundles
 from marginroute.adapters.litellm_observer import Observer, Settings, log
 from marginroute.errors import InputError
-from marginroute.feedback import load_posterior
-from marginroute.modes import Shadow
-from marginroute.record import RecordLog
+from marginroute.operation import open_gateway
 
 _WANTED = {"bundle": "folder written by export.py", "log": "JSONL file for decision records"}
 
@@ -79,25 +76,17 @@ def build(settings: Settings) -> Observer:
     Raises:
         InputError: the bundle, a default class or task, or the log is unusable.
     """
-    bundle = bundles.load(settings.bundle)
+    if settings.mode != "shadow":
+        raise InputError(f"mode {settings.mode!r} is not legal with LiteLLM; legal is shadow")
+    gateway = open_gateway(settings)
+    layout = gateway.bundle.layout
     for default, known, what in (
-        (settings.default_class, bundle.layout.class_names, "default_class"),
-        (settings.default_task, bundle.layout.task_names, "default_task"),
+        (settings.default_class, layout.class_names, "default_class"),
+        (settings.default_task, layout.task_names, "default_task"),
     ):
         if default and default not in known:
             raise InputError(f"{what} {default!r} is not in the bundle; legal: {', '.join(known)}")
-    if settings.prefix_block_tokens < 0:
-        raise InputError(f"prefix_block_tokens {settings.prefix_block_tokens} is not legal; legal is 0 (none) or more")
-    shadow = Shadow(
-        bundle,
-        RecordLog(settings.log),
-        stale_after_s=settings.stale_after_s,
-        prefix_block_tokens=settings.prefix_block_tokens,
-        posterior=load_posterior(settings.feedback) if settings.feedback else None,
-    )
-    observer = Observer(shadow, settings)
-    log.warning("marginroute: shadow mode, %s %s, records in %s", bundle.policy.name, bundle.digest[:12], settings.log)
-    return observer
+    return Observer(gateway, settings)
 
 
 def callback(observer: Observer | None) -> Any:
@@ -166,7 +155,7 @@ def _build_shadow() -> Any:
     except Exception as error:  # a gateway must start without us
         log.error("marginroute: shadow mode is off: %s", error if isinstance(error, InputError) else repr(error))
         return callback(None)
-    atexit.register(observer.shadow.close)
+    atexit.register(observer.gateway.close)
     return callback(observer)
 
 

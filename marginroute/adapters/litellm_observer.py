@@ -15,8 +15,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from marginroute.facts import Facts, Outcome
+from marginroute.gateway import Gateway
 from marginroute.latency import running_mean
-from marginroute.modes import Outcome, Shadow
+from marginroute.operation import OperationSettings
 from marginroute.prefix_index import MAX_BLOCKS, block_hashes
 
 log = logging.getLogger("marginroute.litellm")
@@ -27,33 +29,23 @@ RECENT_PROMPTS = 200.0
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the operator sets.
+class Settings(OperationSettings):
+    """What the operator sets, beside what every adapter knows.
 
     Attributes:
-        bundle: folder written by export.py.
-        log: JSONL file that decision records are appended to.
         class_field: key of the metadata of a virtual key or team that names the customer class.
         default_class: class of requests without it; empty: the bundle's first.
         task_field: key of the request's own metadata that names the task type.
         default_task: task type of requests without it; empty: the bundle's first.
         candidates: candidate by deployment id or by LiteLLM model name, for deployments without
             `model_info.marginroute_candidate`.
-        stale_after_s: silence after which a request is written off.
-        feedback: file of `marginroute feedback` that corrects P(good); empty: none.
-        prefix_block_tokens: tokens, about, per block hash of a prompt; 0: prompts are not hashed.
     """
 
-    bundle: str
-    log: str
     class_field: str = "customer_class"
     default_class: str = ""
     task_field: str = "task_type"
     default_task: str = ""
     candidates: Mapping[str, str] = field(default_factory=dict)
-    stale_after_s: float = 7200.0
-    feedback: str = ""
-    prefix_block_tokens: int = 64
 
 
 @dataclass(slots=True)
@@ -68,15 +60,15 @@ class Observer:
     """Follows every request through the hooks of LiteLLM.
 
     Args:
-        shadow: decides and records.
+        gateway: decides and records.
         settings: of the operator.
 
     Attributes:
         errors: exceptions of ours by hook; none of them reached a request.
     """
 
-    def __init__(self, shadow: Shadow, settings: Settings) -> None:
-        self.shadow, self.settings = shadow, settings
+    def __init__(self, gateway: Gateway, settings: Settings) -> None:
+        self.gateway, self.settings = gateway, settings
         self.errors: dict[str, int] = {}
         self._warned: set[str] = set()
         self._calls: dict[str, _Call] = {}  # in order of decision
@@ -96,11 +88,13 @@ class Observer:
         if not id or call_type not in GENERATION or kwargs.get("no-log") is True:
             return
         self._see_first_tokens()
-        available = {c for d in deployments if (c := self._candidate(d.get("model_info"), _model(d))) is not None}
+        available = {c for d in deployments if (c := self._candidate(d.get("model_info"), _model(d)))}
         prompt = messages if _count_characters(messages) else _body(kwargs)
         characters = _count_characters(prompt)
         hashes, tokens_per_byte = self._hashes(prompt, kwargs.get("tools"), characters)
-        decision = self.shadow.decide(
+        if id in self._calls:
+            return
+        facts = Facts(
             id,
             max(round(characters * self._tokens_per_character), 1),
             class_name=self._known("class", _customer_class(kwargs, self.settings.class_field)),
@@ -108,18 +102,18 @@ class Observer:
             available=available,
             hashes=hashes,
             block_tokens=self._block_bytes * tokens_per_byte,
-            prompt=None if self.shadow.bundle.predictor is None else _question(messages) or _question(_body(kwargs)),
+            prompt=None if self.gateway.bundle.predictor is None else _question(messages) or _question(_body(kwargs)),
         )
-        if decision is not None:
-            self._calls[id] = _Call(characters)
+        self.gateway.decide(facts)
+        self._calls[id] = _Call(characters)
 
     def sent(self, kwargs: Mapping[str, Any]) -> None:
         """An attempt leaves for the deployment that LiteLLM picked."""
         id, streamed = kwargs.get("litellm_call_id", ""), kwargs.get("stream") is True
         candidate = self._candidate(kwargs.get("model_info"), str(kwargs.get("model")))
-        if candidate is None:
+        if not candidate:
             return
-        self.shadow.sent(id, candidate, streamed)
+        self.gateway.sent(id, candidate, streamed)
         if streamed and id in self._calls:
             self._calls[id].awaited = kwargs.get("litellm_logging_obj")
 
@@ -128,23 +122,23 @@ class Observer:
         id = kwargs.get("litellm_call_id", "")
         if id in self._calls:
             self._calls[id].awaited = None
-        self.shadow.attempt_failed(id)
+        self.gateway.attempt_failed(id)
 
     def request_failed(self, data: Mapping[str, Any]) -> None:
         """LiteLLM gave up on a request."""
         id = data.get("litellm_call_id", "")
-        decided_at_s = self.shadow.decided_at_s(id)
+        arrived_at_s = self.gateway.arrived_at_s(id)
         self._calls.pop(id, None)
-        if decided_at_s is not None:
-            self.shadow.finished(id, Outcome("failed", e2e_s=max(time.time() - decided_at_s, 0.0)))
+        if arrived_at_s is not None:
+            self.gateway.finished(id, Outcome("failed", e2e_s=max(time.time() - arrived_at_s, 0.0)))
 
     def completed(self, kwargs: Mapping[str, Any]) -> None:
         """An answer is complete."""
         payload = kwargs["standard_logging_object"]
         id = kwargs.get("litellm_call_id") or payload["litellm_call_id"]
-        decided_at_s = self.shadow.decided_at_s(id)
+        arrived_at_s = self.gateway.arrived_at_s(id)
         call = self._calls.pop(id, None)
-        if decided_at_s is None or call is None:
+        if arrived_at_s is None or call is None:
             return
         end_s, sent_s = float(payload["endTime"]), float(payload["startTime"])
         first_s = float(payload["completionStartTime"]) if payload.get("stream") else None
@@ -157,47 +151,46 @@ class Observer:
         outcome = Outcome(
             status="completed",
             served_by=self._served_by(kwargs, payload),
-            ttft_s=None if first_s is None else max(first_s - decided_at_s, 0.0),
-            e2e_s=max(end_s - decided_at_s, 0.0),
+            ttft_s=None if first_s is None else max(first_s - arrived_at_s, 0.0),
+            e2e_s=max(end_s - arrived_at_s, 0.0),
             attempt_ttft_s=None if first_s is None else max(first_s - sent_s, 0.0),
             attempt_e2e_s=max(end_s - sent_s, 0.0),
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
             cost_usd=cost_usd if cost_usd > 0.0 else None,
         )
-        self.shadow.finished(id, outcome)
+        self.gateway.finished(id, outcome)
 
     def _served_by(self, kwargs: Mapping[str, Any], payload: Mapping[str, Any]) -> str:
         if payload.get("cache_hit") is True:
             return "cache"
         info = (kwargs.get("litellm_params") or {}).get("model_info") or {}
-        candidate = self._candidate(info, str(kwargs.get("model")))
-        return "" if candidate is None else self.shadow.bundle.layout.names[candidate]
+        return self._candidate(info, str(kwargs.get("model")))
 
     def _hashes(self, prompt: Any, tools: Any, characters: int) -> tuple[list[int], float]:
         """Block hashes of a prompt, tools first as engines put them, and tokens per byte."""
-        if self._block_bytes == 0 or not self.shadow.state.hashes_prompts:
+        if self._block_bytes == 0 or not self.gateway.state.hashes_prompts:
             return [], 0.0
         data = b"\0".join(text.encode("utf-8", "replace") for text in (*_texts_of_tools(tools), *_texts(prompt)))
         tokens_per_byte = characters * self._tokens_per_character / max(len(data), 1)
         return block_hashes(data[: MAX_BLOCKS * self._block_bytes], self._block_bytes), tokens_per_byte
 
-    def _candidate(self, info: Any, model: str) -> int | None:
-        """Index of the candidate that a deployment is, if it is one."""
+    def _candidate(self, info: Any, model: str) -> str:
+        """Name of the candidate that a deployment is; empty if it is none."""
         info = info if isinstance(info, Mapping) else {}
         mapped = self.settings.candidates
         name = info.get("marginroute_candidate") or mapped.get(str(info.get("id"))) or mapped.get(model)
-        candidate = self.shadow.candidate.get(str(name)) if name else None
-        if candidate is None:
+        if not name or str(name) not in self.gateway.bundle.layout.names:
             self._warn_once(
                 f"deployment {info.get('id') or model} is no candidate of the bundle ({name or 'not mapped'}); legal: "
-                + ", ".join(self.shadow.bundle.layout.names)
+                + ", ".join(self.gateway.bundle.layout.names)
             )
-        return candidate
+            return ""
+        return str(name)
 
     def _known(self, what: str, name: Any) -> str:
         """A class or task that the bundle knows; the default for any other."""
-        layout, settings = self.shadow.bundle.layout, self.settings
+        layout, settings = self.gateway.bundle.layout, self.settings
         known = layout.class_names if what == "class" else layout.task_names
         default = (settings.default_class if what == "class" else settings.default_task) or known[0]
         if name is None or name == "":
@@ -214,12 +207,12 @@ class Observer:
 
     def _see_first_tokens(self) -> None:
         """Looks which streams have got their first token since the last decision; forgets calls written off."""
-        while self._calls and self.shadow.decided_at_s(next(iter(self._calls))) is None:
+        while self._calls and self.gateway.arrived_at_s(next(iter(self._calls))) is None:
             self._calls.pop(next(iter(self._calls)))
         for id, call in self._calls.items():
             started = getattr(call.awaited, "completion_start_time", None)
             if isinstance(started, datetime.datetime):
-                self.shadow.first_token(id, max((datetime.datetime.now() - started).total_seconds(), 0.0))
+                self.gateway.first_token(id, max((datetime.datetime.now() - started).total_seconds(), 0.0))
                 call.awaited = None
 
 

@@ -42,7 +42,7 @@ async def check(request, api_key):
         from marginroute.adapters.litellm import shadow
 
         observer = shadow.marginroute
-        state = {"in_flight": observer.shadow.state.in_flight, "pending": observer.shadow.pending}
+        state = {"in_flight": observer.gateway.state.in_flight, "pending": observer.gateway.pending}
         with open(os.environ["PROBE"], "w") as file:
             json.dump(state | {"errors": observer.errors, "calls": len(observer._calls)}, file)
     return UserAPIKeyAuth(api_key=api_key, metadata={"customer_class": api_key.removeprefix("sk-")})

@@ -11,9 +11,10 @@ from marginroute import bundle as bundles
 from marginroute import view as v
 from marginroute.__main__ import main
 from marginroute.errors import InputError
+from marginroute.facts import Facts, Outcome
 from marginroute.feedback import CHANNELS, PRIOR_SD, QualityPosterior, load_posterior, shifted
-from marginroute.modes import Outcome, Shadow
-from marginroute.record import RecordLog
+from marginroute.gateway import Gateway
+from marginroute.record_log import RecordLog
 from marginroute.telemetry import GatewayState
 
 TRUE_SHIFT = np.array([[-1.2, 0.0], [0.6, 1.0]])  # tiers x tasks
@@ -133,11 +134,11 @@ def test_weights_must_be_probabilities(pair):
 @pytest.fixture
 def logged(bundle_folder, tmp_path):
     """A log of 300 requests at small/0, half of which failed their validator, and the feedback file."""
-    shadow = Shadow(bundles.load(bundle_folder), RecordLog(tmp_path / "log.jsonl"))
+    shadow = Gateway(bundles.load(bundle_folder), RecordLog(tmp_path / "log.jsonl"))
     with open(tmp_path / "feedback.jsonl", "w") as file:
         for i in range(300):
-            shadow.decide(f"r{i}", 100, "standard", "code")
-            shadow.sent(f"r{i}", 0, False)
+            shadow.decide(Facts(f"r{i}", 100, "standard", "code"))
+            shadow.sent(f"r{i}", "small/0", False)
             shadow.finished(f"r{i}", Outcome("completed", "small/0", e2e_s=1.0, prompt_tokens=100, output_tokens=9))
             if i < 200:
                 file.write(json.dumps({"id": f"r{i}", "validation": "failed" if i % 4 else "passed"}) + "\n")
@@ -170,9 +171,9 @@ def test_shifts_in_force_are_not_counted_twice(logged, bundle_folder):
     first, words = logged / "first.json", ("--feedback", logged / "feedback.jsonl")
     assert command(logged, bundle_folder, *words, "--out", first) == 0
     in_force = load_posterior(str(first))
-    shadow = Shadow(bundles.load(bundle_folder), RecordLog(logged / "more.jsonl"), posterior=in_force)
+    shadow = Gateway(bundles.load(bundle_folder), RecordLog(logged / "more.jsonl"), posterior=in_force)
     for i in range(200):
-        shadow.decide(f"r{i}", 100, "standard", "code")
+        shadow.decide(Facts(f"r{i}", 100, "standard", "code"))
         shadow.finished(f"r{i}", Outcome("completed", "small/0", e2e_s=1.0, prompt_tokens=100, output_tokens=9))
     shadow.close()
     more = ["feedback", str(logged / "more.jsonl"), str(bundle_folder), "--feedback", str(logged / "feedback.jsonl")]
@@ -224,7 +225,7 @@ def test_litellm_loads_it(logged, bundle_folder, tmp_path):
     out = logged / "posterior.json"
     assert command(logged, bundle_folder, "--feedback", logged / "feedback.jsonl", "--out", out) == 0
     plain, learned = (
-        adapter.build(Settings(str(bundle_folder), str(tmp_path / f"{i}.jsonl"), feedback=path)).shadow.state
+        adapter.build(Settings(str(bundle_folder), str(tmp_path / f"{i}.jsonl"), feedback=path)).gateway.state
         for i, path in enumerate(("", str(out)))
     )
     before, after = (state.view(100, "standard", "code").signals[v.P_GOOD_PRIOR, 0] for state in (plain, learned))

@@ -90,7 +90,7 @@ def test_deployments_come_back_untouched(logger):
 def test_one_record_with_class_task_and_tokens(logger):
     route(logger, "a")
     send(logger, "a", 1)
-    assert logger.marginroute.shadow.state.counters()["in_flight"].tolist() == [0, 1, 0, 0, 0, 0]
+    assert logger.marginroute.gateway.state.counters()["in_flight"].tolist() == [0, 1, 0, 0, 0, 0]
     complete(logger, "a", 1)
     complete(logger, "a", 1)
     (record,) = records(logger)
@@ -100,7 +100,7 @@ def test_one_record_with_class_task_and_tokens(logger):
     assert record["legal"] == ["small/0", "large/0", "shed"]
     assert (record["served_by"], record["prompt_tokens"], record["output_tokens"]) == ("large/0", 90, 12)
     assert record["cost_usd"] == pytest.approx(90 * 4e-7 + 12 * 8e-7)
-    assert logger.marginroute.shadow.state.in_flight == 0
+    assert logger.marginroute.gateway.state.in_flight == 0
 
 
 def test_retries_are_one_request(logger):
@@ -110,7 +110,7 @@ def test_retries_are_one_request(logger):
         send(logger, "a", deployment)
         failed = logger.async_post_call_failure_deployment_hook({"litellm_call_id": "a"}, ValueError(), None)
         asyncio.run(failed)
-    assert logger.marginroute.shadow.state.in_flight == 0
+    assert logger.marginroute.gateway.state.in_flight == 0
     asyncio.run(logger.async_post_call_failure_hook({"litellm_call_id": "a"}, ValueError(), None))
     (record,) = records(logger)
     assert record["status"] == "failed"
@@ -119,7 +119,7 @@ def test_retries_are_one_request(logger):
 
 
 def test_price_of_the_gateway_wins_and_stored_answers_teach_nothing(logger):
-    state = logger.marginroute.shadow.state
+    state = logger.marginroute.gateway.state
     before = state.view(9).signals.copy()
     for id, more in (("a", {"response_cost": 0.25}), ("b", {"cache_hit": True})):
         route(logger, id)
@@ -135,7 +135,7 @@ def test_price_of_the_gateway_wins_and_stored_answers_teach_nothing(logger):
 def test_calls_that_are_not_generation_or_not_to_be_logged_are_left_alone(logger):
     route(logger, "a", litellm_logging_obj=types.SimpleNamespace(call_type="aembedding"))
     route(logger, "b", **{"no-log": True})
-    assert logger.marginroute.shadow.pending == 0
+    assert logger.marginroute.gateway.pending == 0
 
 
 def test_first_token_is_read_from_the_logging_object(logger):
@@ -145,10 +145,10 @@ def test_first_token_is_read_from_the_logging_object(logger):
     route(logger, "a", litellm_logging_obj=logging_obj, stream=True)
     send(logger, "a", litellm_logging_obj=logging_obj, stream=True)
     route(logger, "b")
-    assert logger.marginroute.shadow.state.counters()["decoding"][0] == 0
+    assert logger.marginroute.gateway.state.counters()["decoding"][0] == 0
     logging_obj.completion_start_time = datetime.datetime.now()
     route(logger, "c")
-    assert logger.marginroute.shadow.state.counters()["decoding"][0] == 1
+    assert logger.marginroute.gateway.state.counters()["decoding"][0] == 1
 
 
 @pytest.mark.parametrize("broken", [None, 7, {}, {"metadata": 3, "litellm_call_id": "x"}])
@@ -168,22 +168,23 @@ def test_full_disk_is_counted_not_raised(logger, monkeypatch):
     def full(record):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(logger.marginroute.shadow._log, "write", full)
+    monkeypatch.setattr(logger.marginroute.gateway._records, "write", full)
     route(logger, "a")
     send(logger, "a")
     complete(logger, "a")
     assert logger.marginroute.errors == {"record of an answer": 1}
-    assert logger.marginroute.shadow.state.in_flight == logger.marginroute.shadow.pending == 0
+    assert logger.marginroute.gateway.state.in_flight == logger.marginroute.gateway.pending == 0
 
 
 def test_silent_requests_are_written_off(bundle, tmp_path):
-    from marginroute.modes import Shadow
-    from marginroute.record import RecordLog
+    from marginroute.facts import Facts
+    from marginroute.gateway import Gateway
+    from marginroute.record_log import RecordLog
 
-    shadow = Shadow(bundle, RecordLog(tmp_path / "log.jsonl"), stale_after_s=-1.0)
-    shadow.decide("a", 10)
-    shadow.sent("a", 0, streamed=True)
-    shadow.decide("b", 10)
+    shadow = Gateway(bundle, RecordLog(tmp_path / "log.jsonl"), stale_after_s=-1.0)
+    shadow.decide(Facts("a", 10))
+    shadow.sent("a", "small/0", streamed=True)
+    shadow.decide(Facts("b", 10))
     assert shadow.pending == 1
     assert shadow.state.in_flight == 0
     shadow.close()
@@ -233,7 +234,7 @@ def test_default_class_must_be_the_bundles(bundle_folder, tmp_path):
 
 def test_a_conversation_that_goes_on_finds_its_beginning_where_it_was_sent(caching_logger):
     """1,000 characters and tools first: of the second turn, the blocks of 256 bytes that the first one filled."""
-    shadow, asked = caching_logger.marginroute.shadow, []
+    shadow, asked = caching_logger.marginroute.gateway, []
     state_view = shadow.state.view
     shadow.state.view = lambda *args, **options: asked.append(state_view(*args, **options)) or asked[-1]
     turns = [{"role": "user", "content": "a" * 1000}]

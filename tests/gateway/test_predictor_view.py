@@ -69,7 +69,7 @@ def test_litellm_asks_for_the_last_user_message(logger):  # noqa: F811
         body = {"proxy_server_request": {"body": {"prompt": "Prove that 7 is prime."}}}
         asyncio.run(logger.async_filter_deployments("chat", DEPLOYMENTS, asked, kwargs_of(id) | body))
     assert logger.marginroute.errors == {}
-    logger.marginroute.shadow.close()
+    logger.marginroute.gateway.close()
     with open(logger.marginroute.settings.log) as file:
         text = file.read()
     signals = [json.loads(line)["request"]["difficulty_signal"] for line in text.splitlines()]

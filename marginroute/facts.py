@@ -1,0 +1,88 @@
+"""What passes between an adapter and the gateway: facts of a request, the verdict on it, and what became of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from marginroute.decision import Decision
+
+
+@dataclass(slots=True)
+class Facts:
+    """What an adapter knows of a request.
+
+    Attributes:
+        id: of the request, the same for every attempt.
+        prompt_tokens: known or estimated.
+        class_name: customer class; None: the first of the bundle.
+        task_name: task type; None: the first of the bundle.
+        tenant: who pays; empty: unknown.
+        session: conversation or agent run; empty: unknown.
+        available: candidates that may serve it now; None: all.
+        cached_tier: tier of the stored answer, if the gateway has one for this request.
+        difficulty_signal: standardised predictor of difficulty.
+        deadline_left_s: seconds until its deadline.
+        hashes: of the prompt's blocks (`prefix_index.block_hashes`).
+        block_tokens: tokens per block of this prompt; None: the usual number.
+        prompt: text for the bundle's quality predictor, if it has one; it is not kept.
+    """
+
+    id: str
+    prompt_tokens: int
+    class_name: str | None = None
+    task_name: str | None = None
+    tenant: str = ""
+    session: str = ""
+    available: Collection[str] | None = None
+    cached_tier: str | None = None
+    difficulty_signal: float = 0.0
+    deadline_left_s: float = math.inf
+    hashes: Sequence[int] = ()
+    block_tokens: float | None = None
+    prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A decision, and whether to carry it out.
+
+    Attributes:
+        decision: what the bundle would do.
+        acting: True: do it; False: route as without us.
+        attempt: 1 for the first decision of a request.
+        retry_after_s: for a shed request, when the shortest queue will have been worked off, about.
+    """
+
+    decision: Decision
+    acting: bool
+    attempt: int = 1
+    retry_after_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What really happened to a request; None where unknown.
+
+    Attributes:
+        status: `completed`, `failed`, `abandoned` or `shed`.
+        served_by: candidate that answered, empty if none did or it is not one of the bundle's.
+        ttft_s: from the request's arrival to its first token.
+        e2e_s: from the request's arrival to its last token.
+        attempt_ttft_s: the same from the start of the attempt that answered.
+        attempt_e2e_s: the same.
+        prompt_tokens: as counted by who answered.
+        output_tokens: the same.
+        cost_usd: what the answer cost the operator; None: by the bundle's figures for the candidate.
+    """
+
+    status: str
+    served_by: str = ""
+    ttft_s: float | None = None
+    e2e_s: float | None = None
+    attempt_ttft_s: float | None = None
+    attempt_e2e_s: float | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_usd: float | None = None

@@ -1,0 +1,275 @@
+"""What every adapter drives: decides requests, follows what becomes of them, and writes one record per decision.
+
+An adapter tells, in this order for one request id:
+
+    decide -> (sent -> first_token? -> progress* -> attempt_failed? -> decide?)* -> finished
+
+and carries a decision out where the verdict says `acting`. A request that is decided again after a failed attempt
+avoids the candidates that failed it, as long as there is another. A request of which nothing more is heard for
+`stale_after_s` is written without an outcome, so that nothing is kept for ever. Candidates go by name, so that a
+bundle may be swapped between any two calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any
+
+from marginroute import latency
+from marginroute import view as v
+from marginroute.bundle import Bundle
+from marginroute.exploration import ExploringPolicy
+from marginroute.facts import Facts, Outcome, Verdict
+from marginroute.feedback import QualityPosterior
+from marginroute.modes import ModeSettings, ModeSwitch
+from marginroute.record import changing_rows
+from marginroute.record_log import RecordLog
+from marginroute.runtime import Runtime, decision_of, fallback_usd_of, retry_after_s, view_of
+from marginroute.settling import Pending, cost_usd_of, record_pending, result_of
+from marginroute.telemetry import GatewayState
+
+log = logging.getLogger("marginroute.gateway")
+
+COMPARE_EVERY = 4  # requests between two whose fallback is put a value on
+
+
+class Gateway:
+    """Decides, follows and records. Thread-safe.
+
+    Args:
+        bundle: whose policy decides, under its guard.
+        records: where records go.
+        settings: how far the bundle may act.
+        can: what the gateway could carry out beside sending a request on (see `telemetry.GatewayState`).
+        stale_after_s: silence after which a request is written off.
+        prefix_block_tokens: tokens per block hash of a prompt (see `telemetry.GatewayState`).
+        posterior: what feedback says of P(good), if anything.
+        explore: share of the decisions acted on that are drawn, and the USD that one may cost at most.
+        clock: seconds that never jump.
+        on_event: told of rollbacks and swaps, as plain data.
+
+    Raises:
+        InputError: exploration is asked of a bundle without a margin rule, or the posterior is of another bundle.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        records: RecordLog,
+        settings: ModeSettings | None = None,
+        can: Collection[str] = ("shed",),
+        stale_after_s: float = 7200.0,
+        prefix_block_tokens: int = 0,
+        posterior: QualityPosterior | None = None,
+        explore: tuple[float, float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        on_event: Callable[[dict[str, Any]], object] = lambda event: None,
+    ) -> None:
+        self._clock, self._on_event, self._explore = clock, on_event, explore
+        self.switch = ModeSwitch(settings or ModeSettings(), clock, self._tell)
+        self._records, self._stale_after_s, self._can = records, stale_after_s, frozenset(can)
+        self._prefix_block_tokens = prefix_block_tokens
+        self._runtime = self._made(bundle, posterior)
+        self._pending: OrderedDict[str, Pending] = OrderedDict()
+        self._lock = threading.RLock()
+        self._count = 0
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle that decides now."""
+        return self._runtime.bundle
+
+    @property
+    def state(self) -> GatewayState:
+        """What the gateway knows."""
+        return self._runtime.state
+
+    @property
+    def pending(self) -> int:
+        """Requests decided and not finished."""
+        return len(self._pending)
+
+    def decide(self, facts: Facts) -> Verdict:
+        """What to do with a request, and whether to do it.
+
+        A request that is asked about again gets the same verdict, unless it was acted on and its attempt has failed:
+        then the rest of the candidates are decided on.
+
+        Raises:
+            InputError: a class, task or tier that the bundle does not know.
+        """
+        self._write_off()
+        with self._lock:
+            earlier = self._pending.get(facts.id)
+            if earlier is not None and not (earlier.verdict.acting and earlier.sent_to in earlier.tried):
+                return earlier.verdict
+            runtime = self._runtime
+            self._count += 1
+            compared = self._count % COMPARE_EVERY == 0
+        if earlier is None:
+            acting, attempt, waited_s = self.switch.acts(facts.id, facts.tenant, facts.session), 1, 0.0
+        else:
+            acting, attempt = True, earlier.verdict.attempt + 1
+            waited_s = max(time.time() - earlier.arrived_at_s, 0.0)
+        view = view_of(runtime, facts, attempt, waited_s, earlier.tried if earlier else set())
+        decision = decision_of(runtime, view, acting)
+        shed = decision.kind == v.KINDS[v.SHED]
+        verdict = Verdict(decision, acting, attempt, retry_after_s(view) if shed else 0.0)
+        self.switch.decided(acting, decision.guard != "")
+        judged = compared and self.switch.settings.mode != "shadow"
+        pending = Pending(
+            facts=replace(facts, prompt=None),
+            runtime=runtime,
+            verdict=verdict,
+            request=view.request,
+            changing=changing_rows(view.signals),
+            legal=view.legal,
+            decided_at_s=time.time(),
+            arrived_at_s=time.time() if earlier is None else earlier.arrived_at_s,
+            seen_s=self._clock(),
+            fallback_usd=fallback_usd_of(runtime, view) if judged else None,
+            tried=set() if earlier is None else earlier.tried,
+        )
+        with self._lock:
+            self._pending[facts.id] = pending
+        if earlier is not None:
+            self._records.write(record_pending(earlier))
+        return verdict
+
+    def arrived_at_s(self, id: str) -> float | None:
+        """Unix time of a pending request's first decision."""
+        pending = self._pending.get(id)
+        return None if pending is None else pending.arrived_at_s
+
+    def sent(self, id: str, candidate: str, streamed: bool) -> None:
+        """The gateway sends a decided request to a candidate: ours where it is acted on, else of its own choice."""
+        with self._lock:
+            pending, runtime = self._pending.get(id), self._runtime
+            c = runtime.index.get(candidate)
+            if pending is None or c is None:
+                return
+            pending.sent_to = candidate
+            facts, estimate_s = pending.facts, None
+            if not streamed and pending.runtime is runtime:
+                (ttft_s, tpot_s), _ = latency.estimate(pending.view())
+                estimate_s = float(ttft_s[c]), float(tpot_s[c])
+            names = runtime.bundle.layout
+            runtime.state.begin(
+                id,
+                c,
+                facts.prompt_tokens,
+                facts.class_name if facts.class_name in names.class_names else None,
+                facts.task_name if facts.task_name in names.task_names else None,
+                estimate_s,
+                facts.hashes,
+                facts.block_tokens,
+            )
+
+    def first_token(self, id: str, ago_s: float = 0.0) -> None:
+        """The first token of a stream came `ago_s` seconds ago."""
+        with self._lock:
+            self.state.first_token(id, ago_s)
+
+    def progress(self, id: str, tokens: int) -> None:
+        """An answer has streamed `tokens` output tokens so far."""
+        with self._lock:
+            self.state.progress(id, tokens)
+
+    def attempt_failed(self, id: str) -> None:
+        """One attempt failed; the gateway may try again."""
+        with self._lock:
+            self.state.end(id, "failed")
+            pending = self._pending.get(id)
+            if pending is not None and pending.sent_to:
+                pending.tried.add(pending.sent_to)
+
+    def finished(self, id: str, outcome: Outcome) -> bool:
+        """Records what happened; False if the request is unknown or was recorded before."""
+        with self._lock:
+            runtime = self._runtime
+            kind = runtime.bundle.layout.kind[runtime.index.get(outcome.served_by, -1)]
+            taught = outcome.output_tokens if kind <= v.PROVIDER else None  # a stored answer says nothing of an engine
+            self.state.end(id, outcome.status, taught, outcome.attempt_ttft_s, outcome.attempt_e2e_s)
+            pending = self._pending.pop(id, None)
+        if pending is None:
+            return False
+        record = record_pending(pending)
+        for name in ("status", "served_by", "ttft_s", "e2e_s", "prompt_tokens", "output_tokens"):
+            setattr(record, name, getattr(outcome, name))
+        record.cost_usd = cost_usd_of(pending, outcome) if outcome.cost_usd is None else outcome.cost_usd
+        self.switch.finished(pending.verdict.acting, result_of(pending, outcome, record.cost_usd))
+        self._records.write(record)
+        return True
+
+    def swap(self, bundle: Bundle, posterior: QualityPosterior | None = None) -> None:
+        """Puts another bundle in charge, between two decisions; what is known and in flight is carried over by name.
+
+        Raises:
+            InputError: the bundle cannot do what this gateway was set up for; the old one stays.
+        """
+        with self._lock:
+            old = self._runtime
+            new = self._made(bundle, posterior)
+            new.state.take_over(old.state)
+            self._runtime = new
+        digests = {"bundle": bundle.digest[:12], "before": old.bundle.digest[:12]}
+        self._tell({"event": "bundle", "at_s": time.time(), **digests})
+
+    def status(self) -> dict[str, Any]:
+        """Mode, rollback, bundle and what is under way, as plain data."""
+        bundle = self.bundle
+        return {
+            **self.switch.status(),
+            "policy": bundle.policy.name,
+            "bundle": bundle.digest[:12],
+            "pending": self.pending,
+            "in_flight": self.state.in_flight,
+            "decisions": self._count,
+        }
+
+    def close(self) -> None:
+        """Writes what is still pending, without outcome, and closes the log."""
+        with self._lock:
+            left = list(self._pending.values())
+            self._pending.clear()
+        for pending in left:
+            self._records.write(record_pending(pending))
+        self._records.close()
+
+    def _made(self, bundle: Bundle, posterior: QualityPosterior | None) -> Runtime:
+        state = GatewayState(
+            bundle,
+            self._clock,
+            can=self._can,
+            stale_after_s=self._stale_after_s,
+            prefix_block_tokens=self._prefix_block_tokens,
+            posterior=posterior,
+        )
+        guarded, explorer = bundle.guarded(), None
+        if self._explore is not None:
+            share, limit_usd = self._explore
+            seed = int.from_bytes(os.urandom(8), "big")
+            explorer = ExploringPolicy(guarded, bundle.required_estimate(), share, limit_usd, seed)
+        index = {name: c for c, name in enumerate(bundle.layout.names)}
+        return Runtime(bundle, state, guarded, explorer, bundle.estimate, index)
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        log.warning("marginroute: %s: %s", event["event"], event.get("reason") or event.get("bundle", ""))
+        self._on_event(event)
+
+    def _write_off(self) -> None:
+        now_s, stale = self._clock(), []
+        with self._lock:
+            while self._pending:
+                id, oldest = next(iter(self._pending.items()))
+                if now_s - oldest.seen_s <= self._stale_after_s:
+                    break
+                stale.append(self._pending.pop(id))
+        for pending in stale:
+            self._records.write(record_pending(pending))

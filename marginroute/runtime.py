@@ -1,0 +1,91 @@
+"""A bundle at work in a gateway: the View of one request, the decision on it, and what it is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from marginroute import latency
+from marginroute import view as v
+from marginroute.bundle import Bundle
+from marginroute.decision import Decision
+from marginroute.exploration import ExploringPolicy
+from marginroute.facts import Facts
+from marginroute.guard import GuardedPolicy
+from marginroute.heuristics import MarginRule
+from marginroute.telemetry import GatewayState
+from marginroute.view import View
+
+RETRY_AFTER_S = 1.0, 60.0  # bounds of what a shed request is told
+
+
+@dataclass(frozen=True, eq=False)
+class Runtime:
+    """A bundle at work; replaced as a whole.
+
+    Attributes:
+        bundle: the bundle.
+        state: what the gateway knows, in the order of its candidates.
+        policy: under its guard.
+        explorer: the same with exploration, or None.
+        estimate: puts USD on candidates, or None if the bundle cannot.
+        index: candidate by name.
+    """
+
+    bundle: Bundle
+    state: GatewayState
+    policy: GuardedPolicy
+    explorer: ExploringPolicy | None
+    estimate: MarginRule | None
+    index: dict[str, int]
+
+
+def view_of(runtime: Runtime, facts: Facts, attempt: int, waited_s: float, tried: Collection[str]) -> View:
+    """What is known for a decision; candidates that have failed this request are left out while there are others."""
+    layout, index = runtime.bundle.layout, runtime.index
+    able = [name for c, name in enumerate(layout.names) if layout.kind[c] <= v.PROVIDER] if tried else ()
+    names: Collection[str] | None = facts.available
+    if tried:
+        names = [name for name in (able if names is None else names) if name not in tried] or names
+    tier = None if facts.cached_tier is None else layout.tier_names.index(facts.cached_tier)
+    return runtime.state.view(
+        facts.prompt_tokens,
+        facts.class_name,
+        facts.task_name,
+        facts.difficulty_signal,
+        waited_s=waited_s,
+        deadline_left_s=facts.deadline_left_s,
+        attempt=attempt,
+        available=None if names is None else [index[name] for name in names if name in index],
+        cached_tier=tier,
+        hashes=facts.hashes,
+        block_tokens=facts.block_tokens,
+        prompt=facts.prompt,
+    )
+
+
+def decision_of(runtime: Runtime, view: View, acting: bool) -> Decision:
+    """The policy's; drawn now and then where it is acted on and the guard has nothing against it."""
+    decision = runtime.policy.decide(view)
+    if acting and runtime.explorer is not None and not decision.guard:
+        return runtime.explorer.explore(view, decision)
+    return decision
+
+
+def retry_after_s(view: View) -> float:
+    """Seconds until the shortest queue is worked off, within `RETRY_AFTER_S`."""
+    serving = view.layout.kind <= v.PROVIDER
+    (ttft_s, _), _ = latency.estimate(view)
+    able = ttft_s[serving & view.legal] if (serving & view.legal).any() else ttft_s[serving]
+    low, high = RETRY_AFTER_S
+    return float(np.clip(np.nan_to_num(able.min(), nan=high), low, high))
+
+
+def fallback_usd_of(runtime: Runtime, view: View) -> float | None:
+    """Margin that is expected of the fallback's choice."""
+    if runtime.estimate is None:
+        return None
+    choice = runtime.policy.fallback.decide(view).candidate
+    return float(runtime.estimate.assess(view).margin_usd[choice])

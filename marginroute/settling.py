@@ -1,0 +1,99 @@
+"""A request between its decision and its end: what was known, its record, and what it has earned."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from marginroute import earnings, pricing
+from marginroute import view as v
+from marginroute.facts import Facts, Outcome, Verdict
+from marginroute.modes import Result
+from marginroute.record import DecisionRecord, record_of
+from marginroute.runtime import Runtime
+from marginroute.view import Array, View
+
+
+@dataclass(slots=True)
+class Pending:
+    """A request that was decided and has not finished.
+
+    Attributes:
+        facts: of the request, without its prompt.
+        runtime: that decided.
+        verdict: the last one.
+        request: (Q,) signals; `changing` (S - S_static, C) and `legal` (C,): the rest of what was known.
+        decided_at_s: Unix time; `arrived_at_s`: that of the first decision; `seen_s`: the own clock's.
+        fallback_usd: margin expected of the fallback's choice; None: not estimated.
+        tried: candidates that have failed it.
+        sent_to: candidate of the attempt under way.
+    """
+
+    facts: Facts
+    runtime: Runtime
+    verdict: Verdict
+    request: Array
+    changing: Array
+    legal: Array
+    decided_at_s: float
+    arrived_at_s: float
+    seen_s: float
+    fallback_usd: float | None
+    tried: set[str] = field(default_factory=set)
+    sent_to: str = ""
+
+    def view(self) -> View:
+        """What the policy saw, at the precision of a record."""
+        bundle = self.runtime.bundle
+        return View(bundle.layout, np.concatenate([bundle.static_signals, self.changing]), self.request, self.legal)
+
+
+def record_pending(pending: Pending) -> DecisionRecord:
+    """Its record, without an outcome."""
+    return record_of(
+        pending.verdict.decision,
+        pending.view(),
+        id=pending.facts.id,
+        decided_at_s=pending.decided_at_s,
+        mode="live" if pending.verdict.acting else "shadow",
+        bundle=pending.runtime.bundle.digest[:12],
+    )
+
+
+def cost_usd_of(pending: Pending, outcome: Outcome) -> float | None:
+    """USD that the answer cost by the bundle's figures for who gave it; None if that or the tokens are unknown."""
+    c = pending.runtime.index.get(outcome.served_by)
+    if c is None or outcome.prompt_tokens is None or outcome.output_tokens is None:
+        return None
+    static, cached = pending.runtime.bundle.static_signals[:, c], pending.changing[v.CACHED_TOKENS - v.N_STATIC_SIGNALS]
+    tokens = outcome.prompt_tokens, min(float(cached[c]), outcome.prompt_tokens), outcome.output_tokens
+    prices = static[v.INPUT_USD], static[v.CACHED_INPUT_USD], static[v.OUTPUT_USD]
+    return float(static[v.CALL_USD] + pricing.answer_usd(*tokens, *prices))
+
+
+def result_of(pending: Pending, outcome: Outcome, cost_usd: float | None) -> Result:
+    """What the limits of a rollback ask of an outcome."""
+    result, request = Result(outcome.status == "failed"), pending.request
+    answered = outcome.status == "completed" and outcome.e2e_s is not None and outcome.output_tokens is not None
+    ttft_s, e2e_s = (math.nan if s is None else s for s in (outcome.ttft_s, outcome.e2e_s))
+    if answered:
+        result.slos_met = earnings.slos_met(request, ttft_s, e2e_s, outcome.output_tokens or 0)
+    c = pending.runtime.index.get(outcome.served_by)
+    known = (answered and c is not None) or outcome.status in ("failed", "shed")
+    if pending.fallback_usd is None or not known:
+        return result
+    earned_usd = earnings.unserved_usd(request) if not answered else earnings.answered_usd(
+        request,
+        ttft_s,
+        outcome.e2e_s,
+        outcome.prompt_tokens or 0,
+        outcome.output_tokens,
+        pending.changing[v.P_GOOD_PRIOR - v.N_STATIC_SIGNALS, c],
+    )  # fmt: skip
+    prices = request[v.INPUT_PRICE_USD], request[v.OUTPUT_PRICE_USD]
+    usage_usd = pricing.tokens_usd(request[v.PROMPT_TOKENS], request[v.EXPECTED_OUTPUT_TOKENS], *prices)
+    result.surplus_usd = float(earned_usd - (cost_usd or 0.0) - pending.fallback_usd)
+    result.value_usd = float(usage_usd + request[v.REQUEST_VALUE_USD])
+    return result

@@ -1,0 +1,227 @@
+"""One request's life in the part that every adapter drives."""
+
+import dataclasses
+import json
+import threading
+
+import numpy as np
+import pytest
+from bundles import TERMS, small_bundle
+
+from marginroute import view as v
+from marginroute.errors import InputError
+from marginroute.facts import Facts, Outcome
+from marginroute.gateway import Gateway
+from marginroute.heuristics import LeastInFlight
+from marginroute.modes import ModeSettings
+from marginroute.operation import OperationSettings, event_path, open_gateway
+from marginroute.record_log import RecordLog
+
+ANSWER = Outcome("completed", "small/0", 0.1, 1.0, 0.1, 1.0, 100, 120)
+
+
+@pytest.fixture
+def made(bundle, tmp_path):
+    def make(mode="live", **more):
+        settings = ModeSettings(mode)
+        gateway = Gateway(bundle, RecordLog(tmp_path / "log.jsonl"), settings, **more)
+        gateways.append(gateway)
+        return gateway
+
+    gateways = []
+    yield make
+    for gateway in gateways:
+        gateway.close()
+
+
+def records(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("mode", "acting"), [("shadow", False), ("live", True)])
+def test_the_verdict_and_the_record_say_who_acts(made, tmp_path, mode, acting):
+    gateway = made(mode)
+    verdict = gateway.decide(Facts("a", 100))
+    assert verdict.acting is acting and verdict.attempt == 1
+    gateway.sent("a", "small/0", streamed=True)
+    assert gateway.state.in_flight == 1
+    assert gateway.finished("a", ANSWER) and not gateway.finished("a", ANSWER)
+    (record,) = records(tmp_path)
+    assert record["mode"] == ("live" if acting else "shadow")
+    assert record["choice"] == verdict.decision.name and record["status"] == "completed"
+    assert gateway.state.in_flight == gateway.pending == 0
+
+
+def test_a_retry_avoids_what_failed(made, tmp_path):
+    gateway = made()
+    first = gateway.decide(Facts("a", 100, available=("small/0", "large/0")))
+    assert gateway.decide(Facts("a", 100, available=("small/0", "large/0"))) is first  # nothing has failed
+    gateway.sent("a", first.decision.name, True)
+    gateway.attempt_failed("a")
+    second = gateway.decide(Facts("a", 100, available=("small/0", "large/0")))
+    assert second.attempt == 2 and second.acting
+    assert {first.decision.name, second.decision.name} == {"small/0", "large/0"}
+    gateway.sent("a", second.decision.name, True)
+    gateway.attempt_failed("a")
+    third = gateway.decide(Facts("a", 100, available=("small/0", "large/0")))
+    assert third.attempt == 3 and third.decision.name != "shed"  # all have failed: all are tried again
+    gateway.finished("a", Outcome("failed", e2e_s=1.0))
+    assert [r["status"] for r in records(tmp_path)] == ["", "", "failed"]
+    assert len({(r["id"], r["decided_at_s"]) for r in records(tmp_path)}) == 3
+    assert records(tmp_path)[1]["request"]["waited_s"] >= 0.0
+
+
+def test_a_shed_request_is_told_when_to_come_back(made):
+    gateway = made()
+    for i in range(400):
+        gateway.decide(Facts(f"{i}", 2000, available=("small/0",)))
+        gateway.sent(f"{i}", "small/0", True)
+    verdict = gateway.decide(Facts("late", 2000, available=("small/0",)))
+    assert verdict.decision.kind == "shed"
+    assert 1.0 < verdict.retry_after_s <= 60.0
+
+
+def test_exploration_only_where_it_acts_and_within_its_limit(made, tmp_path):
+    gateway = made(explore=(0.5, 1.0))
+    for i in range(200):
+        gateway.decide(Facts(str(i), 100))
+        gateway.finished(str(i), Outcome("shed"))
+    drawn = records(tmp_path)
+    assert {r["choice"] for r in drawn} == {"small/0", "large/0", "api"}
+    likely = max(r["probability"] for r in drawn)
+    assert likely == pytest.approx(0.5 + 0.5 / 3)
+    for record in drawn:
+        assert record["probability"] in (likely, pytest.approx(0.5 / 3))
+        assert record["support"] == ["small/0", "large/0", "api"]
+    share = np.mean([r["probability"] < likely for r in drawn])
+    assert abs(share - 1 / 3) < 5 * (2 / 9 / 200) ** 0.5  # binomial, five standard deviations
+    quiet = made("shadow", explore=(0.5, 1.0))
+    assert {quiet.decide(Facts(f"q{i}", 100)).decision.probability for i in range(50)} == {1.0}
+
+
+def test_a_decision_of_the_guard_is_not_explored(made):
+    gateway = made(explore=(0.9, 100.0))
+    gateway.state.scraped(0, 0.0, 0.0, 0.0, age_s=1000.0)
+    decisions = [gateway.decide(Facts(str(i), 100)).decision for i in range(50)]
+    assert {d.guard for d in decisions} == {"stale"} and {d.probability for d in decisions} == {1.0}
+
+
+def test_exploration_needs_expected_usd(tmp_path):
+    bundle = dataclasses.replace(small_bundle(), policy=LeastInFlight("least-in-flight"))
+    with pytest.raises(InputError, match="least-in-flight has none"):
+        Gateway(bundle, RecordLog(tmp_path / "log.jsonl"), explore=(0.1, 0.0))
+
+
+def test_margin_against_the_fallback_by_hand(made):
+    """Every fourth request: usage 0.1 and 1 x 0.0019 ... by the contract of TERMS, less cost, less the expectation."""
+    gateway = made()
+    view = gateway.state.view(100)
+    fallback = gateway.bundle.fallback.decide(view).candidate
+    expected_usd = gateway.bundle.estimate.assess(view).margin_usd[fallback]
+    for i in range(8):
+        gateway.decide(Facts(str(i), 100))
+        gateway.finished(str(i), ANSWER)
+    acted = gateway.status()["acted"]
+    usage_usd = 100 * TERMS["input_usd_per_token"] + 120 * TERMS["output_usd_per_token"]
+    p_bad = 1.0 - view.signals[v.P_GOOD_PRIOR, 0]
+    refund_usd = p_bad * (usage_usd * TERMS["refund_share"] + TERMS["bad_answer_usd"])
+    cost_usd = 100 * 1e-7 + 120 * 2e-7
+    surplus_usd = usage_usd - refund_usd - cost_usd - expected_usd
+    assert acted["requests"] == 8 and acted["slo_attainment"] == 1.0 and acted["error_rate"] == 0.0
+    assert acted["surplus_usd_per_1k_requests"] == pytest.approx(1e3 * surplus_usd, rel=0.02)
+
+
+def test_a_swap_carries_what_is_in_flight_over_by_name(made, tmp_path):
+    gateway = made()
+    for id, name in (("a", "small/0"), ("b", "large/0"), ("c", "api")):
+        gateway.decide(Facts(id, 100, "premium", "code"))
+        gateway.sent(id, name, True)
+    gateway.first_token("b")
+    gateway.state.scraped(1, 5.0, 6.0, 0.7)
+    before = gateway.state.view(10, "premium", "code")
+    old, layout = gateway.bundle, gateway.bundle.layout
+    order = [1, 2, 3, 4, 5]  # small/0 is gone
+    turned = dataclasses.replace(
+        layout,
+        names=tuple(layout.names[c] for c in order),
+        kind=layout.kind[order],
+        station=layout.station[order],
+        tier=layout.tier[order],
+    )
+    bundle = dataclasses.replace(old, layout=turned, static_signals=old.static_signals[:, order], digest="f" * 64)
+    gateway.swap(bundle)
+    after = gateway.state.view(10, "premium", "code")
+    rows = [v.IN_FLIGHT, v.DECODING, v.PENDING_PREFILL_TOKENS, v.WAITING, v.RUNNING, v.KV_USAGE, v.RECENT_TTFT_S]
+    np.testing.assert_array_equal(after.signals[rows][:, :2], before.signals[rows][:, 1:3])
+    assert after.request[v.SEQUENCE] == before.request[v.SEQUENCE] + 1
+    assert gateway.state.in_flight == 2  # the one at small/0 left with it
+    for id, name in (("a", "small/0"), ("b", "large/0"), ("c", "api")):
+        assert gateway.finished(id, dataclasses.replace(ANSWER, served_by=name))
+    assert gateway.state.in_flight == gateway.pending == 0
+    assert [(r["served_by"], r["bundle"]) for r in records(tmp_path)] == [
+        (name, old.digest[:12]) for name in ("small/0", "large/0", "api")
+    ]
+    assert gateway.decide(Facts("d", 100)).decision.name in turned.names
+
+
+def test_swaps_under_load_lose_no_decision(made, bundle, tmp_path):
+    """Four threads decide while the bundle is swapped: one record each, and nothing stays in flight."""
+    gateway, stop, errors = made(), threading.Event(), []
+
+    def client(k):
+        try:
+            for i in range(150):
+                id = f"{k}-{i}"
+                verdict = gateway.decide(Facts(id, 100))
+                gateway.sent(id, verdict.decision.name, True)
+                gateway.first_token(id)
+                gateway.finished(id, ANSWER)
+        except Exception as error:
+            errors.append(error)
+
+    def swapper():
+        while not stop.is_set():
+            gateway.swap(bundle)
+
+    threads = [threading.Thread(target=client, args=(k,)) for k in range(4)]
+    swaps = threading.Thread(target=swapper)
+    for thread in (swaps, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stop.set()
+    swaps.join()
+    assert errors == [] and gateway.pending == gateway.state.in_flight == 0
+    ids = [r["id"] for r in records(tmp_path)]
+    assert len(ids) == len(set(ids)) == 600
+    assert not gateway.state.counters()["decoding_tokens"].any()
+
+
+def test_a_rollback_is_written_and_outlives_the_process(bundle_folder, tmp_path):
+    settings = OperationSettings(str(bundle_folder), str(tmp_path / "log.jsonl"), mode="live")
+    gateway = open_gateway(settings)
+    gateway.switch.roll_back("by hand")
+    assert not gateway.decide(Facts("a", 10)).acting
+    (event,) = (json.loads(line) for line in event_path(settings.log).read_text().splitlines())
+    assert (event["event"], event["reason"]) == ("rollback", "by hand")
+    again = open_gateway(settings)
+    status = again.status()
+    assert (status["state"], status["reason"]) == ("rolled back", "by hand") and 590 < status["left_s"] <= 600
+    assert not again.decide(Facts("b", 10)).acting
+    event_path(settings.log).write_text(json.dumps(event | {"until_s": 1.0}) + "\nbroken")
+    assert open_gateway(settings).decide(Facts("c", 10)).acting
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"rollback": {"bad": 1}}, "rollback.bad is unknown; legal: error_rate"),
+        ({"rollback": 3}, "rollback must map limits"),
+        ({"mode": "on"}, "mode = 'on'"),
+        ({"prefix_block_tokens": -1}, "prefix_block_tokens -1"),
+        ({"log_keep": 0}, "log_keep 0"),
+    ],
+)
+def test_settings_say_what_is_wrong(bundle_folder, tmp_path, more, says):
+    with pytest.raises(InputError, match=says):
+        open_gateway(OperationSettings(str(bundle_folder), str(tmp_path / "log.jsonl"), **more))
