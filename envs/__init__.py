@@ -1,7 +1,7 @@
 """The world: what happens whether or not anyone learns.
 
-Importing this package registers `marginroute/Fleet-v0` with Gymnasium (the environment itself is imported only when it
-is made) and chooses where Numba keeps compiled kernels.
+Importing this package registers `marginroute/Fleet-v0` and `marginroute/Control-v0` with Gymnasium (an environment is
+imported only when it is made) and chooses where Numba keeps compiled kernels.
 """
 
 import hashlib
@@ -54,6 +54,12 @@ def register() -> None:
             id="marginroute/Fleet-v0",
             entry_point="envs.fleet_env:FleetEnv",
             vector_entry_point="envs.vector_env:FleetVectorEnv",
+        )
+    if "marginroute/Control-v0" not in gymnasium.registry:
+        gymnasium.register(
+            id="marginroute/Control-v0",
+            entry_point="envs.control_env:ControlEnv",
+            vector_entry_point="envs.control_env:ControlVectorEnv",
         )
 
 

@@ -85,9 +85,12 @@ def _post_provider(terms, answers, row, spills, ledger_usd, counts, w, v):
 def step(
     pools, classes, curves, kept, deadline_s, providers, stations, orders, flows, held, clocks_s, spills,
     terms, prices, answers, ledger_usd, counts, margins_usd, rewards_usd, arrivals, pool_levers, class_levers, tick_s,
+    running,
 ):  # fmt: skip
-    """Advances every world by one control tick and posts it; `rewards_usd` (N,) is the change of the ledger."""
+    """Advances `running` (N,) worlds by one tick and posts it; `rewards_usd` (N,) is the change of the ledger."""
     for w in range(flows.shape[0]):
+        if not running[w]:
+            continue
         tick(
             pools, classes, curves, kept, deadline_s, providers, stations, orders, flows, held, clocks_s, spills,
             w, arrivals, pool_levers, class_levers, tick_s,
@@ -103,3 +106,52 @@ def step(
                 total += ledger_usd[w, account, k]
         rewards_usd[w] = total - margins_usd[w]
         margins_usd[w] = total
+
+
+@njit(cache=True, nogil=True)
+def settle(
+    pools, classes, curves, kept, deadline_s, providers, stations, orders, flows, held, clocks_s, spills,
+    terms, prices, answers, ledger_usd, counts, margins_usd, rewards_usd, last_provider, w,
+):  # fmt: skip
+    """Ends world w at its horizon as the engine does: what is in the fleet is served, what is held is bought.
+
+    Held work is bought from provider `last_provider`, or goes unserved without one (-1); requests whose users would
+    have left leave; `rewards_usd` is the change of the ledger.
+    """
+    for p in range(flows.shape[1]):
+        for k in range(flows.shape[2]):
+            flow, answer = flows[w, p, k], answers[p, k]
+            amount = flow.waiting + flow.running
+            energy_usd = amount * books.tokens_usd(
+                answer.prompt_tokens, answer.output_tokens, prices[p].energy_input_usd, prices[p].energy_output_usd
+            )
+            books.post_served_amount(
+                ledger_usd, counts, terms, w, k, amount, answer.prompt_tokens, answer.output_tokens, flow.credited,
+                answer.p_good, books.ENERGY, energy_usd,
+            )  # fmt: skip
+            _count_promises(counts, w, k, flow.ttft_ok, flow.tpot_ok, flow.e2e_ok, flow.slo_ok)
+            books.post_unserved_amount(
+                ledger_usd, counts, terms, w, k, books.ABANDONED, flow.leaving, answer.prompt_tokens,
+                answer.output_tokens,
+            )  # fmt: skip
+            left = held[w, p, k].sum()
+            if last_provider < 0:
+                books.post_unserved_amount(
+                    ledger_usd, counts, terms, w, k, books.SHED, left, answer.prompt_tokens, answer.output_tokens
+                )
+            else:
+                bought = answers[flows.shape[1] + last_provider, k]
+                books.post_served_amount(
+                    ledger_usd, counts, terms, w, k, left, bought.prompt_tokens, bought.output_tokens, 0.0,
+                    bought.p_good, books.API_SPEND, left * bought.cost_usd,
+                )  # fmt: skip
+                _count_promises(counts, w, k, left, left, left, left)
+            flow.waiting = flow.running = flow.leaving = 0.0
+            flow.ttft_ok = flow.tpot_ok = flow.e2e_ok = flow.slo_ok = flow.credited = 0.0
+            held[w, p, k] = 0.0
+    total = 0.0
+    for account in range(ledger_usd.shape[1]):
+        for k in range(ledger_usd.shape[2]):
+            total += ledger_usd[w, account, k]
+    rewards_usd[w] = total - margins_usd[w]
+    margins_usd[w] = total

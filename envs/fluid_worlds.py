@@ -179,7 +179,9 @@ class FluidWorlds:
         pool_levers[..., RELEASE_PER_S] = np.inf
         return pool_levers, np.zeros((n, len(spec.deadline_s), 2))
 
-    def step(self, arrivals: Array, pool_levers: Array, class_levers: Array, tick_s: float) -> None:
+    def step(
+        self, arrivals: Array, pool_levers: Array, class_levers: Array, tick_s: float, running: Array | None = None
+    ) -> None:
         """Carries out one control tick in every world.
 
         Args:
@@ -187,6 +189,7 @@ class FluidWorlds:
             pool_levers: (N, P, 3) in-flight cap per replica, replicas wanted, held requests released per second.
             class_levers: (N, K, 2) share shed, and share of the rest that spills to the providers.
             tick_s: Length of the tick.
+            running: (N,) bool, worlds that move on; None: all.
 
         Raises:
             InputError: `tick_s` is not positive, or an array has the wrong shape.
@@ -202,8 +205,17 @@ class FluidWorlds:
         if not 0.0 < tick_s < math.inf:
             raise InputError(f"fluid step: tick_s = {tick_s!r}, legal is a number above 0")
         floats = [np.ascontiguousarray(array, dtype=np.float64) for array, _ in shapes.values()]
+        running = np.ones(self.n_worlds, np.bool_) if running is None else running
+        fluid_money.step(*self._arguments, *floats, float(tick_s), running)
+
+    def settle(self, w: int) -> None:
+        """Ends world `w` as the engine does: the fleet runs dry, held work is bought; posted as one more reward."""
+        fluid_money.settle(*self._arguments, int(self.plant.config[0]["last_provider"]), w)
+
+    @property
+    def _arguments(self) -> tuple[Any, ...]:
         terms = self.plant.terms
-        fluid_money.step(
+        return (
             *self.fluid.arrays,
             terms.view(np.recarray) if isinstance(self.fluid.flows, np.recarray) else terms,
             self.prices,
@@ -212,6 +224,4 @@ class FluidWorlds:
             self.counts,
             self.margins_usd,
             self.rewards_usd,
-            *floats,
-            float(tick_s),
         )

@@ -64,6 +64,12 @@ class TraceSection(Section):
     sha256: str = Field("", description="Digest of the file, filled in when it is read.")
 
 
+class ControlSection(Section):
+    """The controller's clock."""
+
+    tick_s: Positive = Field(60.0, description="Seconds between two decisions of the controller.")
+
+
 class Scenario(Section):
     """A complete, resolved scenario."""
 
@@ -82,6 +88,7 @@ class Scenario(Section):
         1.0, description="Multiplies arrivals per second; a trace is played that much faster than recorded."
     )
     trace: TraceSection | None = Field(None, description="Recorded requests; left out: the generator.")
+    control: ControlSection = Field(ControlSection(), description="How often levers are set.")  # type: ignore[call-arg]
     ranges: dict[str, Range] = Field(
         default_factory=dict, description="Dotted keys in which the worlds of the scenario differ, and how."
     )
@@ -165,7 +172,7 @@ class Scenario(Section):
 
         Splits never share a stream: a seed of `train` says nothing about the same seed of `heldout`.
         """
-        variant, rng = self._draw(seed, split)
+        variant, rng = self.stream(seed, split)
         member = self.variants[variant]
         given = None
         if member.recorded is not None:
@@ -176,8 +183,8 @@ class Scenario(Section):
         faults = scenario_faults.faults(member, (SPLIT_CODE[split], int(seed), _SEED_SALT, _FAULT_SALT))
         return replace(workload, variant=variant, faults=faults)
 
-    def _draw(self, seed: int, split: Split) -> tuple[int, np.random.Generator]:
-        """Variant and generator of an episode."""
+    def stream(self, seed: int, split: Split) -> tuple[int, np.random.Generator]:
+        """Which of `variants` an episode plays in, and the generator that its workload is drawn with."""
         if split not in SPLIT_CODE:
             raise InputError(f"split {split!r} is not legal; legal is {', '.join(SPLIT_CODE)}")
         if not 0 <= seed < 2**32:
@@ -187,7 +194,7 @@ class Scenario(Section):
 
     def block(self, seed: int, split: Split) -> int:
         """Which episode-long block of its part of the trace an episode starts in; -1 without a trace."""
-        variant, rng = self._draw(seed, split)
+        variant, rng = self.stream(seed, split)
         member = self.variants[variant]
         if member.recorded is None:
             return -1

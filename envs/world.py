@@ -5,11 +5,11 @@ to the next decision epoch (an arrival, or a held batch job that is offered agai
 on the way and the seconds that passed, and (4) writes what the gateway can know now into the View's buffers.
 
 The batch queue is first in, first out: a deferred request comes back as a new decision after `hold_s`, and may be
-deferred again while its deadline leaves room. A request of a session arrives once the one before it has been answered
-(world_sessions.py). A request that a fault has ended comes back as a new decision too
-(world_elastic.py). At the horizon the backlog is settled inside the last step: the fleet
-runs dry without new arrivals, and jobs still in the batch queue are bought from the dearest provider (or go unserved),
-so that nothing is gained by parking work at the end.
+deferred again while its deadline leaves room; under a controller it comes back when that releases it (world_hold.py).
+A request of a session arrives once the one before it has been answered (world_sessions.py). A request that a fault has
+ended comes back as a new decision too (world_elastic.py). At the horizon the backlog is settled in the last step: the
+fleet runs dry without new arrivals, and jobs still in the batch queue are bought from the dearest provider (or go
+unserved), so that nothing is gained by parking work at the end.
 
 Everything here is compiled and takes record arrays with the world as leading axis; the same functions serve one world
 and thousands. Shapes: N worlds, M requests, R replicas, V providers, C candidates, T tiers, K classes, J tasks.
@@ -25,6 +25,7 @@ from numba import njit
 
 from envs import prefix_kernel
 from envs import world_elastic as elastic
+from envs import world_hold as held_queue
 from envs import world_sessions as sessions
 from envs.economics import ledger as books
 from envs.fleet import engine, scaling
@@ -202,7 +203,10 @@ def _act(
         _serve_from_cache(config, terms, desks, loads, entries, ledger_usd, counts, w, i)
     elif kind == v.DEFER:
         counts[w, books.DEFERRED, k] += 1
-        _hold(config, desks, loads, w, i)
+        if desk.gated == 1:
+            held_queue.hold(config, desks, loads, w, i)
+        else:
+            _hold(config, desks, loads, w, i)
     else:
         _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, books.SHED, books.CACHE, 0.0)
 
@@ -296,6 +300,7 @@ def _go_on(
     """Advances the world to its next decision, or settles it if there is none before the horizon."""
     desk = desks[w]
     begun_s = desk.now_s
+    desk.offered = 0
     while True:
         change_s = np.inf
         if desk.elastic == 1:
@@ -306,6 +311,8 @@ def _go_on(
             change_s = elastic.next_change_s(worlds, desks, changes, w)
         arrival_s = loads[w, desk.cursor].arrived_at_s if desk.cursor < desk.n_requests else np.inf
         offer_s = loads[w, desk.held_head].offer_at_s if desk.held_head >= 0 else np.inf
+        if desk.gated == 1:
+            offer_s = held_queue.offer_s(desk, loads, w)
         retry_s = loads[w, desk.retry_head].offer_at_s if desk.retry_head >= 0 else np.inf
         ready_s = sessions.ready_s(desk, loads, w)
         next_s = min(arrival_s, offer_s, retry_s, ready_s)
@@ -342,6 +349,8 @@ def _go_on(
         desk.held_head = loads[w, i].next_held
         if desk.held_head < 0:
             desk.held_tail = -1
+        if desk.gated == 1:
+            held_queue.note_offer(desk, loads, w, i, next_s)
     else:
         if ready_s < arrival_s:
             i = sessions.pop_ready(desk, loads, w)

@@ -60,6 +60,10 @@ DESK = np.dtype(
         ("current", "i4"),  # request being decided
         ("held_head", "i4"),
         ("held_tail", "i4"),
+        ("gated", "i4"),  # 1: a controller releases what is held, see world_hold.py
+        ("offered", "i4"),  # 1: the current decision is about a request that was held
+        ("release_per_s", "f8"),  # of held requests
+        ("released_at_s", "f8"),  # last one that was not due
         ("retry_head", "i4"),  # requests that are offered again after an error, ordered by time
         ("elastic", "i4"),  # 0: replicas stay and nothing fails, which is simpler
         ("change", "i4"),  # next row of the world's faults

@@ -257,6 +257,11 @@ class FleetWorlds:
             self.p_true,
         )
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the kernels of `envs.world` take before a world or choices."""
+        return self._arguments
+
     def load(self, w: int, workload: Workload) -> None:
         """Puts a new episode into world `w` and takes it to its first decision."""
         m = workload.n_requests

@@ -22,7 +22,7 @@ from envs.fleet.state import ABANDONED, COMPLETED, FAILED, IN_FLIGHT, LOST
 
 
 @njit(cache=True, nogil=True)
-def _bucket(provider, now_s):
+def requests_left(provider, now_s):
     """Requests that the rate limit allows at once."""
     if math.isinf(provider.requests_per_s):
         return math.inf
@@ -43,9 +43,9 @@ def provider_available(providers, w, v, now_s, prompt_tokens=1):
     """Whether a call to provider v is legal now, as far as its rate limits go."""
     provider = providers[w, v]
     if math.isinf(provider.tokens_per_s):
-        return _bucket(provider, now_s) >= 1.0
+        return requests_left(provider, now_s) >= 1.0
     room = _token_bucket(provider, now_s) >= min(prompt_tokens, provider.token_bucket_size)
-    return room and _bucket(provider, now_s) >= 1.0
+    return room and requests_left(provider, now_s) >= 1.0
 
 
 @njit(cache=True, nogil=True)
@@ -126,7 +126,7 @@ def submit_provider(pools, tables, worlds, replicas, slots, providers, requests,
     request.replica = -1 - v
     request.dispatched_at_s = now_s
     room = provider_available(providers, w, v, now_s, request.prompt_tokens)
-    provider.bucket = _bucket(provider, now_s)
+    provider.bucket = requests_left(provider, now_s)
     provider.bucket_at_s = now_s
     if not room:
         world.failed += 1

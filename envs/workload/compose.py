@@ -102,6 +102,21 @@ def _arrivals(spec: WorkloadSpec, composition: Composition, rng: np.random.Gener
     return _Roots(at_s, class_index, tenant_index, client, np.full(size, np.nan), np.zeros(size, dtype=np.bool_))
 
 
+def arrivals_of(spec: WorkloadSpec, rng: np.random.Generator) -> tuple[Array, Array] | None:
+    """Times (M,) and classes (M,) of the arrivals that an episode with this generator begins with, nothing else drawn.
+
+    None where the arrivals alone do not tell what is asked when: sessions and jobs.
+    """
+    composition = spec.composition
+    if composition is None:
+        at_s = spec.arrivals.draw(rng, spec.horizon_s, spec.requests_per_episode)
+        return at_s, choose(rng, spec.class_share, len(at_s))
+    if composition.sessions or composition.jobs is not None:
+        return None
+    roots = _arrivals(spec, composition, rng)
+    return roots.at_s, roots.class_index
+
+
 def _with_jobs(spec: WorkloadSpec, jobs: JobSpec, rng: np.random.Generator, roots: _Roots) -> _Roots:
     number = rng.poisson(jobs.per_s * spec.horizon_s)
     start_s = rng.random(number) * spec.horizon_s
