@@ -1,4 +1,4 @@
-"""The gateway's command line, also as `python -m marginroute`: inspect a bundle, learn from feedback."""
+"""The gateway's command line, also as `python -m marginroute`: inspect a bundle, learn from feedback, serve it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from marginroute import __version__
 from marginroute.cli import main_guard
+
+if TYPE_CHECKING:
+    from marginroute.adapters.listen import Listen
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -22,6 +26,51 @@ def _feedback(arguments: argparse.Namespace) -> int:
     from marginroute import feedback_log
 
     return feedback_log.run(arguments)
+
+
+def _envoy(arguments: argparse.Namespace) -> int:
+    from marginroute.adapters import envoy
+    from marginroute.adapters.desk import read_settings
+
+    settings = read_settings(envoy.EnvoySettings, arguments.config, _operation(arguments))
+    if arguments.print_envoy:
+        sys.stdout.write(envoy.configuration(arguments.print_envoy, settings, _listen(arguments), arguments.envoy_port))
+        return 0
+    return envoy.run(settings, _listen(arguments))
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from marginroute.adapters import http
+    from marginroute.adapters.desk import read_settings
+
+    given = _operation(arguments) | {"token_file": arguments.token_file}
+    return http.run(read_settings(http.HttpSettings, arguments.config, given), _listen(arguments))
+
+
+def _operation(arguments: argparse.Namespace) -> dict[str, str | None]:
+    return {"bundle": arguments.bundle, "log": arguments.log, "mode": arguments.mode}
+
+
+def _listen(arguments: argparse.Namespace) -> Listen:
+    from marginroute.adapters.listen import listen_from
+
+    tls = (arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca)
+    return listen_from(arguments.uds, arguments.host, arguments.port, tls)
+
+
+def _serving(command: argparse.ArgumentParser, port: int) -> None:
+    """Arguments of everything that serves a bundle."""
+    command.add_argument("bundle", metavar="BUNDLE", nargs="?", help="folder written by export.py")
+    command.add_argument("--config", metavar="FILE", help="YAML file of settings (docs/gateways.md)")
+    command.add_argument("--log", metavar="FILE", help="JSONL file that decision records are appended to")
+    command.add_argument("--mode", choices=("shadow", "canary", "live"), help="how far it may act (default: shadow)")
+    where = command.add_argument_group("where it listens")
+    where.add_argument("--uds", metavar="PATH", help="Unix socket, in place of --host and --port")
+    where.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
+    where.add_argument("--port", type=int, default=port, help=f"TCP port (default: {port})")
+    where.add_argument("--tls-cert", metavar="PEM", help="certificate; needed where other machines can reach it")
+    where.add_argument("--tls-key", metavar="PEM", help="its key")
+    where.add_argument("--tls-client-ca", metavar="PEM", help="let in only clients with a certificate of this CA")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +92,15 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--start", metavar="FILE", help="--out of an earlier run that the gateway ran with")
     learn.add_argument("--half-life", type=float, default=float("inf"), metavar="N", help="answers (default: no decay)")
     learn.add_argument("--out", type=Path, metavar="FILE", help="what the gateway loads (setting `feedback`)")
+    sidecar = command("serve", _serve, "Decide for any gateway that calls HTTP.")
+    _serving(sidecar, 9003)
+    sidecar.add_argument("--token-file", metavar="FILE", help="token that callers must show (Authorization: Bearer)")
+    picker = command("envoy", _envoy, "Pick endpoints for Envoy, over ext_proc (Gateway API Inference Extension).")
+    _serving(picker, 9002)
+    printed = picker.add_argument_group("instead of picking")
+    modes = ("observe", "headers", "buffered", "full-duplex")
+    printed.add_argument("--print-envoy", choices=modes, help="print a configuration of Envoy for this picker")
+    printed.add_argument("--envoy-port", type=int, default=10000, help="that Envoy listens on (default: 10000)")
     return parser
 
 

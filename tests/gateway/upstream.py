@@ -17,6 +17,18 @@ GAP_S = 0.005
 PROMPT_TOKENS = 21
 
 
+def read_body(handler: BaseHTTPRequestHandler) -> bytes:
+    """The body of a request, in one piece or in chunks."""
+    if "Content-Length" in handler.headers:
+        return handler.rfile.read(int(handler.headers["Content-Length"]))
+    data = b""
+    while size := int(handler.rfile.readline(), 16):
+        data += handler.rfile.read(size)
+        handler.rfile.readline()
+    handler.rfile.readline()
+    return data
+
+
 class Upstream:
     """Serves `/v1/chat/completions` on a free loopback port until `close`."""
 
@@ -32,8 +44,7 @@ class Upstream:
                 pass
 
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                upstream.answer(self, body)
+                upstream.answer(self, json.loads(read_body(self)))
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True

@@ -1,0 +1,174 @@
+"""What every adapter that is asked from outside shares: endpoints of candidates, names of classes and tasks, settings.
+
+A `Desk` stands between a protocol (Envoy's, HTTP) and the gateway that decides.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, TypeVar
+
+from marginroute import view as v
+from marginroute.adapters.metrics import Histogram
+from marginroute.errors import InputError
+from marginroute.gateway import Facts, Verdict
+from marginroute.operation import OperationSettings, open_gateway
+
+log = logging.getLogger("marginroute.gateway")
+
+CAN = ("cache", "defer", "shed", "hold")
+MOST_WARNINGS = 100
+
+
+@dataclass(frozen=True)
+class DeskSettings(OperationSettings):
+    """What the operator sets, beside what every adapter knows.
+
+    Attributes:
+        endpoints: where each candidate is reached, such as `10.0.0.7:8000`.
+        default_class: class of requests that name none; empty: the bundle's first.
+        default_task: task type of requests that name none; empty: the bundle's first.
+    """
+
+    endpoints: Mapping[str, str] = field(default_factory=dict)
+    default_class: str = ""
+    default_task: str = ""
+
+
+class Desk:
+    """Decides for one protocol server.
+
+    Args:
+        settings: of the operator.
+        can: what the gateway behind it could carry out beside sending a request on.
+
+    Attributes:
+        endpoint: address by candidate; name_at: candidate by address.
+        decided: decisions by candidate, kind, guard, and whether they are acted on.
+        took: their time.
+        errors: exceptions of ours by place; none of them reached a request.
+
+    Raises:
+        InputError: the bundle, a name in the settings, or the log is unusable.
+    """
+
+    def __init__(self, settings: DeskSettings, can: Collection[str] = ("shed",)) -> None:
+        check_names("can", can, CAN)
+        self.settings, self.gateway = settings, open_gateway(settings, can)
+        layout = self.gateway.bundle.layout
+        try:
+            serving = layout.names[: int((layout.kind <= v.PROVIDER).sum())]
+            check_names("endpoints", settings.endpoints, serving)
+            for key, known in (("default_class", layout.class_names), ("default_task", layout.task_names)):
+                check_names(key, filter(None, [getattr(settings, key)]), known)
+        except InputError:
+            self.gateway.close()
+            raise
+        self.endpoint = dict(settings.endpoints)
+        self.name_at = {address: name for name, address in self.endpoint.items()}
+        self.decided: dict[tuple[str, str, str, bool], int] = {}
+        self.took = Histogram()
+        self.errors: dict[str, int] = {}
+        self._warned: set[str] = set()
+
+    def decide(self, facts: Facts) -> Verdict:
+        """What to do with a request, counted."""
+        began_s = time.perf_counter()
+        verdict = self.gateway.decide(facts)
+        self.took.add(time.perf_counter() - began_s)
+        decision = verdict.decision
+        key = decision.name, decision.kind, decision.guard, verdict.acting
+        self.decided[key] = self.decided.get(key, 0) + 1
+        return verdict
+
+    def known(self, what: str, name: str | None) -> str:
+        """A `class` or `task` that the bundle knows; the default for any other."""
+        layout, settings = self.gateway.bundle.layout, self.settings
+        known = layout.class_names if what == "class" else layout.task_names
+        default = (settings.default_class if what == "class" else settings.default_task) or known[0]
+        if not name:
+            return default
+        if name in known:
+            return name
+        self.warn_once(f"{what} {name[:60]!r} is not in the bundle; taken as {default!r}")
+        return default
+
+    def failed(self, where: str, error: Exception) -> None:
+        """Counts an exception of ours, and logs the first of each kind."""
+        self.errors[where] = self.errors.get(where, 0) + 1
+        if self.errors[where] == 1:
+            log.warning("marginroute: %s failed; later ones are only counted (%r)", where, error)
+
+    def warn_once(self, message: str) -> None:
+        """Logs what an operator should see, once."""
+        if message not in self._warned and len(self._warned) < MOST_WARNINGS:
+            self._warned.add(message)
+            log.warning("marginroute: %s", message)
+
+    def close(self) -> None:
+        """Writes what is pending and closes the log."""
+        self.gateway.close()
+
+
+def check_names(what: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Raises InputError at the first name that is not known."""
+    for name in names:
+        if name not in known:
+            raise InputError(f"{what}: {name!r} is unknown; legal: {', '.join(known)}")
+
+
+Settings = TypeVar("Settings", bound=OperationSettings)
+
+
+def read_settings(cls: type[Settings], path: str | None, given: Mapping[str, Any]) -> Settings:
+    """Settings from a YAML file and from a command line, which wins.
+
+    Raises:
+        InputError: something is missing, unreadable, unknown or of the wrong kind.
+    """
+    values: dict[str, Any] = {} if path is None else _read_yaml(path)
+    known = {f.name: f for f in fields(cls)}
+    for key, value in values.items():
+        if key not in known:
+            raise InputError(f"{path}: unknown key {key!r}; legal: {', '.join(known)}")
+        if not _fits(value, known[key]):
+            raise InputError(f"{path}: {key} = {value!r} is of the wrong kind; see docs/gateways.md")
+    values |= {key: value for key, value in given.items() if value is not None}
+    for name in ("bundle", "log"):
+        if not values.get(name):
+            raise InputError(f"no {name} is named; give it on the command line or in the file of --config")
+    return cls(**values)
+
+
+def _fits(value: Any, setting: Field[Any]) -> bool:
+    """Whether a value is of the kind of a setting's default."""
+    default = "" if setting.default is MISSING else setting.default
+    if callable(setting.default_factory):
+        default = setting.default_factory()
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if default is None or isinstance(default, int | float):
+        number = isinstance(value, int) or (isinstance(value, float) and not isinstance(default, int))
+        return (number and not isinstance(value, bool)) or value is default
+    if isinstance(default, tuple):
+        return isinstance(value, list) and all(isinstance(x, str) for x in value)
+    if not isinstance(default, dict):
+        return isinstance(value, str)
+    named = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    return named and (setting.name == "rollback" or all(isinstance(x, str) for x in value.values()))
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} is unreadable or not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must map settings to values")
+    return values

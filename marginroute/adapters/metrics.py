@@ -1,0 +1,78 @@
+"""Counters of a desk as Prometheus metrics; needs prometheus-client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from marginroute.adapters.desk import Desk
+
+DECISION_S = (25e-6, 50e-6, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.1, 1.0)  # upper bounds of the histogram
+
+
+class Histogram:
+    """How often something took how long."""
+
+    def __init__(self) -> None:
+        self.counts, self.sum_s = [0] * (len(DECISION_S) + 1), 0.0
+
+    def add(self, seconds: float) -> None:
+        """One more."""
+        self.sum_s += seconds
+        for i, bound_s in enumerate(DECISION_S):
+            if seconds <= bound_s:
+                self.counts[i] += 1
+                return
+        self.counts[-1] += 1
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """(upper bound, count up to it), as Prometheus wants them."""
+        total, rows = 0, []
+        for bound, count in zip((*map(str, DECISION_S), "+Inf"), self.counts, strict=True):
+            total += count
+            rows.append((bound, float(total)))
+        return rows
+
+
+class _Collector:
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client import core
+
+        desk, gateway = self._desk, self._desk.gateway
+        status, layout = gateway.status(), gateway.bundle.layout
+        decisions = core.CounterMetricFamily(
+            "marginroute_decisions", "Decisions", labels=("candidate", "kind", "guard", "acting")
+        )
+        for (name, kind, guard, acting), count in list(desk.decided.items()):
+            decisions.add_metric((name, kind, guard, str(acting).lower()), count)
+        yield decisions
+        took = core.HistogramMetricFamily("marginroute_decision_seconds", "Time of a decision")
+        took.add_metric((), desk.took.cumulative(), desk.took.sum_s)
+        yield took
+        errors = core.CounterMetricFamily("marginroute_errors", "Exceptions of ours, by place", labels=("place",))
+        for place, count in list(desk.errors.items()):
+            errors.add_metric((place,), count)
+        yield errors
+        in_flight = core.GaugeMetricFamily("marginroute_in_flight", "Requests in flight", labels=("candidate",))
+        for name, count in zip(layout.names, gateway.state.counters()["in_flight"].tolist(), strict=True):
+            in_flight.add_metric((name,), count)
+        yield in_flight
+        yield core.GaugeMetricFamily("marginroute_pending", "Decided and not finished", value=status["pending"])
+        yield core.GaugeMetricFamily("marginroute_share", "Of requests that are acted on", value=status["share"])
+        yield core.CounterMetricFamily("marginroute_rollbacks", "Returns to shadow mode", value=status["rollbacks"])
+        info = core.InfoMetricFamily("marginroute_bundle", "What decides")
+        info.add_metric((), {name: str(status[name]) for name in ("policy", "bundle", "mode", "state")})
+        yield info
+
+
+def exposition(desk: Desk) -> bytes:
+    """All metrics as text."""
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector(desk))
+    return bytes(generate_latest(registry))
