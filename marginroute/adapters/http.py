@@ -1,0 +1,203 @@
+"""The HTTP sidecar: for every gateway that can call HTTP.
+
+    marginroute serve BUNDLE --log decisions.jsonl --uds /run/marginroute/sidecar.sock
+
+On a Unix socket or loopback by default; with TLS and a token where other machines can reach it. The API describes
+itself at `/openapi.json`. See docs/gateways.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from marginroute.adapters.desk import Desk, DeskSettings, log
+from marginroute.adapters.http_app import App
+from marginroute.adapters.listen import Listen, run_loop
+from marginroute.errors import InputError
+
+MAX_HEADER_BYTES = 16 << 10
+READ_S = 10.0  # that a request may take to arrive
+IDLE_S = 120.0  # that a connection may wait for its next request
+STOP_S = 5.0  # that requests under way get when the process is asked to end
+MOST_CONNECTIONS = 16_000
+MIN_TOKEN = 16  # characters
+
+
+@dataclass(frozen=True)
+class HttpSettings(DeskSettings):
+    """What the operator sets.
+
+    Attributes:
+        can: what the caller can do beside sending a request on: any of `cache`, `defer`, `shed`, `hold`.
+        max_body_bytes: of a request; a larger one is refused.
+        token_file: file with the token that callers must show; empty: none.
+    """
+
+    can: tuple[str, ...] = ("shed",)
+    max_body_bytes: int = 1 << 20
+    token_file: str = ""
+
+
+def _protocol() -> type[Any]:
+    """Uvicorn's parser with limits that it lacks: size of the headers, and time for a request to arrive."""
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    class Limited(HttpToolsProtocol):  # type: ignore[misc]
+        _timer: asyncio.TimerHandle | None = None
+        _header_bytes = 0
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._wait(READ_S)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._wait(None)
+            super().connection_lost(exc)
+
+        def on_message_begin(self) -> None:
+            self._header_bytes = 0
+            super().on_message_begin()
+
+        def on_url(self, url: bytes) -> None:
+            self._count(len(url))
+            super().on_url(url)
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            self._count(len(name) + len(value))
+            super().on_header(name, value)
+
+        def on_message_complete(self) -> None:
+            self._wait(None)
+            super().on_message_complete()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if not self.transport.is_closing():
+                self._wait(IDLE_S)
+
+        def _count(self, size: int) -> None:
+            self._header_bytes += size
+            if self._header_bytes > MAX_HEADER_BYTES:
+                self.transport.close()
+                raise ValueError("headers are too large")
+
+        def _wait(self, seconds: float | None) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = None if seconds is None else self.loop.call_later(seconds, self.transport.close)
+
+    return Limited
+
+
+def bound_socket(listen: Listen) -> socket.socket:
+    """A listening socket; a Unix socket is only for its owner and group.
+
+    Raises:
+        InputError: the address cannot be used.
+    """
+    listen.clear()
+    family = socket.AF_UNIX if listen.uds else socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+    made = socket.socket(family)
+    before = os.umask(0o117)
+    try:
+        if not listen.uds:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(listen.uds if listen.uds else (listen.host, listen.port))
+        made.listen(4096)
+    except OSError as error:
+        made.close()
+        raise InputError(f"{listen.text} cannot be listened on ({error.strerror or error})") from None
+    finally:
+        os.umask(before)
+    return made
+
+
+def read_token(path: str) -> str:
+    """The token in a file.
+
+    Raises:
+        InputError: the file is unreadable, or what it holds is too short to be one.
+    """
+    try:
+        with open(path, encoding="ascii") as file:
+            token = file.read(4096).strip()
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"token_file {path} is missing or unreadable") from None
+    if len(token) < MIN_TOKEN or not token.isprintable() or " " in token:
+        raise InputError(f"token_file {path} holds no token; legal is a word of {MIN_TOKEN} characters or more")
+    return token
+
+
+async def _serve(app: App, listen: Listen) -> None:
+    import uvicorn
+
+    with bound_socket(listen) as made:
+        tls: dict[str, Any] = {}
+        if listen.tls is not None:
+            key, cert, ca = listen.tls
+            tls = {"ssl_keyfile": key, "ssl_certfile": cert}
+            if ca is not None:
+                import ssl
+
+                tls |= {"ssl_ca_certs": ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
+        config = uvicorn.Config(
+            app,
+            http=_protocol(),
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            date_header=False,
+            proxy_headers=False,
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_keep_alive=int(IDLE_S),
+            timeout_graceful_shutdown=int(STOP_S),
+            ws="none",
+            **tls,
+        )
+        server = uvicorn.Server(config)
+        stop = server.handle_exit
+
+        def handle_exit(sig: int, frame: Any) -> None:
+            app.stopping = True
+            stop(sig, frame)
+
+        server.handle_exit = handle_exit  # type: ignore[method-assign]
+        where = listen.text if listen.uds or listen.port else f"{listen.host}:{made.getsockname()[1]}"
+        log.warning("marginroute: sidecar on %s", where)
+        await server.serve(sockets=[made])
+
+
+def run(settings: HttpSettings, listen: Listen) -> int:
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+        InputError: the settings, the bundle or the address are unusable, or a package is missing.
+    """
+    try:
+        import httptools  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"{error.name} is not installed; pip install 'marginroute[http]'") from None
+    token = read_token(settings.token_file) if settings.token_file else ""
+    if not listen.local and not token:
+        raise InputError(f"{listen.host} can be reached from other machines: name a token_file")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
+    desk = Desk(settings, settings.can)
+    try:
+        run_loop(_serve(App(desk, settings.max_body_bytes, token), listen))
+    finally:
+        desk.close()
+        with contextlib.suppress(FileNotFoundError):
+            if listen.uds:
+                os.unlink(listen.uds)
+    return 0

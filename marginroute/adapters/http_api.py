@@ -1,0 +1,148 @@
+"""The sidecar's API: what each call takes and gives; `/openapi.json` and the checks are made of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from marginroute import __version__
+from marginroute.adapters.schema import Schema, array, boolean, fields, integer, number, one_of, string
+
+MOST_TOKENS = 100_000_000
+MOST_S = 1e7
+MOST_CANDIDATES = 4096
+MOST_EVENTS = 1000
+
+_ID = string(200, "of the request, the same in every call about it", least=1)
+_NAME = string(200, "a candidate of the bundle", least=1)
+_MESSAGE = fields({"role": string(100, "`user` for what is asked")}, closed=False)
+
+DECIDE = fields(
+    {
+        "id": {**_ID, "description": "of the request; left out: one is made up"},
+        "prompt_tokens": integer(0, MOST_TOKENS, "known or estimated; left out: from `prompt` or `messages`"),
+        "prompt": string(1 << 24, "text; counted, hashed, read by the bundle's predictor, and not kept"),
+        "messages": array(_MESSAGE, 10_000, "as in chat completions, in place of `prompt`"),
+        "class": string(200, "customer class; unknown ones count as the default"),
+        "task": string(200, "task type; unknown ones count as the default"),
+        "tenant": string(200, "who pays; a canary may go by it"),
+        "session": string(200, "conversation or agent run; a canary may go by it"),
+        "available": array(_NAME, MOST_CANDIDATES, "candidates that may serve it now; left out: all"),
+        "cached_tier": string(200, "tier of a stored answer that the gateway has for this request"),
+        "difficulty_signal": number(-1e3, 1e3, "standardised predictor of difficulty"),
+        "deadline_left_s": number(0.0, MOST_S, "seconds until its deadline; left out: none"),
+        "streamed": boolean("whether first token and progress will be reported"),
+        "sent": boolean("whether it leaves for the candidate at once, if the decision is acted on; left out: true"),
+        "explain": boolean("whether to say why, in USD"),
+    }
+)
+
+EVENT = fields(
+    {
+        "event": one_of(
+            ("sent", "first_token", "progress", "attempt_failed", "finished", "scraped"),
+            "`sent`: it leaves for `candidate`. `first_token`: it came `ago_s` ago. `progress`: `tokens` so far."
+            " `attempt_failed`: it may be decided again. `finished`: with `status` and what is known of the outcome."
+            " `scraped`: an engine's metrics, of no request",
+        ),
+        "id": _ID,
+        "candidate": _NAME,
+        "streamed": boolean("whether first token and progress will be reported"),
+        "ago_s": number(0.0, MOST_S, "seconds since it happened"),
+        "tokens": integer(0, MOST_TOKENS, "output tokens streamed so far"),
+        "status": one_of(("completed", "failed", "abandoned", "shed"), "how it ended"),
+        "served_by": string(200, "candidate that answered; empty: none of the bundle's"),
+        "ttft_s": number(0.0, MOST_S, "from the request's arrival to its first token"),
+        "e2e_s": number(0.0, MOST_S, "from the request's arrival to its last token"),
+        "attempt_ttft_s": number(0.0, MOST_S, "the same from the start of the attempt that answered"),
+        "attempt_e2e_s": number(0.0, MOST_S, "the same"),
+        "prompt_tokens": integer(0, MOST_TOKENS, "as counted by who answered"),
+        "output_tokens": integer(0, MOST_TOKENS, "the same"),
+        "cost_usd": number(0.0, 1e6, "what the answer cost the operator; left out: by the bundle's figures"),
+        "waiting": number(0.0, 1e6, "scraped: requests waiting in the engine"),
+        "running": number(0.0, 1e6, "scraped: requests running in the engine"),
+        "kv_usage": number(0.0, 1.0, "scraped: share of KV blocks in use"),
+    },
+    ("event",),
+)
+NEEDS = {
+    "sent": ("id", "candidate"),
+    "first_token": ("id",),
+    "progress": ("id", "tokens"),
+    "attempt_failed": ("id",),
+    "finished": ("id", "status"),
+    "scraped": ("candidate", "waiting", "running", "kv_usage"),
+}
+EVENTS = fields({"events": array(EVENT, MOST_EVENTS, "in the order in which they happened")}, ("events",))
+
+DECISION = fields(
+    {
+        "id": string(200, "of the request"),
+        "candidate": string(200, "the choice"),
+        "kind": one_of(("replica", "provider", "cache", "defer", "shed"), "of the choice"),
+        "endpoint": string(1000, "where the candidate is reached, if the settings say; else empty"),
+        "acting": boolean("true: do it; false (shadow mode, or not in the canary): route as without us"),
+        "attempt": integer(1, MOST_TOKENS, "1 for the first decision of a request"),
+        "retry_after_s": number(0.0, MOST_S, "for *shed*: when to try again, about"),
+        "policy": string(200, "that decided"),
+        "guard": string(200, "why the fallback decided; empty if it did not"),
+        "reason_usd": {"type": "object", "additionalProperties": {"type": "number"}, "description": "with `explain`"},
+        "runner_up": string(200, "with `explain`: what came second"),
+        "runner_up_usd": number(-1e9, 1e9, "with `explain`: by how many USD"),
+        "probability": number(0.0, 1.0, "with `explain`: that it was chosen"),
+    },
+    ("id", "candidate", "kind", "endpoint", "acting", "attempt", "retry_after_s", "policy", "guard"),
+)
+COUNTED = fields(
+    {"known": integer(0, MOST_EVENTS, "events of requests that are under way, and scrapes; the others are ignored")},
+    ("known",),
+)
+ERROR = fields({"error": string(10_000, "one sentence")}, ("error",))
+
+
+def _json(schema: Schema, about: str) -> dict[str, Any]:
+    return {"description": about, "content": {"application/json": {"schema": schema}}}
+
+
+def _call(summary: str, takes: Schema | None, gives: Schema, secured: bool = True) -> dict[str, Any]:
+    responses = {"200": _json(gives, "done")}
+    if secured:
+        responses["401"] = _json(ERROR, "the token is missing or wrong")
+    call: dict[str, Any] = {"summary": summary, "responses": responses}
+    if takes is not None:
+        call["requestBody"] = {"required": True, "content": {"application/json": {"schema": takes}}}
+        for code, about in (("400", "no JSON"), ("413", "too large"), ("422", "not what the schema says")):
+            responses[code] = _json(ERROR, about)
+    if not secured:
+        call["security"] = []
+    return call
+
+
+_ANYTHING: Schema = {"type": "object"}
+
+
+def document() -> dict[str, Any]:
+    """The OpenAPI document."""
+    text = {"description": "Prometheus text", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    metrics = _call("Counters for Prometheus.", None, _ANYTHING)
+    metrics["responses"]["200"] = text
+    ready = _call("Whether it takes requests.", None, _ANYTHING, secured=False)
+    ready["responses"]["503"] = _json(_ANYTHING, "it is stopping")
+    return {
+        "openapi": "3.0.3",
+        "info": {
+            "title": "marginroute sidecar",
+            "version": __version__,
+            "description": "Decides where a request goes, by an exported bundle.",
+        },
+        "paths": {
+            "/v1/decide": {"post": _call("Where a request should go.", DECIDE, DECISION)},
+            "/v1/events": {"post": _call("What became of requests.", EVENTS, COUNTED)},
+            "/v1/status": {"get": _call("Mode, bundle and what is under way.", None, _ANYTHING)},
+            "/metrics": {"get": metrics},
+            "/health": {"get": _call("Whether the process answers.", None, _ANYTHING, secured=False)},
+            "/ready": {"get": ready},
+            "/openapi.json": {"get": _call("This document.", None, _ANYTHING, secured=False)},
+        },
+        "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "security": [{"token": []}],
+    }

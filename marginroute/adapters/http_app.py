@@ -1,0 +1,255 @@
+"""The sidecar's calls, as a plain ASGI application; free of servers and sockets."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import math
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from marginroute.adapters import chat, http_api, metrics, schema
+from marginroute.adapters.desk import Desk
+from marginroute.errors import InputError
+from marginroute.gateway import Facts, Outcome, Verdict
+
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+
+JSON, TEXT = b"application/json", b"text/plain; version=0.0.4; charset=utf-8"
+OUTCOME = ("ttft_s", "e2e_s", "attempt_ttft_s", "attempt_e2e_s", "prompt_tokens", "output_tokens", "cost_usd")
+MOST_FORGOTTEN = 1000  # prompts whose request is not under way any more, before their lengths are dropped
+
+
+class TooLargeError(Exception):
+    """A body beyond the limit."""
+
+
+class App:
+    """Answers calls.
+
+    Args:
+        desk: decides.
+        max_body_bytes: of a request.
+        token: that clients must show; empty: none.
+
+    Attributes:
+        stopping: says that no further request should be sent here.
+    """
+
+    def __init__(self, desk: Desk, max_body_bytes: int = 1 << 20, token: str = "") -> None:
+        self.desk, self.stopping = desk, False
+        self._gateway, self._max_body_bytes = desk.gateway, max_body_bytes
+        self._bearer = f"Bearer {token}".encode() if token else b""
+        self._ratio = chat.TokenRatio()
+        self._characters: dict[str, int] = {}  # of the prompts of requests under way whose tokens were estimated
+        self._block_bytes = round(desk.settings.prefix_block_tokens / chat.TOKENS_PER_CHARACTER)
+        self._document = json.dumps(http_api.document()).encode()
+        self._posts: dict[str, Callable[[bytes], dict[str, Any]]] = {
+            "/v1/decide": self.decide,
+            "/v1/events": self.events,
+        }
+        self._gets: dict[str, Callable[[], tuple[int, bytes, bytes]]] = {
+            "/v1/status": lambda: (200, JSON, json.dumps(self._gateway.status()).encode()),
+            "/metrics": lambda: (200, TEXT, metrics.exposition(self.desk)),
+        }
+        self._open: dict[str, Callable[[], tuple[int, bytes, bytes]]] = {
+            "/health": lambda: (200, JSON, b'{"status":"alive"}'),
+            "/ready": lambda: (
+                (503, JSON, b'{"status":"stopping"}') if self.stopping else (200, JSON, b'{"status":"ready"}')
+            ),
+            "/openapi.json": lambda: (200, JSON, self._document),
+        }
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        """One call."""
+        if scope["type"] != "http":
+            return
+        status, kind, body, more = 500, JSON, b"", []
+        try:
+            status, kind, body, more = await self._answer(scope, receive)
+        except TooLargeError:
+            status, body = 413, error(f"the body is larger than {self._max_body_bytes} bytes")
+            more = [(b"connection", b"close")]
+        except ConnectionError:
+            return
+        except Exception as exception:  # the caller has its own fallback
+            self.desk.failed(f"call of {scope['path'][:40]}", exception)
+            body = error("the decision failed; route as without us")
+        headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *more]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+    async def _answer(self, scope: Mapping[str, Any], receive: Receive) -> tuple[int, bytes, bytes, list[Any]]:
+        path, method = scope["path"], scope["method"]
+        if self._bearer and path not in self._open and not self._may_enter(scope["headers"]):
+            return 401, JSON, error("the token is missing or wrong"), [(b"www-authenticate", b"Bearer")]
+        post = self._posts.get(path)
+        if post is not None and method == "POST":
+            data = await self._body(scope["headers"], receive)
+            try:
+                value = schema.parse(data)
+            except InputError as problem:
+                return 400, JSON, error(str(problem)), []
+            try:
+                answer = post(value)
+            except InputError as problem:
+                return 422, JSON, error(str(problem)), []
+            return 200, JSON, json.dumps(answer, separators=(",", ":")).encode(), []
+        get = self._gets.get(path) or self._open.get(path)
+        if get is not None and method in ("GET", "HEAD"):
+            return *get(), []
+        if get is None and post is None:
+            return 404, JSON, error("there is no such path; /openapi.json lists them"), []
+        allowed = b"POST" if post is not None else b"GET, HEAD"
+        return 405, JSON, error("this path takes another method"), [(b"allow", allowed)]
+
+    def _may_enter(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        shown = next((value for name, value in headers if name == b"authorization"), b"")
+        return hmac.compare_digest(shown, self._bearer)
+
+    async def _body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes:
+        for name, value in headers:
+            if name == b"content-length" and int(value) > self._max_body_bytes:
+                raise TooLargeError
+        data, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ConnectionError
+            data += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(data) > self._max_body_bytes:
+                raise TooLargeError
+        return data
+
+    def decide(self, asked: Any) -> dict[str, Any]:
+        """`POST /v1/decide`.
+
+        Raises:
+            InputError: the request is not what the API takes.
+        """
+        schema.check(asked, http_api.DECIDE)
+        facts, streamed = self._facts(asked), asked.get("streamed", False)
+        verdict = self.desk.decide(facts)
+        decision = verdict.decision
+        if verdict.acting and asked.get("sent", True) and decision.kind in ("replica", "provider"):
+            self._gateway.sent(facts.id, decision.name, streamed)
+        return self._said(facts.id, verdict, asked.get("explain", False))
+
+    def _said(self, id: str, verdict: Verdict, explain: bool) -> dict[str, Any]:
+        decision = verdict.decision
+        said = {
+            "id": id,
+            "candidate": decision.name,
+            "kind": decision.kind,
+            "endpoint": self.desk.endpoint.get(decision.name, ""),
+            "acting": verdict.acting,
+            "attempt": verdict.attempt,
+            "retry_after_s": verdict.retry_after_s,
+            "policy": decision.policy,
+            "guard": decision.guard,
+        }
+        if explain:
+            said["reason_usd"] = {part: usd for part, usd in decision.reason_usd.items() if math.isfinite(usd)}
+            said |= {"runner_up": decision.runner_up, "runner_up_usd": decision.runner_up_usd}
+            said["probability"] = decision.probability
+        return said
+
+    def _facts(self, asked: Mapping[str, Any]) -> Facts:
+        layout = self._gateway.bundle.layout
+        known = layout.names
+        for name in asked.get("available", ()):
+            if name not in known:
+                raise InputError(f"body.available: {name[:60]!r} is unknown; legal: {', '.join(known)}")
+        tier = asked.get("cached_tier")
+        if tier is not None and tier not in layout.tier_names:
+            raise InputError(f"body.cached_tier: {tier[:60]!r} is unknown; legal: {', '.join(layout.tier_names)}")
+        id = asked.get("id") or uuid.uuid4().hex
+        prompt = asked["messages"] if "messages" in asked else asked.get("prompt")
+        texts = list(chat.texts(prompt)) if prompt is not None else []
+        tokens = asked.get("prompt_tokens")
+        if tokens is None:
+            characters = sum(map(len, texts))
+            self._remember(id, characters)
+            tokens = self._ratio.tokens(characters)
+        hashes, block_tokens = self._hashed(texts, tokens)
+        return Facts(
+            id=id,
+            prompt_tokens=tokens,
+            class_name=self.desk.known("class", asked.get("class")),
+            task_name=self.desk.known("task", asked.get("task")),
+            tenant=asked.get("tenant", ""),
+            session=asked.get("session", ""),
+            available=asked.get("available", tuple(self.desk.endpoint) or None),
+            cached_tier=tier,
+            difficulty_signal=float(asked.get("difficulty_signal", 0.0)),
+            deadline_left_s=float(asked.get("deadline_left_s", math.inf)),
+            hashes=hashes,
+            block_tokens=block_tokens,
+            prompt=chat.question(prompt) if texts and self._gateway.bundle.predictor is not None else None,
+        )
+
+    def _hashed(self, texts: list[str], tokens: int) -> tuple[list[int], float | None]:
+        if not texts or self._block_bytes == 0 or not self._gateway.state.hashes_prompts:
+            return [], None
+        data = b"\0".join(text.encode("utf-8", "replace") for text in texts)
+        return chat.hashed(data, self._block_bytes, tokens)
+
+    def _remember(self, id: str, characters: int) -> None:
+        self._characters[id] = characters
+        while len(self._characters) > self._gateway.pending + MOST_FORGOTTEN:
+            self._characters.pop(next(iter(self._characters)))
+
+    def events(self, told: Any) -> dict[str, Any]:
+        """`POST /v1/events`: all of them are taken, or none if one is not legal.
+
+        Raises:
+            InputError: one is not.
+        """
+        schema.check(told, http_api.EVENTS)
+        for i, event in enumerate(told["events"]):
+            missing = next((name for name in http_api.NEEDS[event["event"]] if name not in event), None)
+            if missing is not None:
+                raise InputError(f"body.events[{i}].{missing} is missing; {event['event']} needs it")
+            for name in ("candidate", "served_by"):
+                if event.get(name) and event[name] not in self._gateway.bundle.layout.names:
+                    raise InputError(f"body.events[{i}].{name}: {event[name][:60]!r} is no candidate of the bundle")
+        return {"known": sum(self._take(event) for event in told["events"])}
+
+    def _take(self, event: Mapping[str, Any]) -> bool:
+        gateway, kind, id = self._gateway, event["event"], event.get("id", "")
+        if kind == "scraped":
+            figures = (float(event[name]) for name in ("waiting", "running", "kv_usage"))
+            index = gateway.bundle.layout.names.index(event["candidate"])
+            gateway.state.scraped(index, *figures, age_s=float(event.get("ago_s", 0.0)))
+            return True
+        if gateway.arrived_at_s(id) is None:
+            return False
+        if kind == "sent":
+            gateway.sent(id, event["candidate"], event.get("streamed", False))
+        elif kind == "first_token":
+            gateway.first_token(id, float(event.get("ago_s", 0.0)))
+        elif kind == "progress":
+            gateway.progress(id, event["tokens"])
+        elif kind == "attempt_failed":
+            gateway.attempt_failed(id)
+        else:
+            self._finished(id, event)
+        return True
+
+    def _finished(self, id: str, event: Mapping[str, Any]) -> None:
+        characters = self._characters.pop(id, 0)
+        self._ratio.learn(characters, event.get("prompt_tokens", 0))
+        arrived_s = self._gateway.arrived_at_s(id)
+        figures = {name: event.get(name) for name in OUTCOME}
+        if figures["e2e_s"] is None and arrived_s is not None:
+            figures["e2e_s"] = max(time.time() - arrived_s, 0.0)
+        self._gateway.finished(id, Outcome(event["status"], event.get("served_by", ""), **figures))
+
+
+def error(text: str) -> bytes:
+    """The body of a refusal."""
+    return json.dumps({"error": text}).encode()
