@@ -17,9 +17,7 @@ from marginroute.errors import InputError
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario
-    from evaluation.bounds import Bounds
-    from evaluation.contest import Contest, Entrants, Play
-    from evaluation.report import Report
+    from evaluation.contest import Entrants, Play
 
 
 DEFAULT_SCENARIO = "quickstart"
@@ -38,6 +36,12 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--columns", metavar="NAME=COLUMN,...", help="for csv: our names and the file's columns")
     parse.add_argument("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="scenario overrides")
     parse.add_argument("--log", type=Path, metavar="LOG", help="a gateway's decisions: backtest, or --policy on them")
+    parse.add_argument("--condition", nargs="+", default=[], action="extend", metavar="NAME", help="held out, or all")
+    parse.add_argument("--suite", action="store_true", help="every scenario in configs/scenarios: table, JSON, page")
+    parse.add_argument("--out", type=Path, metavar="DIR", help="of --suite: where to write (reports)")
+    parse.add_argument(
+        "--runs", type=Path, metavar="DIR", help="of --suite: holds run folders by scenario (default: runs)"
+    )
     parse.add_argument("--bound", action="store_true", help="compute upper bounds of the margin, too")
     parse.add_argument("--until-ci", type=float, metavar="USD", help="play until gains are known to +- USD per 1k")
     parse.add_argument("--vary", nargs="+", default=[], action="extend", metavar="KEY=V1,V2|A..B", help="what if: plan")
@@ -63,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     episodes = args.episodes or (MOST_EPISODES if args.until_ci is not None else 32)
     play = Play(episodes, args.seed, args.workers, not args.no_cache, args.until_ci)
     settings = planned(args)
+    if args.suite:
+        suite(args, play)
+        return 0
     if args.log is not None:
         from evaluation.log_command import backtest, off_policy
 
@@ -77,18 +84,32 @@ def main(argv: list[str] | None = None) -> int:
         explain(scenario, entrants, play, args.explain)
     elif settings:
         plan(args, scenario, entrants, settings, play)
+    elif args.condition:
+        from evaluation.conditions import examine
+
+        examine(args, scenario, entrants, play)
     else:
+        from evaluation.compare import compare
+
         compare(args, scenario, hold(scenario, entrants, play), play)
     return 0
 
 
-def load(args: argparse.Namespace, more: Mapping[str, str]) -> Scenario:
-    """The scenario with the overrides of the command line, and more."""
+def suite(args: argparse.Namespace, play: Play) -> None:
+    """Plays every scenario of the suite."""
+    from evaluation.suite import run_suite
+
+    args.out, args.runs = args.out or Path("reports"), args.runs or Path("runs")
+    run_suite(args, lambda name: load(args, {}, name), play)
+
+
+def load(args: argparse.Namespace, more: Mapping[str, str], name: str | None = None) -> Scenario:
+    """The scenario (or the named one) with the overrides of the command line, and more."""
     from envs.scenario import load_scenario
     from evaluation.arguments import pairs
 
     return load_scenario(
-        args.scenario or DEFAULT_SCENARIO,
+        name or args.scenario or DEFAULT_SCENARIO,
         overrides={**pairs(args.set, "--set"), **more},
         trace=args.trace,
         trace_format=args.trace_format,
@@ -101,56 +122,6 @@ def planned(args: argparse.Namespace) -> list[dict[str, str]]:
     from evaluation.plan import settings
 
     return settings(args.vary) if args.vary else []
-
-
-def compare(args: argparse.Namespace, scenario: Scenario, contest: Contest, play: Play) -> None:
-    """Prints and writes the comparison."""
-    from evaluation.calibration import verdict
-    from evaluation.document import to_document, write_json
-    from evaluation.report import build_report
-    from evaluation.table import print_report
-
-    episodes = len(contest.results[contest.shown].seeds)
-    bounds = upper_bounds(scenario, range(play.seed, play.seed + episodes), play) if args.bound else None
-    report = build_report(scenario.name, contest.results, contest.best, bounds, verdict(scenario.hash))
-    if args.json is not None:
-        write_json(args.json, to_document(report))
-    if args.report is not None:
-        write_report(args.report, scenario, report, contest, play)
-    print_report(report)
-
-
-def write_report(path: Path, scenario: Scenario, report: Report, contest: Contest, play: Play) -> None:
-    """A page, or a Markdown card."""
-    from evaluation.document import write_text
-    from evaluation.page import markdown, write_page
-    from evaluation.page_data import collect
-    from evaluation.progress import progress_bar
-
-    if path.suffix == ".md":
-        write_text(path, markdown(report, contest.shown))
-        return
-    with progress_bar("report") as progress:
-        data = collect(
-            scenario,
-            contest.policies,
-            contest.shown,
-            contest.reference,
-            episodes=min(report.episodes, 32),
-            seed=play.seed,
-            progress=progress,
-            workers=play.workers,
-        )
-    write_page(path, report, data, contest.shown, f"python evaluate.py {' '.join(sys.argv[1:])}")
-
-
-def upper_bounds(scenario: Scenario, seeds: range, play: Play) -> Bounds:
-    """Bounds of the held-out episodes."""
-    from evaluation.bounds import bound_episodes
-    from evaluation.progress import progress_bar
-
-    with progress_bar("upper bounds") as progress:
-        return bound_episodes(scenario, seeds, progress=progress, workers=play.workers)
 
 
 def explain(scenario: Scenario, entrants: Entrants, play: Play, number: int) -> None:
@@ -191,9 +162,25 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} {value} is not legal; legal is {least} or more")
     if args.until_ci is not None and not args.until_ci > 0.0:
         raise InputError(f"--until-ci {args.until_ci} is not legal; legal is more than 0")
-    if args.explain is not None and args.vary:
-        raise InputError("--explain and --vary exclude each other; legal is one of them")
+    modes = ("explain", "vary", "log", "condition", "suite")
+    asked = [f"--{mode}" for mode in modes if (value := getattr(args, mode)) or (value == 0 and value is not False)]
+    if len(asked) > 1:
+        raise InputError(f"{' and '.join(asked)} exclude each other; legal is one of them")
+    for flag, value in (("--out", args.out), ("--runs", args.runs)):
+        if value is not None and not args.suite:
+            raise InputError(f"{flag} {value} needs --suite")
+    if args.suite:
+        _check_suite(args)
     check_trace_flags(args)
+
+
+def _check_suite(args: argparse.Namespace) -> None:
+    """Refuses flags that mean one scenario or one file."""
+    for flag in ("scenario", "policy", "trace", "json", "report"):
+        value = getattr(args, flag)
+        if value:
+            name = flag.upper() if flag == "scenario" else f"--{flag}"
+            raise InputError(f"{name} {value} does not go with --suite; legal are --runs DIR and --out DIR")
 
 
 if __name__ == "__main__":

@@ -9,15 +9,14 @@ from pathlib import Path
 
 from envs.scenario import Scenario
 from evaluation.cache import cached_play
+from evaluation.controls import CONTROLS, MATCHED_COST, SHUFFLED_MIX, matched_mixes, shuffled_mixes
 from evaluation.progress import progress_bar
 from evaluation.report import PER_1K
 from evaluation.results import EpisodeResults, concatenate
 from evaluation.statistics import confidence_sequence
 from marginroute.errors import InputError
-from marginroute.heuristics import ShuffledMix
 from marginroute.policy import Policy
 
-SHUFFLED_MIX = "shuffled-mix"
 MAX_VALIDATION_EPISODES = 16
 BATCH_EPISODES = 16
 MOST_EPISODES = 4096
@@ -30,16 +29,16 @@ class Entrants:
     Attributes:
         examined: of run folders and bundles.
         heuristics: tuned for the scenario.
-        with_mix: whether the content-blind control takes part.
+        controls: names of the content-blind controls that take part.
     """
 
     examined: Mapping[str, Policy]
     heuristics: Mapping[str, Policy]
-    with_mix: bool
+    controls: tuple[str, ...] = ()
 
     @property
     def all(self) -> dict[str, Policy]:
-        """Everybody but the control."""
+        """Everybody but the controls."""
         return {**self.examined, **self.heuristics}
 
 
@@ -117,15 +116,15 @@ def enter(scenario: Scenario, runs: list[str], baselines: str) -> Entrants:
         InputError: an unknown name, or nobody.
     """
     examined = load_policies(runs, scenario)
-    heuristics, with_mix = _baselines(scenario, baselines, runs)
+    heuristics, controls = _baselines(scenario, baselines, runs)
     if not examined and not heuristics:
         raise InputError("nothing to compare: give at least one --policy or one of --baselines")
-    return Entrants(examined, heuristics, with_mix)
+    return Entrants(examined, heuristics, controls)
 
 
-def hold(scenario: Scenario, entrants: Entrants, play: Play) -> Contest:
-    """Chooses the best heuristic on validation episodes, then plays everybody on held-out ones."""
-    best = choose_best(scenario, entrants.heuristics, play)
+def hold(scenario: Scenario, entrants: Entrants, play: Play, best: str | None = None) -> Contest:
+    """Chooses the best heuristic on validation episodes, unless it is given; then plays everybody on held-out ones."""
+    best = choose_best(scenario, entrants.heuristics, play) if best is None else best
     if play.until_usd is None:
         with progress_bar("held-out episodes") as progress:
             results = cached_play(
@@ -134,13 +133,17 @@ def hold(scenario: Scenario, entrants: Entrants, play: Play) -> Contest:
     else:
         results = _until(scenario, entrants, best, play, play.until_usd)
     policies = entrants.all
-    if entrants.with_mix:
-        mixes = shuffled_mixes(results, list(entrants.examined) or [str(best)])
+    of = list(entrants.examined) or [str(best)]
+    controls: dict[str, Policy] = {}
+    if SHUFFLED_MIX in entrants.controls:
+        controls |= shuffled_mixes(results, of)
+    if MATCHED_COST in entrants.controls:
+        controls |= matched_mixes(scenario, policies, results, of, play)
+    if controls:
         episodes = len(next(iter(results.values())).seeds)
-        with progress_bar("content-blind control") as progress:
-            results |= cached_play(scenario, mixes, episodes, play.seed, progress, play.workers, play.use_cache)
-        policies |= mixes
-    return Contest(best, tuple(entrants.heuristics), policies, results)
+        with progress_bar("content-blind controls") as progress:
+            results |= cached_play(scenario, controls, episodes, play.seed, progress, play.workers, play.use_cache)
+    return Contest(best, tuple(entrants.heuristics), policies | controls, results)
 
 
 def choose_best(scenario: Scenario, heuristics: Mapping[str, Policy], play: Play) -> str | None:
@@ -155,29 +158,22 @@ def choose_best(scenario: Scenario, heuristics: Mapping[str, Policy], play: Play
     return max(results, key=lambda name: float(results[name].margin_usd.sum()))
 
 
-def shuffled_mixes(results: Mapping[str, EpisodeResults], of: list[str]) -> dict[str, Policy]:
-    """For each policy of `of`, its tier shares given out at random: what its choice of content is worth."""
-    names = [SHUFFLED_MIX] if len(of) == 1 else [f"{SHUFFLED_MIX}:{name}" for name in of]
-    return {
-        name: ShuffledMix(name, tier_shares=results[policy].tier_shares) for name, policy in zip(names, of, strict=True)
-    }
-
-
-def _baselines(scenario: Scenario, wanted: str, runs: list[str]) -> tuple[dict[str, Policy], bool]:
-    """The tuned heuristics asked for, and whether the shuffled mix is among them."""
+def _baselines(scenario: Scenario, wanted: str, runs: list[str]) -> tuple[dict[str, Policy], tuple[str, ...]]:
+    """The tuned heuristics asked for, and which controls are among them."""
     if wanted == "none":
-        return {}, False
+        return {}, ()
     from agents.baselines import baselines_for
 
     known: dict[str, Policy] = {**baselines_for(scenario, run_dir=Path(runs[0]) if runs else None)}
-    known.pop(SHUFFLED_MIX, None)
+    for control in CONTROLS:
+        known.pop(control, None)
     if wanted == "all":
-        return known, True
+        return known, CONTROLS
     names = [name.strip() for name in wanted.split(",")]
     for name in names:
-        if name != SHUFFLED_MIX and name not in known:
-            raise InputError(f"--baselines {name!r} is not known; legal are {', '.join([*known, SHUFFLED_MIX])}")
-    return {name: known[name] for name in names if name != SHUFFLED_MIX}, SHUFFLED_MIX in names
+        if name not in (*known, *CONTROLS):
+            raise InputError(f"--baselines {name!r} is not known; legal are {', '.join([*known, *CONTROLS])}")
+    return {name: known[name] for name in names if name in known}, tuple(set(CONTROLS) & set(names))
 
 
 def _until(

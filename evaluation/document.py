@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from envs.economics.ledger import ACCOUNTS
+from envs.economics.ledger import ACCOUNTS, REVENUE_ACCOUNTS
 from evaluation.latency import METRICS
 from evaluation.report import PER_1K, Report, accounts_usd_per_1k, action_shares, shed_shares
 from evaluation.results import EpisodeResults, Floats
+from evaluation.router_cost import CPU_S_PER_DECISION, USD_PER_CORE_HOUR, router_usd_per_1k
 from evaluation.statistics import Estimate, ratio_of_sums
 from marginroute.errors import InputError
 
@@ -44,9 +45,12 @@ def to_document(report: Report) -> dict[str, Any]:
                 "delta_pct": paired.delta_pct,
                 "ci95": _ci95(paired.delta_usd_per_1k),
                 "p_value": paired.p_value,
+                "p_holm": paired.p_holm,
+                "net_of_router_usd_per_1k_requests": paired.net_usd_per_1k,
             }
             for name, paired in report.paired.items()
         },
+        "router": {"cpu_s_per_decision": CPU_S_PER_DECISION, "usd_per_core_hour": USD_PER_CORE_HOUR},
         "bounds": report.bounds_usd_per_1k,
         "share_of_bound": {name: _share_document(report.share_of_bound(name)) for name in report.ranking},
         "gap_closed": {name: report.gap_closed(name) for name in report.ranking},
@@ -109,6 +113,9 @@ def _policy_document(report: Report, name: str) -> dict[str, Any]:
         "margin_usd_per_1k_requests": _estimate_document(margin),
         "margin_usd_per_hour": _estimate_document(report.margin_usd_per_hour[name]),
         "contribution_margin_usd_per_1k_requests": _estimate_document(report.contribution_usd_per_1k[name]),
+        "interquartile_mean_usd_per_1k_requests": report.iqm_usd_per_1k(name),
+        "untuned_usd_per_1k_requests": report.untuned_usd_per_1k(name),
+        "router_usd_per_1k_requests": router_usd_per_1k(results),
         "revenue_usd_per_1k_requests": revenue,
         "gross_margin_pct": 100.0 * margin.mean / revenue if revenue > 0.0 else None,
         "slo_attainment": _by_class(results, results.share("slo_ok")),
@@ -132,7 +139,7 @@ def _class_document(results: EpisodeResults, k: int) -> dict[str, Any]:
     return {
         "requests_share": float(first_calls[k] / first_calls.sum()),
         "contribution_margin_usd_per_1k_requests": float(ratio_of_sums(contribution, results.first_calls, PER_1K)),
-        "revenue_usd_per_1k_requests": accounts["usage_revenue"] + accounts["seat_revenue"],
+        "revenue_usd_per_1k_requests": sum(accounts[name] for name in REVENUE_ACCOUNTS),
         "accounts": accounts,
         "slo_attainment": float(results.share("slo_ok")[k]),
         **{f"{metric}_attainment": float(results.share(f"{metric}_ok")[k]) for metric in METRICS},

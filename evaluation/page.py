@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation.calibration import verdict_words
+from evaluation.controls import CONTROLS, MATCHED_COST, answer_cost_usd
 from evaluation.page_data import PageData
 from evaluation.page_figures import figures
 from evaluation.page_parts import drawn, frame, paragraph, section, table, text
-from evaluation.report import Report, accounts_usd_per_1k, action_shares, shed_shares
-from evaluation.statistics import Estimate
+from evaluation.report import PER_1K, Report, accounts_usd_per_1k, action_shares, shed_shares
+from evaluation.router_cost import router_words
+from evaluation.statistics import Estimate, paired_estimate
 
 
 def write_page(path: Path, report: Report, data: PageData, shown: str, command: str) -> None:
@@ -45,7 +47,7 @@ def page(report: Report, data: PageData, shown: str, command: str) -> str:
         body.insert(0, paragraph(words, "note" if calibrated else "warning"))
     for key, (title, words, figure) in figures(report, data, shown).items():
         body.append(section(title, paragraph(words), drawn(figure, key)))
-    body += [_comparison(report, shown), _accounts(report, list(dict.fromkeys((shown, data.reference))))]
+    body += [comparison_section(report, shown), _accounts(report, list(dict.fromkeys((shown, data.reference))))]
     if data.swaps is not None:
         body.append(_swaps(data))
     return frame(report.scenario, "\n".join(body), command)
@@ -65,7 +67,15 @@ def headline(report: Report, shown: str) -> str:
         words.append(
             f"Against {paired.vs}, the best tuned heuristic, on the same requests, that is"
             f" {_usd(paired.delta_usd_per_1k, '+')} per 1,000 requests ({paired.delta_pct:+.1f} % of contribution"
-            f" margin): {sure} (p = {paired.p_value:.3f})."
+            f" margin), {paired.net_usd_per_1k:+.2f} net of what deciding costs: {sure} (p = {paired.p_holm:.3f})."
+        )
+    control = report.results.get(MATCHED_COST)
+    if control is not None and shown not in CONTROLS:
+        worth = paired_estimate(first.margin_usd - control.margin_usd, first.first_calls, scale=PER_1K)
+        words.append(
+            f"A content-blind mix of models that spends as much on answers ({answer_cost_usd(control):.2f} against"
+            f" {answer_cost_usd(first):.2f}) earns {control.margin_usd.sum() / control.first_calls.sum() * PER_1K:.2f}:"
+            f" choosing by content is worth {_usd(worth, '+')}."
         )
     share, bounds = report.share_of_bound(shown), report.bounds_usd_per_1k
     if share is not None and bounds["clairvoyant"] is not None and bounds["same_information"] is not None:
@@ -79,7 +89,7 @@ def headline(report: Report, shown: str) -> str:
 
 def markdown(report: Report, shown: str) -> str:
     """The comparison as a Markdown card: headline, table and accounts."""
-    heads = ("policy", "margin", "95 %", "delta", "contribution", "SLO %", "good %", "lost %")
+    heads = ("policy", "margin", "95 %", "delta", "p", "contribution", "IQM", "SLO %", "good %", "lost %")
     verdict = verdict_words(report.calibration)
     lines = [f"**{verdict}**", ""] if verdict else []
     lines += [f"# {report.scenario}: {shown}", "", headline(report, shown), "", "| " + " | ".join(heads) + " |"]
@@ -102,22 +112,28 @@ def _rows(report: Report) -> list[list[str]]:
                 f"{margin.mean:,.2f}",
                 f"{margin.low:,.2f} to {margin.high:,.2f}",
                 _usd(paired.delta_usd_per_1k, "+") if paired else "",
+                f"{paired.p_holm:.3f}" if paired else "",
                 f"{report.contribution_usd_per_1k[name].mean:,.2f}",
-                _range(results.share("slo_ok")),
-                _range(results.share("good", "served")),
-                _range(shed_shares(results)),
+                f"{report.iqm_usd_per_1k(name):,.2f}",
+                _by_class(results.share("slo_ok")),
+                _by_class(results.share("good", "served")),
+                _by_class(shed_shares(results)),
             ]
         )
     return rows
 
 
-def _comparison(report: Report, shown: str) -> str:
-    heads = ("policy", "margin", "95 %", "delta [95 %]", "contribution", "SLO %", "good %", "lost %")
+def comparison_section(report: Report, shown: str, title: str = "All policies") -> str:
+    """The table of all policies."""
+    heads = ("policy", "margin", "95 %", "delta [95 %]", "p", "contribution", "IQM", "SLO %", "good %", "lost %")
+    first = next(iter(report.results.values()))
     note = (
         "* best heuristic, chosen on other episodes. USD per 1,000 requests; contribution is before GPU-hours; delta is"
-        " paired with *. SLO, good and lost (shed, abandoned or failed): lowest to highest customer class."
+        " paired with *, its p-value adjusted for the number of policies (Holm); IQM: interquartile mean over episodes."
+        f" SLO, good and lost (shed, abandoned or failed) by customer class: {', '.join(first.class_names)}."
+        f" {router_words(first)}."
     )
-    return section("All policies", table(heads, _rows(report), {shown}), paragraph(note, "note"))
+    return section(title, table(heads, _rows(report), {shown}), paragraph(note, "note"))
 
 
 def _accounts(report: Report, names: list[str]) -> str:
@@ -160,6 +176,5 @@ def _usd(estimate: Estimate, sign: str = "", digits: int = 2) -> str:
     return f"USD {shown} [{estimate.low:{sign},.{digits}f}, {estimate.high:{sign},.{digits}f}]"
 
 
-def _range(shares: Sequence[float]) -> str:
-    known = [100.0 * share for share in shares if not math.isnan(share)]
-    return f"{min(known):.1f}-{max(known):.1f}" if known else "-"
+def _by_class(shares: Sequence[float]) -> str:
+    return " / ".join("-" if math.isnan(share) else f"{100.0 * share:.1f}" for share in shares)

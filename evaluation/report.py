@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,22 @@ import numpy as np
 from envs.economics.ledger import ACCOUNTS
 from evaluation.bounds import Bounds
 from evaluation.results import EpisodeResults, Floats, check_paired
-from evaluation.statistics import Estimate, paired_estimate, paired_interval, ratio_of_sums, sign_flip_p_value
+from evaluation.router_cost import router_usd_per_1k
+from evaluation.statistics import (
+    Estimate,
+    holm,
+    interquartile_mean,
+    paired_estimate,
+    paired_interval,
+    ratio_of_sums,
+    sign_flip_p_value,
+)
 from marginroute.errors import InputError
 from marginroute.view import KINDS
 
 PER_1K = 1000.0
+UNTUNED = "-default"
+"""Ends the name of a rule with its parameters as they come."""
 SECONDS_PER_HOUR = 3600.0
 NO_ROOM_PCT = 1.0
 """`gap_closed` is null where the bound leaves less room than this share of contribution margin."""
@@ -39,12 +50,16 @@ class Paired:
         delta_usd_per_1k: difference of margins with its paired interval.
         delta_pct: the difference in per cent of the reference's contribution margin; NaN where that is not positive.
         p_value: two-sided sign-flip test over episodes.
+        p_holm: the same, adjusted for the number of policies compared.
+        net_usd_per_1k: the difference less what deciding costs, see `evaluation.router_cost`.
     """
 
     vs: str
     delta_usd_per_1k: Estimate
     delta_pct: float
     p_value: float
+    p_holm: float
+    net_usd_per_1k: float
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,16 @@ class Report:
             return dict.fromkeys(names)
         calls = next(iter(self.results.values())).first_calls
         return {name: float(ratio_of_sums(getattr(self.bounds, f"{name}_usd"), calls, PER_1K)) for name in names}
+
+    def iqm_usd_per_1k(self, name: str) -> float:
+        """Interquartile mean over episodes of the margin per 1k first calls."""
+        results = self.results[name]
+        return float(interquartile_mean(PER_1K * results.margin_usd / results.first_calls))
+
+    def untuned_usd_per_1k(self, name: str) -> float | None:
+        """Margin of the same rule as it comes (`NAME-default`); None where that did not take part."""
+        untuned = self.margin_usd_per_1k.get(f"{name}{UNTUNED}")
+        return None if untuned is None else untuned.mean
 
     def share_of_bound(self, name: str) -> Estimate | None:
         """Contribution margin over that of the clairvoyant bound, same episodes; None without a positive bound."""
@@ -153,7 +178,10 @@ def build_report(
         ):
             if name != best_heuristic:
                 pct = 100.0 * delta.mean / base if base > 0.0 else math.nan
-                paired[name] = Paired(best_heuristic, delta, pct, sign_flip_p_value(x))
+                net = delta.mean - router_usd_per_1k(results[name])
+                paired[name] = Paired(best_heuristic, delta, pct, sign_flip_p_value(x), math.nan, net)
+        adjusted = holm([pair.p_value for pair in paired.values()])
+        paired = {name: replace(x, p_holm=float(p)) for (name, x), p in zip(paired.items(), adjusted, strict=True)}
     return Report(
         scenario=scenario,
         results=results,

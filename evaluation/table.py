@@ -14,8 +14,10 @@ from rich.table import Table
 
 from envs.economics.ledger import ACCOUNTS
 from evaluation.calibration import verdict_words
+from evaluation.controls import CONTROLS, MATCHED_COST, SHUFFLED_MIX
 from evaluation.report import Paired, Report, accounts_usd_per_1k, action_shares, shed_shares
-from evaluation.results import Floats
+from evaluation.results import EpisodeResults, Floats
+from evaluation.router_cost import router_words
 from evaluation.statistics import Estimate
 
 PIPE_COLUMNS = 100
@@ -52,24 +54,30 @@ def make_group(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) 
     return Group(title, tuple("".join(map(str.rjust, line, widths)) for line in lines))
 
 
-def print_report(report: Report, console: Console | None = None) -> None:
+def print_report(report: Report, console: Console | None = None, title: str | None = None) -> None:
     """Prints the comparison: policies by margin, then their accounts."""
     console = console or stdout_console()
     first = next(iter(report.results.values()))
     if words := verdict_words(report.calibration):
         console.print(f"{words}\n", style="bold", markup=False)
     console.print(
-        f"[bold]{report.scenario}[/bold]: {report.episodes} held-out episodes, {first.first_calls.sum():,} requests,"
-        f" {first.horizon_s.sum() / 3600.0:,.1f} h; the same for every policy\n"
+        f"[bold]{title or report.scenario}[/bold]: {report.episodes} held-out episodes, {first.first_calls.sum():,}"
+        f" requests, {first.horizon_s.sum() / 3600.0:,.1f} h; the same for every policy\n"
     )
     _print_groups(report, [*_money_groups(report), *_service_groups(report)], console)
     console.print("[bold]Accounts[/bold], USD per 1k requests; costs are negative, the sum is the margin\n")
     _print_groups(report, _account_groups(report), console, ACCOUNTS_GAP)
+    console.print(_note(report, first), markup=False)
+
+
+def _note(report: Report, first: EpisodeResults) -> str:
+    """What the columns mean, and what was assumed."""
     note = "Margin, delta and contribution margin (before GPU-hours): USD per 1k requests; [ ]: 95 % over episodes"
     if report.best_heuristic is not None:
         note = (
-            f"* best heuristic, chosen on validation seeds; delta and % (of contribution margin) against it on the same"
-            f" requests, p by sign-flip test. {note} (studentised bootstrap, paired for delta)"
+            "* best heuristic, chosen on validation seeds; delta and % (of contribution margin) against it on the same"
+            " requests, p by sign-flip test, adjusted for the number of policies (Holm)."
+            f" {note} (studentised bootstrap, paired for delta)"
         )
     if report.bounds is not None:
         clairvoyant, same = report.bounds_usd_per_1k.values()
@@ -78,9 +86,12 @@ def print_report(report: Report, console: Console | None = None) -> None:
             " that of the outcomes; of bound: contribution margin over that of the first; gap closed: of the way from *"
             " to the second"
         )
-    console.print(
-        f"{note}. SLO: answered inside every SLO of the class; lost: shed, abandoned or failed.", markup=False
-    )
+    if any(report.untuned_usd_per_1k(name) is not None for name in report.results):
+        note = f"{note}. untuned: margin of the same composite with its parameters as they come"
+    if any(name.startswith(CONTROLS) for name in report.results):
+        note = f"{note}. {SHUFFLED_MIX}, {MATCHED_COST}: content-blind, same tier shares, same cost of answers"
+    note = f"{note}. IQM: interquartile mean over episodes. {router_words(first)}"
+    return f"{note}. SLO: answered inside every SLO of the class; lost: shed, abandoned or failed."
 
 
 def stdout_console() -> Console:
@@ -130,6 +141,9 @@ def _money_groups(report: Report) -> list[Group]:
         rows = [_paired_cells(report.paired.get(name), digits + 1) for name in names]
         groups.append(make_group("", ["delta", "[95 % CI]", "%", "p"], rows))
     groups.append(make_group("", ["contrib."], [[_usd(contribution[n].mean, digits)] for n in names]))
+    groups.append(make_group("", ["IQM"], [[_usd(report.iqm_usd_per_1k(n), digits)] for n in names]))
+    if any(report.untuned_usd_per_1k(name) is not None for name in names):
+        groups.append(make_group("", ["untuned"], [[_optional(report.untuned_usd_per_1k(n), digits)] for n in names]))
     if report.bounds is not None:
         groups.append(make_group("", ["of bound", "gap closed"], [_bound_cells(report, name) for name in names]))
     return groups
@@ -145,12 +159,16 @@ def _bound_cells(report: Report, name: str) -> list[str]:
 
 
 def _paired_cells(paired: Paired | None, digits: int) -> list[str]:
-    """Delta, interval, per cent of contribution margin and p-value; blanks for the reference itself."""
+    """Delta, interval, per cent of contribution margin and adjusted p-value; blanks for the reference itself."""
     if paired is None:
         return [""] * 4
     pct = "-" if math.isnan(paired.delta_pct) else f"{paired.delta_pct:+.1f}"
-    p = "<.001" if paired.p_value < 0.001 else f"{paired.p_value:.3f}"
+    p = "<.001" if paired.p_holm < 0.001 else f"{paired.p_holm:.3f}"
     return [*_with_interval(paired.delta_usd_per_1k, digits, "+"), pct, p]
+
+
+def _optional(usd: float | None, digits: int) -> str:
+    return "" if usd is None else _usd(usd, digits)
 
 
 def _service_groups(report: Report) -> list[Group]:

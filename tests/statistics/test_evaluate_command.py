@@ -97,7 +97,7 @@ def test_the_whole_comparison(two_heuristics, tmp_path, capsys):
     assert document["schema"] == 1
     assert document["scenario"] == "quickstart"
     assert document["episodes"] == 3
-    assert set(document["policies"]) == {"ppo", "least-in-flight", "fixed-small", "shuffled-mix"}
+    assert set(document["policies"]) == {"ppo", "least-in-flight", "fixed-small", "shuffled-mix", "matched-cost"}
     best = document["best_heuristic"]
     assert best in ("least-in-flight", "fixed-small")
     assert set(document["paired"]) == set(document["policies"]) - {best}

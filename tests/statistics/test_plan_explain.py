@@ -92,7 +92,7 @@ def test_more_gpus_cost_what_they_cost(scenario):
     def load(setting):
         return load_scenario("quickstart", {**SMALL, **setting})
 
-    entrants = Entrants({}, {"hosted": policy}, False)
+    entrants = Entrants({}, {"hosted": policy})
     rows = vary(load, entrants, settings(["fleet.pools.large.replicas=1..3"]), Play(3, workers=1))
     assert [row.change_usd_per_hour is None for row in rows] == [True, False, False]
     # The policy leaves own replicas idle unless the rate limit is reached: what changes is mostly their price.

@@ -64,6 +64,9 @@ class PolicyModel(Strict):
     margin_usd_per_1k_requests: EstimateModel
     margin_usd_per_hour: EstimateModel
     contribution_margin_usd_per_1k_requests: EstimateModel
+    interquartile_mean_usd_per_1k_requests: float
+    untuned_usd_per_1k_requests: float | None
+    router_usd_per_1k_requests: float
     revenue_usd_per_1k_requests: float
     gross_margin_pct: float | None
     slo_attainment: dict[str, Share | None]
@@ -83,6 +86,13 @@ class PairedModel(Strict):
     delta_pct: float | None
     ci95: Annotated[list[float], Field(min_length=2, max_length=2)] | None
     p_value: Share
+    p_holm: Share
+    net_of_router_usd_per_1k_requests: float
+
+
+class RouterModel(Strict):
+    cpu_s_per_decision: float
+    usd_per_core_hour: float
 
 
 class BoundsModel(Strict):
@@ -98,6 +108,7 @@ class DocumentModel(Strict):
     policies: dict[str, PolicyModel]
     best_heuristic: str | None
     paired: dict[str, PairedModel]
+    router: RouterModel
     bounds: BoundsModel
     share_of_bound: dict[str, EstimateModel | None]
     gap_closed: dict[str, float | None]

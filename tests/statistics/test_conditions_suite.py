@@ -1,0 +1,139 @@
+"""evaluate.py --condition and --suite: a table each, a summary of all, and files whole or not at all."""
+
+import json
+
+import numpy as np
+import pytest
+from episodes import make_results
+
+import evaluate
+from evaluation.contest import Contest
+from evaluation.report import build_report
+from evaluation.summary import pooled_pct, summarise
+from marginroute.heuristics import FixedTier, LeastInFlight
+
+SMALL = ["--set", "horizon_s=15", "requests_per_episode=60", "--episodes", "3", "--workers", "1"]
+
+
+@pytest.fixture(autouse=True)
+def heuristics(monkeypatch, tmp_path):
+    known = {"least-in-flight": LeastInFlight("least-in-flight"), "shipped": FixedTier("shipped", 1)}
+    monkeypatch.setattr("evaluation.cache.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("evaluation.calibration.FOLDER", tmp_path / "verdicts")
+    monkeypatch.setattr("agents.baselines.baselines_for", lambda scenario, run_dir=None: dict(known))
+
+
+@pytest.fixture
+def family(tmp_path):
+    """quickstart with two conditions."""
+    text = "\n".join(
+        (
+            "fleet: starter",
+            "plans: starter",
+            "workload: quickstart",
+            "horizon_s: 15.0",
+            "requests_per_episode: 60",
+            "conditions:",
+            "  rush: {load_scale: 2.0}",
+            "  no-api: {fleet.faults: [{provider: api, starts_at_s: 0, duration_s: 15}]}",
+        )
+    )
+    (tmp_path / "family.yaml").write_text(text)
+    return tmp_path / "family.yaml"
+
+
+def test_a_table_per_condition_and_a_summary(family, tmp_path, capsys):
+    words = [
+        family,
+        "--condition",
+        "all",
+        "--episodes",
+        "3",
+        "--workers",
+        "1",
+        "--baselines",
+        "least-in-flight,shipped",
+    ]
+    words += ["--json", tmp_path / "c.json", "--report", tmp_path / "c.html"]
+    assert evaluate.main([str(word) for word in words]) == 0
+    shown = capsys.readouterr().out
+    for words in ("family, as it is:", "family, rush:", "family, no-api:", "under held-out conditions", "Pooled gain"):
+        assert words in shown
+    document = json.loads((tmp_path / "c.json").read_text())
+    assert list(document["conditions"]) == ["as it is", "rush", "no-api"]
+    assert document["conditions"]["no-api"]["policies"]["shipped"]["actions"]["provider"] == 0.0
+    calls = [x["policies"]["shipped"]["by_class"] for x in document["conditions"].values()]
+    assert calls[0] != calls[1]
+    rows = document["summary"]["rows"]
+    assert all(row["p_holm"] >= row["p_value"] for row in rows.values())
+    page = (tmp_path / "c.html").read_text()
+    assert 'id="summary"' in page and "rush: all policies" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["quickstart", "--condition", "rain"], "has no conditions"),
+        (["shaky", "--condition", "rain"], "legal are all, both-medium-down"),
+        (["--suite", "--json", "x.json"], "--json x.json does not go with --suite"),
+        (["shaky", "--suite"], "SCENARIO shaky does not go with --suite"),
+        (["--out", "x"], "--out x needs --suite"),
+        (["--suite", "--explain", "0"], "--explain and --suite exclude each other"),
+    ],
+)
+def test_bad_flags(words, sentence, capsys):
+    assert evaluate.main(words) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_suite_writes_three_files_per_scenario(monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "scenarios"
+    folder.mkdir()
+    for name in ("quickstart", "unknown"):
+        (folder / f"{name}.yaml").write_text("")  # names only: they are looked up where scenarios are
+    monkeypatch.setattr("evaluation.suite.SCENARIOS", folder)
+    monkeypatch.setattr("evaluation.page_data.SWAPPED", 8)
+    out = tmp_path / "reports"
+    words = ["--suite", "--out", str(out), "--runs", str(tmp_path / "none"), *SMALL]
+    assert evaluate.main(words) == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {"quickstart.txt", "quickstart.json", "quickstart.html", "suite.json", "suite.html"}
+    suite = json.loads((out / "suite.json").read_text())
+    assert suite["scenarios"] == ["quickstart"] and list(suite["left_out"]) == ["unknown"]
+    single = json.loads((out / "quickstart.json").read_text())
+    row = suite["summary"]["rows"]["quickstart"]
+    assert row["margin_usd_per_1k_requests"] == single["policies"][row["policy"]]["margin_usd_per_1k_requests"]
+    assert "Accounts" in (out / "quickstart.txt").read_text()
+    captured = capsys.readouterr()
+    assert "unknown is left out" in captured.out and "scenario 2 of 2: unknown, about" in captured.err
+
+
+def contests(edges_usd, noise=0.0):
+    found, rng = {}, np.random.default_rng(1)
+    for name, edge in edges_usd.items():
+        results = {"ppo": make_results("ppo", edge), "best": make_results("best")}
+        results["ppo"].ledger_usd[:, 0, 0] += noise * rng.normal(size=len(results["ppo"].seeds))
+        report = build_report(name, results, "best")
+        found[name] = (report, Contest("best", ("best",), {}, results))
+    return found
+
+
+def test_summary_pools_and_adjusts():
+    rows = summarise(contests({"a": 0.3, "b": 0.3, "c": 0.0}, noise=0.05))
+    assert [row.policy for row in rows] == ["ppo"] * 3 and [row.reference for row in rows] == ["best"] * 3
+    assert rows[0].p_holm == pytest.approx(3.0 * rows[0].p_value) and rows[2].p_holm > 0.05
+    pooled = pooled_pct(rows)
+    assert pooled.low < pooled.mean < pooled.high
+    assert min(rows[2].pct, rows[0].pct) < pooled.mean < max(rows[0].pct, rows[1].pct) * 1.05
+
+
+def test_pooled_interval_covers():
+    """Gains of 2 % in each of three scenarios with noise: the interval holds the truth about as often as it says."""
+    rng, hits = np.random.default_rng(2), 0
+    rows = summarise(contests({"a": 0.3, "b": 0.3, "c": 0.3}))
+    for _ in range(200):
+        for row in rows:
+            row.gains_pct[:] = 2.0 + rng.normal(0.0, 1.0, len(row.gains_pct))
+        pooled = pooled_pct(rows)
+        hits += pooled.low <= 2.0 <= pooled.high
+    assert 0.88 <= hits / 200 <= 0.99
