@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -74,7 +74,7 @@ class DecisionRecord:
 
     def to_json(self) -> str:
         """One line of strict JSON; infinities become null."""
-        data = asdict(self)
+        data = dict(vars(self))  # `asdict` copies deeply, at fifty times the cost
         data["request"] = {k: x if np.isfinite(x) else None for k, x in data["request"].items()}
         return json.dumps(data, separators=(",", ":"), allow_nan=False)
 

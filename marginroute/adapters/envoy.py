@@ -10,8 +10,6 @@ behaves when this process is gone is its own setting (`failure_mode_allow`). See
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import signal
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -266,7 +264,10 @@ async def _serve(picker: Picker, listen: Listen) -> None:
     listen.clear()
     server = Server(picker, listen)
     log.warning("marginroute: endpoint picker for Envoy on %s", listen.text)
-    await server.run(stopped)
+    try:
+        await server.run(stopped)
+    finally:
+        listen.leave()
 
 
 def configuration(mode: str, settings: EnvoySettings, listen: Listen, port: int) -> str:
@@ -300,7 +301,4 @@ def run(settings: EnvoySettings, listen: Listen) -> int:
         run_loop(_serve(Picker(desk), listen))
     finally:
         desk.close()
-        with contextlib.suppress(FileNotFoundError):
-            if listen.uds:
-                os.unlink(listen.uds)
     return 0

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import resource
+import signal
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,6 @@ from marginroute.adapters.listen import Listen, run_loop
 from marginroute.errors import InputError
 
 MAX_HEADER_BYTES = 16 << 10
-READ_S = 10.0  # that a request may take to arrive
 IDLE_S = 120.0  # that a connection may wait for its next request
 STOP_S = 5.0  # that requests under way get when the process is asked to end
 MOST_CONNECTIONS = 16_000
@@ -37,14 +37,16 @@ class HttpSettings(DeskSettings):
         can: what the caller can do beside sending a request on: any of `cache`, `defer`, `shed`, `hold`.
         max_body_bytes: of a request; a larger one is refused.
         token_file: file with the token that callers must show; empty: none.
+        request_timeout_s: that a request may take to arrive.
     """
 
     can: tuple[str, ...] = ("shed",)
     max_body_bytes: int = 1 << 20
     token_file: str = ""
+    request_timeout_s: float = 10.0
 
 
-def _protocol() -> type[Any]:
+def _protocol(request_timeout_s: float) -> type[Any]:
     """Uvicorn's parser with limits that it lacks: size of the headers, and time for a request to arrive."""
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -54,7 +56,7 @@ def _protocol() -> type[Any]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._wait(READ_S)
+            self._wait(request_timeout_s)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._wait(None)
@@ -62,6 +64,7 @@ def _protocol() -> type[Any]:
 
         def on_message_begin(self) -> None:
             self._header_bytes = 0
+            self._wait(request_timeout_s)
             super().on_message_begin()
 
         def on_url(self, url: bytes) -> None:
@@ -134,7 +137,7 @@ def read_token(path: str) -> str:
     return token
 
 
-async def _serve(app: App, listen: Listen) -> None:
+async def _serve(app: App, listen: Listen, request_timeout_s: float) -> None:
     import uvicorn
 
     with bound_socket(listen) as made:
@@ -148,7 +151,7 @@ async def _serve(app: App, listen: Listen) -> None:
                 tls |= {"ssl_ca_certs": ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
         config = uvicorn.Config(
             app,
-            http=_protocol(),
+            http=_protocol(request_timeout_s),
             lifespan="off",
             access_log=False,
             log_config=None,
@@ -162,16 +165,20 @@ async def _serve(app: App, listen: Listen) -> None:
             **tls,
         )
         server = uvicorn.Server(config)
-        stop = server.handle_exit
+        # Uvicorn's own handlers would end the process by the signal, before the records are written
+        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
 
-        def handle_exit(sig: int, frame: Any) -> None:
-            app.stopping = True
-            stop(sig, frame)
+        def stop() -> None:
+            app.stopping = server.should_exit = True
 
-        server.handle_exit = handle_exit  # type: ignore[method-assign]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop)
         where = listen.text if listen.uds or listen.port else f"{listen.host}:{made.getsockname()[1]}"
         log.warning("marginroute: sidecar on %s", where)
-        await server.serve(sockets=[made])
+        try:
+            await server.serve(sockets=[made])
+        finally:
+            listen.leave()
 
 
 def run(settings: HttpSettings, listen: Listen) -> int:
@@ -194,10 +201,8 @@ def run(settings: HttpSettings, listen: Listen) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
     desk = Desk(settings, settings.can)
     try:
-        run_loop(_serve(App(desk, settings.max_body_bytes, token), listen))
+        app = App(desk, settings.max_body_bytes, token)
+        run_loop(_serve(app, listen, settings.request_timeout_s))
     finally:
         desk.close()
-        with contextlib.suppress(FileNotFoundError):
-            if listen.uds:
-                os.unlink(listen.uds)
     return 0

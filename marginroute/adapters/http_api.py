@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from marginroute import __version__
-from marginroute.adapters.schema import Schema, array, boolean, fields, integer, number, one_of, string
+from marginroute.adapters.schema import Schema, array, boolean, either, fields, integer, number, one_of, string
+from marginroute.view import Layout
 
 MOST_TOKENS = 100_000_000
 MOST_S = 1e7
@@ -13,44 +14,44 @@ MOST_CANDIDATES = 4096
 MOST_EVENTS = 1000
 
 _ID = string(200, "of the request, the same in every call about it", least=1)
-_NAME = string(200, "a candidate of the bundle", least=1)
 _MESSAGE = fields({"role": string(100, "`user` for what is asked")}, closed=False)
 
-DECIDE = fields(
-    {
-        "id": {**_ID, "description": "of the request; left out: one is made up"},
-        "prompt_tokens": integer(0, MOST_TOKENS, "known or estimated; left out: from `prompt` or `messages`"),
-        "prompt": string(1 << 24, "text; counted, hashed, read by the bundle's predictor, and not kept"),
-        "messages": array(_MESSAGE, 10_000, "as in chat completions, in place of `prompt`"),
-        "class": string(200, "customer class; unknown ones count as the default"),
-        "task": string(200, "task type; unknown ones count as the default"),
-        "tenant": string(200, "who pays; a canary may go by it"),
-        "session": string(200, "conversation or agent run; a canary may go by it"),
-        "available": array(_NAME, MOST_CANDIDATES, "candidates that may serve it now; left out: all"),
-        "cached_tier": string(200, "tier of a stored answer that the gateway has for this request"),
-        "difficulty_signal": number(-1e3, 1e3, "standardised predictor of difficulty"),
-        "deadline_left_s": number(0.0, MOST_S, "seconds until its deadline; left out: none"),
-        "streamed": boolean("whether first token and progress will be reported"),
-        "sent": boolean("whether it leaves for the candidate at once, if the decision is acted on; left out: true"),
-        "explain": boolean("whether to say why, in USD"),
-    }
-)
 
-EVENT = fields(
-    {
-        "event": one_of(
-            ("sent", "first_token", "progress", "attempt_failed", "finished", "scraped"),
-            "`sent`: it leaves for `candidate`. `first_token`: it came `ago_s` ago. `progress`: `tokens` so far."
-            " `attempt_failed`: it may be decided again. `finished`: with `status` and what is known of the outcome."
-            " `scraped`: an engine's metrics, of no request",
-        ),
-        "id": _ID,
-        "candidate": _NAME,
-        "streamed": boolean("whether first token and progress will be reported"),
-        "ago_s": number(0.0, MOST_S, "seconds since it happened"),
-        "tokens": integer(0, MOST_TOKENS, "output tokens streamed so far"),
+def decide_schema(layout: Layout) -> Schema:
+    """What `POST /v1/decide` takes, for the candidates of a bundle."""
+    return fields(
+        {
+            "id": {**_ID, "description": "of the request; left out: one is made up"},
+            "prompt_tokens": integer(0, MOST_TOKENS, "known or estimated; left out: from the prompt"),
+            "prompt": string(1 << 24, "text; counted, hashed, read by the bundle's predictor, and not kept"),
+            "messages": array(_MESSAGE, 10_000, "as in chat completions, in place of `prompt`"),
+            "class": string(200, "customer class; unknown ones count as the default"),
+            "task": string(200, "task type; unknown ones count as the default"),
+            "tenant": string(200, "who pays; a canary may go by it"),
+            "session": string(200, "conversation or agent run; a canary may go by it"),
+            "available": array(_candidate(layout), MOST_CANDIDATES, "that may serve it now; left out: all"),
+            "cached_tier": one_of(layout.tier_names, "of a stored answer that the gateway has for this request"),
+            "difficulty_signal": number(-1e3, 1e3, "predictor of difficulty, standardised"),
+            "deadline_left_s": number(0.0, MOST_S, "seconds until its deadline; left out: none"),
+            "streamed": boolean("whether first token and progress will be reported"),
+            "sent": boolean("whether it leaves for the candidate at once, if acted on; left out: true"),
+            "explain": boolean("whether to say why, in USD"),
+        }
+    )
+
+
+def _candidate(layout: Layout) -> Schema:
+    return one_of(layout.names, "a candidate of the bundle")
+
+
+def events_schema(layout: Layout) -> Schema:
+    """What `POST /v1/events` takes."""
+    candidate, streamed = _candidate(layout), boolean("whether first token and progress will be reported")
+    ago_s = number(0.0, MOST_S, "seconds since it happened")
+    served_by = one_of(("", *layout.names), "candidate that answered; empty: none of the bundle's")
+    outcome = {
         "status": one_of(("completed", "failed", "abandoned", "shed"), "how it ended"),
-        "served_by": string(200, "candidate that answered; empty: none of the bundle's"),
+        "served_by": served_by,
         "ttft_s": number(0.0, MOST_S, "from the request's arrival to its first token"),
         "e2e_s": number(0.0, MOST_S, "from the request's arrival to its last token"),
         "attempt_ttft_s": number(0.0, MOST_S, "the same from the start of the attempt that answered"),
@@ -58,21 +59,28 @@ EVENT = fields(
         "prompt_tokens": integer(0, MOST_TOKENS, "as counted by who answered"),
         "output_tokens": integer(0, MOST_TOKENS, "the same"),
         "cost_usd": number(0.0, 1e6, "what the answer cost the operator; left out: by the bundle's figures"),
-        "waiting": number(0.0, 1e6, "scraped: requests waiting in the engine"),
-        "running": number(0.0, 1e6, "scraped: requests running in the engine"),
-        "kv_usage": number(0.0, 1.0, "scraped: share of KV blocks in use"),
-    },
-    ("event",),
-)
-NEEDS = {
-    "sent": ("id", "candidate"),
-    "first_token": ("id",),
-    "progress": ("id", "tokens"),
-    "attempt_failed": ("id",),
-    "finished": ("id", "status"),
-    "scraped": ("candidate", "waiting", "running", "kv_usage"),
-}
-EVENTS = fields({"events": array(EVENT, MOST_EVENTS, "in the order in which they happened")}, ("events",))
+    }
+    scrape = {
+        "waiting": number(0.0, 1e6, "requests waiting in the engine"),
+        "running": number(0.0, 1e6, "requests running in the engine"),
+        "kv_usage": number(0.0, 1.0, "share of KV blocks in use"),
+    }
+    of_request = {"id": _ID}
+    kinds = [
+        _event("sent", "it leaves for a candidate", of_request | {"candidate": candidate}, streamed=streamed),
+        _event("first_token", "its first token came", of_request, ago_s=ago_s),
+        _event("progress", "so many tokens have streamed", of_request | {"tokens": integer(0, MOST_TOKENS, "so far")}),
+        _event("attempt_failed", "it may be decided again", of_request),
+        _event("finished", "it is over", of_request | {"status": outcome.pop("status")}, **outcome),
+        _event("scraped", "an engine's metrics, of no request", {"candidate": candidate, **scrape}, ago_s=ago_s),
+    ]
+    events = array(either("event", kinds), MOST_EVENTS, "in the order in which they happened")
+    return fields({"events": events}, ("events",))
+
+
+def _event(kind: str, about: str, needed: dict[str, Schema], **more: Schema) -> Schema:
+    return fields({"event": one_of((kind,), about), **needed, **more}, ("event", *needed))
+
 
 DECISION = fields(
     {
@@ -120,13 +128,17 @@ def _call(summary: str, takes: Schema | None, gives: Schema, secured: bool = Tru
 _ANYTHING: Schema = {"type": "object"}
 
 
-def document() -> dict[str, Any]:
-    """The OpenAPI document."""
+def document(layout: Layout, token: bool) -> dict[str, Any]:
+    """The OpenAPI document of a sidecar with these candidates, that asks for a token or not."""
     text = {"description": "Prometheus text", "content": {"text/plain": {"schema": {"type": "string"}}}}
     metrics = _call("Counters for Prometheus.", None, _ANYTHING)
     metrics["responses"]["200"] = text
     ready = _call("Whether it takes requests.", None, _ANYTHING, secured=False)
     ready["responses"]["503"] = _json(_ANYTHING, "it is stopping")
+    secured = {
+        "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "security": [{"token": []}],
+    }
     return {
         "openapi": "3.0.3",
         "info": {
@@ -135,14 +147,13 @@ def document() -> dict[str, Any]:
             "description": "Decides where a request goes, by an exported bundle.",
         },
         "paths": {
-            "/v1/decide": {"post": _call("Where a request should go.", DECIDE, DECISION)},
-            "/v1/events": {"post": _call("What became of requests.", EVENTS, COUNTED)},
+            "/v1/decide": {"post": _call("Where a request should go.", decide_schema(layout), DECISION)},
+            "/v1/events": {"post": _call("What became of requests.", events_schema(layout), COUNTED)},
             "/v1/status": {"get": _call("Mode, bundle and what is under way.", None, _ANYTHING)},
             "/metrics": {"get": metrics},
             "/health": {"get": _call("Whether the process answers.", None, _ANYTHING, secured=False)},
             "/ready": {"get": ready},
             "/openapi.json": {"get": _call("This document.", None, _ANYTHING, secured=False)},
         },
-        "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
-        "security": [{"token": []}],
+        **(secured if token else {}),
     }

@@ -14,6 +14,7 @@ from marginroute.adapters import chat, http_api, metrics, schema
 from marginroute.adapters.desk import Desk
 from marginroute.errors import InputError
 from marginroute.gateway import Facts, Outcome, Verdict
+from marginroute.view import Layout
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -46,7 +47,7 @@ class App:
         self._ratio = chat.TokenRatio()
         self._characters: dict[str, int] = {}  # of the prompts of requests under way whose tokens were estimated
         self._block_bytes = round(desk.settings.prefix_block_tokens / chat.TOKENS_PER_CHARACTER)
-        self._document = json.dumps(http_api.document()).encode()
+        self._api: tuple[Layout, schema.Schema, schema.Schema] | None = None
         self._posts: dict[str, Callable[[bytes], dict[str, Any]]] = {
             "/v1/decide": self.decide,
             "/v1/events": self.events,
@@ -60,7 +61,7 @@ class App:
             "/ready": lambda: (
                 (503, JSON, b'{"status":"stopping"}') if self.stopping else (200, JSON, b'{"status":"ready"}')
             ),
-            "/openapi.json": lambda: (200, JSON, self._document),
+            "/openapi.json": self._document,
         }
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
@@ -106,6 +107,17 @@ class App:
         allowed = b"POST" if post is not None else b"GET, HEAD"
         return 405, JSON, error("this path takes another method"), [(b"allow", allowed)]
 
+    def _schemas(self) -> tuple[schema.Schema, schema.Schema]:
+        """What the two calls take, for the bundle that decides now."""
+        layout = self._gateway.bundle.layout
+        if self._api is None or self._api[0] is not layout:
+            self._api = layout, http_api.decide_schema(layout), http_api.events_schema(layout)
+        return self._api[1:]
+
+    def _document(self) -> tuple[int, bytes, bytes]:
+        document = http_api.document(self._gateway.bundle.layout, self._bearer != b"")
+        return 200, JSON, json.dumps(document).encode()
+
     def _may_enter(self, headers: list[tuple[bytes, bytes]]) -> bool:
         shown = next((value for name, value in headers if name == b"authorization"), b"")
         return hmac.compare_digest(shown, self._bearer)
@@ -131,7 +143,7 @@ class App:
         Raises:
             InputError: the request is not what the API takes.
         """
-        schema.check(asked, http_api.DECIDE)
+        schema.check(asked, self._schemas()[0])
         facts, streamed = self._facts(asked), asked.get("streamed", False)
         verdict = self.desk.decide(facts)
         decision = verdict.decision
@@ -159,14 +171,6 @@ class App:
         return said
 
     def _facts(self, asked: Mapping[str, Any]) -> Facts:
-        layout = self._gateway.bundle.layout
-        known = layout.names
-        for name in asked.get("available", ()):
-            if name not in known:
-                raise InputError(f"body.available: {name[:60]!r} is unknown; legal: {', '.join(known)}")
-        tier = asked.get("cached_tier")
-        if tier is not None and tier not in layout.tier_names:
-            raise InputError(f"body.cached_tier: {tier[:60]!r} is unknown; legal: {', '.join(layout.tier_names)}")
         id = asked.get("id") or uuid.uuid4().hex
         prompt = asked["messages"] if "messages" in asked else asked.get("prompt")
         texts = list(chat.texts(prompt)) if prompt is not None else []
@@ -184,7 +188,7 @@ class App:
             tenant=asked.get("tenant", ""),
             session=asked.get("session", ""),
             available=asked.get("available", tuple(self.desk.endpoint) or None),
-            cached_tier=tier,
+            cached_tier=asked.get("cached_tier"),
             difficulty_signal=float(asked.get("difficulty_signal", 0.0)),
             deadline_left_s=float(asked.get("deadline_left_s", math.inf)),
             hashes=hashes,
@@ -209,14 +213,7 @@ class App:
         Raises:
             InputError: one is not.
         """
-        schema.check(told, http_api.EVENTS)
-        for i, event in enumerate(told["events"]):
-            missing = next((name for name in http_api.NEEDS[event["event"]] if name not in event), None)
-            if missing is not None:
-                raise InputError(f"body.events[{i}].{missing} is missing; {event['event']} needs it")
-            for name in ("candidate", "served_by"):
-                if event.get(name) and event[name] not in self._gateway.bundle.layout.names:
-                    raise InputError(f"body.events[{i}].{name}: {event[name][:60]!r} is no candidate of the bundle")
+        schema.check(told, self._schemas()[1])
         return {"known": sum(self._take(event) for event in told["events"])}
 
     def _take(self, event: Mapping[str, Any]) -> bool:

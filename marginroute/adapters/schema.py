@@ -47,6 +47,11 @@ def fields(properties: dict[str, Schema], required: tuple[str, ...] = (), closed
     return {**made, "required": list(required)} if required else made
 
 
+def either(by: str, schemas: list[Schema]) -> Schema:
+    """One of several objects, told apart by the one word that member `by` of each may be."""
+    return {"oneOf": schemas, "discriminator": {"propertyName": by}}
+
+
 _KINDS: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "number": (int, float),
@@ -59,6 +64,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 def check(value: Any, schema: Schema, place: str = "body") -> None:
     """Raises InputError at the first place where a value is not what a schema says."""
+    if "oneOf" in schema:
+        schema = _chosen(value, schema, place)
     kind = schema["type"]
     if not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind != "boolean"):
         raise InputError(f"{place} is of the wrong type; legal is {kind}")
@@ -67,7 +74,7 @@ def check(value: Any, schema: Schema, place: str = "body") -> None:
             low, high = schema.get("minLength", 0), schema["maxLength"]
             raise InputError(f"{place} has {len(value)} characters; legal is {low} to {high}")
         if "enum" in schema and value not in schema["enum"]:
-            raise InputError(f"{place} is unknown; legal: {', '.join(schema['enum'])}")
+            raise InputError(f"{place} = {value[:60]!r} is unknown; legal: {', '.join(schema['enum'])}")
     elif kind in ("number", "integer"):
         if not schema["minimum"] <= value <= schema["maximum"]:
             raise InputError(f"{place} is out of range; legal is {schema['minimum']} to {schema['maximum']}")
@@ -78,6 +85,16 @@ def check(value: Any, schema: Schema, place: str = "body") -> None:
             check(item, schema["items"], f"{place}[{i}]")
     elif kind == "object":
         _check_object(value, schema, place)
+
+
+def _chosen(value: Any, schema: Schema, place: str) -> Schema:
+    by = schema["discriminator"]["propertyName"]
+    word = value.get(by) if isinstance(value, dict) else None
+    words = [one["properties"][by]["enum"][0] for one in schema["oneOf"]]
+    if not isinstance(word, str) or word not in words:
+        raise InputError(f"{place}.{by} is missing or unknown; legal: {', '.join(words)}")
+    chosen: Schema = schema["oneOf"][words.index(word)]
+    return chosen
 
 
 def _check_object(value: dict[str, Any], schema: Schema, place: str) -> None:
