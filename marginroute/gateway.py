@@ -19,7 +19,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from marginroute import latency
 from marginroute import view as v
@@ -37,6 +37,13 @@ from marginroute.telemetry import GatewayState
 log = logging.getLogger("marginroute.gateway")
 
 COMPARE_EVERY = 4  # requests between two whose fallback is put a value on
+
+
+class Companion(Protocol):
+    """Something that runs beside a gateway until it closes."""
+
+    def stop(self) -> None:
+        """Ends it."""
 
 
 class Gateway:
@@ -79,6 +86,7 @@ class Gateway:
         self._pending: OrderedDict[str, Pending] = OrderedDict()
         self._lock = threading.RLock()
         self._count = 0
+        self._companions: list[Companion] = []
 
     @property
     def bundle(self) -> Bundle:
@@ -233,8 +241,14 @@ class Gateway:
             "decisions": self._count,
         }
 
+    def keep(self, companion: Companion) -> None:
+        """Stops something that runs beside the gateway when that closes."""
+        self._companions.append(companion)
+
     def close(self) -> None:
         """Writes what is still pending, without outcome, and closes the log."""
+        while self._companions:
+            self._companions.pop().stop()
         with self._lock:
             left = list(self._pending.values())
             self._pending.clear()

@@ -18,6 +18,7 @@ from marginroute.feedback import QualityPosterior, load_posterior
 from marginroute.gateway import Gateway
 from marginroute.modes import ModeSettings
 from marginroute.record_log import AuditLog
+from marginroute.reload import BundleWatch
 from marginroute.rollback import RollbackLimits
 
 log = logging.getLogger("marginroute.gateway")
@@ -42,6 +43,7 @@ class OperationSettings:
         stale_after_s: silence after which a request is written off.
         feedback: file of `marginroute feedback` that corrects P(good); empty: none.
         prefix_block_tokens: tokens, about, per block hash of a prompt; 0: prompts are not hashed.
+        reload_s: seconds between two looks for a new bundle (and feedback); null: never.
         log_max_bytes: size at which the log is rotated; 0: never.
         log_keep: rotated logs that stay.
         log_fsync_s: seconds after which the log is forced to the disk; null: the operating system decides.
@@ -59,6 +61,7 @@ class OperationSettings:
     stale_after_s: float = 7200.0
     feedback: str = ""
     prefix_block_tokens: int = 64
+    reload_s: float | None = 5.0
     log_max_bytes: int = 256 << 20
     log_keep: int = 10
     log_fsync_s: float | None = None
@@ -77,6 +80,10 @@ class OperationSettings:
             raise InputError(f"rollback.{unknown} is unknown; legal: {', '.join(known)}")
         limits = RollbackLimits(**self.rollback)
         return ModeSettings(self.mode, self.canary_share, self.canary_by, tuple(self.canary_tenants), limits)
+
+    def watched(self) -> list[Path]:
+        """Files whose change means a new bundle."""
+        return [Path(self.bundle) / "manifest.json", *([Path(self.feedback)] if self.feedback else [])]
 
     def load(self) -> tuple[Bundle, QualityPosterior | None]:
         """The bundle and the feedback, as they are on the disk now.
@@ -114,6 +121,9 @@ def open_gateway(settings: OperationSettings, can: Collection[str] = ("shed",)) 
         explore,
         on_event=events.write,
     )
+    if settings.reload_s is not None:
+        watch = BundleWatch(gateway, settings.load, settings.watched(), settings.reload_s, events.write)
+        gateway.keep(watch.start())
     if (rest := rollback_in_force(event_path(settings.log))) is not None:
         gateway.switch.resume_rolled_back(*rest)
     log.warning(

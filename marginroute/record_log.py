@@ -69,17 +69,14 @@ class RecordLog:
         return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def _append(self, data: bytes) -> None:
-        written = os.write(self._fd, data)
-        if written == len(data):
-            return
+        written = 0
         try:
-            if os.write(self._fd, data[written:]) == len(data) - written:
-                return
+            while written < len(data):  # a short write is followed by an error, or by the rest
+                written += os.write(self._fd, data[written:])
         except OSError:
-            self._take_back(written)
+            if written:
+                self._take_back(written)
             raise
-        self._take_back(written)
-        raise OSError(28, "No space left on device")
 
     def _take_back(self, written: int) -> None:
         """Removes the beginning of a line whose rest has no room, unless another process has written since."""

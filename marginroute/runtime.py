@@ -18,6 +18,7 @@ from marginroute.heuristics import MarginRule
 from marginroute.telemetry import GatewayState
 from marginroute.view import View
 
+CALLS = v.KINDS[v.REPLICA], v.KINDS[v.PROVIDER]
 RETRY_AFTER_S = 1.0, 60.0  # bounds of what a shed request is told
 
 
@@ -67,9 +68,9 @@ def view_of(runtime: Runtime, facts: Facts, attempt: int, waited_s: float, tried
 
 
 def decision_of(runtime: Runtime, view: View, acting: bool) -> Decision:
-    """The policy's; drawn now and then where it is acted on and the guard has nothing against it."""
+    """The policy's; another call now and then, where it is acted on, makes a call and the guard agrees."""
     decision = runtime.policy.decide(view)
-    if acting and runtime.explorer is not None and not decision.guard:
+    if acting and runtime.explorer is not None and not decision.guard and decision.kind in CALLS:
         return runtime.explorer.explore(view, decision)
     return decision
 

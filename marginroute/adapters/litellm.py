@@ -1,16 +1,19 @@
-"""LiteLLM proxy in shadow mode: every request is decided and recorded, and nothing about its routing changes.
+"""LiteLLM proxy: the bundle decides every request, in shadow mode beside LiteLLM's own routing or in place of it.
 
 In the proxy's configuration:
 
     litellm_settings:
-      callbacks: ["marginroute.adapters.litellm.shadow"]
+      callbacks: ["marginroute.adapters.litellm.router"]
 
-with MARGINROUTE_BUNDLE and MARGINROUTE_LOG (or a YAML file of `Settings` named by MARGINROUTE_CONFIG) in its
-environment, and `model_info: {marginroute_candidate: small/0}` on each deployment. See docs/gateways.md.
+with a YAML file of `Settings` named by MARGINROUTE_CONFIG (or MARGINROUTE_BUNDLE and MARGINROUTE_LOG) in its
+environment, and `model_info: {marginroute_candidate: small/0}` on each deployment.
+`marginroute.adapters.litellm.shadow` is the same, but never acts whatever the settings say. See docs/gateways.md.
 
 What the hooks of LiteLLM 1.106 are used for, as observed on the proxy (all keyed by `litellm_call_id`):
 
-    async_filter_deployments                   each attempt, before a deployment is picked: the first one is decided
+    async_pre_call_hook                        before routing: priority of the class
+    async_filter_deployments                   each attempt, before a deployment is picked: it is decided, and the
+                                               deployments are narrowed down to the chosen one, or the request is shed
     async_pre_call_deployment_hook             each attempt, after it: an in-flight entry begins
     async_post_call_failure_deployment_hook    each failed attempt: it ends
     async_log_success_event                    once, when an answer is complete: outcome
@@ -18,75 +21,53 @@ What the hooks of LiteLLM 1.106 are used for, as observed on the proxy (all keye
 
 `async_log_failure_event` is of no use here: it fires at the first failed attempt and stays silent at the last. First
 tokens are read off LiteLLM's own logging object at the next decision, since any streaming hook would slow the stream.
+A request is shed by the one exception that LiteLLM neither retries nor falls back on.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
-from marginroute.adapters.litellm_observer import Observer, Settings, log
+from marginroute.adapters.litellm_observer import Observer, ShedRequest, log
+from marginroute.adapters.litellm_request import Settings
 from marginroute.errors import InputError
 from marginroute.operation import open_gateway
-
-_WANTED = {"bundle": "folder written by export.py", "log": "JSONL file for decision records"}
-
-
-def settings_from(environ: Mapping[str, str]) -> Settings:
-    """Settings from MARGINROUTE_CONFIG (a YAML file), MARGINROUTE_BUNDLE and MARGINROUTE_LOG; the latter two win.
-
-    Raises:
-        InputError: something is missing, unreadable or unknown.
-    """
-    values: dict[str, Any] = {}
-    if path := environ.get("MARGINROUTE_CONFIG"):
-        values = _read_yaml(path)
-        known = [f.name for f in fields(Settings)]
-        unknown = next((key for key in values if key not in known), None)
-        if unknown is not None:
-            raise InputError(f"{path}: unknown key {unknown!r}; legal: {', '.join(known)}")
-        if not isinstance(values.get("candidates", {}), Mapping):
-            raise InputError(f"{path}: candidates must map deployments to candidates")
-    for name in ("bundle", "log"):
-        value = environ.get(f"MARGINROUTE_{name.upper()}") or values.get(name)
-        if not value:
-            raise InputError(f"MARGINROUTE_{name.upper()} is not set; name the {_WANTED[name]}")
-        values[name] = str(value)
-    return Settings(**values)
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"MARGINROUTE_CONFIG {path} is unreadable or not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"MARGINROUTE_CONFIG {path} must map settings to values")
-    return values
+from marginroute.operation_file import settings_from
 
 
 def build(settings: Settings) -> Observer:
     """Loads the bundle, opens the log and says so.
 
     Raises:
-        InputError: the bundle, a default class or task, or the log is unusable.
+        InputError: a setting, the bundle, a default class or task, or the log is unusable.
     """
-    if settings.mode != "shadow":
-        raise InputError(f"mode {settings.mode!r} is not legal with LiteLLM; legal is shadow")
-    gateway = open_gateway(settings)
+    gateway = open_gateway(settings, ("shed", "cache") if settings.use_cache else ("shed",))
     layout = gateway.bundle.layout
-    for default, known, what in (
-        (settings.default_class, layout.class_names, "default_class"),
-        (settings.default_task, layout.task_names, "default_task"),
+    for values, known, what in (
+        ((settings.default_class,), layout.class_names, "default_class"),
+        ((settings.default_task,), layout.task_names, "default_task"),
+        (tuple(settings.priority), layout.class_names, "priority of"),
     ):
-        if default and default not in known:
-            raise InputError(f"{what} {default!r} is not in the bundle; legal: {', '.join(known)}")
-    return Observer(gateway, settings)
+        for value in values:
+            if value and value not in known:
+                raise InputError(f"{what} {value!r} is not in the bundle; legal: {', '.join(known)}")
+    for name, number in settings.priority.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise InputError(f"priority of {name!r} = {number!r}; legal is a whole number from 1 (first) up")
+    return Observer(gateway, settings, _cache_key)
+
+
+def _cache_key(call: dict[str, Any]) -> str:
+    """Key of a call in LiteLLM's response cache; empty without a cache."""
+    import litellm
+
+    if litellm.cache is None:
+        return ""
+    call = {key: value for key, value in call.items() if key != "litellm_params"}  # where it would leave the key
+    return str(litellm.cache.get_cache_key(**call))
 
 
 def callback(observer: Observer | None) -> Any:
@@ -97,10 +78,16 @@ def callback(observer: Observer | None) -> Any:
         return CustomLogger()
     watch: Observer = observer
 
-    class ShadowLogger(CustomLogger):  # type: ignore[misc]
+    class RoutingLogger(CustomLogger):  # type: ignore[misc]
         """LiteLLM calls these by keyword: their names and those of their arguments are its interface."""
 
         marginroute = watch
+
+        async def async_pre_call_hook(self, user_api_key_dict: Any, cache: Any, data: Any, call_type: Any) -> None:
+            try:
+                watch.prioritise(user_api_key_dict, data, str(call_type))
+            except Exception as error:
+                watch.failed("priority", error)
 
         async def async_filter_deployments(
             self,
@@ -111,7 +98,11 @@ def callback(observer: Observer | None) -> Any:
             parent_otel_span: Any = None,
         ) -> Any:
             try:
-                watch.decide(healthy_deployments, messages, request_kwargs or {})
+                return watch.route(
+                    model, healthy_deployments, messages, {} if request_kwargs is None else request_kwargs
+                )
+            except ShedRequest as shed:
+                raise _refusal(shed) from None
             except Exception as error:
                 watch.failed("decision", error)
             return healthy_deployments
@@ -144,24 +135,39 @@ def callback(observer: Observer | None) -> Any:
             except Exception as error:
                 watch.failed("record of an answer", error)
 
-    return ShadowLogger()
+    return RoutingLogger()
 
 
-def _build_shadow() -> Any:
+def _build(shadow: bool) -> Any:
     import atexit
 
     try:
-        observer = build(settings_from(os.environ))
+        settings = settings_from(os.environ, Settings)
+        observer = build(replace(settings, mode="shadow") if shadow else settings)
     except Exception as error:  # a gateway must start without us
-        log.error("marginroute: shadow mode is off: %s", error if isinstance(error, InputError) else repr(error))
+        log.error("marginroute: it is off: %s", error if isinstance(error, InputError) else repr(error))
         return callback(None)
     atexit.register(observer.gateway.close)
     return callback(observer)
 
 
+def _refusal(shed: ShedRequest) -> Exception:
+    """What LiteLLM turns into status 429 with Retry-After, at once."""
+    from litellm.exceptions import GuardrailRaisedException
+
+    refusal = GuardrailRaisedException(
+        guardrail_name="marginroute",
+        message="Too many requests: this one was shed; try again later",
+        should_wrap_with_default_message=False,
+        status_code=429,
+    )
+    refusal.headers = {"retry-after": str(math.ceil(shed.retry_after_s))}
+    return refusal
+
+
 def __getattr__(name: str) -> Any:
-    """`shadow`, the callback that LiteLLM's configuration names, is built when it is first asked for."""
-    if name != "shadow":
+    """`router` and `shadow`, which LiteLLM's configuration names, are built when they are first asked for."""
+    if name not in ("router", "shadow"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()["shadow"] = _build_shadow()
-    return globals()["shadow"]
+    globals()[name] = _build(shadow=name == "shadow")
+    return globals()[name]

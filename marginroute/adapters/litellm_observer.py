@@ -1,77 +1,78 @@
 """What LiteLLM tells its callbacks, translated into the life of a request; free of LiteLLM itself.
 
 Prompts are counted, hashed in blocks of their UTF-8 bytes (a gateway has no tokeniser), and read once by the bundle's
-quality predictor if it has one; they are never kept. Nothing here is allowed to fail a request: the callback catches
-what is raised.
+quality predictor if it has one; they are never kept. Nothing here is allowed to fail a request but a decision to shed:
+the callback catches what else is raised.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from marginroute.facts import Facts, Outcome
+from marginroute import view as v
+from marginroute.adapters import litellm_request as read
+from marginroute.adapters.litellm_request import Settings
+from marginroute.facts import Facts, Outcome, Verdict
 from marginroute.gateway import Gateway
 from marginroute.latency import running_mean
-from marginroute.operation import OperationSettings
 from marginroute.prefix_index import MAX_BLOCKS, block_hashes
 
 log = logging.getLogger("marginroute.litellm")
 
-GENERATION = ("acompletion", "atext_completion", "aresponses", "anthropic_messages", "completion", "responses")
 TOKENS_PER_CHARACTER = 0.25  # English prose; corrected by the usage that upstreams report
 RECENT_PROMPTS = 200.0
+MOST_STORED = 10_000  # stored answers whose tier is remembered
+SHED = v.KINDS[v.SHED]
+CACHE = v.KINDS[v.CACHE]
+
+Deployments = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Settings(OperationSettings):
-    """What the operator sets, beside what every adapter knows.
+class ShedRequest(Exception):  # noqa: N818 (an answer, not an error)
+    """The bundle sheds a request; `retry_after_s` is what the client is told."""
 
-    Attributes:
-        class_field: key of the metadata of a virtual key or team that names the customer class.
-        default_class: class of requests without it; empty: the bundle's first.
-        task_field: key of the request's own metadata that names the task type.
-        default_task: task type of requests without it; empty: the bundle's first.
-        candidates: candidate by deployment id or by LiteLLM model name, for deployments without
-            `model_info.marginroute_candidate`.
-    """
-
-    class_field: str = "customer_class"
-    default_class: str = ""
-    task_field: str = "task_type"
-    default_task: str = ""
-    candidates: Mapping[str, str] = field(default_factory=dict)
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__("shed")
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(slots=True)
 class _Call:
-    """A decided request: characters of its prompt, and LiteLLM's logging object while a first token is awaited."""
+    """A decided request: characters of its prompt, whether it was shed, and its key in the response cache."""
 
     characters: int
-    awaited: Any = None
+    shed: bool = False
+    cache_key: str = ""
 
 
 class Observer:
-    """Follows every request through the hooks of LiteLLM.
+    """Follows every request through the hooks of LiteLLM, and says where it goes where the bundle may act.
 
     Args:
         gateway: decides and records.
         settings: of the operator.
+        cache_key: key of a call in LiteLLM's response cache, empty if it has none; None: there is no cache to look at.
 
     Attributes:
         errors: exceptions of ours by hook; none of them reached a request.
     """
 
-    def __init__(self, gateway: Gateway, settings: Settings) -> None:
+    def __init__(
+        self, gateway: Gateway, settings: Settings, cache_key: Callable[[dict[str, Any]], str] | None = None
+    ) -> None:
         self.gateway, self.settings = gateway, settings
         self.errors: dict[str, int] = {}
         self._warned: set[str] = set()
-        self._calls: dict[str, _Call] = {}  # in order of decision
+        self._calls: OrderedDict[str, _Call] = OrderedDict()  # in order of decision
+        self._awaited: dict[str, Any] = {}  # LiteLLM's logging objects of streams without a first token
+        self._cache_key = cache_key if settings.use_cache else None
+        self._stored: OrderedDict[str, str] = OrderedDict()  # key in the response cache -> tier that answered
         self._tokens_per_character, self._weight = TOKENS_PER_CHARACTER, 1.0
         self._block_bytes = round(settings.prefix_block_tokens / TOKENS_PER_CHARACTER)
 
@@ -81,31 +82,78 @@ class Observer:
         if self.errors[hook] == 1:
             log.warning("marginroute: %s failed; later ones are only counted (%r)", hook, error)
 
-    def decide(self, deployments: list[dict[str, Any]], messages: Any, kwargs: Mapping[str, Any]) -> None:
-        """An attempt is about to be routed; the first attempt of a request is decided."""
-        id, logging_obj = kwargs.get("litellm_call_id"), kwargs.get("litellm_logging_obj")
-        call_type = str(getattr(logging_obj, "call_type", None) or GENERATION[0])
-        if not id or call_type not in GENERATION or kwargs.get("no-log") is True:
-            return
+    def route(self, model: str, deployments: Deployments, messages: Any, kwargs: dict[str, Any]) -> Deployments:
+        """Decides an attempt that is about to be routed; returns the deployments that LiteLLM may still pick from.
+
+        Raises:
+            ShedRequest: the bundle acts on the request and sheds it.
+        """
+        names = self._names(deployments, kwargs)
+        verdict = self._decide(model, set(names.values()), messages, kwargs)
+        if verdict is None or not verdict.acting or not names:
+            return deployments
+        decision, call = verdict.decision, self._calls.get(kwargs["litellm_call_id"])
+        if decision.kind == SHED:
+            if call is not None:
+                call.shed = True
+            raise ShedRequest(verdict.retry_after_s)
+        if call is not None and call.cache_key in self._stored and decision.kind != CACHE:
+            kwargs["cache"] = {**(kwargs.get("cache") or {}), "no-cache": True}
+        wanted = decision.runner_up if decision.kind == CACHE else decision.name  # should the stored answer be gone
+        return [d for i, d in enumerate(deployments) if names.get(i) == wanted] or deployments
+
+    def _names(self, deployments: Deployments, kwargs: Mapping[str, Any]) -> dict[int, str]:
+        """Candidate by position of a deployment, without those that LiteLLM will drop from a retry anyway."""
+        dropped = {
+            *(kwargs.get("_excluded_deployment_ids") or ()),
+            *(kwargs.get("_retry_skipped_deployment_ids") or ()),
+        }
+        found = {}
+        for i, deployment in enumerate(deployments):
+            info = deployment.get("model_info")
+            name = self._candidate(info, read.model_of(deployment))
+            if name and (info or {}).get("id") not in dropped:
+                found[i] = name
+        return found
+
+    def _decide(self, model: str, available: set[str], messages: Any, kwargs: dict[str, Any]) -> Verdict | None:
+        id = kwargs.get("litellm_call_id")
+        if not id or not read.is_generation(kwargs):
+            return None
         self._see_first_tokens()
-        available = {c for d in deployments if (c := self._candidate(d.get("model_info"), _model(d)))}
-        prompt = messages if _count_characters(messages) else _body(kwargs)
-        characters = _count_characters(prompt)
+        prompt = messages if read.count_characters(messages) else read.body_of(kwargs)
+        characters = read.count_characters(prompt)
         hashes, tokens_per_byte = self._hashes(prompt, kwargs.get("tools"), characters)
-        if id in self._calls:
-            return
+        asks = self.gateway.bundle.predictor is not None
+        cache_key = self._key({**kwargs, "model": model, "messages": messages})
         facts = Facts(
             id,
             max(round(characters * self._tokens_per_character), 1),
-            class_name=self._known("class", _customer_class(kwargs, self.settings.class_field)),
-            task_name=self._known("task", _requester(kwargs).get(self.settings.task_field)),
+            class_name=self._known("class", read.class_of(kwargs, self.settings.class_field)),
+            task_name=self._known("task", read.requester_of(kwargs).get(self.settings.task_field)),
+            tenant=read.tenant_of(kwargs),
+            session=read.session_of(kwargs),
             available=available,
+            cached_tier=self._stored.get(cache_key),
             hashes=hashes,
             block_tokens=self._block_bytes * tokens_per_byte,
-            prompt=None if self.gateway.bundle.predictor is None else _question(messages) or _question(_body(kwargs)),
+            prompt=(read.question_of(messages) or read.question_of(read.body_of(kwargs))) if asks else None,
         )
-        self.gateway.decide(facts)
-        self._calls[id] = _Call(characters)
+        self._calls.setdefault(id, _Call(characters, cache_key=cache_key))
+        return self.gateway.decide(facts)
+
+    def prioritise(self, key: Any, data: dict[str, Any], call_type: str) -> None:
+        """Gives a request the priority of its class, before it is routed."""
+        if not self.settings.priority or call_type not in read.GENERATION or "priority" in data:
+            return
+        name = self._known("class", read.class_of_key(key, self.settings.class_field))
+        number = self.settings.priority.get(name)
+        tenant = str(getattr(key, "team_id", None) or getattr(key, "api_key", None) or "")
+        session = read.session_of(data)
+        if number and self.gateway.switch.acts(str(data.get("litellm_call_id") or ""), tenant, session):
+            data["priority"] = number
+            if self.settings.engine_priority:
+                data["extra_body"] = {**(data.get("extra_body") or {}), "priority": number}
 
     def sent(self, kwargs: Mapping[str, Any]) -> None:
         """An attempt leaves for the deployment that LiteLLM picked."""
@@ -115,29 +163,30 @@ class Observer:
             return
         self.gateway.sent(id, candidate, streamed)
         if streamed and id in self._calls:
-            self._calls[id].awaited = kwargs.get("litellm_logging_obj")
+            self._awaited[id] = kwargs.get("litellm_logging_obj")
 
     def attempt_failed(self, kwargs: Mapping[str, Any]) -> None:
         """An attempt failed; LiteLLM may try again."""
         id = kwargs.get("litellm_call_id", "")
-        if id in self._calls:
-            self._calls[id].awaited = None
+        self._awaited.pop(id, None)
         self.gateway.attempt_failed(id)
 
     def request_failed(self, data: Mapping[str, Any]) -> None:
-        """LiteLLM gave up on a request."""
+        """LiteLLM gave up on a request, or we have shed it."""
         id = data.get("litellm_call_id", "")
-        arrived_at_s = self.gateway.arrived_at_s(id)
-        self._calls.pop(id, None)
-        if arrived_at_s is not None:
+        arrived_at_s, call = self.gateway.arrived_at_s(id), self._forget(id)
+        if arrived_at_s is None:
+            return
+        if call is not None and call.shed:
+            self.gateway.finished(id, Outcome("shed"))
+        else:
             self.gateway.finished(id, Outcome("failed", e2e_s=max(time.time() - arrived_at_s, 0.0)))
 
     def completed(self, kwargs: Mapping[str, Any]) -> None:
         """An answer is complete."""
         payload = kwargs["standard_logging_object"]
         id = kwargs.get("litellm_call_id") or payload["litellm_call_id"]
-        arrived_at_s = self.gateway.arrived_at_s(id)
-        call = self._calls.pop(id, None)
+        arrived_at_s, call = self.gateway.arrived_at_s(id), self._forget(id)
         if arrived_at_s is None or call is None:
             return
         end_s, sent_s = float(payload["endTime"]), float(payload["startTime"])
@@ -159,11 +208,31 @@ class Observer:
             output_tokens=output_tokens,
             cost_usd=cost_usd if cost_usd > 0.0 else None,
         )
+        self._remember(call.cache_key, outcome.served_by)
         self.gateway.finished(id, outcome)
+
+    def _forget(self, id: str) -> _Call | None:
+        self._awaited.pop(id, None)
+        return self._calls.pop(id, None)
+
+    def _key(self, call: dict[str, Any]) -> str:
+        return "" if self._cache_key is None else self._cache_key(call)
+
+    def _remember(self, cache_key: str, candidate: str) -> None:
+        """Notes which tier gave the answer that LiteLLM has stored now."""
+        layout = self.gateway.bundle.layout
+        if not cache_key or candidate not in layout.names:
+            return
+        tier = int(layout.tier[layout.names.index(candidate)])
+        if tier >= 0:
+            self._stored[cache_key] = layout.tier_names[tier]
+            self._stored.move_to_end(cache_key)
+        while len(self._stored) > MOST_STORED:
+            self._stored.popitem(last=False)
 
     def _served_by(self, kwargs: Mapping[str, Any], payload: Mapping[str, Any]) -> str:
         if payload.get("cache_hit") is True:
-            return "cache"
+            return CACHE
         info = (kwargs.get("litellm_params") or {}).get("model_info") or {}
         return self._candidate(info, str(kwargs.get("model")))
 
@@ -171,7 +240,8 @@ class Observer:
         """Block hashes of a prompt, tools first as engines put them, and tokens per byte."""
         if self._block_bytes == 0 or not self.gateway.state.hashes_prompts:
             return [], 0.0
-        data = b"\0".join(text.encode("utf-8", "replace") for text in (*_texts_of_tools(tools), *_texts(prompt)))
+        texts = (*read.texts_of_tools(tools), *read.texts(prompt))
+        data = b"\0".join(text.encode("utf-8", "replace") for text in texts)
         tokens_per_byte = characters * self._tokens_per_character / max(len(data), 1)
         return block_hashes(data[: MAX_BLOCKS * self._block_bytes], self._block_bytes), tokens_per_byte
 
@@ -208,69 +278,9 @@ class Observer:
     def _see_first_tokens(self) -> None:
         """Looks which streams have got their first token since the last decision; forgets calls written off."""
         while self._calls and self.gateway.arrived_at_s(next(iter(self._calls))) is None:
-            self._calls.pop(next(iter(self._calls)))
-        for id, call in self._calls.items():
-            started = getattr(call.awaited, "completion_start_time", None)
+            self._forget(next(iter(self._calls)))
+        for id, logging_obj in list(self._awaited.items()):
+            started = getattr(logging_obj, "completion_start_time", None)
             if isinstance(started, datetime.datetime):
                 self.gateway.first_token(id, max((datetime.datetime.now() - started).total_seconds(), 0.0))
-                call.awaited = None
-
-
-def _model(deployment: Mapping[str, Any]) -> str:
-    return str((deployment.get("litellm_params") or {}).get("model"))
-
-
-def _metadata(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    return kwargs.get("metadata") or kwargs.get("litellm_metadata") or {}
-
-
-def _requester(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Metadata that the client sent along."""
-    return _metadata(kwargs).get("requester_metadata") or {}
-
-
-def _customer_class(kwargs: Mapping[str, Any], name: str) -> Any:
-    """From what the operator attached to the key or its team; a client cannot choose its class."""
-    for source in ("user_api_key_auth_metadata", "user_api_key_metadata", "user_api_key_team_metadata"):
-        value = (_metadata(kwargs).get(source) or {}).get(name)
-        if value:
-            return value
-    return None
-
-
-def _body(kwargs: Mapping[str, Any]) -> Any:
-    body = (kwargs.get("proxy_server_request") or {}).get("body") or {}
-    return [body.get(key) for key in ("messages", "prompt", "input", "instructions", "system")]
-
-
-def _texts_of_tools(tools: Any) -> Iterator[str]:
-    if tools:
-        yield json.dumps(tools, sort_keys=True, default=str)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _texts(value.get("content") or value.get("text"))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
-
-
-def _question(value: Any) -> str | None:
-    """What the user asked last: text of the last message from `user`, or of the last text where there are no roles."""
-    if isinstance(value, list | tuple):
-        asked = [item for item in value if isinstance(item, Mapping) and item.get("role") == "user"]
-        if asked:
-            return "\n".join(_texts(asked[-1])) or None
-        for item in reversed(value):
-            if question := _question(item):
-                return question
-        return None
-    return "\n".join(_texts(value)) or None
-
-
-def _count_characters(value: Any) -> int:
-    """Characters of text in messages or prompts; images and tools count through the correction by usage."""
-    return sum(len(text) for text in _texts(value))
+                del self._awaited[id]

@@ -20,7 +20,7 @@ CONFIG = """
 model_list:
 {models}
 router_settings: {{num_retries: 1, disable_cooldowns: true, routing_strategy: simple-shuffle}}
-litellm_settings: {{callbacks: {callbacks}, telemetry: false}}
+litellm_settings: {{callbacks: {callbacks}, telemetry: false{more}}}
 general_settings: {{master_key: os.environ/LITELLM_MASTER_KEY, custom_auth: auth.check}}
 """
 MODEL = """
@@ -39,12 +39,13 @@ from litellm.proxy._types import UserAPIKeyAuth
 
 async def check(request, api_key):
     if api_key == "sk-probe":
-        from marginroute.adapters.litellm import shadow
+        from marginroute.adapters import litellm
 
-        observer = shadow.marginroute
+        observer = getattr(litellm, os.environ["MARGINROUTE_CALLBACK"]).marginroute
         state = {"in_flight": observer.gateway.state.in_flight, "pending": observer.gateway.pending}
         with open(os.environ["PROBE"], "w") as file:
-            json.dump(state | {"errors": observer.errors, "calls": len(observer._calls)}, file)
+            state |= {"errors": observer.errors, "calls": len(observer._calls), "awaited": len(observer._awaited)}
+            json.dump(state | {"state": observer.gateway.switch.state}, file)
     return UserAPIKeyAuth(api_key=api_key, metadata={"customer_class": api_key.removeprefix("sk-")})
 '''
 
@@ -63,14 +64,24 @@ class Proxy:
         folder: for its configuration and output.
         deployments: (model group, upstream name, upstream URL, candidate).
         environ: what marginroute's callback reads; None: no callback at all.
+        callback: which of them, `shadow` or `router`.
+        more: further `litellm_settings`, as YAML.
     """
 
-    def __init__(self, python: str, folder: Path, deployments: list[tuple], environ: dict[str, str] | None) -> None:
+    def __init__(
+        self,
+        python: str,
+        folder: Path,
+        deployments: list[tuple],
+        environ: dict[str, str] | None,
+        callback: str = "shadow",
+        more: str = "",
+    ) -> None:
         folder.mkdir()
         self.folder, self.port = folder, free_port()
         models = "".join(MODEL.format(group=g, name=n, url=u, candidate=c) for g, n, u, c in deployments)
-        callbacks = "[]" if environ is None else "[marginroute.adapters.litellm.shadow]"
-        (folder / "config.yaml").write_text(CONFIG.format(models=models, callbacks=callbacks))
+        callbacks = "[]" if environ is None else f"[marginroute.adapters.litellm.{callback}]"
+        (folder / "config.yaml").write_text(CONFIG.format(models=models, callbacks=callbacks, more=more))
         (folder / "auth.py").write_text(AUTH)
         (folder / "path").mkdir()
         (folder / "path" / "marginroute").symlink_to(REPOSITORY / "marginroute")  # and nothing else of the checkout
@@ -89,6 +100,7 @@ class Proxy:
                 "LITELLM_MASTER_KEY": f"sk-{secrets.token_hex(16)}",
                 "NO_PROXY": "127.0.0.1",
                 "PROBE": str(folder / "probe.json"),
+                "MARGINROUTE_CALLBACK": callback,
             }
             | (environ or {}),
         )
@@ -107,7 +119,7 @@ class Proxy:
         return (self.folder / "output.txt").read_text(errors="replace")
 
     def ask(self, group: str, message: str, stream: bool = False, key: str = "sk-premium", **more) -> tuple[int, str]:
-        """Status and the text of the answer (or the error's class)."""
+        """Status and the text of the answer (after an error: what Retry-After said)."""
         body = {"model": group, "messages": [{"role": "user", "content": message}], "stream": stream} | more
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/chat/completions",
@@ -119,7 +131,7 @@ class Proxy:
                 text = response.read().decode()
         except urllib.error.HTTPError as error:
             error.read()
-            return error.code, ""
+            return error.code, error.headers.get("retry-after", "")
         if not stream:
             return 200, json.loads(text)["choices"][0]["message"]["content"]
         events = [line[6:] for line in text.splitlines() if line.startswith("data: {")]

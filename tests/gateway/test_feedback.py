@@ -220,7 +220,7 @@ def test_feedback_of_another_bundle_is_refused(tmp_path):
 
 def test_litellm_loads_it(logged, bundle_folder, tmp_path):
     from marginroute.adapters import litellm as adapter
-    from marginroute.adapters.litellm_observer import Settings
+    from marginroute.adapters.litellm_request import Settings
 
     out = logged / "posterior.json"
     assert command(logged, bundle_folder, "--feedback", logged / "feedback.jsonl", "--out", out) == 0

@@ -106,6 +106,15 @@ def test_a_decision_of_the_guard_is_not_explored(made):
     assert {d.guard for d in decisions} == {"stale"} and {d.probability for d in decisions} == {1.0}
 
 
+def test_what_is_shed_is_not_explored(made):
+    gateway = made(explore=(0.9, 100.0))
+    for i in range(400):
+        gateway.decide(Facts(f"{i}", 2000, available=("small/0",)))
+        gateway.sent(f"{i}", "small/0", True)
+    late = [gateway.decide(Facts(f"late {i}", 2000, available=("small/0",))).decision for i in range(30)]
+    assert {(d.kind, d.probability, d.support) for d in late} == {("shed", 1.0, ())}
+
+
 def test_exploration_needs_expected_usd(tmp_path):
     bundle = dataclasses.replace(small_bundle(), policy=LeastInFlight("least-in-flight"))
     with pytest.raises(InputError, match="least-in-flight has none"):

@@ -11,8 +11,9 @@ from bundles import small_bundle
 from marginroute import bundle as bundles
 from marginroute import view as v
 from marginroute.adapters import litellm as adapter
-from marginroute.adapters.litellm_observer import Settings
+from marginroute.adapters.litellm_request import Settings
 from marginroute.errors import InputError
+from marginroute.operation_file import settings_from
 
 DEPLOYMENTS = [
     {"model_info": {"id": "1", "marginroute_candidate": "small/0"}, "litellm_params": {"model": "openai/a"}},
@@ -200,7 +201,7 @@ def test_silent_requests_are_written_off(bundle, tmp_path):
         ({}, "bundel: x", "unknown key 'bundel'"),
         ({}, "- 1", "must map settings"),
         ({}, "a: [", "not YAML"),
-        ({}, "{bundle: b, log: l, candidates: [1]}", "candidates must map"),
+        ({}, "{bundle: b, log: l, candidates: [1]}", "candidates must map names"),
     ],
 )
 def test_settings_say_what_is_wrong(tmp_path, environ, text, says):
@@ -208,13 +209,13 @@ def test_settings_say_what_is_wrong(tmp_path, environ, text, says):
         (tmp_path / "m.yaml").write_text(text)
         environ = environ | {"MARGINROUTE_CONFIG": str(tmp_path / "m.yaml")}
     with pytest.raises(InputError, match=says):
-        adapter.settings_from(environ)
+        settings_from(environ, Settings)
 
 
 def test_settings_from_file_and_environment(tmp_path):
     (tmp_path / "m.yaml").write_text("bundle: b\nlog: l\ndefault_class: batch\ncandidates: {openai/b: large/0}\n")
     environ = {"MARGINROUTE_CONFIG": str(tmp_path / "m.yaml"), "MARGINROUTE_LOG": "other"}
-    settings = adapter.settings_from(environ)
+    settings = settings_from(environ, Settings)
     assert (settings.bundle, settings.log, settings.default_class) == ("b", "other", "batch")
     assert settings.candidates == {"openai/b": "large/0"}
 
@@ -222,9 +223,9 @@ def test_settings_from_file_and_environment(tmp_path):
 def test_unusable_bundle_turns_shadow_off_and_lets_the_proxy_start(logger, monkeypatch, caplog):
     monkeypatch.setenv("MARGINROUTE_BUNDLE", "/nowhere")
     monkeypatch.setenv("MARGINROUTE_LOG", "unused.jsonl")
-    callback = adapter._build_shadow()
+    callback = adapter._build(shadow=True)
     assert type(callback).__name__ == "CustomLogger"
-    assert "shadow mode is off" in caplog.text
+    assert "it is off" in caplog.text
 
 
 def test_default_class_must_be_the_bundles(bundle_folder, tmp_path):

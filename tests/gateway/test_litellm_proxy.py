@@ -186,7 +186,8 @@ def test_class_and_legal_candidates(runs):
 
 
 def test_nothing_stays_in_flight_and_nothing_failed(runs):
-    assert runs["probe"] == {"in_flight": 0, "pending": 0, "errors": {}, "calls": 0}
+    probe = {"in_flight": 0, "pending": 0, "errors": {}, "calls": 0, "awaited": 0, "state": "in force"}
+    assert runs["probe"] == probe
     assert "Traceback" not in "".join(line for line in runs["output"].splitlines() if "marginroute" in line)
     assert "marginroute: shadow mode, bid-price" in runs["output"]
 

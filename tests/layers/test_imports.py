@@ -36,13 +36,14 @@ TOP = ("envs.__main__", "agents.__main__", "benchmarks", *SCRIPTS)  # may import
 
 # Libraries that may be absent: imported inside functions only.
 OPTIONAL = {
-    "marginroute.adapters.litellm": ("litellm", "yaml"),
+    "marginroute.adapters.litellm": ("litellm",),
     "marginroute.adapters.desk": ("yaml",),
     "marginroute.adapters.envoy": ("envoy", "grpc", "grpc_health", "yaml"),
     "marginroute.adapters.envoy_messages": ("envoy",),
     "marginroute.adapters.http": ("httptools", "prometheus_client", "uvicorn"),
     "marginroute.adapters.listen": ("uvloop",),
     "marginroute.adapters.metrics": ("prometheus_client",),
+    "marginroute.operation_file": ("yaml",),
     "envs.scenario_compile": ("genai_prices",),
     "envs.emulator": ("uvicorn",),
     "envs.describe": ("rich",),

@@ -1,0 +1,129 @@
+"""What LiteLLM's dictionaries say of a request: class, tenant, session, text. Free of LiteLLM itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from marginroute.operation import OperationSettings
+
+GENERATION = ("acompletion", "atext_completion", "aresponses", "anthropic_messages", "completion", "responses")
+
+
+@dataclass(frozen=True)
+class Settings(OperationSettings):
+    """What the operator sets, beside what every adapter knows.
+
+    Attributes:
+        class_field: key of the metadata of a virtual key or team that names the customer class.
+        default_class: class of requests without it; empty: the bundle's first.
+        task_field: key of the request's own metadata that names the task type.
+        default_task: task type of requests without it; empty: the bundle's first.
+        candidates: candidate by deployment id or by LiteLLM model name, for deployments without
+            `model_info.marginroute_candidate`.
+        priority: LiteLLM's priority by class, from 1 (first) up; classes without one have none.
+        engine_priority: the same number goes along to the engine, as vLLM's `priority`.
+        use_cache: *cache* is a candidate where LiteLLM's response cache holds an answer of a known tier.
+    """
+
+    class_field: str = "customer_class"
+    default_class: str = ""
+    task_field: str = "task_type"
+    default_task: str = ""
+    candidates: Mapping[str, str] = field(default_factory=dict)
+    priority: Mapping[str, int] = field(default_factory=dict)
+    engine_priority: bool = False
+    use_cache: bool = False
+
+
+def is_generation(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call asks a model for text, and is to be recorded."""
+    call_type = str(getattr(kwargs.get("litellm_logging_obj"), "call_type", None) or GENERATION[0])
+    return call_type in GENERATION and kwargs.get("no-log") is not True
+
+
+def model_of(deployment: Mapping[str, Any]) -> str:
+    """LiteLLM's model name of a deployment."""
+    return str((deployment.get("litellm_params") or {}).get("model"))
+
+
+def metadata_of(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What LiteLLM knows of the caller."""
+    return kwargs.get("metadata") or kwargs.get("litellm_metadata") or {}
+
+
+def requester_of(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Metadata that the client sent along."""
+    return metadata_of(kwargs).get("requester_metadata") or {}
+
+
+def class_of(kwargs: Mapping[str, Any], name: str) -> Any:
+    """From what the operator attached to the key or its team; a client cannot choose its class."""
+    for source in ("user_api_key_auth_metadata", "user_api_key_metadata", "user_api_key_team_metadata"):
+        value = (metadata_of(kwargs).get(source) or {}).get(name)
+        if value:
+            return value
+    return None
+
+
+def class_of_key(key: Any, name: str) -> Any:
+    """The same before routing, from LiteLLM's own object of a verified key."""
+    for source in ("metadata", "team_metadata"):
+        value = (getattr(key, source, None) or {}).get(name)
+        if value:
+            return value
+    return None
+
+
+def tenant_of(kwargs: Mapping[str, Any]) -> str:
+    """Team of the key, else the (hashed) key: what a client cannot choose."""
+    metadata = metadata_of(kwargs)
+    return str(metadata.get("user_api_key_team_id") or metadata.get("user_api_key_hash") or "")
+
+
+def session_of(kwargs: Mapping[str, Any]) -> str:
+    """The session that a client named; empty if it named none."""
+    return str(kwargs.get("litellm_session_id") or metadata_of(kwargs).get("session_id") or "")
+
+
+def body_of(kwargs: Mapping[str, Any]) -> Any:
+    """Where text stands in bodies without messages."""
+    body = (kwargs.get("proxy_server_request") or {}).get("body") or {}
+    return [body.get(key) for key in ("messages", "prompt", "input", "instructions", "system")]
+
+
+def texts_of_tools(tools: Any) -> Iterator[str]:
+    """Tools as one text."""
+    if tools:
+        yield json.dumps(tools, sort_keys=True, default=str)
+
+
+def texts(value: Any) -> Iterator[str]:
+    """All texts in messages or prompts, in order."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from texts(value.get("content") or value.get("text"))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from texts(item)
+
+
+def question_of(value: Any) -> str | None:
+    """What the user asked last: text of the last message from `user`, or of the last text where there are no roles."""
+    if isinstance(value, list | tuple):
+        asked = [item for item in value if isinstance(item, Mapping) and item.get("role") == "user"]
+        if asked:
+            return "\n".join(texts(asked[-1])) or None
+        for item in reversed(value):
+            if question := question_of(item):
+                return question
+        return None
+    return "\n".join(texts(value)) or None
+
+
+def count_characters(value: Any) -> int:
+    """Characters of text in messages or prompts; images and tools count through the correction by usage."""
+    return sum(len(text) for text in texts(value))
