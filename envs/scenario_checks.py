@@ -154,6 +154,8 @@ def _workload(scenario: Scenario) -> Iterator[Problem]:
                 if getattr(task, kind) is None:
                     yield f"workload.tasks.{name}.{kind}", f"is missing; legal is a mixture here or in workload.{kind}"
     yield from _composition(scenario)
+    if workload.intents is not None and workload.recurring.share > 0.0:
+        yield "workload.recurring.share", f"{workload.recurring.share} beside intents; legal is 0, or no intents"
 
 
 def _composition(scenario: Scenario) -> Iterator[Problem]:

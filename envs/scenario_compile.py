@@ -175,6 +175,8 @@ def workload_spec(scenario: Scenario) -> WorkloadSpec:
         recurring_exponent=workload.recurring.zipf_exponent,
         quality=_quality(scenario, np.array(class_share) @ np.array(task_share)),
         composition=composition(scenario, class_share),
+        intents=workload.intents.build() if workload.intents else None,
+        reuse=tuple(task.reuse.build() for task in workload.tasks.values()) if workload.intents else (),
     )
 
 

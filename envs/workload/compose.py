@@ -13,6 +13,7 @@ import numpy as np
 
 from envs.workload.clients import draw_clients
 from envs.workload.draws import choose, draw_lengths, draw_recurrences, draw_tasks, draw_tenants
+from envs.workload.intents import Asked, draw_intents
 from envs.workload.prefixes import hash_blocks
 from envs.workload.season import Season
 from envs.workload.sessions import Calls, draw_sessions, joined
@@ -51,10 +52,17 @@ def compose(spec: WorkloadSpec, composition: Composition, rng: np.random.Generat
         if session.task_index >= 0:
             task_index[kind == index] = session.task_index
     single = kind < 0
+    lone, asked, near = np.flatnonzero(single), None, {}
+    if spec.intents is not None:
+        asked = draw_intents(spec.intents, rng, tenant_index[lone], at_s[rows][lone], spec.horizon_s)
+        task_index[lone] = task_index[lone[asked.first]]
+        near = _spread(asked, lone, len(rows))
     _single_lengths(spec, composition, rng, calls, single, roots.client[root], task_index)
     prompt_key = np.full(len(rows), -1, dtype=np.int32)
-    lone = np.flatnonzero(single)
-    if spec.recurring_share > 0.0 and len(lone):
+    if asked is not None:
+        prompt_key[lone] = asked.prompt_key
+        _repeat(calls, task_index, lone, lone[asked.source])
+    elif spec.recurring_share > 0.0 and len(lone):
         source, prompt_key[lone] = draw_recurrences(spec, rng, tenant_index[lone])
         _repeat(calls, task_index, lone, lone[source])
     session_index = np.full(len(rows), -1, dtype=np.int32)
@@ -81,7 +89,17 @@ def compose(spec: WorkloadSpec, composition: Composition, rng: np.random.Generat
         parent_index=calls.parent.astype(np.int32),
         think_s=np.where(calls.parent >= 0, calls.think_s, 0.0),
         **hashed,
+        **near,
     )
+
+
+def _spread(asked: Asked, lone: Array, size: int) -> dict[str, Array]:
+    """Families and embeddings of single requests `lone` among all (size,) requests."""
+    family = np.full(size, -1, dtype=np.int32)
+    family[lone] = asked.family_index
+    embedding = np.zeros((size, asked.embedding.shape[1]), dtype=np.float32)
+    embedding[lone] = asked.embedding
+    return {"family_index": family, "embedding": embedding}
 
 
 def _arrivals(spec: WorkloadSpec, composition: Composition, rng: np.random.Generator) -> _Roots:

@@ -1,7 +1,8 @@
 """Draws the workload of an episode: one vectorised pass, the same bytes for the same random generator.
 
 A prompt that recurs is drawn once and copied to its recurrences, so that length, task, difficulty and outcome agree
-while arrival, patience and network noise differ. Recurring prompts belong to a tenant: no two tenants share one.
+while arrival, patience and network noise differ. Recurring prompts belong to a tenant: no two tenants share one. With
+intents (`envs.workload.intents`) task, difficulty and outcome are drawn once per intent, lengths once per wording.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 
 from envs.workload.compose import compose
 from envs.workload.draws import choose, draw_lengths, draw_recurrences, draw_tasks, draw_tenants, given_recurrences
+from envs.workload.intents import draw_intents, draw_reuse
 from envs.workload.quality import draw_quality
 from envs.workload.requests import Workload
 from envs.workload.spec import GivenRequests, WorkloadSpec
@@ -34,18 +36,30 @@ def generate(spec: WorkloadSpec, rng: np.random.Generator, given: GivenRequests 
     tenant_index = draw_tenants(spec, rng, class_index)
     if given is not None and given.tenant_index is not None:
         tenant_index = given.tenant_index
-    if given is None:
-        source, prompt_key = draw_recurrences(spec, rng, tenant_index)
-    else:
+    near: dict[str, Any] = {}
+    if given is not None:
         source, prompt_key = given_recurrences(given.prompt_key, size)
-    task_index = draw_tasks(spec, rng, class_index)[source]
+        first = source
+        if given.family_index is not None:
+            first, _ = given_recurrences(given.family_index, size)
+            near = {"family_index": given.family_index, "embedding": given.embedding}
+    elif spec.intents is not None:
+        asked = draw_intents(spec.intents, rng, tenant_index, arrived_at_s, spec.horizon_s)
+        first, source, prompt_key = asked.first, asked.source, asked.prompt_key
+        near = {"family_index": asked.family_index, "embedding": asked.embedding}
+    else:
+        source, prompt_key = draw_recurrences(spec, rng, tenant_index)
+        first = source
+    task_index = draw_tasks(spec, rng, class_index)[first]
     if given is not None and given.task_index is not None:
         task_index = given.task_index
     prompt_tokens = draw_lengths(spec.prompt_lengths, rng, task_index, source)
     output_tokens = draw_lengths(spec.output_lengths, rng, task_index, source)
     if given is not None:
         prompt_tokens, output_tokens = given.prompt_tokens[source], given.output_tokens[source]
-    quality = draw_quality(spec.quality, rng, task_index, source)
+    quality = draw_quality(spec.quality, rng, task_index, first)
+    if near:
+        near["needed_similarity"], near["valid_for_s"] = draw_reuse(spec.reuse, rng.spawn(1)[0], task_index)
     return Workload(
         arrived_at_s=arrived_at_s,
         class_index=class_index,
@@ -59,10 +73,11 @@ def generate(spec: WorkloadSpec, rng: np.random.Generator, given: GivenRequests 
         difficulty_signal=quality.signal,
         p_good_prior=quality.p_good_prior,
         p_good=quality.p_good,
-        good=spec.quality.good(task_index, quality.p_good, rng.random(size)[source], quality.luck),
+        good=spec.quality.good(task_index, quality.p_good, rng.random(size)[first], quality.luck),
         provider_noise=rng.standard_normal((size, 2)),
         horizon_s=spec.horizon_s if given is None else given.horizon_s,
         **({} if given is None else {name: getattr(given, name) for name in _LINKS}),
+        **near,
     )
 
 

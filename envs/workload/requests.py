@@ -54,6 +54,10 @@ class Workload:
         session_index: (M,) i4, conversation or task that a request belongs to; -1: none. Default -1.
         parent_index: (M,) i4, request that this one follows, an earlier row; -1: none. Default -1.
         think_s: (M,) f8, seconds between the parent's end and this arrival, 0 or more. Default 0. Hidden.
+        family_index: (M,) i4, prompts that mean the same, dense from 0; -1: asked once. Default -1.
+        embedding: (M, D) f4, unit vectors of prompts with a family, equal for equal keys. Default none, D = 0.
+        needed_similarity: (M,) f8, that an answer to another prompt must have to be right. Default 0. Hidden.
+        valid_for_s: (M,) f8, age of a stored answer up to which it is right. Default inf. Hidden.
         faults: (F,) `faults.FAULT`, what fails when, ordered by start. Hidden.
     """
 
@@ -79,9 +83,16 @@ class Workload:
     session_index: Array = None  # type: ignore[assignment]
     parent_index: Array = None  # type: ignore[assignment]
     think_s: Array = None  # type: ignore[assignment]
+    family_index: Array = None  # type: ignore[assignment]
+    embedding: Array = None  # type: ignore[assignment]
+    needed_similarity: Array = None  # type: ignore[assignment]
+    valid_for_s: Array = None  # type: ignore[assignment]
     faults: Array = field(default_factory=no_faults)
 
-    hidden: ClassVar[tuple[str, ...]] = ("output_tokens", "patience_s", "p_good", "good", "provider_noise", "think_s")
+    hidden: ClassVar[tuple[str, ...]] = (
+        *("output_tokens", "patience_s", "p_good", "good", "provider_noise", "think_s"),
+        *("needed_similarity", "valid_for_s"),
+    )
     scalars: ClassVar[tuple[str, ...]] = ("horizon_s", "prefix_block_tokens", "variant")
 
     def __post_init__(self) -> None:
@@ -92,6 +103,10 @@ class Workload:
             ("session_index", -1, m, np.int32),
             ("parent_index", -1, m, np.int32),
             ("think_s", 0.0, m, np.float64),
+            ("family_index", -1, m, np.int32),
+            ("embedding", 0, (m, 0), np.float32),
+            ("needed_similarity", 0.0, m, np.float64),
+            ("valid_for_s", np.inf, m, np.float64),
         ):
             given = getattr(self, name)
             array = np.full(size, fill, kind) if given is None else np.ascontiguousarray(given, kind)
@@ -143,6 +158,11 @@ class Workload:
                 "legal is a hash of a block and all before it"
             )
         return rank[number]
+
+    @property
+    def has_families(self) -> bool:
+        """Whether prompts may mean the same in other words."""
+        return self.embedding.shape[1] > 0
 
     @property
     def has_sessions(self) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from envs.workload.arrivals import Arrivals
 from envs.workload.clients import Client
 from envs.workload.durations import SecondsMixture
+from envs.workload.intents import IntentSpec, Reuse
 from envs.workload.lengths import LengthMixture
 from envs.workload.prefixes import PrefixSpec
 from envs.workload.quality import QualityTruth
@@ -81,6 +82,8 @@ class WorkloadSpec:
         recurring_exponent: popularity of the i-th of them falls like i ** -recurring_exponent.
         quality: who answers what well.
         composition: clients, seasons, sessions, jobs and prefixes; None: independent requests.
+        intents: who asks the same in other words; None: nobody, `recurring_...` counts.
+        reuse: (J,) when an earlier answer is right for another prompt of its intent; with intents.
     """
 
     arrivals: Arrivals
@@ -100,6 +103,8 @@ class WorkloadSpec:
     recurring_exponent: float
     quality: QualityTruth
     composition: Composition | None = None
+    intents: IntentSpec | None = None
+    reuse: tuple[Reuse, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ class GivenRequests:
         horizon_s: length of the window.
         task_index, tenant_index: (M,) i4, or None to draw them.
         deadline_s: (M,) f8, nan for the class's own, or None for all.
+        family_index, embedding: as in `Workload`, or None where nobody asks the same in other words.
         prefix_block_tokens, prefix_count, prefix_hash, session_index, parent_index, think_s: as in `Workload`; None
             where the trace has neither hashes nor sessions.
     """
@@ -134,3 +140,5 @@ class GivenRequests:
     task_index: Array | None = None
     tenant_index: Array | None = None
     deadline_s: Array | None = None
+    family_index: Array | None = None
+    embedding: Array | None = None
