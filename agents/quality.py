@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.optimize import minimize
 
-from marginroute.quality import FittedQuality
+from marginroute.quality import FittedQuality, reuse_columns
 from marginroute.view import Array
 
 RIDGE = 5.0  # pull towards the prior, in outcomes: intercept 0, slope 1, no length effect
@@ -51,3 +51,34 @@ def fit_quality(
         slope=1.0 + x[cells : 2 * cells].reshape(n_tiers, n_tasks),
         length=x[2 * cells :],
     )
+
+
+def fit_reuse(task: Array, prior: Array, similarity: Array, age_s: Array, good: Array, n_tasks: int) -> Array:
+    """P(good) of a stored answer: ridge logistic regression by task, towards the prior.
+
+    Args:
+        task: (B,) index of the task type.
+        prior: (B,) prior P(good) of the stored answer, as the View shows it.
+        similarity: (B,) to the prompt that it was given to.
+        age_s: (B,) since then.
+        good: (B,) 0 or 1; only resolved outcomes.
+        n_tasks: J.
+
+    Returns:
+        (J, 4) for `FittedQuality.reuse`.
+    """
+    clipped = np.clip(prior, 1e-6, 1.0 - 1e-6)
+    columns = reuse_columns(np.log(clipped / (1.0 - clipped)), similarity, age_s)
+    known = np.array([0.0, 1.0, 0.0, 0.0])
+
+    def loss(x: Array) -> tuple[float, Array]:
+        own = x.reshape(n_tasks, 4)
+        logit = (columns * (known + own[task])).sum(axis=1)
+        residual = 1.0 / (1.0 + np.exp(-logit)) - good
+        gradient = np.zeros((n_tasks, 4))
+        np.add.at(gradient, task, residual[:, None] * columns)
+        value = np.logaddexp(0.0, logit).sum() - (good * logit).sum() + 0.5 * RIDGE * (x @ x)
+        return float(value), gradient.ravel() + RIDGE * x
+
+    found = minimize(loss, np.zeros(4 * n_tasks), jac=True, method="L-BFGS-B").x
+    return known + found.reshape(n_tasks, 4)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import optuna
 
-from agents.quality import fit_quality
+from agents.quality import fit_quality, fit_reuse
 from envs.worlds import FleetWorlds, Plant
 from marginroute import heuristics, quality
 from marginroute import view as v
@@ -27,8 +27,11 @@ from marginroute.view import Array, Layout, View
 Rule = MarginRule | RuleOfThumb
 Progress = Callable[[int, int], None]  # done, total
 
+AS_IT_COMES = "shipped-default"  # the one baseline whose parameters stay what gateways ship
 AGREEMENT = 0.005  # restarts agree when their validation margins differ by less than this share
 CHECKED_EPISODES = 16
+SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 1.0)
+REUSED_SHARE = 0.5  # of the stored answers found that are given while outcomes are logged
 EXPLORED_SHARE = 0.2  # of decisions made at random while outcomes are logged for the fit of P(good)
 
 
@@ -167,8 +170,24 @@ def _margin_rule(
         sharpness=2.0 ** trial.suggest_float("log2_sharpness", 0.0, 4.0),
         defer_share=trial.suggest_float("defer_share", 0.5, 1.1),
         cap_share=2.0 ** trial.suggest_float("log2_cap_share", -4.0, 2.0),
+        cache_similarity=(
+            trial.suggest_float("cache_similarity", 0.4, 1.0) if is_semantic(plant) and fitted is None else 0.0
+        ),
     )
     return MarginRule(name, parameters, fitted)
+
+
+def is_semantic(plant: Plant) -> bool:
+    """Whether the response cache finds prompts that only mean the same."""
+    return bool(plant.config[0]["cache_semantic"])
+
+
+def with_threshold(tuned: Tuned, objective: Objective, validation: Objective) -> Tuned:
+    """A rule of thumb with the similarity from which it gives stored answers tuned, too."""
+    rules = [replace(tuned.policy, cache_similarity=float(x)) for x in SIMILARITIES]
+    best = rules[int(np.argmax([float(objective([rule])[0]) for rule in rules]))]
+    spent = tuned.requests + len(rules) * objective.requests
+    return replace(tuned, policy=best, validation_usd_per_1k=float(validation([best])[0]), requests=spent)
 
 
 def tier_ranks(plant: Plant) -> tuple[int, ...]:
@@ -251,6 +270,26 @@ def log_outcomes(plant: Plant, rule: Rule, seeds: Iterable[int]) -> dict[str, Ar
     }
 
 
+def log_reuse(plant: Plant, rule: Rule, seeds: Iterable[int]) -> dict[str, Array]:
+    """Plays training episodes, gives half of what the cache finds, and returns the outcomes as `fit_reuse` takes them.
+
+    A gateway learns them from feedback, or from a sample that is answered anew and compared.
+    """
+    worlds = FleetWorlds(plant, len(list(seeds)))
+    worlds.load_all([plant.scenario.generate(seed, "train") for seed in seeds])
+    worlds.set_in_flight_caps(rule.in_flight_caps(plant.layout, plant.slots))
+    rng, c = np.random.default_rng(0), plant.layout.names.index("cache")
+    rows: list[Array] = []
+    while not worlds.done.all():
+        view = worlds.view()
+        give = view.legal[:, c] & ~worlds.done & (rng.random(worlds.n_worlds) < REUSED_SHARE)
+        seen = view.signals[[v.P_GOOD_PRIOR, v.SIMILARITY, v.ENTRY_AGE_S], :, c]
+        rows.append(np.stack([view.request[v.TASK_INDEX], *seen, worlds.p_true[:, c]])[:, give])
+        worlds.step(np.where(give, c, rule.decide_batch(view)))
+    task, prior, similarity, age_s, good = np.concatenate(rows, axis=1)
+    return {"task": task.astype(np.int64), "prior": prior, "similarity": similarity, "age_s": age_s, "good": good}
+
+
 def check_requests(plant: Plant) -> None:
     """Refuses a scenario whose episodes may be empty: nothing can be tuned or learned on them.
 
@@ -320,5 +359,10 @@ def tune_baselines(plant: Plant, budget: Budget, progress: Progress = lambda *_:
     tuned["bid-price"] = margin("bid-price", priced=True)
     outcomes = log_outcomes(plant, tuned["bid-price"].policy, range(1000, 1064))
     fitted = fit_quality(**outcomes, n_tiers=len(plant.layout.tier_names), n_tasks=len(plant.layout.task_names))
+    if is_semantic(plant):
+        reused = log_reuse(plant, tuned["bid-price"].policy, range(1064, 1096))
+        fitted = replace(fitted, reuse=fit_reuse(**reused, n_tasks=len(plant.layout.task_names)))
+        for name in [name for name, x in tuned.items() if isinstance(x.policy, RuleOfThumb) and name != AS_IT_COMES]:
+            tuned[name] = with_threshold(tuned[name], objective, validation)
     tuned["bid-price-fitted"] = margin("bid-price-fitted", True, fitted)
     return tuned

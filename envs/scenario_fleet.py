@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from marginroute.response_cache import PUBLIC_HALF, PUBLIC_WIDTH
+
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -245,13 +247,30 @@ class Provider(Section):
         return self
 
 
+class SemanticSearch(Section):
+    """Look-ups by nearness of meaning: every prompt is embedded before it is decided on."""
+
+    min_similarity: Share = Field(0.5, description="Cosine similarity below which nothing is found.")
+    embed_s: NonNegative = Field(description="Seconds that embedding and search add to every request looked up.")
+    embed_usd_per_mtok: NonNegative = Field(0.0, description="USD of embedding a million prompt tokens.")
+    lookup_usd: NonNegative = Field(0.0, description="USD of a search.")
+    half_similarity: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        PUBLIC_HALF, description="What the operator assumes: similarity at which an answer is as likely right as wrong."
+    )
+    width: Positive = Field(PUBLIC_WIDTH, description="What the operator assumes: width of the curve around it.")
+
+
 class ResponseCache(Section):
-    """Exact-match cache of answers, kept by the gateway; no answer crosses a tenant."""
+    """Cache of answers, kept by the gateway: for the same prompt, or also for prompts that mean the same."""
 
     capacity_entries: Annotated[int, Field(ge=1)] = Field(description="Answers kept; the oldest use leaves first.")
     ttl_s: Positive = Field(description="Seconds after which a stored answer is stale.")
     lookup_s: NonNegative = Field(description="Seconds that an answer from the cache takes.")
     entry_usd: NonNegative = Field(0.0, description="USD per answer stored.")
+    shared: bool = Field(False, description="Whether tenants may get each other's answers.")
+    semantic: SemanticSearch | None = Field(
+        None, description="Look-ups by nearness of meaning; left out: the same prompt only."
+    )
 
 
 class Telemetry(Section):

@@ -24,13 +24,13 @@ import numpy as np
 from numba import njit
 
 from envs import prefix_kernel
+from envs import world_cache as answers
 from envs import world_elastic as elastic
 from envs import world_hold as held_queue
 from envs import world_sessions as sessions
 from envs.economics import ledger as books
 from envs.fleet import engine, scaling
 from envs.fleet.provider import provider_available, submit_provider
-from envs.fleet.response_cache import append, unlink
 from envs.fleet.state import ABANDONED, COMPLETED, FAILED, LOST
 from marginroute import latency
 from marginroute import view as v
@@ -38,31 +38,6 @@ from marginroute import view as v
 WAIT = np.iinfo(np.int64).min  # a choice that leaves its world where it is
 
 running_mean = njit(cache=True, inline="always")(latency.running_mean)
-
-
-@njit(cache=True, nogil=True)
-def cache_store(config, desks, entries, ledger_usd, w, k, key, tenant, tier, good, now_s):
-    """Stores an answer under its prompt key, evicting the least recently used one if the cache is full."""
-    desk = desks[w]
-    if entries[w, key].stored_at_s > -np.inf:
-        unlink(desks, entries, w, key)
-    elif desk.cached >= config[0].cache_capacity:
-        unlink(desks, entries, w, desk.lru_head)
-    append(desks, entries, w, key, now_s)
-    entry = entries[w, key]
-    entry.tenant_index, entry.tier, entry.good = tenant, tier, good
-    books.post(ledger_usd, w, books.CACHE, k, -config[0].cache_entry_usd)
-
-
-@njit(cache=True, nogil=True)
-def cache_hit(config, desks, entries, loads, w, i):
-    """True if the gateway may answer request `i` from the response cache now."""
-    key = loads[w, i].prompt_key
-    if key < 0 or config[0].cache_capacity == 0:
-        return False
-    entry = entries[w, key]
-    fresh = entry.stored_at_s + config[0].cache_ttl_s >= desks[w].now_s
-    return fresh and entry.tenant_index == loads[w, i].tenant_index
 
 
 @njit(cache=True, nogil=True)
@@ -111,8 +86,9 @@ def _post_finished(
             )
         _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, count, account, cost_usd)
         return
-    ttft_s = request.first_token_at_s - load.arrived_at_s
-    e2e_s = request.completed_at_s - load.arrived_at_s
+    arrived_at_s = load.arrived_at_s - answers.embedding_s(entries, load)
+    ttft_s = request.first_token_at_s - arrived_at_s
+    e2e_s = request.completed_at_s - arrived_at_s
     tpot_s = (request.completed_at_s - request.first_token_at_s) / max(load.output_tokens - 1, 1)
     cost_usd = static[v.CALL_USD, c] + books.answer_usd(
         load.prompt_tokens, cached_tokens, load.output_tokens,
@@ -134,10 +110,7 @@ def _post_finished(
     mean = lengths[w, k, load.task_index]
     mean.value, mean.weight = running_mean(mean.value, mean.weight, load.output_tokens, latency.RECENT_LENGTHS)
     if load.prompt_key >= 0 and config[0].cache_capacity > 0:
-        cache_store(
-            config, desks, entries, ledger_usd, w, k, load.prompt_key, load.tenant_index, tiers[c], answer,
-            request.completed_at_s,
-        )  # fmt: skip
+        answers.store(config, desks, entries, loads, ledger_usd, w, i, tiers[c], answer, request.completed_at_s)
 
 
 @njit(cache=True, nogil=True)
@@ -145,23 +118,6 @@ def _provider_latency(static, sigmas, load, c, p):
     """TTFT and TPOT in seconds that provider `p` will take for a request; the same whenever it is asked."""
     ttft_s = static[v.FIXED_TTFT_S, c] * math.exp(sigmas[p, 0] * load.ttft_noise)
     return ttft_s, static[v.FIXED_TPOT_S, c] * math.exp(sigmas[p, 1] * load.tpot_noise)
-
-
-@njit(cache=True, nogil=True)
-def _serve_from_cache(config, terms, desks, loads, entries, ledger_usd, counts, w, i):
-    """Answers request `i` from the response cache and makes the entry the most recently used one."""
-    load, desk = loads[w, i], desks[w]
-    key = load.prompt_key
-    stored_at_s = entries[w, key].stored_at_s
-    unlink(desks, entries, w, key)
-    append(desks, entries, w, key, stored_at_s)
-    ttft_s = desk.now_s + config[0].cache_lookup_s - load.arrived_at_s
-    books.post_served(
-        ledger_usd, counts, terms, w, load.class_index, load.prompt_tokens, load.output_tokens, ttft_s, 0.0, ttft_s,
-        entries[w, key].good == 1, books.CACHE, 0.0,
-    )  # fmt: skip
-    if load.first_child >= 0:
-        sessions.answered(desk, loads, w, i, load.arrived_at_s + ttft_s)
 
 
 @njit(cache=True, nogil=True)
@@ -200,7 +156,7 @@ def _act(
         load.answered_by = c
         submit_provider(pools, tables, worlds, replicas, slots, providers, requests, w, p, i, now_s, ttft_s, tpot_s)
     elif kind == v.CACHE:
-        _serve_from_cache(config, terms, desks, loads, entries, ledger_usd, counts, w, i)
+        answers.serve(config, terms, desks, loads, entries, ledger_usd, counts, w, i)
     elif kind == v.DEFER:
         counts[w, books.DEFERRED, k] += 1
         if desk.gated == 1:
@@ -362,6 +318,8 @@ def _go_on(
                 desk.cursor += 1
             counts[w, books.FIRST_CALLS, loads[w, i].class_index] += 1
         _note_arrival(desk, loads[w, i], counts, w)
+        if config[0].cache_semantic == 1:
+            answers.charge(entries, loads, ledger_usd, w, i)
     desk.current = i
 
 
@@ -402,14 +360,11 @@ def _show(
         signals[v.P_GOOD_PRIOR, w, c] = prior[w, i, tiers[c]]
         p_true[w, c] = truth[w, i, tiers[c]]
     c = n_replicas + n_providers
-    legal[w, c] = cache_hit(config, desks, entries, loads, w, i)
+    legal[w, c] = answers.find(config, desks, entries, loads, w, i)
     if legal[w, c]:
-        entry = entries[w, load.prompt_key]
-        signals[v.P_GOOD_PRIOR, w, c] = prior[w, i, entry.tier]
-        p_true[w, c] = entry.good
+        answers.show(config, desks, entries, prior, signals, p_true, w, c, i)
     else:
-        signals[v.P_GOOD_PRIOR, w, c] = 0.0
-        p_true[w, c] = 0.0
+        answers.show_nothing(signals, p_true, w, c)
     term = terms[load.class_index]
     deadline_left_s = load.arrived_at_s + load.deadline_s - desk.now_s
     legal[w, c + 1] = term.delay_tolerant > 0.0 and deadline_left_s > 2.0 * config[0].hold_s
@@ -420,7 +375,7 @@ def _show(
     request_view[v.CLASS_INDEX, w] = load.class_index
     request_view[v.TASK_INDEX, w] = load.task_index
     request_view[v.DIFFICULTY_SIGNAL, w] = load.difficulty_signal
-    request_view[v.WAITED_S, w] = desk.now_s - load.arrived_at_s
+    request_view[v.WAITED_S, w] = desk.now_s - load.arrived_at_s + answers.embedding_s(entries, load)
     request_view[v.DEADLINE_LEFT_S, w] = deadline_left_s
     request_view[v.ARRIVAL_RATE_PER_S, w] = 1.0 / max(desk.arrival_gap_s, 1e-6)
     request_view[v.SEQUENCE, w] = desk.sequence

@@ -89,6 +89,11 @@ CONFIG = np.dtype(
         ("cache_ttl_s", "f8"),
         ("cache_lookup_s", "f8"),
         ("cache_entry_usd", "f8"),
+        ("cache_shared", "i4"),
+        ("cache_semantic", "i4"),  # 1: looks for prompts that mean the same, too
+        ("cache_min_similarity", "f8"),
+        ("cache_half", "f8"),  # what the operator takes for the curve of response_cache.p_reuse
+        ("cache_width", "f8"),
         ("n_replicas", "i4"),
         ("n_providers", "i4"),
         ("last_provider", "i4"),  # settles the batch queue at the horizon; -1: no provider

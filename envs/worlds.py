@@ -14,11 +14,11 @@ import numpy as np
 
 from envs import world as kernel
 from envs import world_elastic
+from envs.cached_answers import CachedAnswers, cache_access
 from envs.economics.ledger import ACCOUNTS, COUNTS
 from envs.fleet import engine, state
 from envs.fleet.hashes import load_hashes
 from envs.fleet.iteration import linear_coefficients
-from envs.fleet.response_cache import ENTRY
 from envs.fleet.state import record_array
 from envs.prefixes import GatewayPrefixes, hashes_of
 from envs.scenario import Scenario
@@ -41,6 +41,7 @@ class Plant:
         layout: the candidates.
         config: (1,) `world_state.CONFIG`.
         terms: (K,) contracts.
+        cache_access: (K,) who may be answered from the response cache.
         static_signals: (S_static, C) first rows of the View's signals.
         sigmas: (max(V, 1), 2) spread of ln TTFT and ln TPOT of providers.
         gpu_usd_per_s: (R,) price of each replica while it is paid.
@@ -55,6 +56,7 @@ class Plant:
         self.spec = scenario.fleet_spec()
         self.layout = self._layout()
         self.terms = scenario.terms()
+        self.cache_access = cache_access(scenario)
         self.config = self._config()
         self.static_signals = self._static_signals()
         sigmas = [(p.ttft_sigma, p.tpot_sigma) for p in self.spec.providers]
@@ -115,6 +117,11 @@ class Plant:
             row["cache_ttl_s"] = fleet.response_cache.ttl_s
             row["cache_lookup_s"] = fleet.response_cache.lookup_s
             row["cache_entry_usd"] = fleet.response_cache.entry_usd
+            row["cache_shared"] = fleet.response_cache.shared
+            search = fleet.response_cache.semantic
+            if search is not None:
+                row["cache_semantic"], row["cache_min_similarity"] = 1, search.min_similarity
+                row["cache_half"], row["cache_width"] = search.half_similarity, search.width
         row["n_replicas"], row["n_providers"] = self.spec.n_replicas, len(self.spec.providers)
         prices = [(p.input_usd_per_mtok or 0.0) + (p.output_usd_per_mtok or 0.0) for p in fleet.providers.values()]
         row["last_provider"] = int(np.argmax(prices)) if prices else -1
@@ -193,15 +200,16 @@ class FleetWorlds:
         self.legal = np.zeros((n, c), dtype=np.bool_)
         self.p_true = np.zeros((n, c))
         self.desks["done"] = 1
-        self._rows, self._keys = 0, 0
+        self._rows = 0
+        self.answers = CachedAnswers(self.plant.cache_access, self.plant.config[0], n)
         self.prefixes = GatewayPrefixes(
             self.plant.static_signals, stations, n, int(self.plant.config[0]["max_attempts"])
         )
-        self._allocate(max_requests, 1, 0)
+        self._allocate(max_requests, 0)
         self._caps = self._per_replica(None)
 
-    def _allocate(self, rows: int, keys: int, hashes: int) -> None:
-        """Makes room for requests, prompt keys and engine block hashes of a world; running episodes survive."""
+    def _allocate(self, rows: int, hashes: int) -> None:
+        """Makes room for requests and engine block hashes of a world; running episodes survive."""
         n, tiers = self.n_worlds, len(self.plant.layout.tier_names)
         old = self.__dict__.get("fleet")
         if old is None or rows > self._rows or hashes > old.max_hashes:
@@ -219,12 +227,6 @@ class FleetWorlds:
                     new[:, : self._rows] = kept
             self.fleet, self.loads, self.prior, self.truth, self.good = fleet, loads, prior, truth, good
             self._rows = rows
-        if keys > self._keys:
-            entries = record_array((n, keys), ENTRY)
-            entries["stored_at_s"] = -np.inf
-            if self._keys:
-                entries[:, : self._keys] = self.entries
-            self.entries, self._keys = entries, keys
         self.__dict__.pop("_arguments", None)
 
     @cached_property
@@ -245,7 +247,7 @@ class FleetWorlds:
             self.truth,
             self.good,
             self.own,
-            self.entries,
+            self.answers.arrays,
             self.lengths,
             self.ledger_usd,
             self.counts,
@@ -270,8 +272,10 @@ class FleetWorlds:
         load = self.loads[w, :m]
         for name in ("arrived_at_s", "deadline_s", "patience_s", "difficulty_signal", "class_index", "task_index"):
             load[name] = getattr(workload, name)
-        for name in ("tenant_index", "prompt_tokens", "output_tokens", "prompt_key"):
+        for name in ("tenant_index", "prompt_tokens", "output_tokens"):
             load[name] = getattr(workload, name)
+        embed_s = self.answers.load(w, workload, load)
+        load["deadline_s"] -= embed_s
         load["ttft_noise"], load["tpot_noise"] = workload.provider_noise.T
         load["answered_by"], load["cached_tokens"], load["attempts"] = -1, 0, 0
         self.prefixes.load(w, workload, load)
@@ -279,7 +283,7 @@ class FleetWorlds:
         requests = self.fleet.requests[w, :m]
         requests["prompt_tokens"], requests["output_tokens"] = workload.prompt_tokens, workload.output_tokens
         requests["priority"] = self.plant.priority[workload.class_index]
-        requests["patience_until_s"] = workload.arrived_at_s + workload.patience_s
+        requests["patience_until_s"] = workload.arrived_at_s + workload.patience_s - embed_s
         requests["expected_cached_tokens"] = 0
         load_hashes(self.fleet, w, hashes, check=False)
         self.signals[v.CACHED_TOKENS, w] = 0.0
@@ -298,7 +302,6 @@ class FleetWorlds:
         for name in ("weight", "leading", "error_share", "error_at_s", "paid_s"):
             self.own[name][w] = 0.0
         self.lengths["value"][w], self.lengths["weight"][w] = self.plant.output_tokens, latency.PRIOR_LENGTHS
-        self.entries["stored_at_s"][w] = -np.inf
         for array in (self.ledger_usd, self.counts, self.action_counts):
             array[w] = 0
         engine.reset_world(*self.fleet.arrays, w)
@@ -309,10 +312,9 @@ class FleetWorlds:
         """Grows every array that one of these episodes does not fit into."""
         self._allocate(
             max(x.n_requests for x in workloads),
-            max(int(x.prompt_key.max(initial=-1)) + 1 for x in workloads),
             max(len(hashes_of(x, self.plant.spec)[1]) for x in workloads),
         )
-        if any([self.prefixes.make_room(x) for x in workloads]):
+        if any([self.prefixes.make_room(x) | self.answers.make_room(x) for x in workloads]):
             self.__dict__.pop("_arguments", None)
 
     def _load_faults(self, w: int, workload: Workload) -> None:

@@ -9,7 +9,8 @@ the operator's favour:
 - work may be spread over all of its window, in any order, on any replica of the pool;
 - users leave only if no schedule can reach them before their patience ends; deferred requests come back at any time;
 - the mean output length that prices an unserved request is the lowest that the gateway's counter could have reached;
-- a stored answer is never evicted or outdated; a prompt's cached blocks are all those that anyone could have left;
+- a stored answer is never evicted or outdated (`evaluation.bound_reuse`);
+- a prompt's cached blocks are all those that anyone could have left;
 - pools run as many replicas as they may and pay for no more than they must; nothing fails, but where faults are due a
   request may be sent again at any time;
 - a follow-up of a session may come as early as its user allows, as late as one likes, or not at all.
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 
 from envs.workload.requests import Workload
 from envs.worlds import Plant
+from evaluation import bound_reuse
 from evaluation.hull import Hull, pool_hull
 from marginroute import latency, pricing
 from marginroute import view as v
@@ -51,8 +53,8 @@ class Options:
         prefill_until_s, decode_until_s: (O,) latest, inf: whenever.
         unserved_usd: (M,) value of not answering, at most 0.
         cached_usd: (M, T) value of repeating an answer of each tier from the cache.
-        group: (M,) requests that may share a stored answer (same tenant and prompt); -1: none.
-        shared_usd: what no decision changes: seats and GPU-hours.
+        group: (M,) requests that may share a stored answer (same tenant, prompt or meaning); -1: none.
+        shared_usd: what no decision changes: seats, GPU-hours and look-ups.
         capacity_s: (S,) engine seconds per second of a pool; calls per second of a provider.
         burst: (S,) calls that a provider takes at once after a quiet time; 0 for pools.
         horizon_s: end of the episode; engines run on, calls do not.
@@ -120,9 +122,15 @@ def make_options(plant: Plant, workload: Workload, p_good: Floats | None = None)
     return Options(
         **flat,
         unserved_usd=np.where(workload.parent_index >= 0, 0.0, -money.unserved_usd),
-        cached_usd=money.revenue_usd[:, None] - money.refund_usd,
-        group=_groups(plant, workload),
-        shared_usd=float(plant.terms["seat_usd_per_s"].sum()) * workload.horizon_s + gpu_usd,
+        cached_usd=(
+            bound_reuse.cached_usd(plant, workload, good, p_good is None)
+            if bound_reuse.is_near(plant, workload)
+            else money.revenue_usd[:, None] - money.refund_usd
+        ),
+        group=bound_reuse.groups(plant, workload),
+        shared_usd=float(plant.terms["seat_usd_per_s"].sum()) * workload.horizon_s
+        + gpu_usd
+        - bound_reuse.lookups_usd(plant, workload),
         capacity_s=np.array([float(pool.rows) for pool in pools] + rate),
         burst=np.array([0.0] * len(pools) + burst),
         horizon_s=workload.horizon_s,
@@ -165,7 +173,8 @@ class _Money:
         )
         self.stored_usd = np.zeros(workload.n_requests)
         if plant.config[0]["cache_capacity"] > 0:
-            self.stored_usd = (workload.prompt_key >= 0) * float(plant.config[0]["cache_entry_usd"])
+            stored = (workload.prompt_key >= 0) & (plant.cache_access["allowed"][workload.class_index] == 1)
+            self.stored_usd = stored * float(plant.config[0]["cache_entry_usd"])
 
     def answered_usd(self, plant: Plant, workload: Workload, candidate: int, tier: int, cached: Floats) -> Floats:
         """(M,) value of an answer by a candidate that keeps every SLO and has `cached` (M,) prompt tokens."""
@@ -341,17 +350,3 @@ def _column(
         "prefill_until_s": np.where(ever, np.inf, from_s + first_s[rows] + TOLERANCE_S),
         "decode_until_s": np.where(ever, np.inf, from_s + last_s[rows] + TOLERANCE_S),
     }
-
-
-def _groups(plant: Plant, workload: Workload) -> Ints:
-    """(M,) dense index of (tenant, prompt) where an answer may be repeated from the cache; -1: never."""
-    group = np.full(workload.n_requests, -1, dtype=np.int64)
-    if plant.config[0]["cache_capacity"] == 0:
-        return group
-    rows = np.flatnonzero(workload.prompt_key >= 0)
-    pairs = workload.prompt_key[rows].astype(np.int64) * (int(workload.tenant_index.max(initial=0)) + 1)
-    _, inverse, counts = np.unique(pairs + workload.tenant_index[rows], return_inverse=True, return_counts=True)
-    repeated = counts > 1
-    dense = np.cumsum(repeated) - 1
-    group[rows] = np.where(repeated[inverse], dense[inverse], -1)
-    return group

@@ -22,6 +22,8 @@ class Facts:
         session: conversation or agent run; empty: unknown.
         available: candidates that may serve it now; None: all.
         cached_tier: tier of the stored answer, if the gateway has one for this request.
+        similarity: of this prompt and the one that the stored answer was given to; 1: the same words.
+        entry_age_s: since the stored answer was given.
         difficulty_signal: standardised predictor of difficulty.
         deadline_left_s: seconds until its deadline.
         hashes: of the prompt's blocks (`prefix_index.block_hashes`).
@@ -37,6 +39,8 @@ class Facts:
     session: str = ""
     available: Collection[str] | None = None
     cached_tier: str | None = None
+    similarity: float = 1.0
+    entry_age_s: float = 0.0
     difficulty_signal: float = 0.0
     deadline_left_s: float = math.inf
     hashes: Sequence[int] = ()

@@ -21,7 +21,7 @@ from marginroute import view as v
 from marginroute.heuristics import Assessment
 from marginroute.view import KINDS, Array, Layout, View
 
-FEATURE_VERSION = 2
+FEATURE_VERSION = 3
 CLIP = 10.0  # every feature stays inside +-CLIP before it is normalised
 MIN_STD = 0.05  # of a normalised feature, so that a nearly constant column cannot swamp the others
 MIN_LOGIT = -30.0  # advice logits below this are as good as never
@@ -145,18 +145,20 @@ CANDIDATE_FEATURES = (
     Feature("kv_usage", "share, scraped", "identity"),
     Feature("cached_share", "share of the prompt expected to be cached", "identity"),
     Feature("recent_errors", "share of recent calls", "identity"),
+    Feature("similarity", "of the prompt and that of the stored answer", "identity"),
     Feature("ttft_to_slo", "ratio", "ln(x + 0.001)"),
     Feature("tpot_to_slo", "ratio", "ln(x + 0.001)"),
     Feature("ttft_s", "s", "ln(x + 0.001)"),
     Feature("tpot_s", "s per token", "ln(x + 0.001)"),
     Feature("recent_ttft_s", "s", "ln(x + 0.001)"),
     Feature("below_best", "advice score below the best legal one, tenths of the value", "ln(1 + x)"),
+    Feature("entry_age_s", "s since the stored answer was given", "ln(1 + x)"),
     Feature("held", "requests", "ln(1 + x)"),
     Feature("pending_prefill", "tokens", "ln(1 + x)"),
     Feature("waiting", "requests, scraped", "ln(1 + x)"),
     Feature("telemetry_age_s", "s", "ln(1 + x)"),
 )
-_LOG_FROM, _LOG1P_FROM = 10, 15  # rows of the two groups of transforms above
+_LOG_FROM, _LOG1P_FROM = 11, 16  # rows of the two groups of transforms above
 CONTEXT_FEATURES = (
     Feature("difficulty_signal", "standard deviations", "identity"),
     Feature("fleet_fill", "mean in flight per slot over legal replicas", "identity"),
@@ -220,14 +222,14 @@ def candidate_features(view: View, assessment: Assessment) -> Array:
     rows[6] = a.fill
     rows[7] = s[v.KV_USAGE]
     np.divide(s[v.CACHED_TOKENS], view.asked(v.PROMPT_TOKENS), out=rows[8], casting="same_kind")
-    rows[9] = s[v.RECENT_ERRORS]
+    rows[9:11] = s[v.RECENT_ERRORS : v.SIMILARITY + 1]
     slo_s = request[v.SLO_TTFT_S : v.SLO_TPOT_S + 1, ..., None]
-    np.divide(a.latency_s, slo_s, out=rows[10:12], casting="same_kind")
-    rows[12:14] = a.latency_s
-    rows[14] = s[v.RECENT_TTFT_S]
+    np.divide(a.latency_s, slo_s, out=rows[11:13], casting="same_kind")
+    rows[13:15] = a.latency_s
+    rows[15] = s[v.RECENT_TTFT_S]
     below_usd = np.maximum(a.best_usd - a.score_usd, _ZERO)
-    np.multiply(below_usd, np.asarray(10.0 * per_value), out=rows[15], casting="same_kind")
-    rows[16:20] = s[v.HELD : v.TELEMETRY_AGE_S + 1]
+    np.multiply(below_usd, np.asarray(10.0 * per_value), out=rows[16], casting="same_kind")
+    rows[17:22] = s[v.ENTRY_AGE_S : v.TELEMETRY_AGE_S + 1]
     logs = rows[_LOG_FROM:_LOG1P_FROM]
     logs += _SHIFT
     np.log(logs, out=logs)

@@ -40,7 +40,8 @@ from marginroute.rules import (
 )
 from marginroute.view import PROVIDER, Array, Layout, View
 
-DEFER_COLUMN = -2  # candidates end with cache, defer, shed
+CACHE_COLUMN, DEFER_COLUMN = -3, -2  # candidates end with cache, defer, shed
+NEVER_USD = 1e3  # what a rule adds to the price of a candidate that it does not consider
 MAX_FILL = 2.0  # fill of a replica beyond which its congestion price no longer rises
 _MAX_FILL, _ZERO, _ONE, _NEVER = (np.array(x) for x in (MAX_FILL, 0.0, 1.0, -np.inf))  # see `View.asked`
 
@@ -124,6 +125,7 @@ class MarginParameters:
         sharpness: of the miss probability r**a / (1 + r**a) at r = estimate / limit.
         defer_share: hold a delay-tolerant request unless its best candidate earns this share of its idle margin.
         cap_share: in-flight cap of a replica as a multiple of its sequence slots.
+        cache_similarity: below which a stored answer is not considered.
         slo_usd, good_usd, served_usd: multipliers of floors, USD per call that meets its SLOs, gets a good answer, gets
             an answer, one per class (K,); empty: no floors.
     """
@@ -135,6 +137,7 @@ class MarginParameters:
     sharpness: float = 4.0
     defer_share: float = 0.9
     cap_share: float = 2.0
+    cache_similarity: float = 0.0
     slo_usd: tuple[float, ...] = ()
     good_usd: tuple[float, ...] = ()
     served_usd: tuple[float, ...] = ()
@@ -144,6 +147,11 @@ class MarginParameters:
         """(3, K) or (3, N, K) USD per SLO met, good answer and answer; None without floors."""
         given = np.array([self.slo_usd, self.good_usd, self.served_usd], dtype=np.float64)
         return given if given.size else None
+
+    @cached_property
+    def has_threshold(self) -> bool:
+        """Whether `cache_similarity` says anything."""
+        return bool(np.any(np.asarray(self.cache_similarity) > 0.0))
 
     @cached_property
     def price(self) -> Array:
@@ -217,6 +225,9 @@ def assess(view: View, parameters: MarginParameters, quality: FittedQuality | No
         later_usd = (parameters.defer_share * later_usd)[..., 0]
         margin_usd[..., DEFER_COLUMN] = np.where(may_defer, later_usd, margin_usd[..., DEFER_COLUMN])
     score_usd = margin_usd - congestion_usd
+    if parameters.has_threshold:
+        too_far = s[v.SIMILARITY, ..., CACHE_COLUMN] < np.asarray(parameters.cache_similarity).reshape(-1)
+        score_usd[..., CACHE_COLUMN] -= NEVER_USD * too_far.reshape(score_usd.shape[:-1])
     kept = floor_usd = None
     if parameters.multipliers is not None:
         kept = kept_floors(view, stay, missed, p_good, parameters.defer_share)

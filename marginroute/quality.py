@@ -17,6 +17,8 @@ import numpy as np
 from marginroute import view as v
 from marginroute.view import Array, Layout, View
 
+_CACHE_COLUMN = -3  # candidates end with cache, defer, shed
+
 # Hart (1968), algorithm 5666, as given by G. West, "Better approximations to cumulative normal functions" (2005).
 _NUMERATOR = (
     3.52624965998911e-02,
@@ -133,22 +135,32 @@ class QualityPrior:
         )
 
 
+def reuse_columns(prior_logit: Array, similarity: Array, age_s: Array) -> Array:
+    """(..., 4) what `FittedQuality.reuse` weighs of a stored answer."""
+    columns = (np.ones_like(prior_logit), prior_logit, 10.0 * (1.0 - similarity), np.log1p(age_s / 60.0))
+    return np.stack(columns, axis=-1)
+
+
 @dataclass(frozen=True, eq=False)
 class FittedQuality:
     """P(good answer) fitted on logged outcomes: a logistic correction of the prior, per tier and task type.
 
         logit P = intercept[tier, task] + slope[tier, task] * logit(prior) + length[tier] * ln(prompt_tokens / 1000)
 
-    A candidate whose tier is unknown (a cached answer) keeps its prior.
+    A candidate whose tier is unknown keeps its prior; so does a cached answer, unless its own outcomes were fitted:
+
+        logit P = reuse[task] . (1, logit(prior), 10 (1 - similarity), ln(1 + age / 60 s))
 
     Attributes:
         intercept, slope: (T, J).
         length: (T,).
+        reuse: (J, 4), or None.
     """
 
     intercept: Array
     slope: Array
     length: Array
+    reuse: Array | None = None
     _bound: tuple[Layout, tuple[Array, Array, Array]] | None = field(default=None, init=False, repr=False)
 
     def p_good(self, view: View) -> Array:
@@ -157,7 +169,12 @@ class FittedQuality:
         intercept, slope, length = self._by_candidate(view.layout)
         prior = np.minimum(np.maximum(view.signals[v.P_GOOD_PRIOR], 1e-6), 1.0 - 1e-6)
         log_length = np.log(view.request[v.PROMPT_TOKENS] * 1e-3)[..., None]
-        logit = intercept[task] + slope[task] * np.log(prior / (1.0 - prior)) + length * log_length
+        prior_logit = np.log(prior / (1.0 - prior))
+        logit = intercept[task] + slope[task] * prior_logit + length * log_length
+        if self.reuse is not None:
+            nearness = view.signals[v.SIMILARITY : v.ENTRY_AGE_S + 1, ..., _CACHE_COLUMN]
+            columns = reuse_columns(prior_logit[..., _CACHE_COLUMN], *nearness)
+            logit[..., _CACHE_COLUMN] = (self.reuse[task] * columns).sum(axis=-1)
         fitted: Array = 1.0 / (1.0 + np.exp(-logit))
         return fitted
 
@@ -174,9 +191,12 @@ class FittedQuality:
 
     def to_dict(self) -> dict[str, list[object]]:
         """Plain lists, for YAML and bundles."""
-        return {"intercept": self.intercept.tolist(), "slope": self.slope.tolist(), "length": self.length.tolist()}
+        plain = {name: getattr(self, name).tolist() for name in ("intercept", "slope", "length")}
+        return plain if self.reuse is None else plain | {"reuse": self.reuse.tolist()}
 
     @staticmethod
     def from_dict(data: dict[str, list[object]]) -> FittedQuality:
         """The inverse of `to_dict`."""
-        return FittedQuality(*(np.array(data[name], dtype=np.float64) for name in ("intercept", "slope", "length")))
+        arrays = {name: np.array(data[name], dtype=np.float64) for name in ("intercept", "slope", "length")}
+        reuse = data.get("reuse")
+        return FittedQuality(**arrays, reuse=None if reuse is None else np.array(reuse, dtype=np.float64))

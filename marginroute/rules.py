@@ -1,20 +1,22 @@
 """Rules of thumb: heuristics that rank candidates without money.
 
-They serve an exact cache hit when there is one, never defer, and shed only when nothing else is legal. A candidate
-whose recent calls failed cools down: it ranks behind all others until its errors fade (LiteLLM does so too). Their
-parameters may also hold one value per world, (N, 1), as in tuning.
+They answer from the response cache whatever is similar enough (the same prompt always is; the threshold is what
+semantic caches of gateways ship), never defer, and shed only when nothing else is legal. A candidate whose recent
+calls failed cools down: it ranks behind all others until its errors fade (LiteLLM does so too). Their parameters may
+also hold one value per world, (N, 1), as in tuning.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from marginroute import view as v
 from marginroute.decision import Decision, best_legal, explain
-from marginroute.view import PROVIDER, Array, Layout, View
+from marginroute.response_cache import SHIPPED_SIMILARITY
+from marginroute.view import CACHE, PROVIDER, Array, Layout, View
 
 LAST_RESORT = 1e6  # score distance that separates what a rule of thumb wants from what it takes only if it must
 COOLDOWN_SHARE = 0.3  # share of recent errors above which a rule of thumb avoids a candidate: two in a row
@@ -22,23 +24,32 @@ COOLDOWN_SHARE = 0.3  # share of recent errors above which a rule of thumb avoid
 
 _FALLBACK_ORDER = LAST_RESORT * np.array([0.0, 0.0, 2.0, -2.0, -3.0])
 """What a rule of thumb thinks of each kind: a cached answer above all replicas and providers, defer and shed below."""
+_TOO_FAR = -2.5 * LAST_RESORT  # of an answer to another question: better than none
 
 
 @dataclass(frozen=True)
 class RuleOfThumb(ABC):
-    """Base of the rules without money: subclasses rank replicas and providers by `preference`."""
+    """Base of the rules without money: subclasses rank replicas and providers by `preference`.
+
+    Attributes:
+        name: of the policy.
+        cache_similarity: from which a stored answer is given.
+    """
 
     name: str
+    cache_similarity: float = field(default=SHIPPED_SIMILARITY, kw_only=True)
 
     @abstractmethod
     def preference(self, view: View) -> Array:
         """Higher is better, (..., C); read for replicas and providers only, within +-LAST_RESORT."""
 
     def scores(self, view: View) -> Array:
-        """A cached answer first, then by preference, then defer, then shed."""
+        """A cached answer first, if it is similar enough, then by preference, then defer, then shed."""
         kind = view.layout.kind
         cooling = (view.signals[v.RECENT_ERRORS] > COOLDOWN_SHARE) * (-0.75 * LAST_RESORT)
-        return np.where(kind <= PROVIDER, self.preference(view) + cooling, _FALLBACK_ORDER[kind])
+        too_far = (kind == CACHE) & (view.signals[v.SIMILARITY] < self.cache_similarity)
+        other = np.where(too_far, _TOO_FAR, _FALLBACK_ORDER[kind])
+        return np.where(kind <= PROVIDER, self.preference(view) + cooling, other)
 
     def decide_batch(self, view: View) -> Array:
         """The candidate it ranks first in each view."""

@@ -15,6 +15,7 @@ from marginroute.exploration import ExploringPolicy
 from marginroute.facts import Facts
 from marginroute.guard import GuardedPolicy
 from marginroute.heuristics import MarginRule
+from marginroute.response_cache import Hit
 from marginroute.telemetry import GatewayState
 from marginroute.view import View
 
@@ -50,7 +51,9 @@ def view_of(runtime: Runtime, facts: Facts, attempt: int, waited_s: float, tried
     names: Collection[str] | None = facts.available
     if tried:
         names = [name for name in (able if names is None else names) if name not in tried] or names
-    tier = None if facts.cached_tier is None else layout.tier_names.index(facts.cached_tier)
+    cached = None
+    if facts.cached_tier is not None:
+        cached = Hit("", facts.similarity, facts.entry_age_s, layout.tier_names.index(facts.cached_tier))
     return runtime.state.view(
         facts.prompt_tokens,
         facts.class_name,
@@ -60,7 +63,7 @@ def view_of(runtime: Runtime, facts: Facts, attempt: int, waited_s: float, tried
         deadline_left_s=facts.deadline_left_s,
         attempt=attempt,
         available=None if names is None else [index[name] for name in names if name in index],
-        cached_tier=tier,
+        cached=cached,
         hashes=facts.hashes,
         block_tokens=facts.block_tokens,
         prompt=facts.prompt,

@@ -21,6 +21,7 @@ from marginroute.errors import InputError
 from marginroute.feedback import QualityPosterior, shifted
 from marginroute.latency import PRIOR_LENGTHS, RECENT_ARRIVALS, RECENT_LENGTHS, running_mean
 from marginroute.prefix_index import MAX_BLOCKS, PrefixIndex
+from marginroute.response_cache import PUBLIC_HALF, PUBLIC_WIDTH, Hit, p_reuse
 from marginroute.view import Array, Layout, View
 
 CONTRACT = v.REQUEST_NAMES[v.INPUT_PRICE_USD :]  # request signals that the contract of a class fixes
@@ -38,6 +39,7 @@ class GatewayState:
         stale_after_s: silence after which a request in flight is taken for dead.
         prefix_block_tokens: tokens that a block hash of a prompt stands for, about; 0: prompts are not hashed.
         posterior: what feedback says of P(good), if anything.
+        reuse: what is assumed of stored answers: `half` and `width` of `response_cache.p_reuse`.
     """
 
     def __init__(
@@ -49,13 +51,14 @@ class GatewayState:
         stale_after_s: float = 900.0,
         prefix_block_tokens: int = 0,
         posterior: QualityPosterior | None = None,
+        reuse: tuple[float, float] = (PUBLIC_HALF, PUBLIC_WIDTH),
     ) -> None:
         self.layout, self._prior, self._clock = bundle.layout, bundle.prior, clock
         self._predictor, self._shift = bundle.predictor, quality_shift(bundle.layout, posterior)
         models = () if bundle.predictor is None else bundle.predictor.models
         self._predicted = [t for t, name in enumerate(self.layout.tier_names) if name in models]  # tiers by index
         self._model = [models.index(self.layout.tier_names[t]) for t in self._predicted]
-        self._can, self._hold_s = frozenset(can), hold_s
+        self._can, self._hold_s, self._reuse = frozenset(can), hold_s, reuse
         self._lock = threading.Lock()
         self._counters = Counters(self.layout, bundle.static_signals, stale_after_s)
         self._serving = int((self.layout.kind <= v.PROVIDER).sum())
@@ -166,7 +169,7 @@ class GatewayState:
         deadline_left_s: float = math.inf,
         attempt: int = 1,
         available: Collection[int] | None = None,
-        cached_tier: int | None = None,
+        cached: Hit | None = None,
         hashes: Sequence[int] = (),
         block_tokens: float | None = None,
         prompt: str | None = None,
@@ -182,7 +185,7 @@ class GatewayState:
             deadline_left_s: seconds until its deadline.
             attempt: 1 for a new request; more for one that is decided again.
             available: replicas and providers that may serve it now; None: all.
-            cached_tier: model of the stored answer, if the gateway has one for this request.
+            cached: the stored answer that the gateway has for this request, if any.
             hashes: of the prompt's blocks, as in `begin`.
             block_tokens: tokens per block of this prompt; None: the usual number.
             prompt: text to predict P(good) from, in place of the prior and of `difficulty_signal`, if the bundle has a
@@ -202,9 +205,9 @@ class GatewayState:
             request = self._terms[cell[0]].copy()
             request[v.EXPECTED_OUTPUT_TOKENS] = self._lengths[cell]
             request[v.ARRIVAL_RATE_PER_S] = 1.0 / max(self._gap_s, 1e-6)
-            cached = self._cached_tokens(prompt_tokens, hashes, block_tokens, now_s)
-            if cached is not None:
-                signals[v.CACHED_TOKENS] = cached
+            held_tokens = self._cached_tokens(prompt_tokens, hashes, block_tokens, now_s)
+            if held_tokens is not None:
+                signals[v.CACHED_TOKENS] = held_tokens
             request[v.SEQUENCE] = self._sequence
             self._sequence += 1
         request[v.PROMPT_TOKENS] = max(prompt_tokens, 1)
@@ -213,9 +216,11 @@ class GatewayState:
         if "hold" in self._can:
             signals[v.HELD] = np.maximum(signals[v.IN_FLIGHT] - signals[v.IN_FLIGHT_CAP], 0.0)
         signals[v.P_GOOD_PRIOR, : self._serving] = p_good[self.layout.tier[: self._serving]]
-        if cached_tier is not None:
-            signals[v.P_GOOD_PRIOR, self._serving] = p_good[cached_tier]
-        legal = self._legal(cell[0], deadline_left_s, available, cached_tier is not None)
+        if cached is not None:
+            c = self._serving
+            signals[v.P_GOOD_PRIOR, c] = p_good[cached.tier] * p_reuse(cached.similarity, *self._reuse)
+            signals[v.SIMILARITY, c], signals[v.ENTRY_AGE_S, c] = cached.similarity, cached.age_s
+        legal = self._legal(cell[0], deadline_left_s, available, cached is not None)
         return View(self.layout, signals, request, legal)
 
     def take_over(self, old: GatewayState) -> None:

@@ -5,7 +5,8 @@ single class causes (GPU-hours). Revenue is positive, cost negative; the sum of 
 shape (N, len(COUNTS), K). All functions are compiled and take one world `w`; queues and times come in as plain numbers.
 
 Counts are of requests by class unless they say tokens. `calls` have arrived: `first_calls`, which come whatever
-happens, and follow-ups of sessions. `lost_calls` never will, since a request before them got no answer.
+happens, and follow-ups of sessions. `lost_calls` never will, since a request before them got no answer. `cache_hits`
+were answered from the response cache; `wrong_hits` are those of them whose answer was to another question.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ COUNTS = (
     "retries",
     "calls",
     "lost_calls",
+    "cache_hits",
+    "wrong_hits",
 )
 (
     FIRST_CALLS,
@@ -67,7 +70,9 @@ COUNTS = (
     RETRIES,
     CALLS,
     LOST_CALLS,
-) = range(17)
+    CACHE_HITS,
+    WRONG_HITS,
+) = range(19)
 
 tokens_usd = njit(cache=True, inline="always")(pricing.tokens_usd)
 answer_usd = njit(cache=True, inline="always")(pricing.answer_usd)

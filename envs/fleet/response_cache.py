@@ -16,8 +16,12 @@ ENTRY = np.dtype(
         ("tenant_index", "i4"),
         ("tier", "i4"),
         ("good", "i4"),
+        ("output_tokens", "i4"),
         ("older", "i4"),
         ("newer", "i4"),
+        ("family", "i4"),  # intent of the prompt, -1: none
+        ("kin_older", "i4"),  # stored answers of one intent, see envs.world_cache
+        ("kin_newer", "i4"),
     ]
 )
 """The response cache by prompt key, `(N, keys)`: an LRU list through `older` and `newer`."""

@@ -31,6 +31,10 @@ def decide_schema(layout: Layout) -> Schema:
             "session": string(200, "conversation or agent run; a canary may go by it"),
             "available": array(_candidate(layout), MOST_CANDIDATES, "that may serve it now; left out: all"),
             "cached_tier": one_of(layout.tier_names, "of a stored answer that the gateway has for this request"),
+            "similarity": number(
+                -1.0, 1.0, "of this prompt and that of the stored answer; left out: 1, the same words"
+            ),
+            "entry_age_s": number(0.0, MOST_S, "seconds since the stored answer was given"),
             "difficulty_signal": number(-1e3, 1e3, "predictor of difficulty, standardised"),
             "deadline_left_s": number(0.0, MOST_S, "seconds until its deadline; left out: none"),
             "streamed": boolean("whether first token and progress will be reported"),

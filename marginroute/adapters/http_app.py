@@ -189,6 +189,8 @@ class App:
             session=asked.get("session", ""),
             available=asked.get("available", tuple(self.desk.endpoint) or None),
             cached_tier=asked.get("cached_tier"),
+            similarity=float(asked.get("similarity", 1.0)),
+            entry_age_s=float(asked.get("entry_age_s", 0.0)),
             difficulty_signal=float(asked.get("difficulty_signal", 0.0)),
             deadline_left_s=float(asked.get("deadline_left_s", math.inf)),
             hashes=hashes,

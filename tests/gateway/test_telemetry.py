@@ -14,6 +14,7 @@ from marginroute import latency
 from marginroute import view as v
 from marginroute.counters import COUNTERS
 from marginroute.errors import InputError
+from marginroute.response_cache import Hit, p_reuse
 from marginroute.telemetry import GatewayState
 
 IDS = st.sampled_from([f"r{i}" for i in range(6)])
@@ -149,9 +150,12 @@ def test_what_a_gateway_can_do_is_what_is_legal():
     assert state.view(9, "batch", deadline_left_s=60.0).legal.tolist() == [True, True, True, False, True, True]
     assert not state.view(9, "batch", deadline_left_s=15.0).legal[4]
     assert not state.view(9, "premium", deadline_left_s=60.0).legal[4]
-    cached = state.view(9, cached_tier=1, available=[1])
+    cached = state.view(9, cached=Hit("key", 1.0, 3.0, 1), available=[1])
     assert cached.legal.tolist() == [False, True, False, True, False, True]
     assert cached.signals[v.P_GOOD_PRIOR, 3] == cached.signals[v.P_GOOD_PRIOR, 1]
+    assert cached.signals[[v.SIMILARITY, v.ENTRY_AGE_S], 3].tolist() == [1.0, 3.0]
+    near = state.view(9, cached=Hit("key", 0.8, 3.0, 1)).signals[v.P_GOOD_PRIOR]
+    assert near[3] == pytest.approx(near[1] * p_reuse(0.8)) and 0.8 < near[3] / near[1] < 0.9
     assert state_at().view(9, available=[]).legal.tolist() == [False] * 5 + [True]
 
 

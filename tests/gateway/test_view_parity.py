@@ -14,6 +14,7 @@ from marginroute.bundle import Bundle
 from marginroute.guard import GuardLimits
 from marginroute.heuristics import LeastInFlight, MarginParameters, MarginRule
 from marginroute.quality import QualityPrior
+from marginroute.response_cache import ResponseCache
 from marginroute.telemetry import GatewayState
 
 DECISIONS = 400
@@ -48,8 +49,8 @@ def bundle_of(plant):
 class Mirror:
     """Replays what happened to the requests of a world since the last decision into a GatewayState."""
 
-    def __init__(self, worlds, state, clock, hashes):
-        self.worlds, self.state, self.clock, self.hashes = worlds, state, clock, hashes
+    def __init__(self, worlds, state, clock, hashes, store):
+        self.worlds, self.state, self.clock, self.hashes, self.store = worlds, state, clock, hashes, store
         self.open = {}  # request -> has its first token
 
     def sent(self, i, c):
@@ -75,6 +76,8 @@ class Mirror:
             else:
                 status = {COMPLETED: "completed", ABANDONED: "abandoned"}.get(int(requests[i]["status"]), "failed")
                 self.state.end(str(i), status, int(requests[i]["output_tokens"]))
+                if status == "completed":
+                    self.store(i, at_s)
                 del self.open[i]
         self.clock.now_s = now_s
 
@@ -100,11 +103,49 @@ def with_prefixes(episode):
     )
 
 
-@pytest.fixture(scope="module", params=["plain", "prefixes"])
+SEMANTIC = {
+    "workload.recurring.share": 0.0,
+    "workload.intents": {"share": 0.9, "per_tenant": 4, "turnover_per_h": 60.0},
+    "fleet.response_cache.ttl_s": 20.0,
+    "fleet.response_cache.semantic": {"embed_s": 0.02},
+}
+
+
+class Answers:
+    """A gateway's response cache beside a world; prompts of different intents have nothing in common."""
+
+    def __init__(self, worlds, episode):
+        self.loads, self.layout, self.episode = worlds.loads[0], worlds.plant.layout, episode
+        self.ttl_s = float(worlds.plant.config[0]["cache_ttl_s"])
+        self.families, self.d = int(episode.family_index.max()) + 1, episode.embedding.shape[1]
+        self.cache = ResponseCache(self.families * self.d + episode.n_requests + 1, 2000, self.ttl_s)
+        self.keyed = np.flatnonzero(episode.prompt_key >= 0)
+
+    def names(self, i):
+        vector = np.zeros(self.families * self.d + self.episode.n_requests + 1)
+        family = int(self.episode.family_index[i])
+        if family < 0:
+            vector[self.families * self.d + self.episode.prompt_key[i]] = 1.0
+        else:
+            vector[family * self.d : (family + 1) * self.d] = self.episode.embedding[i]
+        return str(self.episode.tenant_index[i]), str(self.episode.prompt_key[i]), vector
+
+    def look_up(self, i, now_s):
+        return self.cache.look_up(*self.names(i), now_s) if i in self.keyed else None
+
+    def use(self, i, hit):
+        self.cache.use(self.names(i)[0], hit.key)
+
+    def store(self, i, at_s):
+        if i in self.keyed:
+            self.cache.store(*self.names(i), int(self.layout.tier[self.loads[i]["answered_by"]]), at_s)
+
+
+@pytest.fixture(scope="module", params=["plain", "prefixes", "semantic"])
 def views(request):
     """Pairs of the world's View and the gateway's, decision by decision."""
     caching = request.param == "prefixes"
-    scenario = load_scenario("quickstart", CACHING if caching else None)
+    scenario = load_scenario("quickstart", {"prefixes": CACHING, "semantic": SEMANTIC}.get(request.param))
     worlds = FleetWorlds(scenario, 1)
     episode = scenario.generate(3, split="validation")
     episode = with_prefixes(episode) if caching else episode
@@ -118,7 +159,8 @@ def views(request):
     state = GatewayState(
         bundle, clock, can={"cache", "defer", "shed", "hold"}, hold_s=hold_s, prefix_block_tokens=BLOCK_TOKENS
     )
-    mirror, seen, pairs = Mirror(worlds, state, clock, hashes), set(), []
+    answers = Answers(worlds, episode)
+    mirror, seen, pairs = Mirror(worlds, state, clock, hashes, answers.store), set(), []
     layout, rng = worlds.plant.layout, np.random.default_rng(5)
     while not worlds.done[0] and len(pairs) < DECISIONS:
         desk = worlds.desks[0]
@@ -130,17 +172,17 @@ def views(request):
         load = worlds.loads[0, i]
         serving = np.flatnonzero(theirs.legal & (layout.kind <= v.PROVIDER))
         cache = layout.names.index("cache")
-        cached_tier = int(worlds.entries[0, load["prompt_key"]]["tier"]) if theirs.legal[cache] else None
+        hit = answers.look_up(i, now_s)
         ours = state.view(
             int(load["prompt_tokens"]),
             layout.class_names[load["class_index"]],
             layout.task_names[load["task_index"]],
             float(load["difficulty_signal"]),
-            waited_s=now_s - load["arrived_at_s"],
+            waited_s=now_s - load["arrived_at_s"] + (0.02 if request.param == "semantic" else 0.0),
             deadline_left_s=float(load["arrived_at_s"] + load["deadline_s"] - now_s),
             attempt=2 if i in seen else 1,
             available=serving,
-            cached_tier=cached_tier,
+            cached=hit,
             hashes=hashes[i].tolist(),
         )
         seen.add(i)
@@ -148,6 +190,8 @@ def views(request):
         choice = int(rng.choice(np.flatnonzero(theirs.legal)[:-1]))
         if layout.kind[choice] <= v.PROVIDER:
             mirror.sent(i, choice)
+        elif choice == cache:
+            answers.use(i, hit)
         worlds.step(np.array([choice]))
     return pairs
 
@@ -159,7 +203,8 @@ EXACT = [name for name in v.SIGNAL_NAMES if name not in ("decoding_tokens", "rec
 def test_signal_is_the_worlds(views, name):
     row = v.SIGNAL_NAMES.index(name)
     for theirs, ours in views:
-        np.testing.assert_allclose(ours.signals[row], theirs.signals[row], rtol=1e-9, atol=1e-9)
+        single = 1e-5 if name in ("similarity", "p_good_prior") else 0.0  # embeddings are single precision
+        np.testing.assert_allclose(ours.signals[row], theirs.signals[row], rtol=1e-9 + single, atol=1e-9)
 
 
 @pytest.mark.parametrize("row", [v.RECENT_TTFT_S, v.RECENT_TPOT_S])

@@ -9,6 +9,7 @@ from by_hand import API, ONE, workload
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from envs.economics.ledger import COUNTS
 from envs.scenario import load_scenario
 from envs.vector_env import ObservedWorlds
 from envs.workload.requests import Workload
@@ -43,6 +44,8 @@ def other_truths(episode, rows, rng):
         "good": rng.integers(0, 2, (m, tiers)),
         "provider_noise": rng.standard_normal((m, 2)),
         "think_s": rng.random(m),
+        "needed_similarity": rng.random(m),
+        "valid_for_s": rng.choice([0.1, 5.0, np.inf], m),
     }
     assert set(drawn) == set(Workload.hidden)
     changed = {}
@@ -55,6 +58,32 @@ def other_truths(episode, rows, rng):
 @pytest.fixture(scope="module")
 def worlds(small_plant):
     return FleetWorlds(small_plant, 1)
+
+
+NEAR = {
+    "horizon_s": 20.0,
+    "requests_per_episode": 100,
+    "workload.recurring.share": 0.0,
+    "workload.intents": {"share": 0.9, "per_tenant": 3, "spread": 0.3},
+    "fleet.response_cache.semantic": {"embed_s": 0.02, "embed_usd_per_mtok": 0.02},
+}
+
+
+def test_what_reuse_needs_is_never_visible():
+    """The similarity that requests need and the age they bear: the Views of the whole episode stay the same."""
+    worlds = FleetWorlds(load_scenario("quickstart", NEAR), 1)
+    episode = worlds.plant.scenario.generate(1, "train")
+    changed = dataclasses.replace(
+        episode, needed_similarity=1.0 - episode.needed_similarity, valid_for_s=np.full(episode.n_requests, 1.0)
+    )
+    cache = worlds.plant.layout.names.index("cache")
+    first, second = (
+        play(worlds, x, lambda step, legal: cache if legal[cache] and step % 2 else step % 3)
+        for x in (episode, changed)
+    )
+    assert [seen[:2] for seen in first] == [seen[:2] for seen in second]
+    assert worlds.action_counts[0, 2] > 5  # answers from the cache
+    assert worlds.counts[0, COUNTS.index("wrong_hits")].sum() > 0
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
