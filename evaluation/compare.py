@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evaluation.assumptions import assumptions
 from evaluation.bounds import Bounds, bound_episodes
 from evaluation.calibration import verdict
 from evaluation.document import to_document, write_json, write_text
@@ -23,7 +24,9 @@ def judged(scenario: Scenario, contest: Contest, play: Play, bound: bool) -> Rep
     """The report of a contest, with upper bounds if asked for."""
     episodes = len(contest.results[contest.shown].seeds)
     bounds = upper_bounds(scenario, range(play.seed, play.seed + episodes), play) if bound else None
-    return build_report(scenario.name, contest.results, contest.best, bounds, verdict(scenario.hash))
+    calibration = verdict(scenario.hash)
+    found = assumptions(scenario, calibration)
+    return build_report(scenario.name, contest.results, contest.best, bounds, calibration, found)
 
 
 def compare(args: argparse.Namespace, scenario: Scenario, contest: Contest, play: Play) -> None:
@@ -54,6 +57,7 @@ def write_report(path: Path, scenario: Scenario, report: Report, contest: Contes
             seed=play.seed,
             progress=progress,
             workers=play.workers,
+            use_cache=play.use_cache,
         )
     write_page(path, report, data, contest.shown, command_line())
 

@@ -12,6 +12,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def to_document(report: Report) -> dict[str, Any]:
         "schema": SCHEMA,
         "scenario": report.scenario,
         "calibration": None if report.calibration is None else dict(report.calibration),
+        "assumptions": [asdict(item) for item in report.assumptions],
         "episodes": report.episodes,
         "policies": {name: _policy_document(report, name) for name in report.ranking},
         "best_heuristic": report.best_heuristic,

@@ -16,6 +16,7 @@ from evaluation.controls import CONTROLS, MATCHED_COST, answer_cost_usd
 from evaluation.page_data import PageData
 from evaluation.page_figures import figures
 from evaluation.page_parts import drawn, frame, paragraph, section, table, text
+from evaluation.page_sensitivity import assumptions_section, break_even_section
 from evaluation.report import PER_1K, Report, accounts_usd_per_1k, action_shares, shed_shares
 from evaluation.router_cost import router_words
 from evaluation.statistics import Estimate, paired_estimate
@@ -50,6 +51,10 @@ def page(report: Report, data: PageData, shown: str, command: str) -> str:
     body += [comparison_section(report, shown), _accounts(report, list(dict.fromkeys((shown, data.reference))))]
     if data.swaps is not None:
         body.append(_swaps(data))
+    if data.tornado:
+        body.append(break_even_section(data.tornado))
+    if report.assumptions:
+        body.append(assumptions_section(report.assumptions))
     return frame(report.scenario, "\n".join(body), command)
 
 
@@ -99,6 +104,9 @@ def markdown(report: Report, shown: str) -> str:
     accounts = accounts_usd_per_1k(report.results[shown])
     lines += [f"| {name.replace('_', ' ')} | {usd:,.3f} |" for name, usd in accounts.items() if usd]
     lines.append(f"| **margin** | {sum(accounts.values()):,.3f} |")
+    if report.assumptions:
+        lines += ["", "Inputs:", "", "| input | kind | value |", "| --- | --- | --- |"]
+        lines += [f"| {item.name} | {item.kind} | {item.value} |" for item in report.assumptions]
     return "\n".join(lines) + "\n"
 
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from envs.scenario import Scenario
 from envs.worlds import Plant
+from evaluation.cache import cached_play
 from evaluation.counterfactual import differences, worth_usd
 from evaluation.progress import Progress, silent
-from evaluation.protocol import evaluate_policies
 from evaluation.report import PER_1K
+from evaluation.sensitivity import Bar, inputs, tornado
 from evaluation.statistics import Estimate, paired_estimate
 from evaluation.timeline import Timeline, record_timeline
 from marginroute import view as v
 from marginroute.policy import Policy
 
 TIMELINE_EPISODES = 16
+TORNADO_EPISODES = 16
 SWAPPED = 200
 TOP = 8
 CONDITIONS: dict[str, dict[str, str]] = {
@@ -26,7 +28,7 @@ CONDITIONS: dict[str, dict[str, str]] = {
     "load x1.3": {"load_scale": "x1.3"},
     "load x1.6": {"load_scale": "x1.6"},
 }
-"""Held-out conditions; a value `xF` multiplies the scenario's own."""
+"""Held-out conditions beside the scenario's own; a value `xF` multiplies the scenario's own."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,14 @@ class PageData:
         timelines: by policy name.
         swaps: of the policy shown first against its reference; None without two policies.
         robustness: paired gain over the reference in USD per 1k requests, by condition.
+        tornado: how that gain follows the most influential inputs.
     """
 
     reference: str
     timelines: Mapping[str, Timeline]
     swaps: Swaps | None
     robustness: Mapping[str, Estimate]
+    tornado: Sequence[Bar] = ()
 
 
 def collect(
@@ -96,6 +100,7 @@ def collect(
     seed: int = 0,
     progress: Progress = silent,
     workers: int | None = None,
+    use_cache: bool = True,
 ) -> PageData:
     """Simulates what the page needs.
 
@@ -108,10 +113,13 @@ def collect(
         seed: first held-out seed.
         progress: called with (steps done, steps in all).
         workers: processes.
+        use_cache: whether episodes that were played before are looked up.
     """
     plant = Plant(scenario)
     names = list(dict.fromkeys((shown, reference)))
-    steps, done = len(names) + 1 + len(CONDITIONS), 0
+    worlds = {name: changed(scenario, changes) for name, changes in CONDITIONS.items()}
+    worlds |= {name: scenario.under(name) for name in scenario.conditions}
+    steps, done = len(names) + 1 + len(worlds) + len(inputs(scenario)), 0
 
     def report() -> None:
         nonlocal done
@@ -123,17 +131,28 @@ def collect(
     for name in names:
         timelines[name] = record_timeline(plant, policies[name], workloads)
         report()
-    swaps, robustness = None, {}
+    swaps, robustness, bars = None, {}, []
     if shown != reference:
         swaps = find_swaps(plant, policies[shown], policies[reference], shown, reference, seed)
         two = {name: policies[name] for name in names}
-        for condition, changes in CONDITIONS.items():
-            results = evaluate_policies(changed(scenario, changes), two, episodes, first_seed=seed, workers=workers)
+        for condition, world in worlds.items():
+            results = cached_play(world, two, episodes, seed, None, workers, use_cache)
             gain_usd = results[shown].margin_usd - results[reference].margin_usd
             robustness[condition] = paired_estimate(gain_usd, results[shown].first_calls, scale=PER_1K)
             report()
+        bars = tornado(
+            scenario,
+            two,
+            shown,
+            reference,
+            episodes=min(episodes, TORNADO_EPISODES),
+            seed=seed,
+            workers=workers,
+            use_cache=use_cache,
+            step=report,
+        )
     progress(steps, steps)
-    return PageData(reference, timelines, swaps, robustness)
+    return PageData(reference, timelines, swaps, robustness, bars)
 
 
 def changed(scenario: Scenario, changes: Mapping[str, str]) -> Scenario:

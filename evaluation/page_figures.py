@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from envs.economics.ledger import ACCOUNTS
 from evaluation.latency import GROWTH, LOWEST_S, METRICS
 from evaluation.page_data import PageData
+from evaluation.page_sensitivity import tornado_figure
 from evaluation.report import PER_1K, Report, action_shares
 from evaluation.results import EpisodeResults
 
@@ -69,6 +70,13 @@ def figures(report: Report, data: PageData, shown: str) -> Figures:
             "Under other conditions",
             f"Gain of {shown} over {reference} in conditions that neither was tuned for, 95 % intervals.",
             _robustness(data),
+        )
+    if data.tornado:
+        made["tornado"] = (
+            "What the gain hangs on",
+            f"Gain of {shown} over {reference} when one input is changed and everything else stays: the five that move"
+            " it most. Policies stay as they are.",
+            tornado_figure(data.tornado),
         )
     return made
 

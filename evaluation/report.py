@@ -11,13 +11,14 @@ of all classes, so that they add up to the policy's contribution margin.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from envs.economics.ledger import ACCOUNTS
+from evaluation.assumptions import Assumption
 from evaluation.bounds import Bounds
 from evaluation.results import EpisodeResults, Floats, check_paired
 from evaluation.router_cost import router_usd_per_1k
@@ -74,6 +75,7 @@ class Report:
         paired: by name of every policy but the best heuristic.
         bounds: of the same episodes; None where they were not computed.
         calibration: verdict of the last backtest of the scenario; None where there was none.
+        assumptions: the inputs and where they come from.
     """
 
     scenario: str
@@ -85,6 +87,7 @@ class Report:
     paired: Mapping[str, Paired]
     bounds: Bounds | None = None
     calibration: Mapping[str, Any] | None = None
+    assumptions: Sequence[Assumption] = ()
 
     @property
     def episodes(self) -> int:
@@ -142,6 +145,7 @@ def build_report(
     best_heuristic: str | None,
     bounds: Bounds | None = None,
     calibration: Mapping[str, Any] | None = None,
+    assumptions: Sequence[Assumption] = (),
 ) -> Report:
     """Computes intervals and paired differences.
 
@@ -151,6 +155,7 @@ def build_report(
         best_heuristic: name in `results` that the others are compared with, chosen on other seeds.
         bounds: of the same episodes, where known.
         calibration: of the scenario, see `evaluation.calibration`.
+        assumptions: of the scenario, see `evaluation.assumptions`.
 
     Raises:
         InputError: the results are not from the same requests, or the bounds from other episodes.
@@ -192,6 +197,7 @@ def build_report(
         paired=paired,
         bounds=bounds,
         calibration=calibration,
+        assumptions=assumptions,
     )
 
 

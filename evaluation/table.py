@@ -90,6 +90,10 @@ def _note(report: Report, first: EpisodeResults) -> str:
         note = f"{note}. untuned: margin of the same composite with its parameters as they come"
     if any(name.startswith(CONTROLS) for name in report.results):
         note = f"{note}. {SHUFFLED_MIX}, {MATCHED_COST}: content-blind, same tier shares, same cost of answers"
+    if report.assumptions:
+        kinds = [item.kind for item in report.assumptions]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        note = f"{note}. Inputs: {counts} (--json and --report list them)"
     note = f"{note}. IQM: interquartile mean over episodes. {router_words(first)}"
     return f"{note}. SLO: answered inside every SLO of the class; lost: shed, abandoned or failed."
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -106,11 +107,26 @@ def batch_seconds(
     speculation: Speculation | None = None,
 ) -> float:
     """Seconds of one iteration with the given decode lengths and (chunk, prefix) prefills, from the kernels."""
-    flat, fields = flatten_profile(profile, max(len(decodes), 1), 0)
+    return _seconds(*_flattened(profile, max(len(decodes), 1)), decodes, chunks, speculation)
+
+
+def _flattened(profile: Profile, most: int) -> tuple[Any, Any]:
+    """A profile's tables and the pool that points into them, for batches of up to `most` decodes."""
+    flat, fields = flatten_profile(profile, most, 0)
     pools = record_array(1, POOL)
     for field, value in fields.items():
         pools[field][0] = value
-    pool, batch, kv_sum = pools[0], len(decodes), int(np.sum(decodes, dtype=np.int64))
+    return flat, pools[0]
+
+
+def _seconds(
+    flat: Any,
+    pool: Any,
+    decodes: Sequence[int] | npt.NDArray[np.int64],
+    chunks: Sequence[tuple[int, int]],
+    speculation: Speculation | None,
+) -> float:
+    batch, kv_sum = len(decodes), int(np.sum(decodes, dtype=np.int64))
     checked = 1
     if speculation is not None and batch <= speculation.max_batch:
         pool["draft_tokens"], pool["draft_cost"] = speculation.draft_tokens, speculation.draft_cost
@@ -145,15 +161,16 @@ def linear_coefficients(profile: Profile, speculation: Speculation | None = None
     """
     rows, seconds = [], []
     top = min(128, max(len(profile.decode_base_s) - 1, 1))
+    flat, pool = _flattened(profile, top)
     for batch in sorted({1, 8, 32, 64, 96, top} & set(range(1, top + 1))):
         for mean in (128, 512, 1024, 2048, 4096):
             for chunk in (0, 64, 256, 512, 1024, 2048):
                 rows.append([1.0, chunk, batch, batch * mean])
                 chunks = [(chunk, 0)] if chunk else []
                 means = np.full(batch, mean)
-                whole_s = batch_seconds(profile, means, chunks, speculation)
+                whole_s = _seconds(flat, pool, means, chunks, speculation)
                 if speculation is not None and batch <= speculation.max_batch:
-                    decode_s = batch_seconds(profile, means, (), speculation)
+                    decode_s = _seconds(flat, pool, means, (), speculation)
                     whole_s += decode_s / speculation.tokens_per_iteration - decode_s
                 seconds.append(whole_s)
     design, target = np.array(rows), np.array(seconds)

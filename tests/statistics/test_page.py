@@ -10,6 +10,7 @@ import pytest
 from episodes import comparison
 
 from envs.scenario import load_scenario
+from evaluation.assumptions import assumptions
 from evaluation.bounds import Bounds
 from evaluation.page import headline, markdown, page
 from evaluation.page_data import PageData, collect
@@ -28,7 +29,14 @@ FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def played():
+def played(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluation.cache.CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr("evaluation.page_data.SWAPPED", 16)
+        yield simulated()
+
+
+def simulated():
     scenario = load_scenario("quickstart", {"horizon_s": 20.0, "requests_per_episode": 60})
     policies = {
         "least-in-flight": LeastInFlight("least-in-flight", use_providers=True),
@@ -36,7 +44,7 @@ def played():
     }
     results = evaluate_policies(scenario, policies, 4, workers=1)
     bounds = Bounds(np.arange(4), *(np.full(4, usd) for usd in (3.0, 2.0, -1.0)))
-    report = build_report("quickstart", results, "hosted", bounds)
+    report = build_report("quickstart", results, "hosted", bounds, None, assumptions(scenario))
     return report, collect(scenario, policies, "least-in-flight", "hosted", episodes=4, workers=1)
 
 
@@ -52,6 +60,7 @@ def test_every_figure_holds_data(played):
         "actions",
         "swaps",
         "robustness",
+        "tornado",
     ]
     for key, (title, words, figure) in made.items():
         assert title and words

@@ -104,6 +104,7 @@ class DocumentModel(Strict):
     version: Literal[1] = Field(alias="schema")
     scenario: str
     calibration: dict | None
+    assumptions: list[dict[str, str]]
     episodes: Annotated[int, Field(ge=1)]
     policies: dict[str, PolicyModel]
     best_heuristic: str | None
