@@ -1,4 +1,4 @@
-"""The gateway's command line, also as `python -m marginroute`: inspect a bundle, learn from feedback, serve it."""
+"""The gateway's command line, also as `python -m marginroute`: inspect a bundle, learn, replay a log, serve."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ def _feedback(arguments: argparse.Namespace) -> int:
     from marginroute import feedback_log
 
     return feedback_log.run(arguments)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from marginroute import replay
+
+    return replay.run(arguments)
 
 
 def _envoy(arguments: argparse.Namespace) -> int:
@@ -92,6 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--start", metavar="FILE", help="--out of an earlier run that the gateway ran with")
     learn.add_argument("--half-life", type=float, default=float("inf"), metavar="N", help="answers (default: no decay)")
     learn.add_argument("--out", type=Path, metavar="FILE", help="what the gateway loads (setting `feedback`)")
+    again = command("replay", _replay, "Decide a log again with a bundle and show what changes.")
+    again.add_argument("log", type=Path, metavar="LOG", help="decision records, JSON lines")
+    again.add_argument("bundle", metavar="BUNDLE", help="folder of a bundle for the same candidates")
+    again.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     sidecar = command("serve", _serve, "Decide for any gateway that calls HTTP.")
     _serving(sidecar, 9003)
     sidecar.add_argument("--token-file", metavar="FILE", help="token that callers must show (Authorization: Bearer)")

@@ -197,6 +197,13 @@ class Gateway:
             if pending is not None and pending.sent_to:
                 pending.tried.add(pending.sent_to)
 
+    def scraped(self, candidate: str, waiting: float, running: float, kv_usage: float, age_s: float) -> None:
+        """An engine's metrics page said so `age_s` seconds ago; ignored for a candidate that the bundle lacks."""
+        with self._lock:
+            c = self._runtime.index.get(candidate)
+            if c is not None:
+                self.state.scraped(c, waiting, running, kv_usage, age_s)
+
     def finished(self, id: str, outcome: Outcome) -> bool:
         """Records what happened; False if the request is unknown or was recorded before."""
         with self._lock:

@@ -82,9 +82,19 @@ class GuardedPolicy:
         clean = View(view.layout, np.nan_to_num(view.signals), np.nan_to_num(view.request, posinf=np.inf), view.legal)
         return replace(self.fallback.decide(clean), guard=reason)
 
+    def objects(self, view: View) -> Array:
+        """(N,) whether the fallback decides in each of N worlds."""
+        objected: Array = self._broken(view)
+        if isinstance(self.policy, ResidualPolicy):
+            objected = objected | self.drift(self.policy.inputs(view).context, self.policy.spec)
+        return objected
+
+    def _broken(self, view: View) -> Array:
+        return self._stale(view) | np.isnan(view.signals.sum(axis=(0, -1))) | np.isnan(view.request.sum(axis=0))
+
     def decide_batch(self, view: View) -> Array:
         """As `decide` for N worlds at once."""
-        objected = self._stale(view) | np.isnan(view.signals.sum(axis=(0, -1))) | np.isnan(view.request.sum(axis=0))
+        objected = self._broken(view)
         if isinstance(self.policy, ResidualPolicy):
             inputs = self.policy.inputs(view)
             objected = objected | self.drift(inputs.context, self.policy.spec)

@@ -20,6 +20,7 @@ from marginroute.modes import ModeSettings
 from marginroute.record_log import AuditLog
 from marginroute.reload import BundleWatch
 from marginroute.rollback import RollbackLimits
+from marginroute.scrape import Scraper
 
 log = logging.getLogger("marginroute.gateway")
 
@@ -43,6 +44,9 @@ class OperationSettings:
         stale_after_s: silence after which a request is written off.
         feedback: file of `marginroute feedback` that corrects P(good); empty: none.
         prefix_block_tokens: tokens, about, per block hash of a prompt; 0: prompts are not hashed.
+        telemetry: metrics page of each replica that is to be scraped, by candidate.
+        telemetry_s: seconds between two scrapes of a page.
+        telemetry_timeout_s: after which one is given up.
         reload_s: seconds between two looks for a new bundle (and feedback); null: never.
         log_max_bytes: size at which the log is rotated; 0: never.
         log_keep: rotated logs that stay.
@@ -61,6 +65,9 @@ class OperationSettings:
     stale_after_s: float = 7200.0
     feedback: str = ""
     prefix_block_tokens: int = 64
+    telemetry: Mapping[str, str] = field(default_factory=dict)
+    telemetry_s: float = 1.0
+    telemetry_timeout_s: float = 1.0
     reload_s: float | None = 5.0
     log_max_bytes: int = 256 << 20
     log_keep: int = 10
@@ -124,6 +131,9 @@ def open_gateway(settings: OperationSettings, can: Collection[str] = ("shed",)) 
     if settings.reload_s is not None:
         watch = BundleWatch(gateway, settings.load, settings.watched(), settings.reload_s, events.write)
         gateway.keep(watch.start())
+    if settings.telemetry:
+        every_s, timeout_s = settings.telemetry_s, settings.telemetry_timeout_s
+        gateway.keep(Scraper(gateway, settings.telemetry, every_s, timeout_s).start())
     if (rest := rollback_in_force(event_path(settings.log))) is not None:
         gateway.switch.resume_rolled_back(*rest)
     log.warning(

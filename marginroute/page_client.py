@@ -1,0 +1,179 @@
+"""One kept-open HTTP connection that fetches the same page again and again, for little CPU time.
+
+Only what a metrics page needs: GET over HTTP/1.1, plain or TLS, with a length or in chunks, no redirects, no
+compression.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from marginroute.errors import InputError
+
+MOST_HEADER_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a page is.
+
+    Attributes:
+        host, port, tls: of the server.
+        request: bytes that ask for the page.
+    """
+
+    host: str
+    port: int
+    tls: bool
+    request: bytes
+
+
+def address_of(url: str, place: str) -> Address:
+    """Reads a URL.
+
+    Args:
+        url: `http://HOST:PORT/metrics` or https.
+        place: of the setting, for the error.
+
+    Raises:
+        InputError: no such URL.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        parts, port = urlsplit(""), None
+    plain = parts.username is None and not any(c.isspace() or ord(c) < 33 for c in url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
+        raise InputError(f"{place} = {url!r}; legal is a URL such as http://10.0.0.7:8000/metrics")
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    head = f"GET {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nAccept: text/plain\r\nUser-Agent: marginroute\r\n\r\n"
+    try:
+        request = head.encode("ascii")
+    except UnicodeEncodeError:
+        raise InputError(f"{place} = {url!r}; legal is a URL in ASCII") from None
+    tls = parts.scheme == "https"
+    return Address(parts.hostname, port or (443 if tls else 80), tls, request)
+
+
+class PageConnection(asyncio.Protocol):
+    """A connection, opened when it is first needed and again after it broke.
+
+    Args:
+        address: of the page.
+        most_bytes: longest page.
+        done: called with the page, or with what went wrong, once per `fetch`.
+    """
+
+    def __init__(self, address: Address, most_bytes: int, done: Callable[[bytes | None, str], None]) -> None:
+        self._address, self._most_bytes, self._done = address, most_bytes, done
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._waiting = False
+
+    async def fetch(self) -> None:
+        """Asks for the page; `done` hears of it."""
+        self._waiting, self._buffer = True, bytearray()
+        try:
+            if self._transport is None or self._transport.is_closing():
+                context = ssl.create_default_context() if self._address.tls else None
+                loop, where = asyncio.get_running_loop(), (self._address.host, self._address.port)
+                await loop.create_connection(lambda: self, *where, ssl=context)
+        except OSError as error:
+            self._end(None, error.strerror or str(error))
+            return
+        if self._transport is not None and self._waiting:
+            self._transport.write(self._address.request)
+
+    def ask(self) -> bool:
+        """As `fetch` on a connection that is open; False if there is none."""
+        if self._transport is None or self._transport.is_closing():
+            return False
+        self._waiting, self._buffer = True, bytearray()
+        self._transport.write(self._address.request)
+        return True
+
+    def give_up(self, reason: str) -> None:
+        """Ends a fetch that takes too long; the connection cannot be used again."""
+        if self._waiting:
+            self.close()
+            self._end(None, reason)
+
+    def close(self) -> None:
+        """Closes the connection."""
+        if self._transport is not None:
+            self._transport.abort()
+            self._transport = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio: the connection is open."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio: the connection is closed."""
+        self._transport = None
+        if self._waiting:
+            self._end(None, "the connection was closed")
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio: a part of an answer."""
+        if not self._waiting:
+            self.close()  # nobody asked
+            return
+        self._buffer += data
+        head, gap, body = bytes(self._buffer).partition(b"\r\n\r\n")
+        if not gap:
+            if len(head) > MOST_HEADER_BYTES:
+                self._refuse("its header is too long")
+            return
+        lines = head.lower().split(b"\r\n")
+        status = lines[0].split(b" ", 2)[1:2]
+        if status != [b"200"]:
+            self._refuse(f"status {(status or [b'none'])[0][:20].decode('ascii', 'replace')}")
+            return
+        if len(body) > 2 * self._most_bytes:
+            self._refuse("the page is too long")
+            return
+        fields = dict(line.split(b":", 1) for line in lines[1:] if b":" in line)
+        page = _unchunked(body) if b"chunked" in fields.get(b"transfer-encoding", b"") else _whole(body, fields)
+        if page is not None:
+            if b"close" in fields.get(b"connection", b""):
+                self.close()
+            self._end(page, "")
+
+    def _refuse(self, reason: str) -> None:
+        self.close()
+        self._end(None, reason)
+
+    def _end(self, page: bytes | None, reason: str) -> None:
+        if self._waiting:
+            self._waiting = False
+            self._done(page, reason)
+
+
+def _whole(body: bytes, fields: dict[bytes, bytes]) -> bytes | None:
+    """The body, once all of it is there."""
+    length = fields.get(b"content-length", b"").strip()
+    if not length.isdigit() or len(body) < int(length):
+        return None
+    return body[: int(length)]
+
+
+def _unchunked(body: bytes) -> bytes | None:
+    """The body put together from its chunks, once the last one is there."""
+    parts, at = [], 0
+    while (end := body.find(b"\r\n", at)) >= 0:
+        try:
+            size = int(body[at:end].split(b";")[0], 16)
+        except ValueError:
+            return None
+        if size == 0:
+            return b"".join(parts)
+        parts.append(body[end + 2 : end + 2 + size])
+        at = end + 2 + size + 2
+    return None
