@@ -33,9 +33,7 @@ def residual_policy(policy: ScorerPolicy, advice: MarginRule, spec: FeatureSpec)
 
 def torch_logits(policy: ScorerPolicy, observation: Array) -> Array:
     """Log-probabilities up to a constant as torch computes them: what the runtime has to reproduce, (B, C)."""
-    with torch.no_grad():
-        scorer = policy.scorer
-        return scorer.logits(torch.as_tensor(observation)).numpy()
+    return policy.scorer.run(torch.as_tensor(observation))[0]
 
 
 def sample_observations(plant: Plant, advice: MarginRule, spec: FeatureSpec, samples: int) -> Array:

@@ -15,10 +15,12 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
-from marginroute.features import FeatureSpec, split
+from agents import fused
+from agents.fused import FusedScorer, Memory, Weights
+from marginroute.features import FeatureSpec
 from marginroute.policy import Network
 
-ILLEGAL_LOGIT = -1e9
+Array = np.ndarray[Any, Any]
 
 
 class Scorer(nn.Module):
@@ -32,7 +34,8 @@ class Scorer(nn.Module):
 
     def __init__(self, spec: FeatureSpec, n_candidates: int, width: int) -> None:
         super().__init__()
-        self.spec, self.n_candidates = spec, n_candidates
+        self.spec, self.n_candidates, self._memory = spec, n_candidates, Memory()
+        self._kept: tuple[tuple[int, ...], Weights] | None = None  # folded weights and the version they are of
         f, g = spec.n_candidate, spec.n_context
         self.candidate, self.context = nn.Linear(f, width, bias=False), nn.Linear(g, width)
         self.hidden, self.head = nn.Linear(width, width), nn.Linear(width, 1, bias=False)
@@ -47,21 +50,34 @@ class Scorer(nn.Module):
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities (B, C) of the candidates and values (B,)."""
-        candidate, context, _, legal = split(observation, self.n_candidates, self.spec)
-        pooled = (candidate * legal.unsqueeze(-1)).sum(-2) / legal.sum(-1, keepdim=True)
-        x = (pooled - self.candidate_mean) / self.candidate_std
-        y = (context - self.context_mean) / self.context_std
-        value = self.value(torch.cat([x, y], dim=-1)).squeeze(-1)
-        return torch.log_softmax(self.logits(observation), dim=-1), value
+        return FusedScorer.apply(observation, self.n_candidates, self._memory, *self.folded())  # type: ignore[no-any-return]
 
-    def logits(self, observation: Tensor) -> Tensor:
-        """Logits (B, C), `ILLEGAL_LOGIT` where a candidate is not legal."""
-        candidate, context, advice, legal = split(observation, self.n_candidates, self.spec)
-        w1, wg = self.candidate.weight / self.candidate_std, self.context.weight / self.context_std
-        bias = self.context.bias - w1 @ self.candidate_mean - wg @ self.context_mean  # the normaliser, folded in
-        h = torch.relu(candidate @ w1.T + (context @ wg.T + bias).unsqueeze(-2))
-        logits = self.kappa * advice + self.head(torch.relu(self.hidden(h))).squeeze(-1)
-        return torch.where(legal > 0.5, logits, torch.full_like(logits, ILLEGAL_LOGIT))
+    def run(self, observation: Tensor) -> tuple[Array, Array]:
+        """Logits (B, C), very low where a candidate is not legal, and values (B,), without gradients."""
+        version = tuple(parameter._version for parameter in self.parameters())
+        if self._kept is None or self._kept[0] != version:
+            self._kept = version, fused.arrays_of(self.folded())
+        return fused.run(observation.numpy(), self.n_candidates, self._kept[1], self._memory)
+
+    def folded(self) -> Weights:
+        """The weights as functions of raw features: the normaliser folded into the first layers."""
+        f = self.spec.n_candidate
+        first, last = self.value[0], self.value[-1]
+
+        def fold(candidate: Tensor, context: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            w, wg = candidate / self.candidate_std, context / self.context_std
+            return w.t(), wg.t(), bias - w @ self.candidate_mean - wg @ self.context_mean
+
+        return Weights(
+            *fold(self.candidate.weight, self.context.weight, self.context.bias),
+            self.hidden.weight.t(),
+            self.hidden.bias,
+            self.head.weight[0],
+            self.kappa,
+            *fold(first.weight[:, :f], first.weight[:, f:], first.bias),
+            last.weight[0],
+            last.bias,
+        )
 
 
 class ScorerPolicy(ActorCriticPolicy):
@@ -94,13 +110,14 @@ class ScorerPolicy(ActorCriticPolicy):
         return {**super()._get_constructor_parameters(), "spec": self._spec, "width": self._width}
 
     def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Actions (B,), values (B,) and log-probabilities (B,)."""
-        log_probs, values = self.scorer(obs)
-        if deterministic:
-            actions = log_probs.argmax(-1)
-        else:  # Gumbel-max draws from the same distribution as torch's Categorical, at a fraction of its cost
-            actions = (log_probs - torch.empty_like(log_probs).exponential_().log()).argmax(-1)
-        return actions, values, log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        """Actions (B,), values (B,) and log-probabilities (B,), without gradients: `evaluate_actions` has those."""
+        logits, values = self.scorer.run(obs)
+        noise, log_probs = torch.empty(logits.shape), np.empty_like(logits)
+        noise = noise.fill_(1.0) if deterministic else noise.exponential_()
+        actions, chosen = np.empty(len(logits), dtype=np.int64), np.empty(len(logits), dtype=np.float32)
+        fused.log_softmax(logits, log_probs)
+        fused.choose(log_probs, noise.numpy(), actions, chosen)
+        return torch.from_numpy(actions), torch.from_numpy(values), torch.from_numpy(chosen)
 
     def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values, log-probabilities and entropies (B,) of given actions."""
@@ -113,7 +130,7 @@ class ScorerPolicy(ActorCriticPolicy):
 
     def predict_values(self, obs: Tensor) -> Tensor:
         """Values (B,)."""
-        return self.scorer(obs)[1]
+        return torch.from_numpy(self.scorer.run(obs)[1])
 
 
 def to_numpy(scorer: Scorer) -> Network:

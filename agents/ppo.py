@@ -9,6 +9,7 @@ episode ends by truncation: its last transition gets no bootstrap from the obser
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from stable_baselines3.common.vec_env import VecEnv
 
 Array = np.ndarray[Any, Any]
@@ -24,12 +26,15 @@ Array = np.ndarray[Any, Any]
 class ElapsedRolloutBuffer(RolloutBuffer):
     """A rollout buffer whose discount differs by step: `discounts` has shape (n_steps, n_envs)."""
 
-    discounts: Array
+    discounts: Array = None  # type: ignore[assignment]
+    _batch: list[Array] | None = None
 
     def reset(self) -> None:
-        """Forgets the rollout."""
-        self.discounts = np.zeros((self.buffer_size, self.n_envs), dtype=np.float32)
-        super().reset()
+        """Forgets the rollout; its memory is filled again."""
+        if self.discounts is None:
+            self.discounts = np.zeros((self.buffer_size, self.n_envs), dtype=np.float32)
+            super().reset()
+        self.pos, self.full = 0, False
 
     def add_step(
         self, obs: Array, action: Array, signal: Array, start: Array, value: Array, log_prob: Array, discount: Array
@@ -45,6 +50,22 @@ class ElapsedRolloutBuffer(RolloutBuffer):
         self.discounts[t] = discount
         self.pos += 1
         self.full = self.pos == self.buffer_size
+
+    def get(self, batch_size: int | None = None) -> Iterator[RolloutBufferSamples]:
+        """Minibatches of the whole rollout in random order, all in the same memory: take one before the next."""
+        total = self.buffer_size * self.n_envs
+        size = min(batch_size or total, total)
+        flat = [self.observations.reshape(total, -1)]
+        flat += [x.reshape(total) for x in (self.actions, self.values, self.log_probs, self.advantages, self.returns)]
+        if self._batch is None or len(self._batch[0]) != size:
+            self._batch = [np.empty((size, *x.shape[1:]), dtype=x.dtype) for x in flat]
+        order = torch.randperm(total).numpy()
+        for start in range(0, total, size):
+            rows = order[start : start + size]
+            parts = [part[: len(rows)] for part in self._batch]
+            for x, part in zip(flat, parts, strict=True):
+                np.take(x, rows, axis=0, out=part, mode="clip")  # any other mode copies once more
+            yield RolloutBufferSamples(*(torch.from_numpy(part) for part in parts))
 
     def compute_returns_and_advantage(self, last_values: torch.Tensor, dones: Array) -> None:
         """Generalised advantage estimation with the step's own discount (Schulman et al. 2016, eq. 16)."""
@@ -86,8 +107,7 @@ class MarginPPO(PPO):
         callback.on_rollout_start()
         for _ in range(n_rollout_steps):
             obs = self._last_obs
-            with torch.no_grad():
-                action, value, log_prob = (x.numpy() for x in self.policy(torch.as_tensor(obs)))
+            action, value, log_prob = (x.numpy() for x in self.policy(torch.as_tensor(obs)))
             new_obs, _, dones, infos = env.step(action)
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -179,9 +178,8 @@ class Scenario(Section):
             given = window(
                 member.recorded, SPLIT_CODE[split], member.horizon_s, rng, member.class_names, member.load_scale
             )
-        workload = generate(member.workload_spec, rng, given)
         faults = scenario_faults.faults(member, (SPLIT_CODE[split], int(seed), _SEED_SALT, _FAULT_SALT))
-        return replace(workload, variant=variant, faults=faults)
+        return generate(member.workload_spec, rng, given, variant=variant, faults=faults)
 
     def stream(self, seed: int, split: Split) -> tuple[int, np.random.Generator]:
         """Which of `variants` an episode plays in, and the generator that its workload is drawn with."""

@@ -21,7 +21,9 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 
+from envs import observe_kernel as kernel
 from envs.economics import ledger as books
+from envs.observe_kernel import Seen, rule_of
 from envs.scenario import Scenario, load_scenario
 from envs.workload.requests import Workload
 from envs.world import WAIT
@@ -29,7 +31,7 @@ from envs.worlds import FleetWorlds, Plant
 from marginroute import features
 from marginroute import view as v
 from marginroute.features import CLIP, MIN_LOGIT, FeatureSpec
-from marginroute.heuristics import Assessment, MarginParameters, MarginRule
+from marginroute.heuristics import MarginParameters, MarginRule
 from marginroute.view import Array
 
 Workloads = Callable[[int], Workload]
@@ -60,7 +62,11 @@ class ObservedWorlds(FleetWorlds):
         super().__init__(scenario, n_worlds)
         self.advice = advice or default_advice(self.plant)
         self.spec = spec or features.feature_spec(self.plant.layout)
-        self.assessment: Assessment | None = None
+        c = self.plant.layout.n_candidates
+        self._rule = rule_of(self.advice, self.plant.layout, self.spec)
+        self._seen = Seen(
+            np.empty((0, 0), dtype=np.float32), *(np.zeros((n_worlds, c)) for _ in range(4)), np.zeros((3, n_worlds, c))
+        )
         self.floor_usd: Array | None = None
 
     @property
@@ -76,20 +82,21 @@ class ObservedWorlds(FleetWorlds):
 
     def observe(self) -> Array:
         """(N, D) float32, a fresh array."""
-        view = self.view()
-        self.assessment = self.advice.assess(view)
-        return features.observe(view, self.assessment, self.spec)
+        seen = self._seen._replace(observation=np.empty((self.n_worlds, *self.observation_space.shape), np.float32))
+        kernel.observe(
+            self._rule, self.signals, self.request, self.legal, self.spec.n_candidate, self.spec.n_context, seen
+        )
+        return seen.observation
 
     def signal_usd(self, choices: Array) -> Array:
         """(N,) learning signal of choices made on the last observation, before they are carried out."""
-        assert self.assessment is not None
-        a, rows = self.assessment, np.arange(self.n_worlds)
+        a, rows = self._seen, np.arange(self.n_worlds)
         legal = self.legal[rows, choices]
         choices = np.where(legal, choices, self.plant.layout.n_candidates - 1)
         known = self.p_true[rows, choices] - a.p_good[rows, choices]
         signal_usd = a.score_usd[rows, choices] + known * a.bad_usd[rows, choices]
         if self.floor_usd is not None:
-            assert a.kept is not None and self.advice.parameters.multipliers is not None
+            assert self.advice.parameters.multipliers is not None
             more_usd = self.floor_usd - self.advice.parameters.multipliers  # (3, K) beyond what the score holds
             kept = a.kept[:, rows, choices]
             kept[1] += known * a.stay[rows, choices]

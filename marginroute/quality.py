@@ -41,17 +41,22 @@ _DENOMINATOR = (
 )
 
 
+def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
+    """Horner's rule, in one array."""
+    total = np.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        total *= x
+        total += coefficient
+    return total
+
+
 def normal_cdf(x: Array | float) -> Array:
     """Phi(x), the standard normal distribution function; absolute error below 1e-15, any shape."""
     x = np.asarray(x, dtype=np.float64)
-    size = np.minimum(np.abs(x), 37.0)
-    top = np.full_like(size, _NUMERATOR[0])
-    for coefficient in _NUMERATOR[1:]:
-        top = top * size + coefficient
-    bottom = np.full_like(size, _DENOMINATOR[0])
-    for coefficient in _DENOMINATOR[1:]:
-        bottom = bottom * size + coefficient
-    below = np.exp(-0.5 * size * size) * top / bottom
+    size = np.asarray(np.minimum(np.abs(x), 37.0))
+    below = np.exp(-0.5 * size * size)
+    below *= _polynomial(_NUMERATOR, size)
+    below /= _polynomial(_DENOMINATOR, size)
     cdf: Array = np.where(x > 0.0, 1.0 - below, below)
     return cdf
 
@@ -166,7 +171,7 @@ class FittedQuality:
     def p_good(self, view: View) -> Array:
         """(..., C) probabilities for the candidates of a view."""
         task = view.request[v.TASK_INDEX].astype(np.int64)
-        intercept, slope, length = self._by_candidate(view.layout)
+        intercept, slope, length = self.by_candidate(view.layout)
         prior = np.minimum(np.maximum(view.signals[v.P_GOOD_PRIOR], 1e-6), 1.0 - 1e-6)
         log_length = np.log(view.request[v.PROMPT_TOKENS] * 1e-3)[..., None]
         prior_logit = np.log(prior / (1.0 - prior))
@@ -178,7 +183,7 @@ class FittedQuality:
         fitted: Array = 1.0 / (1.0 + np.exp(-logit))
         return fitted
 
-    def _by_candidate(self, layout: Layout) -> tuple[Array, Array, Array]:
+    def by_candidate(self, layout: Layout) -> tuple[Array, Array, Array]:
         """Intercept (J, C), slope (J, C) and length (C,) of a layout's candidates; kept for the next view."""
         if self._bound is None or self._bound[0] is not layout:
             known = layout.tier >= 0  # a candidate without a tier keeps its prior: 0 + 1 * logit + 0

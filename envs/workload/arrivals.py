@@ -15,7 +15,9 @@ Closed forms used by the tests. Two-state MMPP with rates r1, r2 and mean dwell 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -77,6 +79,10 @@ class MmppArrivals:
 
     def stationary(self) -> Array:
         """(S,) long-run share of time in each state."""
+        return self._stationary
+
+    @cached_property
+    def _stationary(self) -> Array:
         jump = np.array(self.jump)
         size = len(jump)
         balance = np.vstack([(jump.T - np.eye(size)), np.ones(size)])
@@ -94,14 +100,14 @@ class MmppArrivals:
 
     def path(self, rng: np.random.Generator, horizon_s: float) -> tuple[Array, Array]:
         """States (D,) in order and times (D + 1,) between which they hold, from 0 to horizon_s; starts stationary."""
-        jump = np.cumsum(np.array(self.jump), axis=1)
+        jump = np.cumsum(np.array(self.jump), axis=1).tolist()
         last = len(jump) - 1
-        state = min(int(np.searchsorted(np.cumsum(self.stationary()), rng.random())), last)
+        state = min(bisect_left(np.cumsum(self.stationary()).tolist(), rng.random()), last)
         states, edges_s = [], [0.0]
         while edges_s[-1] < horizon_s:
             states.append(state)
             edges_s.append(edges_s[-1] + self.dwell_s[state] * rng.exponential())
-            state = min(int(np.searchsorted(jump[state], rng.random(), side="right")), last)
+            state = min(bisect_right(jump[state], rng.random()), last)
         edges_s[-1] = horizon_s
         return np.array(states), np.array(edges_s)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,15 +27,22 @@ def draw_tasks(spec: WorkloadSpec, rng: np.random.Generator, class_index: Array)
     return np.minimum(index, edges.shape[1] - 1).astype(np.int32)
 
 
+@lru_cache(maxsize=64)
+def _popularity_edges(count: int, exponent: float) -> Array:
+    """(count,) running sums of the popularities i ** -exponent."""
+    return np.cumsum(np.arange(1, count + 1) ** -exponent)
+
+
 def draw_tenants(spec: WorkloadSpec, rng: np.random.Generator, class_index: Array) -> Array:
     """(M,) i4 tenant of each request; tenants are numbered class by class."""
     uniform = rng.random(len(class_index))
     tenant_index = np.empty(len(class_index), dtype=np.int32)
     first = 0
     for index, count in enumerate(spec.tenants):
-        mine = class_index == index
-        edges = np.cumsum(np.arange(1, count + 1) ** -spec.tenant_exponent)
-        tenant_index[mine] = first + np.searchsorted(edges, uniform[mine] * edges[-1], side="right").clip(max=count - 1)
+        mine = np.flatnonzero(class_index == index)
+        edges = _popularity_edges(count, spec.tenant_exponent)
+        rank = np.searchsorted(edges, uniform[mine] * edges[-1], side="right")
+        tenant_index[mine] = first + np.minimum(rank, count - 1)
         first += count
     return tenant_index
 
@@ -42,14 +50,15 @@ def draw_tenants(spec: WorkloadSpec, rng: np.random.Generator, class_index: Arra
 def draw_recurrences(spec: WorkloadSpec, rng: np.random.Generator, tenant_index: Array) -> tuple[Array, Array]:
     """(M,) row that each request copies its prompt from (itself, if new), and (M,) i4 prompt keys."""
     size = len(tenant_index)
-    popularity = np.arange(1, spec.recurring_prompts + 1) ** -spec.recurring_exponent
-    rank = choose(rng, popularity, size)
+    edges = _popularity_edges(spec.recurring_prompts, spec.recurring_exponent)
+    rank = np.minimum(np.searchsorted(edges, rng.random(size) * edges[-1], side="right"), len(edges) - 1)
     rows = np.flatnonzero(rng.random(size) < spec.recurring_share)
     prompt_key = np.full(size, -1, dtype=np.int32)
-    _, prompt_key[rows] = np.unique(
-        tenant_index[rows].astype(np.int64) * spec.recurring_prompts + rank[rows], return_inverse=True
-    )
-    return given_recurrences(prompt_key, size)
+    prompt = tenant_index[rows].astype(np.int64) * spec.recurring_prompts + rank[rows]
+    _, first, prompt_key[rows] = np.unique(prompt, return_index=True, return_inverse=True)
+    source = np.arange(size)
+    source[rows] = rows[first][prompt_key[rows]]
+    return source, prompt_key
 
 
 def given_recurrences(prompt_key: Array | None, size: int) -> tuple[Array, Array]:
@@ -63,6 +72,30 @@ def given_recurrences(prompt_key: Array | None, size: int) -> tuple[Array, Array
     return source, prompt_key
 
 
+class _Table(NamedTuple):
+    """Mixtures of J tasks side by side, with up to B components."""
+
+    total: Array  # (J,) sum of the weights
+    inner_edges: Array  # (B - 1, J) running sums of the weights but the last; inf where a mixture has fewer components
+    median_log: Array  # (J, B)
+    sigma: Array  # (J, B)
+    min_tokens: Array  # (J,)
+    max_tokens: Array  # (J,)
+
+
+@lru_cache(maxsize=64)
+def _table(mixtures: tuple[LengthMixture, ...]) -> _Table:
+    j, b = len(mixtures), max(len(mixture.weight) for mixture in mixtures)
+    total, inner = np.empty(j), np.full((b - 1, j), np.inf)
+    median_log, sigma = np.zeros((j, b)), np.zeros((j, b))
+    for index, mixture in enumerate(mixtures):
+        edges, n = np.cumsum(mixture.weight), len(mixture.weight)
+        total[index], inner[: n - 1, index] = edges[-1], edges[:-1]
+        median_log[index, :n], sigma[index, :n] = np.log(mixture.median_tokens), mixture.sigma
+    bounds = np.array([(mixture.min_tokens, mixture.max_tokens) for mixture in mixtures], dtype=np.float64)
+    return _Table(total, inner, median_log, sigma, *bounds.T.copy())
+
+
 def draw_lengths(
     mixtures: tuple[LengthMixture, ...], rng: np.random.Generator, task_index: Array, source: Array
 ) -> Array:
@@ -71,8 +104,11 @@ def draw_lengths(
     normal = rng.standard_normal(len(task_index))[source]
     if all(mixture is mixtures[0] for mixture in mixtures):
         return mixtures[0].draw(uniform, normal)
-    tokens = np.empty(len(task_index), dtype=np.int32)
-    for index, mixture in enumerate(mixtures):
-        mine = task_index == index
-        tokens[mine] = mixture.draw(uniform[mine], normal[mine])
-    return tokens
+    table = _table(mixtures)
+    mine = uniform * table.total[task_index]
+    at = task_index * table.median_log.shape[1]
+    for edges in table.inner_edges:
+        at = at + (mine >= edges[task_index])
+    tokens = np.exp(table.median_log.take(at) + table.sigma.take(at) * normal)
+    np.maximum(np.rint(tokens, out=tokens), table.min_tokens[task_index], out=tokens)
+    return np.minimum(tokens, table.max_tokens[task_index], out=tokens).astype(np.int32)

@@ -24,8 +24,13 @@ Array = np.ndarray[Any, Any]
 _LINKS = ("prefix_block_tokens", "prefix_count", "prefix_hash", "session_index", "parent_index", "think_s")
 
 
-def generate(spec: WorkloadSpec, rng: np.random.Generator, given: GivenRequests | None = None) -> Workload:
-    """One episode's workload; with `given`, arrivals and lengths are those of a trace."""
+def generate(
+    spec: WorkloadSpec, rng: np.random.Generator, given: GivenRequests | None = None, **beside: Any
+) -> Workload:
+    """One episode's workload; with `given`, arrivals and lengths are those of a trace.
+
+    `beside`: fields of `Workload` that are not about requests: variant, faults.
+    """
     if given is None and spec.composition is not None:
         given = compose(spec, spec.composition, rng)
     arrived_at_s = _arrivals(spec, rng) if given is None else given.arrived_at_s
@@ -78,6 +83,7 @@ def generate(spec: WorkloadSpec, rng: np.random.Generator, given: GivenRequests 
         horizon_s=spec.horizon_s if given is None else given.horizon_s,
         **({} if given is None else {name: getattr(given, name) for name in _LINKS}),
         **near,
+        **beside,
     )
 
 

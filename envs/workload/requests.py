@@ -13,6 +13,8 @@ from marginroute.errors import InputError
 
 Array = np.ndarray[Any, Any]
 
+_IN_ORDER = "not before an earlier request without parent"
+
 
 @dataclass(frozen=True, eq=False)
 class Workload:
@@ -183,12 +185,15 @@ def _check_sessions(workload: Workload) -> None:
     for name in ("session_index", "parent_index", "think_s"):
         if len(getattr(workload, name)) != m:
             raise InputError(f"workload: {len(getattr(workload, name))} {name}; legal is one per request, {m}")
-    _refuse((parent < -1) | (parent >= np.arange(m)), "parent_index", parent, "an earlier request, or -1")
     _refuse(~((think_s >= 0.0) & np.isfinite(think_s)), "think_s", think_s, "0 or more seconds")
+    if (parent == -1).all():
+        _refuse(np.diff(workload.arrived_at_s, prepend=-np.inf) < 0.0, "arrived_at_s", workload.arrived_at_s, _IN_ORDER)
+        return
+    _refuse((parent < -1) | (parent >= np.arange(m)), "parent_index", parent, "an earlier request, or -1")
     roots = np.flatnonzero(parent < 0)
     early = np.zeros(m, dtype=np.bool_)
     early[roots[1:]] = np.diff(workload.arrived_at_s[roots]) < 0.0
-    _refuse(early, "arrived_at_s", workload.arrived_at_s, "not before an earlier request without parent")
+    _refuse(early, "arrived_at_s", workload.arrived_at_s, _IN_ORDER)
     followers = np.flatnonzero(parent >= 0)
     strange = np.zeros(m, dtype=np.bool_)
     strange[followers] = workload.session_index[followers] != workload.session_index[parent[followers]]
