@@ -80,13 +80,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+EVALUATION = ("scenario", "episodes", "best_heuristic", "paired", "bounds", "gap_closed", "calibration", "assumptions")
+OF_POLICY = (
+    *("margin_usd_per_1k_requests", "contribution_margin_usd_per_1k_requests", "revenue_usd_per_1k_requests"),
+    *("slo_attainment", "quality", "shed", "actions", "accounts"),
+)
+
+
 def read_evaluation(path: Path, scenario: str) -> dict[str, object]:
     """Headline figures of an evaluation document for the model card."""
     try:
         document = json.loads(path.read_text())
-        found = {key: document[key] for key in ("scenario", "episodes", "best_heuristic", "paired", "policies")}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is not a file written by evaluate.py --json") from None
+        found = {key: document[key] for key in EVALUATION}
+        found["policies"] = {
+            name: {key: policy[key] for key in OF_POLICY} for name, policy in document["policies"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} is not a file written by evaluate.py --json of this version") from None
     if found["scenario"] != scenario:
         raise InputError(f"{path} is of scenario {found['scenario']!r}, the run of {scenario!r}")
     return found

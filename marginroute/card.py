@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from marginroute import bundle as bundles
+from marginroute.card_evaluation import evaluation_lines
 from marginroute.errors import InputError
 from marginroute.view import KINDS
 
@@ -47,7 +48,11 @@ def model_card(folder: str | Path) -> str:
         ("Provenance", "provenance"),
         ("Files, sha256", "sha256"),
     ):
-        lines += ["", title, *(_tree(manifest.get(name), "  ") or ["  (none)"])]
+        data = manifest.get(name)
+        if name == "evaluation" and "paired" in data:
+            lines += ["", title, *evaluation_lines(data)]
+            data, title = data.get("gate"), "Gate, on validation episodes"
+        lines += ["", title, *(_tree(data, "  ") or ["  (none)"])]
     return "\n".join(lines) + "\n"
 
 
