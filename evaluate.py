@@ -18,6 +18,7 @@ from marginroute.errors import InputError
 if TYPE_CHECKING:
     from envs.scenario import Scenario
     from evaluation.contest import Entrants, Play
+    from marginroute.policy import Policy
 
 
 DEFAULT_SCENARIO = "quickstart"
@@ -46,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--until-ci", type=float, metavar="USD", help="play until gains are known to +- USD per 1k")
     parse.add_argument("--vary", nargs="+", default=[], action="extend", metavar="KEY=V1,V2|A..B", help="what if: plan")
     parse.add_argument("--explain", type=int, metavar="N", help="explain decision N of episode --seed")
+    parse.add_argument("--render", type=Path, metavar="FILE.gif", help="save episode --seed as a clip")
+    parse.add_argument("--track", action="store_true", help="with --render: send the clip to Weights & Biases, too")
     parse.add_argument("--workers", type=int, help="processes (default: one per core that may be used)")
     parse.add_argument("--no-cache", action="store_true", help="play again what was played before")
     parse.add_argument("--json", type=Path, metavar="FILE", help="write the figures, too")
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     from evaluation.contest import MOST_EPISODES, Play, enter, hold
     from evaluation.document import check_target
 
-    for target in (args.json, args.report):
+    for target in (args.json, args.report, args.render):
         if target is not None:
             check_target(target)
     episodes = args.episodes or (MOST_EPISODES if args.until_ci is not None else 32)
@@ -82,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     entrants = enter(scenario, args.policy, args.baselines)
     if args.explain is not None:
         explain(scenario, entrants, play, args.explain)
+    elif args.render is not None:
+        render(args, scenario, entrants, play)
     elif settings:
         plan(args, scenario, entrants, settings, play)
     elif args.condition:
@@ -124,13 +129,38 @@ def planned(args: argparse.Namespace) -> list[dict[str, str]]:
     return settings(args.vary) if args.vary else []
 
 
-def explain(scenario: Scenario, entrants: Entrants, play: Play, number: int) -> None:
-    """Explains one decision of the first policy, or of the best heuristic."""
+def first_policy(scenario: Scenario, entrants: Entrants, play: Play) -> Policy:
+    """The first policy under test, or the best heuristic."""
     from evaluation.contest import choose_best
-    from evaluation.explain import explain_decision, print_explanation
 
     examined = list(entrants.examined.values())
-    policy = examined[0] if examined else entrants.heuristics[str(choose_best(scenario, entrants.heuristics, play))]
+    return examined[0] if examined else entrants.heuristics[str(choose_best(scenario, entrants.heuristics, play))]
+
+
+def render(args: argparse.Namespace, scenario: Scenario, entrants: Entrants, play: Play) -> None:
+    """Saves an episode as a clip, and sends it to Weights & Biases if asked to."""
+    from envs.live_view import save_clip
+    from evaluation.clip import FRAMES_PER_S, pictures
+    from evaluation.progress import progress_bar
+
+    policy = first_policy(scenario, entrants, play)
+    with progress_bar("pictures") as progress:
+        frames = pictures(scenario, policy, play.seed, progress=progress)
+    save_clip(args.render, frames, FRAMES_PER_S)
+    print(f"{args.render}: {len(frames)} pictures of held-out episode {play.seed} under {policy.name}")
+    if args.track:
+        import wandb
+
+        mode = "online" if wandb.api.api_key else "offline"
+        with wandb.init(project="marginroute", name=f"{scenario.name}-{policy.name}", mode=mode) as run:
+            run.log({"episode": wandb.Video(str(args.render), format="gif")})
+
+
+def explain(scenario: Scenario, entrants: Entrants, play: Play, number: int) -> None:
+    """Explains one decision of the first policy, or of the best heuristic."""
+    from evaluation.explain import explain_decision, print_explanation
+
+    policy = first_policy(scenario, entrants, play)
     print_explanation(explain_decision(scenario, policy, number, play.seed), number, play.seed)
 
 
@@ -162,13 +192,17 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} {value} is not legal; legal is {least} or more")
     if args.until_ci is not None and not args.until_ci > 0.0:
         raise InputError(f"--until-ci {args.until_ci} is not legal; legal is more than 0")
-    modes = ("explain", "vary", "log", "condition", "suite")
+    modes = ("explain", "vary", "log", "condition", "suite", "render")
     asked = [f"--{mode}" for mode in modes if (value := getattr(args, mode)) or (value == 0 and value is not False)]
     if len(asked) > 1:
         raise InputError(f"{' and '.join(asked)} exclude each other; legal is one of them")
     for flag, value in (("--out", args.out), ("--runs", args.runs)):
         if value is not None and not args.suite:
             raise InputError(f"{flag} {value} needs --suite")
+    if args.render is not None and args.render.suffix != ".gif":
+        raise InputError(f"--render {args.render} is not legal; legal is a file that ends in .gif")
+    if args.track and args.render is None:
+        raise InputError("--track needs --render FILE.gif")
     if args.suite:
         _check_suite(args)
     check_trace_flags(args)

@@ -8,6 +8,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from envs.live_view import LiveView
 from envs.scenario import Scenario, load_scenario
 from envs.vector_env import ObservedWorlds
 from envs.workload.requests import Workload
@@ -50,12 +51,12 @@ class FleetEnv(gymnasium.Env[Array, np.int64]):
         scenario: name, path or Scenario.
         split: which seeds episodes are drawn from: train, validation or heldout.
         advice: margin rule behind the estimates in the observation; None: the untuned expected margin.
-        render_mode: None or "ansi".
+        render_mode: None, "ansi" (text) or "rgb_array" (a picture of queues, batches, KV use and money).
 
     Version history: v0, the first.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 4}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "rgb_array"], "render_fps": 8}
 
     def __init__(
         self,
@@ -65,13 +66,14 @@ class FleetEnv(gymnasium.Env[Array, np.int64]):
         render_mode: str | None = None,
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
-            raise InputError(f"render_mode {render_mode!r} is not offered; legal: None, 'ansi'")
+            raise InputError(f"render_mode {render_mode!r} is not offered; legal: None, 'ansi', 'rgb_array'")
         resolved = load_scenario(scenario) if isinstance(scenario, str) else scenario
         self.render_mode, self._split = render_mode, split
         self.worlds = ObservedWorlds(resolved, 1, advice, None)
         self.observation_space: spaces.Box = self.worlds.observation_space
         self.action_space: spaces.Discrete = self.worlds.action_space  # type: ignore[assignment]
         self._last = ""
+        self._live = LiveView(self.worlds.plant)
 
     @property
     def view(self) -> View:
@@ -122,6 +124,7 @@ class FleetEnv(gymnasium.Env[Array, np.int64]):
         self.worlds.set_in_flight_caps(None)
         self.set_in_flight_caps(options.get("in_flight_caps", {}))
         self._last = ""
+        self._live.forget()
         return self.worlds.observe()[0], self._info()
 
     def step(self, action: np.int64 | int) -> tuple[Array, float, bool, bool, dict[str, Any]]:
@@ -132,8 +135,10 @@ class FleetEnv(gymnasium.Env[Array, np.int64]):
         done = bool(self.worlds.done[0])
         return self.worlds.observe()[0], float(self.worlds.reward_usd[0]), False, done, self._info()
 
-    def render(self) -> str | None:  # type: ignore[override]
-        """The gateway's desk as text: time, money, the request at hand, and each candidate."""
+    def render(self) -> str | Array | None:  # type: ignore[override]
+        """The gateway's desk as text (time, money, the request at hand, each candidate), or the fleet as a picture."""
+        if self.render_mode == "rgb_array":
+            return self._live.frame(self.worlds, last=self._last)
         if self.render_mode != "ansi":
             return None
         view, desk = self.view, self.worlds.desks[0]

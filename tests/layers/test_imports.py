@@ -46,6 +46,7 @@ OPTIONAL = {
     "marginroute.operation_file": ("yaml",),
     "envs.scenario_compile": ("genai_prices",),
     "envs.emulator": ("uvicorn",),
+    "envs.live_view": ("PIL",),
     "envs.describe": ("rich",),
     "envs.describe_page": ("plotly",),
     "envs.calibrate_aiconfigurator": ("aiconfigurator_core",),
