@@ -172,9 +172,10 @@ def _classes(results: EpisodeResults) -> Any:
         x=list(results.class_names),
         y=usd.sum(axis=0),
         mode="markers+text",
-        text=[f"{x:.2f}" for x in usd.sum(axis=0)],
+        text=[f"<b>{x:.2f}</b>" for x in usd.sum(axis=0)],
         textposition="middle right",
-        marker={"symbol": "diamond", "size": 11, "color": "#000000"},
+        textfont={"color": "#ffffff"},
+        marker={"symbol": "diamond", "size": 11, "color": "#000000", "line": {"color": "#ffffff", "width": 1}},
         name="contribution",
     )
     figure.update_yaxes(title="USD per 1,000 requests")

@@ -47,13 +47,13 @@ def break_even_section(bars: Sequence[Bar]) -> str:
             for f in (bar.low, bar.high)
             for x in [bar.gains[f]]
         ]
-        rows.append([bar.name, bar.today, *ends, bar.break_even_words])
-    heads = ("input", "as it is", "gain at the low end", "gain at the high end", "gain is zero at")
+        rows.append([bar.name, bar.break_even_words, *ends, bar.today])
+    heads = ("input", "gain is zero at", "gain at the low end", "gain at the high end", "as it is")
     words = (
         "Factors are of the scenario's own values; the gain is in USD per 1,000 requests with 95 % intervals, and taken"
         " as linear between the values that were played."
     )
-    return section("Break-even values", table(heads, rows, words_columns=(1,)), paragraph(words, "note"))
+    return section("Break-even values", table(heads, rows, words_columns=(4,)), paragraph(words, "note"))
 
 
 def assumptions_section(found: Sequence[Assumption]) -> str:

@@ -72,7 +72,7 @@ class Bar:
         """Where the gain is gone."""
         if self.break_even is None:
             tried = sorted(self.gains)
-            return f"none from x{tried[0]:g} to x{tried[-1]:g}"
+            return f"none from x{tried[0]:.3g} to x{tried[-1]:.3g}"
         return f"x{self.break_even:.2f}"
 
 
