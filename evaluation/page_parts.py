@@ -16,7 +16,8 @@ p { margin: .4rem 0; max-width: 45rem; } .headline { font-size: 1.15rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; margin: .6rem 0; }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; } tr.shown td { font-weight: 600; }
-td.words, th.words { text-align: left; white-space: normal; min-width: 12rem; } .note { color: #555; font-size: .85rem; }
+td.words, th.words { text-align: left; white-space: normal; min-width: 12rem; }
+.note { color: #555; font-size: .85rem; }
 @media print { body { max-width: none; } section { break-inside: avoid; } .modebar { display: none !important; } }
 """
 
