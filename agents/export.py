@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from agents.network import ScorerPolicy, to_numpy
+from agents.onnx_graph import to_onnx
 from envs.vector_env import ObservedWorlds
 from envs.worlds import Plant
 from marginroute import bundle
@@ -100,5 +101,6 @@ def export(
     policy = residual_policy(learned, advice, spec)
     made = make_bundle(plant, policy, fallback, evaluation, provenance, predictor)
     observation = sample_observations(plant, advice, spec, PARITY_SAMPLES)
-    bundle.save(made, folder, {"observation": observation, "logits": torch_logits(learned, observation)})
+    parity = {"observation": observation, "logits": torch_logits(learned, observation)}
+    bundle.save(made, folder, parity, to_onnx(policy.network, spec))
     return made

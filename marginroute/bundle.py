@@ -1,11 +1,12 @@
 """The bundle: a trained policy on disk, as data that any gateway can verify and run.
 
-A bundle is a folder of up to four files, none of which can execute anything:
+A bundle is a folder of up to five files, none of which can execute anything:
 
     manifest.json   everything but arrays: format, versions, scenario, layout, contract terms, candidate constants,
                     advice and fallback heuristics, FeatureSpec with its normaliser, guard limits, evaluation table,
                     sha256 of the other files, and `digest`, the sha256 of the manifest itself without that field
     weights.npz     network weights by name (absent if the gate exported the heuristic: `learned: none`)
+    policy.onnx     the same network with its normaliser as an ONNX graph, for gateways in other languages
     parity.npz      observations and the logits and choices that the trained policy gave for them
     quality.npz     predictor of P(good answer) from a prompt's text, where one was exported along
 
@@ -44,6 +45,7 @@ PARITY_TOLERANCE = 1e-5
 PROBE = "Write a Python function that returns the 12 largest primes below n.\nWhy does it stop? \u00bfPor qu\u00e9?"
 PROBE_TOLERANCE = 1e-9
 MAX_FILE_BYTES = 64 << 20
+FILES = ("weights.npz", "policy.onnx", "parity.npz", "quality.npz")  # beside the manifest
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,13 +162,14 @@ def parity_logits(policy: ResidualPolicy, observation: Array) -> Array:
     return np.where(legal > 0.5, policy.folded.logits(candidate, context, advice), -np.inf)
 
 
-def save(bundle: Bundle, folder: Path, parity: dict[str, Array] | None = None) -> None:
+def save(bundle: Bundle, folder: Path, parity: dict[str, Array] | None = None, onnx: bytes | None = None) -> None:
     """Writes a bundle; the folder appears complete or not at all.
 
     Args:
         bundle: what to write.
         folder: where; must not exist, or be an earlier bundle, which is replaced.
         parity: `observation` (B, D) and the trained policy's `logits` (B, C); required for a learned policy.
+        onnx: a learned policy's network as an ONNX file, for gateways in other languages.
 
     Raises:
         InputError: the folder exists and is not a bundle.
@@ -181,6 +184,8 @@ def save(bundle: Bundle, folder: Path, parity: dict[str, Array] | None = None) -
     if isinstance(policy, ResidualPolicy):
         assert parity is not None
         files = {"weights.npz": _npz_bytes(policy.network.arrays()), "parity.npz": _npz_bytes(parity)}
+        if onnx is not None:
+            files["policy.onnx"] = onnx
     if bundle.predictor is not None:
         check_predictor(bundle.predictor, bundle.layout)
         files["quality.npz"] = bundle.predictor.to_bytes()
@@ -304,6 +309,10 @@ def load(folder: str | Path) -> Bundle:
 def _load(folder: Path, manifest: dict[str, Any]) -> Bundle:
     if manifest["signals"] != list(SIGNAL_NAMES) or manifest["request"] != list(REQUEST_NAMES):
         raise InputError(f"{folder} was exported for other View signals; train and export the policy again")
+    for name in manifest["sha256"]:
+        if name not in FILES:
+            raise InputError(f"{folder} names a file {name!r} that is no part of a bundle; legal: {', '.join(FILES)}")
+        _verified(folder, name, manifest["sha256"])
     policy: Policy = heuristics.from_dict(manifest["advice"])
     if manifest["learned"] == "residual":
         weights = _arrays(folder, "weights.npz", manifest["sha256"])

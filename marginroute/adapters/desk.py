@@ -145,6 +145,8 @@ def read_settings(cls: type[Settings], path: str | None, given: Mapping[str, Any
 
 def _fits(value: Any, setting: Field[Any]) -> bool:
     """Whether a value is of the kind of a setting's default."""
+    if value is None:
+        return "None" in str(setting.type)
     default = "" if setting.default is MISSING else setting.default
     if callable(setting.default_factory):
         default = setting.default_factory()
@@ -152,7 +154,7 @@ def _fits(value: Any, setting: Field[Any]) -> bool:
         return isinstance(value, bool)
     if default is None or isinstance(default, int | float):
         number = isinstance(value, int) or (isinstance(value, float) and not isinstance(default, int))
-        return (number and not isinstance(value, bool)) or value is default
+        return number and not isinstance(value, bool)
     if isinstance(default, tuple):
         return isinstance(value, list) and all(isinstance(x, str) for x in value)
     if not isinstance(default, dict):

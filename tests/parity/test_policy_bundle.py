@@ -89,7 +89,7 @@ def refused(folder, words):
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["weights.npz", "parity.npz"])
+@pytest.mark.parametrize("name", ["weights.npz", "policy.onnx", "parity.npz"])
 def test_one_flipped_bit_is_refused(copy, name):
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
@@ -97,13 +97,13 @@ def test_one_flipped_bit_is_refused(copy, name):
     refused(copy, f"{name} does not match the sha256")
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "weights.npz", "parity.npz"])
+@pytest.mark.parametrize("name", ["manifest.json", "weights.npz", "policy.onnx", "parity.npz"])
 def test_a_missing_file_is_refused(copy, name):
     (copy / name).unlink()
     refused(copy, f"{name} is missing")
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "weights.npz", "parity.npz"])
+@pytest.mark.parametrize("name", ["manifest.json", "weights.npz", "policy.onnx", "parity.npz"])
 def test_a_truncated_file_is_refused(copy, name):
     data = (copy / name).read_bytes()
     (copy / name).write_bytes(data[: len(data) // 2])
@@ -223,11 +223,12 @@ def test_saving_refuses_what_loading_would(exported, tmp_path):
 def test_saving_again_replaces_the_bundle(exported, tmp_path, small_plant):
     made, folder = exported
     target = tmp_path / "twice"
-    parity = arrays_of(folder, "parity.npz")
-    bundles.save(made, target, parity)
+    parity, onnx = arrays_of(folder, "parity.npz"), (folder / "policy.onnx").read_bytes()
+    bundles.save(made, target, parity, onnx)
     (target / "note.txt").write_text("of an earlier export")
-    bundles.save(made, target, parity)
-    assert sorted(path.name for path in target.iterdir()) == ["manifest.json", "parity.npz", "weights.npz"]
+    bundles.save(made, target, parity, onnx)
+    names = ["manifest.json", "parity.npz", "policy.onnx", "weights.npz"]
+    assert sorted(path.name for path in target.iterdir()) == names
     assert bundles.load(target).digest == bundles.load(folder).digest
     assert [path.name for path in tmp_path.iterdir()] == ["twice"]
 
