@@ -1,8 +1,15 @@
 """The compiled observation of many worlds against the gateway's numpy: every number, with every feature on."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
+from conftest import SMALL
 
+from envs.scenario import load_scenario
 from envs.vector_env import ObservedWorlds
 from envs.worlds import Plant
 from marginroute import features, heuristics
@@ -10,6 +17,7 @@ from marginroute import view as v
 from marginroute.heuristics import MarginParameters, MarginRule
 from marginroute.quality import FittedQuality
 
+ROOT = Path(__file__).parents[2]
 WORLDS = 300
 
 
@@ -121,3 +129,15 @@ def test_every_part_of_a_view_matters(hand_scenario):
             used += not np.array_equal(worlds.observe(), before)
             array[row] = kept
     assert used >= 40
+
+
+def test_the_interpreter_agrees_too():
+    script = "import test_observe_kernel as t; t.WORLDS = 8; t.test_random_views(t.Plant(t.small()), 'floors')"
+    paths = os.pathsep.join(str(folder) for folder in (ROOT, Path(__file__).parent, ROOT / "tests"))
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=300)
+
+
+def small():
+    """The scenario behind `small_plant`."""
+    return load_scenario("quickstart", SMALL)
