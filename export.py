@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     info = run.info()
     if info.get("status") != "finished":
         raise InputError(f"{args.run} is not finished (status: {info.get('status')}); train.py --resume {args.run}")
-    advice, fallback = baselines.advice_and_fallback(run.folder / baselines.FILE)
+    advice, fallback = baselines.advice_and_fallback(run.folder / baselines.FILE, run.config().fitted)
     evaluation = {"gate": info["gate"]}
     if args.evaluation is not None:
         evaluation |= read_evaluation(args.evaluation, info["scenario"]["name"])

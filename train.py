@@ -5,6 +5,8 @@ Try:
   python train.py azure_conversation --trace FILE --trace-format azure-llm
   python train.py my_scenario.yaml -n 2000000 --seed 1 --out runs/mine --set training.learning_rate=5e-4
   python train.py --floor slo.enterprise=0.99 quality.team=0.85 shed.batch=0.01
+  python train.py --optimize 40 -n 300000 --out runs/search   search the training's settings, then print the command
+  python train.py --log decisions.jsonl --out runs/mine   learn who answers what well from a gateway's own log
   python train.py --resume runs/mine                  go on after an interruption
   python train.py --list                              scenarios that ship
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +24,8 @@ from evaluation.arguments import check_trace_flags
 from marginroute.cli import main_guard
 from marginroute.errors import InputError
 
-ADVICE = "bid-price-fitted"  # the heuristic that the network corrects
+ADVICE, FALLBACK = "bid-price-fitted", "bid-price"  # what the network corrects, and what the guard hands over to
+STARTED_S = time.monotonic()
 MAX_SEED = 400_000  # training seeds take 10,000 episodes each, out of the 2**32 that a split has
 
 if TYPE_CHECKING:
@@ -56,11 +60,15 @@ def parser() -> argparse.ArgumentParser:
     )
     parse.add_argument("--resume", type=Path, metavar="RUN", help="go on from the newest checkpoint of a run folder")
     parse.add_argument("--retune", action="store_true", help="tune the baselines even if tuned values exist")
+    parse.add_argument(
+        "--optimize", type=int, metavar="TRIALS", help="search the training's settings by so many trainings"
+    )
     parse.add_argument("--track", action="store_true", help="log to Weights & Biases (offline unless logged in)")
     parse.add_argument("-P", "--progress", action="store_true", help="progress as a bar even if stderr is no terminal")
     parse.add_argument("--trace", metavar="FILE", help="recorded requests in place of generated ones")
     parse.add_argument("--trace-format", metavar="NAME", help="layout of the trace (default: told from it)")
     parse.add_argument("--columns", metavar="NAME=COLUMN,...", help="for csv: our names and the file's columns")
+    parse.add_argument("--log", type=Path, metavar="LOG", help="a gateway's decisions: refit P(good) on their outcomes")
     parse.add_argument("--list", action="store_true", help="list the scenarios that ship, and stop")
     return parse
 
@@ -72,12 +80,19 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     if args.list:
         return list_scenarios()
-    for flag, value, least in (("-n", args.steps, 1), ("--seed", args.seed, 0), ("--n-envs", args.n_envs, 1)):
+    for flag, value, least in (
+        ("-n", args.steps, 1),
+        ("--seed", args.seed, 0),
+        ("--n-envs", args.n_envs, 1),
+        ("--optimize", args.optimize, 1),
+    ):
         if value is not None and value < least:
             raise InputError(f"{flag} {value} is not legal; legal is {least} or more")
     if args.seed > MAX_SEED:
         raise InputError(f"--seed {args.seed} is not legal; legal is 0 to {MAX_SEED}")
     check_trace_flags(args)
+    if args.optimize and args.floor:
+        raise InputError("--optimize does not know floors; legal is one of --optimize and --floor")
     from agents.config import load_training, split_overrides
     from agents.floors import parse as parse_floors
     from agents.run import Run
@@ -89,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         given = [
             word
             for word in arguments
-            if word.startswith(("-n", "--steps", "--n-envs", "--set", "--seed", "--trace", "--floor"))
+            if word.startswith(("-n", "--steps", "--n-envs", "--set", "--seed", "--trace", "--floor", "--log", "--opt"))
         ]
         if given:
             raise InputError(f"--resume goes on as the run was started; {given[0]} is not legal beside it")
@@ -103,12 +118,35 @@ def main(argv: list[str] | None = None) -> int:
     training |= {key: x for key, x in (("steps", args.steps), ("n_envs", args.n_envs)) if x is not None}
     columns = pairs(args.columns.split(","), "--columns") if args.columns else None
     scenario = load_scenario(args.scenario, overrides, args.trace, args.trace_format, columns)
+    refitted: dict[str, Any] = {}
+    if args.log is not None:
+        refitted = refit_on(args.log, scenario)
+        scenario = load_scenario(args.scenario, overrides | refitted, args.trace, args.trace_format, columns)
     config = load_training(None, training)
     parse_floors(args.floor, scenario.class_names)
     run = Run(args.out or Path("runs") / scenario.name)
     run.create(scenario, config, args.seed, shlex.join(["python", "train.py", *arguments]))
-    run.update(retune=args.retune, floors=args.floor)
+    run.update(retune=args.retune, floors=args.floor, optimize=args.optimize)
+    if args.log is not None:
+        run.update(log=str(args.log.resolve()), log_overrides=refitted)
     return carry_out(run, scenario, config, args.seed, args, resume=False)
+
+
+def refit_on(log: Path, scenario: Scenario) -> dict[str, Any]:
+    """What the outcomes of a log change in the scenario, by dotted key; prints how much."""
+    import numpy as np
+
+    from evaluation.log_training import refit
+    from evaluation.progress import progress_bar
+
+    with progress_bar(f"reading {log.name} (bytes)") as progress:
+        overrides, fit = refit(scenario, log, progress)
+    moved = np.abs(fit.ability - np.array(scenario.workload_spec.quality.ability))
+    print(
+        f"{log.name}: {fit.labels.sum():,} labelled answers move the tiers' abilities by {moved.mean():.2f} probits on "
+        f"average, {moved.max():.2f} at most; their standard errors are {fit.sd.min():.2f} to {fit.sd.max():.2f}"
+    )
+    return overrides
 
 
 def list_scenarios() -> int:
@@ -125,11 +163,52 @@ def carry_out(
 ) -> int:
     """All steps of a run, new or resumed; the run folder tells if they were interrupted."""
     try:
+        if trials := run.info().get("optimize"):
+            return search(run, scenario, config, seed, int(trials))
         return finish(run, scenario, config, seed, args, resume)
     except KeyboardInterrupt:
         run.update(status="interrupted")
         print(f"go on with: python train.py --resume {run.folder}", file=sys.stderr)
         raise
+
+
+def search(run: Run, scenario: Scenario, config: TrainingConfig, seed: int, trials: int) -> int:
+    """Searches the training's settings, new or resumed, and says how to train with what was found."""
+    from agents import baselines
+    from agents.optimize import optimize
+    from envs import announce_compilation
+    from envs.worlds import Plant
+    from evaluation.progress import progress_bar
+
+    announce_compilation()
+    plant = Plant(scenario)
+    advice = baselines.advice_and_fallback(tuned_baselines(run, plant, whole=False), config.fitted)[0]
+    with progress_bar("searching (trainings)") as progress:
+        found = optimize(plant, advice, config, run, seed, trials, progress)
+    run.update(status="searched", found=found)
+    print(
+        f"best of {trials} trainings: {found['gain_usd_per_1k']:+.4f} USD per 1k over {advice.name} on validation, "
+        f"settings as they are {found['as_it_is_usd_per_1k']:+.4f}; train with it on other seeds:"
+    )
+    words = [f"training.{key}={value}" for key, value in found["settings"].items()]
+    print(shlex.join(["python", "train.py", *scenario_words(run), "--set", *overrides(run), *words]))
+    return 0
+
+
+def scenario_words(run: Run) -> list[str]:
+    """The arguments of a run's training that name its scenario and trace."""
+    words = parser().parse_args(shlex.split(run.info()["command"])[2:])
+    found = [words.scenario]
+    for flag, value in (("--trace", words.trace), ("--trace-format", words.trace_format), ("--columns", words.columns)):
+        found += [flag, value] if value else []
+    return found
+
+
+def overrides(run: Run) -> list[str]:
+    """What a run's training changes in the scenario, by `--set` or from a log."""
+    words = parser().parse_args(shlex.split(run.info()["command"])[2:])
+    own = [word for word in words.set if not word.startswith("training.")]
+    return own + [f"{key}={value}" for key, value in run.info().get("log_overrides", {}).items()]
 
 
 def finish(
@@ -140,16 +219,17 @@ def finish(
     from agents.export import export
     from agents.floors import keep_floors
     from agents.floors import parse as parse_floors
-    from agents.train import train
+    from agents.train import Parity, train
     from envs import announce_compilation
     from envs.worlds import Plant
     from evaluation.gate import gate
+    from evaluation.log_training import judge, judged_line
     from evaluation.progress import progress_bar
 
     announce_compilation()
     plant = Plant(scenario)
     floors = parse_floors(run.info().get("floors", ()), scenario.class_names)
-    rules = tuned_baselines(run, plant, args)
+    rules = tuned_baselines(run, plant, whole=bool(floors))  # floors change what is tuned: all of it comes before
     kept = None
     if floors:
         held = {name: keep_floors(plant, rule, floors) for name, rule in baselines.margin_rules(rules).items()}
@@ -157,11 +237,14 @@ def finish(
         run.update(
             heuristic_floors={name: {"kept": x.found.kept, "reached": x.found.shares} for name, x in held.items()}
         )
-        kept = held[ADVICE]
-    advice, fallback = baselines.advice_and_fallback(rules)
+        kept = held[ADVICE if config.fitted else FALLBACK]
+    advice, fallback = baselines.advice_and_fallback(rules, config.fitted)
     log = tracker(run, scenario, seed) if args.track else lambda _: None
     with progress_bar("training (decisions)") as progress:
-        policy, spec = train(plant, advice, config, run, seed, resume=resume, progress=progress, log=log, kept=kept)
+        parity = Parity(fallback, STARTED_S)
+        policy, spec = train(
+            plant, advice, config, run, seed, resume=resume, progress=progress, log=log, kept=kept, parity=parity
+        )
     with progress_bar("gate (validation episodes)") as progress:
         verdict = gate(scenario, policy, advice, spec, config, progress, floors)
     run.update(gate=verdict)
@@ -175,11 +258,32 @@ def finish(
         )
     provenance = {key: run.info()[key] for key in ("command", "seed", "versions")}
     chosen = policy if verdict["learned"] else None
-    export(plant, chosen, advice, spec, fallback, run.bundle_path, {"gate": verdict}, provenance)
+    exported = export(plant, chosen, advice, spec, fallback, run.bundle_path, {"gate": verdict}, provenance)
+    tuned_baselines(run, plant, whole=True)
+    if log_file := run.info().get("log"):
+        with progress_bar("off-policy (bytes)") as progress:
+            judged = judge(Path(log_file), exported, progress)
+        run.update(off_policy=judged)
+        print(judged_line(judged))
     run.update(status="finished")
+    print(parity_line(run.info()))
     print(verdict_line(verdict, advice.name))
     print(f"run folder {run.folder}; compare it: {compare_command(run)}")
     return 0
+
+
+def parity_line(info: dict[str, Any]) -> str:
+    """When the policy reached the tuned bid price on validation episodes, and when it passed it."""
+    parity = info.get("parity")
+    if parity is None:
+        return "parity: not timed in a run that was resumed before its first validation"
+    found = []
+    for words, key in (("within 0.5 %", "reached"), ("above it", "passed")):
+        moment = parity.get(key)
+        found.append(
+            f"{words} {'never' if moment is None else 'after {s:.0f} s ({steps:,} decisions)'.format(**moment)}"
+        )
+    return f"tuned bid price on validation: {parity['bid_price_usd_per_1k']:.4f} USD per 1k; policy {', '.join(found)}"
 
 
 def verdict_line(verdict: dict[str, Any], advice: str) -> str:
@@ -198,36 +302,34 @@ def verdict_line(verdict: dict[str, Any], advice: str) -> str:
 
 
 def compare_command(run: Run) -> str:
-    """The evaluation of a run on its own scenario: the arguments of its training that name or change the scenario."""
-    words = parser().parse_args(shlex.split(run.info()["command"])[2:])
-    command = ["python", "evaluate.py", words.scenario, "--policy", str(run.folder)]
-    for flag, value in (("--trace", words.trace), ("--trace-format", words.trace_format), ("--columns", words.columns)):
-        command += [flag, value] if value else []
-    overrides = [word for word in words.set if not word.startswith("training.")]
-    return shlex.join([*command, *(["--set", *overrides] if overrides else [])])
+    """The evaluation of a run on its own scenario."""
+    scenario, *trace = scenario_words(run)
+    command = ["python", "evaluate.py", scenario, "--policy", str(run.folder), *trace]
+    changes = overrides(run)
+    return shlex.join([*command, *(["--set", *changes] if changes else [])])
 
 
-def tuned_baselines(run: Run, plant: Any, args: argparse.Namespace) -> Path:
-    """The run's file of tuned baselines; tuned now if there are none for the scenario (or --retune)."""
+def tuned_baselines(run: Run, plant: Any, whole: bool) -> Path:
+    """The run's file of tuned baselines, found or tuned now: the margin rules at least, all of them if `whole`."""
     import shutil
 
     from agents import baselines
+    from agents.tuning import Budget, tune_margin_rules, tune_others
+    from evaluation.progress import progress_bar
 
     scenario, target = plant.scenario, run.folder / baselines.FILE
-    if target.is_file():
-        return target
-    found = None if run.info().get("retune") else baselines.find(scenario)
-    if found is None:
-        from agents.tuning import Budget, tune_baselines
-        from evaluation.progress import progress_bar
-
-        budget = Budget(requests=run.config().tuning_requests)
-        with progress_bar(f"tuning baselines ({budget.requests:,} requests per restart)") as progress:
-            tuned = tune_baselines(plant, budget, progress)
-        baselines.save(target, scenario, tuned, budget, run.info()["command"])
+    budget, command = Budget(requests=run.config().tuning_requests), run.info()["command"]
+    if not target.is_file():
+        found = None if run.info().get("retune") else baselines.find(scenario)
+        if found is not None:
+            shutil.copyfile(found, target)
+            return target
+        with progress_bar(f"tuning the bid price ({budget.requests:,} requests per restart)") as progress:
+            baselines.save(target, scenario, tune_margin_rules(plant, budget, progress), budget, command)
+    if whole and not baselines.is_whole(target):
+        with progress_bar(f"tuning the other baselines ({budget.requests:,} requests per restart)") as progress:
+            baselines.save(target, scenario, tune_others(plant, budget, progress), budget, command)
         baselines.remember(scenario, target)
-    else:
-        shutil.copyfile(found, target)
     return target
 
 

@@ -35,7 +35,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save(path: Path, scenario: Scenario, tuned: dict[str, Tuned], budget: Budget, command: str) -> None:
-    """Writes tuned baselines."""
+    """Writes tuned baselines, before those that the file holds already."""
+    before = load(path)[0]["baselines"] if path.is_file() else {}
     data = {
         "schema": SCHEMA,
         "scenario": scenario.name,
@@ -51,7 +52,8 @@ def save(path: Path, scenario: Scenario, tuned: dict[str, Tuned], budget: Budget
                 "policy": heuristics.to_dict(x.policy),
             }
             for name, x in tuned.items()
-        },
+        }
+        | before,
     }
     write_text(path, yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
 
@@ -71,6 +73,11 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Rule]]:
         raise InputError(f"{path} is incomplete ({error}); tune the baselines again with train.py --retune") from None
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a file of tuned baselines holds more than the margin rules that a training starts from."""
+    return "expected-margin" in load(path)[1]
+
+
 def margin_rules(path: Path) -> dict[str, heuristics.MarginRule]:
     """The margin rules of a file of tuned baselines, by name."""
     return {name: rule for name, rule in load(path)[1].items() if isinstance(rule, heuristics.MarginRule)}
@@ -84,14 +91,18 @@ def replace_rules(path: Path, rules: Mapping[str, Rule]) -> None:
     write_text(path, yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
 
 
-def advice_and_fallback(path: Path) -> tuple[heuristics.MarginRule, Rule]:
+def advice_and_fallback(path: Path, fitted: bool = True) -> tuple[heuristics.MarginRule, Rule]:
     """The rule that a network corrects and the one that the guard hands over to, from a file of tuned baselines.
+
+    Args:
+        path: the file.
+        fitted: whether the first one has P(good) fitted on outcomes.
 
     Raises:
         InputError: as `load`, or one of the two is missing.
     """
     rules = load(path)[1]
-    advice, fallback = rules.get("bid-price-fitted"), rules.get("bid-price")
+    advice, fallback = rules.get("bid-price-fitted" if fitted else "bid-price"), rules.get("bid-price")
     if not isinstance(advice, heuristics.MarginRule) or fallback is None:
         raise InputError(f"{path} lacks bid-price or bid-price-fitted; tune the baselines again with train.py --retune")
     return advice, fallback

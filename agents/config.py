@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -41,6 +41,14 @@ class TrainingConfig(Section):
     checkpoint_every_steps: Count = Field(description="Decisions between two checkpoints.")
     tuning_requests: Count = Field(description="Simulated requests for one restart of one baseline, where it is tuned.")
     validations: Count = Field(description="How often during training the policy is validated.")
+    residual: bool = Field(True, description="Correct the advice's scores; false: the network decides alone.")
+    fitted: bool = Field(True, description="Advice with P(good) fitted on outcomes; false: with the public prior.")
+    signal: Literal["own", "ledger"] = Field(
+        "own", description="Learn from a decision's own expected margin, or from the change of the ledger."
+    )
+    shadow_price: bool = Field(True, description="Charge the own margin for the capacity that a decision takes.")
+    stagger: bool = Field(True, description="Start the worlds at different points of an episode.")
+    randomise: bool = Field(True, description="Train on the scenario's ranges; false: on its middle alone.")
 
     @model_validator(mode="after")
     def _batch_fits(self) -> TrainingConfig:

@@ -30,16 +30,17 @@ class Scorer(nn.Module):
         spec: feature columns with a fitted normaliser.
         n_candidates: C.
         width: hidden units H.
+        residual: whether logits start at the advice's; False: at nothing, and the advice's scores are ignored.
     """
 
-    def __init__(self, spec: FeatureSpec, n_candidates: int, width: int) -> None:
+    def __init__(self, spec: FeatureSpec, n_candidates: int, width: int, residual: bool = True) -> None:
         super().__init__()
         self.spec, self.n_candidates, self._memory = spec, n_candidates, Memory()
         self._kept: tuple[tuple[int, ...], Weights] | None = None  # folded weights and the version they are of
         f, g = spec.n_candidate, spec.n_context
         self.candidate, self.context = nn.Linear(f, width, bias=False), nn.Linear(g, width)
         self.hidden, self.head = nn.Linear(width, width), nn.Linear(width, 1, bias=False)
-        self.kappa = nn.Parameter(torch.ones(1))
+        self.kappa = nn.Parameter(torch.full((1,), float(residual)), requires_grad=residual)
         self.value = nn.Sequential(nn.Linear(f + g, width), nn.ReLU(), nn.Linear(width, 1))
         for name in ("candidate_mean", "candidate_std", "context_mean", "context_std"):
             self.register_buffer(name, torch.as_tensor(getattr(spec, name), dtype=torch.float32))
@@ -87,6 +88,7 @@ class ScorerPolicy(ActorCriticPolicy):
         observation_space, action_space, lr_schedule: as Stable-Baselines3 passes them.
         spec: `FeatureSpec.to_dict()` with the fitted normaliser.
         width: hidden units.
+        residual: as `Scorer`.
         **kwargs: passed on to ActorCriticPolicy.
     """
 
@@ -97,17 +99,24 @@ class ScorerPolicy(ActorCriticPolicy):
         lr_schedule: Callable[[float], float],
         spec: dict[str, Any],
         width: int = 32,
+        residual: bool = True,
         **kwargs: Any,
     ) -> None:
-        self._spec, self._width = spec, width
+        self._spec, self._width, self._residual = spec, width, residual
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
     def _build(self, lr_schedule: Callable[[float], float]) -> None:
-        self.scorer = Scorer(FeatureSpec.from_dict(self._spec), int(self.action_space.n), self._width)  # type: ignore[attr-defined]
+        candidates = int(self.action_space.n)  # type: ignore[attr-defined]
+        self.scorer = Scorer(FeatureSpec.from_dict(self._spec), candidates, self._width, self._residual)
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), "spec": self._spec, "width": self._width}
+        return {
+            **super()._get_constructor_parameters(),
+            "spec": self._spec,
+            "width": self._width,
+            "residual": self._residual,
+        }
 
     def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Actions (B,), values (B,) and log-probabilities (B,), without gradients: `evaluate_actions` has those."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from agents.floors import Ascent, Floor, Kept, worst_miss
 from agents.network import ScorerPolicy
 from agents.ppo import MarginPPO
 from agents.run import Run, check_archive
-from agents.tuning import Exploring, Objective
+from agents.tuning import Exploring, Objective, Rule
+from envs.scenario_family import middle
 from envs.vector_env import FleetVecEnv, ObservedWorlds
 from envs.worlds import Plant
 from marginroute.errors import InputError
@@ -34,6 +36,7 @@ from marginroute.heuristics import MarginRule
 from marginroute.policy import Policy
 
 Progress = Callable[[int, int], None]
+PARITY = 0.005  # share of a rule's margin within which the policy is taken to have reached it
 MIN_SIGNAL_USD = 1e-9  # unit of the learning signal where nothing is worth anything
 EPISODES_PER_ASCENT = 8  # that end between two steps of the floors' multipliers, at least
 FIRST_TRAINING_SEED = 10_000  # episodes before it belong to tuning and to the fit of P(good)
@@ -75,6 +78,33 @@ class Validation:
         return usd, worst_miss(self.floors, self.objective.counts)
 
 
+@dataclass
+class Parity:
+    """When the policy's validation margin came within `PARITY` of a tuned rule's, and when it passed it.
+
+    Attributes:
+        rule: the rule.
+        started_s: `time.monotonic()` when the command started: seconds count tuning and compilation.
+    """
+
+    rule: Rule
+    started_s: float
+
+    def note(self, run: Run, validation: Validation, steps: int, usd: float) -> None:
+        """Takes a validation down in run.json."""
+        noted = run.info().get("parity")
+        if noted is None:
+            if steps > 0:
+                return
+            noted = {"bid_price_usd_per_1k": validation(self.rule)[0]}
+        rule_usd, moment = noted["bid_price_usd_per_1k"], {"s": time.monotonic() - self.started_s, "steps": steps}
+        if "reached" not in noted and usd >= rule_usd - PARITY * abs(rule_usd):
+            noted["reached"] = moment
+        if "passed" not in noted and usd > rule_usd:
+            noted["passed"] = moment
+        run.update(parity=noted)
+
+
 class Watch(BaseCallback):
     """Progress, fleet metrics, validation, and checkpoints during training.
 
@@ -86,20 +116,23 @@ class Watch(BaseCallback):
         progress: called with (steps done, steps in all).
         log: called with a mapping of metrics after each validation.
         ascent: multipliers of floors, which follow the training's episodes.
+        parity: takes down when a tuned rule is reached.
     """
 
     def __init__(
         self,
         run: Run,
         config: TrainingConfig,
-        validate: Callable[[Policy], tuple[float, float]],
+        validate: Validation,
         advice: MarginRule,
         spec: FeatureSpec,
         progress: Progress,
         log: Callable[[dict[str, float]], None],
         ascent: Ascent | None = None,
+        parity: Parity | None = None,
     ) -> None:
         super().__init__()
+        self._parity = parity
         self._ascent, self._counts, self._counted = ascent, np.zeros(0), 0
         self._run, self._config, self._validate = run, config, validate
         self._advice, self._spec, self._progress, self._log = advice, spec, progress, log
@@ -173,6 +206,8 @@ class Watch(BaseCallback):
         more = {} if self._ascent is None else {"floor_missed_by": missed, **self._ascent.metrics()}
         self.history.append({"steps": steps, "margin_usd_per_1k": usd, **more})
         self._run.update(history=self.history)
+        if self._parity is not None:
+            self._parity.note(self._run, self._validate, steps, usd)
         self._log({"steps": steps, "validation_margin_usd_per_1k": usd, **more})
 
 
@@ -211,7 +246,7 @@ def make_model(
         vf_coef=config.value_coefficient,
         max_grad_norm=config.max_grad_norm,
         target_kl=config.target_kl,
-        policy_kwargs={"spec": spec.to_dict(), "width": config.width},
+        policy_kwargs={"spec": spec.to_dict(), "width": config.width, "residual": config.residual},
         seed=seed,
         device="cpu",
         tensorboard_log=str(tensorboard) if tensorboard else None,
@@ -229,6 +264,7 @@ def train(
     progress: Progress = lambda *_: None,
     log: Callable[[dict[str, float]], None] = lambda _: None,
     kept: Kept | None = None,
+    parity: Parity | None = None,
 ) -> tuple[ScorerPolicy, FeatureSpec]:
     """Trains and returns the policy that was best on validation, with its feature spec.
 
@@ -243,14 +279,17 @@ def train(
     set_random_seed(seed)
     spec, scale_usd = fit_normaliser(plant, advice, config)
     first = FIRST_TRAINING_SEED * (seed + 2)
+    source = plant.scenario if config.randomise else middle(plant.scenario)
     env = FleetVecEnv(
         plant,
         config.n_envs,
-        workloads=lambda episode: plant.scenario.generate(first + episode, "train"),
+        workloads=lambda episode: source.generate(first + episode, "train"),
         advice=advice,
         spec=spec,
         signal_scale_usd=scale_usd,
-        stagger=True,
+        stagger=config.stagger,
+        signal=config.signal,
+        shadow_price=config.shadow_price,
     )
     if resume and run.has_checkpoint:
         model = load_archive(run.newest_checkpoint(), env)
@@ -260,7 +299,7 @@ def train(
         model = make_model(env, config, spec, seed, run.folder / "tb")
     objective = Objective(plant, "validation", range(config.validation_episodes))
     validate = Validation(objective, kept.floors if kept else ())
-    watch = Watch(run, config, validate, advice, spec, progress, log, Ascent(kept) if kept else None)
+    watch = Watch(run, config, validate, advice, spec, progress, log, Ascent(kept) if kept else None, parity)
     steps = config.steps - model.num_timesteps
     if steps > 0:
         try:

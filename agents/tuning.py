@@ -8,6 +8,7 @@ between restarts is published: a baseline whose restarts disagree is not tuned. 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -304,32 +305,59 @@ def check_requests(plant: Plant) -> None:
         )
 
 
-def tune_baselines(plant: Plant, budget: Budget, progress: Progress = lambda *_: None) -> dict[str, Tuned]:
-    """Tunes every baseline of a scenario.
+class _Tuner:
+    """Objectives and progress of one tuning; `restarts` are expected to be made."""
+
+    def __init__(self, plant: Plant, budget: Budget, progress: Progress, restarts: int) -> None:
+        check_requests(plant)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        self.plant, self.budget = plant, budget
+        self.objective = Objective(plant, "train", range(budget.episodes))
+        self.validation = Objective(plant, "validation", range(budget.validation_episodes))
+        self._progress, self._done, self._total = progress, 0, restarts
+        progress(0, restarts)
+
+    def report(self) -> None:
+        """One more restart has been made."""
+        self._done += 1
+        self._progress(min(self._done, self._total), self._total)
+
+    def search(self, suggest: Suggest) -> Tuned:
+        """Tunes a rule with several parameters."""
+        return _tune(suggest, self.plant, self.objective, self.validation, self.budget, self.report)
+
+    def margin(self, name: str, priced: bool, fitted: quality.FittedQuality | None = None) -> Tuned:
+        """Tunes a margin rule."""
+        return self.search(lambda trial, plant: _margin_rule(name, trial, plant, priced, fitted))
+
+
+def tune_margin_rules(plant: Plant, budget: Budget, progress: Progress = lambda *_: None) -> dict[str, Tuned]:
+    """Tunes *bid-price* and *bid-price-fitted*: what a training starts from, and the strongest opponents.
 
     Args:
         plant: the scenario's constants.
         budget: what each may spend.
         progress: called with (done, total) restarts.
     """
-    check_requests(plant)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    import warnings
+    tuner = _Tuner(plant, budget, progress, 4)
+    tuned = {"bid-price": tuner.margin("bid-price", True)}
+    outcomes = log_outcomes(plant, tuned["bid-price"].policy, range(1000, 1064))
+    fitted = fit_quality(**outcomes, n_tiers=len(plant.layout.tier_names), n_tasks=len(plant.layout.task_names))
+    if is_semantic(plant):
+        reused = log_reuse(plant, tuned["bid-price"].policy, range(1064, 1096))
+        fitted = replace(fitted, reuse=fit_reuse(**reused, n_tasks=len(plant.layout.task_names)))
+    tuned["bid-price-fitted"] = tuner.margin("bid-price-fitted", True, fitted)
+    return tuned
 
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    objective = Objective(plant, "train", range(budget.episodes))
-    validation = Objective(plant, "validation", range(budget.validation_episodes))
+
+def tune_others(plant: Plant, budget: Budget, progress: Progress = lambda *_: None) -> dict[str, Tuned]:
+    """Tunes every other baseline; arguments as `tune_margin_rules`."""
     from agents import tuning_shipped
 
-    searched = ("difficulty-threshold", "expected-margin", "bid-price", "bid-price-fitted")
     several = [name for name, ranges in tuning_shipped.RANGES.items() if len(ranges) > 1]
-    total, done = 2 * (len(searched) + len(several)), 0
-
-    def report() -> None:
-        nonlocal done
-        done += 1
-        progress(min(done, total), total)
-
+    tuner = _Tuner(plant, budget, progress, 2 * (2 + len(several)))
+    objective, validation = tuner.objective, tuner.validation
     tuned: dict[str, Tuned] = {}
     for t, tier in enumerate(plant.layout.tier_names):
         rule: Rule = heuristics.FixedTier(f"fixed-{tier}", t)
@@ -341,28 +369,17 @@ def tune_baselines(plant: Plant, budget: Budget, progress: Progress = lambda *_:
         ("least-in-flight", heuristics.LeastInFlight),
     ):
         tuned[name] = _best_of([cls(name, use_providers=flag) for flag in both], objective, validation)
-    progress(done, total)
-
-    def margin(name: str, priced: bool, fitted: quality.FittedQuality | None = None) -> Tuned:
-        def suggest(trial: optuna.Trial, plant: Plant) -> Rule:
-            return _margin_rule(name, trial, plant, priced, fitted)
-
-        return _tune(suggest, plant, objective, validation, budget, report)
-
-    tuned["difficulty-threshold"] = _tune(_difficulty_threshold, plant, objective, validation, budget, report)
+    tuned["difficulty-threshold"] = tuner.search(_difficulty_threshold)
     threshold = tuned["difficulty-threshold"].policy
     assert isinstance(threshold, DifficultyThreshold)
-    tuned |= tuning_shipped.tune_shipped(
-        objective, validation, lambda suggest: _tune(suggest, plant, objective, validation, budget, report), threshold
-    )
-    tuned["expected-margin"] = margin("expected-margin", priced=False)
-    tuned["bid-price"] = margin("bid-price", priced=True)
-    outcomes = log_outcomes(plant, tuned["bid-price"].policy, range(1000, 1064))
-    fitted = fit_quality(**outcomes, n_tiers=len(plant.layout.tier_names), n_tasks=len(plant.layout.task_names))
+    tuned |= tuning_shipped.tune_shipped(objective, validation, tuner.search, threshold)
     if is_semantic(plant):
-        reused = log_reuse(plant, tuned["bid-price"].policy, range(1064, 1096))
-        fitted = replace(fitted, reuse=fit_reuse(**reused, n_tasks=len(plant.layout.task_names)))
         for name in [name for name, x in tuned.items() if isinstance(x.policy, RuleOfThumb) and name != AS_IT_COMES]:
             tuned[name] = with_threshold(tuned[name], objective, validation)
-    tuned["bid-price-fitted"] = margin("bid-price-fitted", True, fitted)
+    tuned["expected-margin"] = tuner.margin("expected-margin", priced=False)
     return tuned
+
+
+def tune_baselines(plant: Plant, budget: Budget, progress: Progress = lambda *_: None) -> dict[str, Tuned]:
+    """Tunes every baseline of a scenario; arguments as `tune_margin_rules`."""
+    return tune_others(plant, budget, progress) | tune_margin_rules(plant, budget, progress)

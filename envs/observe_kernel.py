@@ -92,6 +92,7 @@ class Seen(NamedTuple):
     bad_usd: Array  # (N, C)
     score_usd: Array  # (N, C)
     stay: Array  # (N, C)
+    congestion_usd: Array  # (N, C), price of the capacity taken
     kept: Array  # (3, N, C), filled in where the rule has floors
 
 
@@ -192,7 +193,7 @@ def _candidates(rule, s, q, legal, w, value_usd, usage_usd, unserved_usd, row, n
             later_good = max(later_good, p_good)
         later_usd = max(later_usd, idle_usd)
         seen.p_good[w, c], seen.bad_usd[w, c], seen.stay[w, c] = p_good, bad_usd, stay
-        seen.score_usd[w, c] = margin_usd - congestion_usd
+        seen.score_usd[w, c], seen.congestion_usd[w, c] = margin_usd - congestion_usd, congestion_usd
         if numbers.floors == 1:
             seen.bad_usd[w, c] += stay * rule.floor_usd[1, k]
             seen.kept[0, w, c] = stay * (1.0 - late) * (1.0 - slow) * (1.0 - long)

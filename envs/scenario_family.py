@@ -70,6 +70,11 @@ def drawn(scenario: Scenario, shares: np.ndarray[Any, Any]) -> Scenario:
     return changed(scenario, values, "ranges")
 
 
+def middle(scenario: Scenario) -> Scenario:
+    """The member of a family half-way along every range; the scenario itself where nothing has a range."""
+    return drawn(scenario, np.full(len(scenario.ranges), 0.5)) if scenario.ranges else scenario
+
+
 def under(scenario: Scenario, condition: str) -> Scenario:
     """The scenario under one of its conditions.
 

@@ -54,6 +54,7 @@ class ObservedWorlds(FleetWorlds):
 
     Attributes:
         floor_usd: (3, K) multipliers of floors in the learning signal, None: those of the advice, if it has any.
+        shadow_price: whether the learning signal is charged for the capacity that a choice takes.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class ObservedWorlds(FleetWorlds):
         c = self.plant.layout.n_candidates
         self._rule = rule_of(self.advice, self.plant.layout, self.spec)
         self._seen = Seen(
-            np.empty((0, 0), dtype=np.float32), *(np.zeros((n_worlds, c)) for _ in range(4)), np.zeros((3, n_worlds, c))
+            np.empty((0, 0), dtype=np.float32), *(np.zeros((n_worlds, c)) for _ in range(5)), np.zeros((3, n_worlds, c))
         )
         self.floor_usd: Array | None = None
+        self.shadow_price = True
 
     @property
     def observation_space(self) -> spaces.Box:
@@ -95,6 +97,8 @@ class ObservedWorlds(FleetWorlds):
         choices = np.where(legal, choices, self.plant.layout.n_candidates - 1)
         known = self.p_true[rows, choices] - a.p_good[rows, choices]
         signal_usd = a.score_usd[rows, choices] + known * a.bad_usd[rows, choices]
+        if not self.shadow_price:
+            signal_usd += a.congestion_usd[rows, choices]
         if self.floor_usd is not None:
             assert self.advice.parameters.multipliers is not None
             more_usd = self.floor_usd - self.advice.parameters.multipliers  # (3, K) beyond what the score holds
@@ -127,6 +131,8 @@ class FleetVecEnv(VecEnv):
         advice, spec: as `ObservedWorlds`.
         signal_scale_usd: unit of the learning signal.
         stagger: start the worlds at different points of an episode, so that resets are spread out.
+        signal: what `learning_signal` is: "own", see above, or "ledger", the reward itself in the same unit.
+        shadow_price: as `ObservedWorlds`.
     """
 
     def __init__(
@@ -138,8 +144,11 @@ class FleetVecEnv(VecEnv):
         spec: FeatureSpec | None = None,
         signal_scale_usd: float = 1.0,
         stagger: bool = False,
+        signal: str = "own",
+        shadow_price: bool = True,
     ) -> None:
         self.worlds = ObservedWorlds(scenario, num_envs, advice, spec)
+        self.worlds.shadow_price, self._own_signal = shadow_price, signal == "own"
         generate = self.worlds.plant.scenario.generate
         self._workloads = workloads or (lambda episode: generate(episode, "train"))
         self.signal_scale_usd, self._stagger = signal_scale_usd, stagger
@@ -180,8 +189,11 @@ class FleetVecEnv(VecEnv):
     def step_wait(self) -> tuple[Array, Array, Array, list[dict[str, Any]]]:
         """Observations (N, D), rewards (N,) in USD, dones (N,), infos; ended worlds start again at once."""
         worlds = self.worlds
-        self.learning_signal = worlds.signal_usd(self._choices) / self.signal_scale_usd
+        if self._own_signal:
+            self.learning_signal = worlds.signal_usd(self._choices) / self.signal_scale_usd
         worlds.step(self._choices)
+        if not self._own_signal:
+            self.learning_signal = worlds.reward_usd / self.signal_scale_usd
         self._lengths += 1
         rewards, self.elapsed_s = worlds.reward_usd.astype(np.float32), worlds.elapsed_s.copy()
         dones, infos = worlds.done, self._no_info

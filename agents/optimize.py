@@ -1,0 +1,116 @@
+"""Searches the training configuration: Optuna's TPE over trainings, one folder and one row of a database each.
+
+A trial trains with its settings and is scored by what its policy earns more than its advice on validation episodes that
+no checkpoint, and no gate, is chosen on. The first trial has the settings as they are. Trials that were interrupted
+count as failed and are made again; the study goes on where its database stops.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from agents.config import TrainingConfig
+from agents.export import residual_policy
+from agents.run import Run
+from agents.train import train
+from agents.tuning import Objective
+from envs.worlds import Plant
+from marginroute.heuristics import MarginRule
+
+Progress = Callable[[int, int], None]
+
+STUDY, DATABASE = "training", "optimize.db"
+FIRST_SEED, EPISODES = 20_000, 48  # validation episodes that score a trial
+
+
+SEARCHED = (
+    "learning_rate",
+    "epochs",
+    "gae_lambda",
+    "clip_range",
+    "entropy_coefficient",
+    "tau_s",
+    "width",
+    "temperature_share",
+)
+
+
+def suggest(trial: optuna.Trial, config: TrainingConfig) -> TrainingConfig:
+    """Settings of a trial."""
+    values: dict[str, Any] = {
+        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 5e-3, log=True),
+        "epochs": trial.suggest_int("epochs", 1, 8),
+        "gae_lambda": trial.suggest_float("gae_lambda", 0.0, 1.0),
+        "clip_range": trial.suggest_float("clip_range", 0.05, 0.4, log=True),
+        "entropy_coefficient": trial.suggest_float("entropy_coefficient", 0.0, 0.02),
+        "tau_s": trial.suggest_float("tau_s", 0.5, 60.0, log=True),
+        "width": trial.suggest_categorical("width", [16, 32, 64]),
+        "temperature_share": trial.suggest_float("temperature_share", 0.01, 0.1, log=True),
+    }
+    return TrainingConfig.model_validate({**config.model_dump(), **values})
+
+
+def open_study(folder: Path, config: TrainingConfig, seed: int) -> optuna.Study:
+    """The study of a run folder, begun or gone on with."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    storage = f"sqlite:///{folder / DATABASE}"
+    study = optuna.create_study(study_name=STUDY, storage=storage, direction="maximize", load_if_exists=True)
+    for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
+    if not study.trials:
+        study.enqueue_trial({name: getattr(config, name) for name in SEARCHED})
+    return study
+
+
+def optimize(
+    plant: Plant,
+    advice: MarginRule,
+    config: TrainingConfig,
+    run: Run,
+    seed: int,
+    trials: int,
+    progress: Progress = lambda *_: None,
+) -> dict[str, Any]:
+    """Trains until the study has so many finished trials.
+
+    Args:
+        plant: the scenario's constants.
+        advice: what the networks correct.
+        config: settings to begin with.
+        run: folder of the study; trials are in its folder `trials`.
+        seed: of all trainings, and of the search.
+        trials: finished ones to have in the end.
+        progress: called with (finished, trials).
+
+    Returns:
+        settings: the best by name; gain_usd_per_1k: theirs, with the chance of the best of many; as_it_is_usd_per_1k:
+        that of the settings that it began with; trials.
+    """
+    study = open_study(run.folder, config, seed)
+    judge = Objective(plant, "validation", range(FIRST_SEED, FIRST_SEED + EPISODES))
+    advice_usd = float(judge([advice])[0])
+    complete = (optuna.trial.TrialState.COMPLETE,)
+    while (done := len(study.get_trials(states=complete))) < trials:
+        progress(done, trials)
+        trial = study.ask()
+        settings = suggest(trial, config)
+        own = Run(run.folder / "trials" / f"{trial.number:04d}")
+        own.create(plant.scenario, settings, seed, run.info()["command"])
+        policy, spec = train(plant, advice, settings, own, seed)
+        gain_usd = float(judge([residual_policy(policy, advice, spec)])[0]) - advice_usd  # type: ignore[list-item]
+        study.tell(trial, gain_usd)
+    progress(trials, trials)
+    first = study.get_trials(states=complete)[0]
+    return {
+        "settings": dict(study.best_params),
+        "gain_usd_per_1k": study.best_value,
+        "as_it_is_usd_per_1k": first.value,
+        "trials": trials,
+    }
