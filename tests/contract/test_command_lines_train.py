@@ -13,10 +13,13 @@ import torch
 import evaluate
 import export
 import train
+from agents import baselines
 from agents.run import Run, load_policy
 from agents.train import load_archive
 from envs.worlds import FleetWorlds
 from marginroute import bundle
+
+BID_PRICES = ("bid-price", "bid-price-fitted")
 
 
 def test_what_a_run_leaves(finished_run):
@@ -182,25 +185,42 @@ def test_a_run_interrupted_before_learning_can_be_resumed(tmp_path, tiny_argumen
 
 
 def test_tuning_is_part_of_a_run_without_tuned_values(tmp_path, tiny_arguments, tiny_tuned, monkeypatch):
-    """No cache: baselines are tuned, kept in the run and in the cache, and found there by the next run."""
+    """No cache: margin rules are tuned before the training and the others after it, all are kept in the run and in the
+    cache, and found there by the next run."""
     calls = []
 
-    def tune(plant, budget, progress):
-        calls.append(budget.requests)
-        progress(1, 1)
-        return tiny_tuned[0]
+    def tuner(margin):
+        def tune(plant, budget, progress):
+            calls.append(budget.requests)
+            progress(1, 1)
+            return {name: x for name, x in tiny_tuned[0].items() if (name in BID_PRICES) == margin}
+
+        return tune
 
     monkeypatch.setattr("agents.baselines.CACHE", tmp_path / "cache")
-    monkeypatch.setattr("agents.tuning.tune_baselines", tune)
+    monkeypatch.setattr("agents.tuning.tune_margin_rules", tuner(True))
+    monkeypatch.setattr("agents.tuning.tune_others", tuner(False))
     words = [*tiny_arguments, "training.tuning_requests=777"]
     assert train.main([*words, "--out", str(tmp_path / "one")]) == 0
-    assert calls == [777]
+    assert calls == [777, 777]
+    assert set(baselines.load(tmp_path / "one" / "baselines.yaml")[1]) == set(tiny_tuned[0])
     [cached] = (tmp_path / "cache").iterdir()
     assert cached.read_text() == (tmp_path / "one" / "baselines.yaml").read_text()
     assert train.main([*words, "--out", str(tmp_path / "two")]) == 0
-    assert calls == [777]
-    assert train.main([*words, "--out", str(tmp_path / "three"), "--retune"]) == 0
     assert calls == [777, 777]
+    assert train.main([*words, "--out", str(tmp_path / "three"), "--retune"]) == 0
+    assert calls == [777] * 4
+
+
+def test_a_run_says_when_it_reached_the_tuned_bid_price(finished_run):
+    info = Run(finished_run).info()
+    reached = info["parity"].get("reached")
+    if reached is None:
+        assert max(row["margin_usd_per_1k"] for row in info["history"]) < 0.995 * info["parity"]["bid_price_usd_per_1k"]
+        assert "never" in train.parity_line(info)
+    else:
+        assert reached["steps"] in [row["steps"] for row in info["history"]] and reached["s"] > 0.0
+        assert f"after {reached['s']:.0f} s" in train.parity_line(info)
 
 
 def test_list_names_every_shipped_scenario(capsys):

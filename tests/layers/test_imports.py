@@ -174,7 +174,7 @@ def loaded(statement, argv=("x",)):
     return {name.split(".")[0] for name in done.stdout.partition("LOADED ")[2].split()}
 
 
-BENCHMARKS = ("simulator", "training", "decision", "vidur_parity", "dynamo_replay", "fit_accuracy")
+BENCHMARKS = ("simulator", "training", "ablations", "decision", "vidur_parity", "dynamo_replay", "fit_accuracy")
 COMMANDS = [
     *(("-m", f"benchmarks.{name}") for name in BENCHMARKS),
     ("train.py",),
