@@ -1,0 +1,70 @@
+"""What the benchmarks of Envoy and of the sidecar share: a bundle of quickstart's fleet, and a server of ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from marginroute.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+START_S = 120.0
+
+
+def small_bundle_folder(folder: Path) -> Path:
+    """A bundle of quickstart's candidates and contracts under an untuned bid price."""
+    from agents.export import make_bundle
+    from envs.scenario import load_scenario
+    from envs.vector_env import default_advice
+    from envs.worlds import Plant
+    from marginroute import bundle as bundles
+    from marginroute.heuristics import LeastInFlight
+
+    plant = Plant(load_scenario("quickstart"))
+    fallback = LeastInFlight("least-in-flight", use_providers=True)
+    path = folder / "bundle"
+    bundles.save(make_bundle(plant, default_advice(plant), fallback, {}, {}), path)
+    return path
+
+
+class Server:
+    """`marginroute COMMAND` on a Unix socket.
+
+    Args:
+        command: `serve` or `envoy`.
+        bundle: its folder.
+        folder: for socket, log and output.
+        settings: of the adapter.
+    """
+
+    def __init__(self, command: str, bundle: Path, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.uds, self._output = str(folder / f"{command}.sock"), folder / f"{command}.txt"
+        config = folder / f"{command}.yaml"
+        config.write_text(json.dumps({"log": str(folder / f"{command}.jsonl"), **settings}))
+        words = ["-m", "marginroute", command, str(bundle), "--config", str(config), "--uds", self.uds]
+        with open(self._output, "wb") as output:
+            self._process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=output, stderr=output)
+
+    def wait(self) -> None:
+        """Returns when it listens.
+
+        Raises:
+            InputError: it ended, or did not listen in time.
+        """
+        end_s = time.monotonic() + START_S
+        while not os.path.exists(self.uds):
+            if self._process.poll() is not None or time.monotonic() > end_s:
+                raise InputError(f"the server did not start: {self._output.read_text()[-500:]}")
+            time.sleep(0.05)
+        time.sleep(0.5)
+
+    def stop(self) -> None:
+        """Ends it."""
+        self._process.terminate()
+        self._process.wait(30.0)
