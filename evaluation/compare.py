@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,16 +15,35 @@ from evaluation.page_parts import command_line
 from evaluation.progress import progress_bar
 from evaluation.report import Report, build_report
 from evaluation.table import print_report
+from marginroute.errors import InputError
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario
     from evaluation.contest import Contest, Play
 
 
-def judged(scenario: Scenario, contest: Contest, play: Play, bound: bool) -> Report:
-    """The report of a contest, with upper bounds if asked for."""
+def judged(scenario: Scenario, contest: Contest, play: Play, bound: bool, forgiving: bool = False) -> Report:
+    """The report of a contest, with upper bounds if asked for.
+
+    Args:
+        scenario: the world.
+        contest: that was played in it.
+        play: how.
+        bound: whether to compute bounds.
+        forgiving: go on without bounds, and say so, where the scenario has something that they do not model.
+
+    Raises:
+        InputError: no bounds of such a scenario, unless forgiven.
+    """
     episodes = len(contest.results[contest.shown].seeds)
-    bounds = upper_bounds(scenario, range(play.seed, play.seed + episodes), play) if bound else None
+    bounds = None
+    if bound:
+        try:
+            bounds = upper_bounds(scenario, range(play.seed, play.seed + episodes), play)
+        except InputError as error:
+            if not forgiving:
+                raise
+            print(f"no bounds: {error}", file=sys.stderr)
     calibration = verdict(scenario.hash)
     found = assumptions(scenario, calibration)
     return build_report(scenario.name, contest.results, contest.best, bounds, calibration, found)

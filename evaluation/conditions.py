@@ -51,7 +51,7 @@ def examine(args: argparse.Namespace, scenario: Scenario, entrants: Entrants, pl
         print(f"condition {number} of {len(names)}: {name}", file=sys.stderr)
         world = scenario if name == ITSELF else scenario.under(name)
         contest = hold(world, entrants, play, best)
-        found[name] = (judged(world, contest, play, args.bound), contest)
+        found[name] = (judged(world, contest, play, args.bound, forgiving=True), contest)
     rows = summarise(found)
     if args.json is not None:
         documents = {name: to_document(report) for name, (report, _) in found.items()}

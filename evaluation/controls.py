@@ -22,8 +22,8 @@ from evaluation.report import PER_1K
 from evaluation.results import EpisodeResults
 from evaluation.statistics import ratio_of_sums
 from marginroute import view as v
-from marginroute.heuristics import ShuffledMix
 from marginroute.policy import Policy
+from marginroute.rules import ShuffledMix
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario

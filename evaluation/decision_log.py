@@ -92,7 +92,8 @@ class Decisions:
             request[v.UNSERVED_CREDIT_SHARE],
             request[v.UNSERVED_CREDIT_USD],
         )
-        return np.where(self.completed, answered_usd, unserved_usd) - np.nan_to_num(cost_usd)
+        earned_usd: Array = np.where(self.completed, answered_usd, unserved_usd) - np.nan_to_num(cost_usd)
+        return earned_usd
 
 
 def read_decisions(path: Path, bundle: Bundle, progress: Progress = silent) -> Iterator[Decisions]:
@@ -211,7 +212,7 @@ class _Reader:
                 raise self.log.refusal(number, words)
         width = self.layout.n_candidates
         try:
-            finite = np.isfinite(unpacked(record["signals"], width)).all()
+            finite = bool(np.isfinite(unpacked(record["signals"], width)).all())
         except (ValueError, TypeError):
             finite = False
         if not finite:

@@ -8,7 +8,6 @@ colour-blind; every figure is as wide as the page, and prints.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation.calibration import verdict_words
@@ -18,6 +17,7 @@ from evaluation.page_figures import figures
 from evaluation.page_parts import drawn, frame, paragraph, section, table, text
 from evaluation.page_sensitivity import assumptions_section, break_even_section
 from evaluation.report import PER_1K, Report, accounts_usd_per_1k, action_shares, shed_shares
+from evaluation.results import Floats
 from evaluation.router_cost import router_words
 from evaluation.statistics import Estimate, paired_estimate
 
@@ -184,5 +184,5 @@ def _usd(estimate: Estimate, sign: str = "", digits: int = 2) -> str:
     return f"USD {shown} [{estimate.low:{sign},.{digits}f}, {estimate.high:{sign},.{digits}f}]"
 
 
-def _by_class(shares: Sequence[float]) -> str:
+def _by_class(shares: Floats) -> str:
     return " / ".join("-" if math.isnan(share) else f"{100.0 * share:.1f}" for share in shares)

@@ -224,7 +224,7 @@ def _api_prices(scenario: Scenario, factor: float) -> Changes:
 
 def _credit(item: Any) -> float:
     slo = item.slo
-    return max((slo.ttft_credit_share, slo.tpot_credit_share, slo.e2e_credit_share))
+    return float(max(slo.ttft_credit_share, slo.tpot_credit_share, slo.e2e_credit_share))
 
 
 def _credits(scenario: Scenario, factor: float) -> Changes:

@@ -83,7 +83,7 @@ def _one(args: argparse.Namespace, scenario: Scenario, out: Path, play: Play) ->
     run = args.runs / scenario.name
     entrants = enter(scenario, [str(run)] if run.is_dir() else [], args.baselines)
     contest = hold(scenario, entrants, play)
-    report = judged(scenario, contest, play, args.bound)
+    report = judged(scenario, contest, play, args.bound, forgiving=True)
     write_json(out / f"{scenario.name}.json", to_document(report))
     write_report(out / f"{scenario.name}.html", scenario, report, contest, play)
     with contextlib.closing(io.StringIO()) as shown:

@@ -25,7 +25,7 @@ def heuristics(monkeypatch, tmp_path):
 
 @pytest.fixture
 def family(tmp_path):
-    """quickstart with two conditions."""
+    """quickstart with three conditions, one of which the bounds do not model."""
     text = "\n".join(
         (
             "fleet: starter",
@@ -35,6 +35,7 @@ def family(tmp_path):
             "requests_per_episode: 60",
             "conditions:",
             "  rush: {load_scale: 2.0}",
+            "  fee: {plans.plans.enterprise.request_usd: 0.001}",
             "  no-api: {fleet.faults: [{provider: api, starts_at_s: 0, duration_s: 15}]}",
         )
     )
@@ -53,15 +54,21 @@ def test_a_table_per_condition_and_a_summary(family, tmp_path, capsys):
         "1",
         "--baselines",
         "least-in-flight,shipped",
+        "--bound",
     ]
     words += ["--json", tmp_path / "c.json", "--report", tmp_path / "c.html"]
     assert evaluate.main([str(word) for word in words]) == 0
-    shown = capsys.readouterr().out
+    shown, errors = capsys.readouterr()
+    assert errors.count("no bounds: ") == 1 and "request_usd" in errors
     for words in ("family, as it is:", "family, rush:", "family, no-api:", "under held-out conditions", "Pooled gain"):
         assert words in shown
     document = json.loads((tmp_path / "c.json").read_text())
-    assert list(document["conditions"]) == ["as it is", "rush", "no-api"]
+    assert list(document["conditions"]) == ["as it is", "rush", "fee", "no-api"]
     assert document["conditions"]["no-api"]["policies"]["shipped"]["actions"]["provider"] == 0.0
+    bounds = {name: x["bounds"]["clairvoyant"] for name, x in document["conditions"].items()}
+    best = document["conditions"]["as it is"]["policies"]["least-in-flight"]["margin_usd_per_1k_requests"]["mean"]
+    assert bounds["as it is"] > best
+    assert bounds["no-api"] is not None and bounds["fee"] is None
     calls = [x["policies"]["shipped"]["by_class"] for x in document["conditions"].values()]
     assert calls[0] != calls[1]
     rows = document["summary"]["rows"]
