@@ -12,6 +12,8 @@ B and C are free, the normaliser is inside.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -55,7 +57,7 @@ def to_onnx(network: Network, spec: FeatureSpec) -> bytes:
     figures = network.arrays() | normaliser | {"head": network.head[:, None], "never": np.array(-np.inf)}
     constants = [_constant(name, array.astype(np.float32)) for name, array in figures.items()]
     constants += [_constant(f"axis_{axis}", np.array([axis])) for axis in (1, 2)]
-    more = {"ArgMax": {"axis": 1, "keepdims": 0}}
+    more: dict[str, dict[str, Any]] = {"ArgMax": {"axis": 1, "keepdims": 0}}
     nodes = [helper.make_node(kind, inputs, [output], **more.get(kind, {})) for kind, inputs, output in STEPS]
     inputs = [
         _value("candidate", TensorProto.FLOAT, "B", "C", spec.n_candidate),

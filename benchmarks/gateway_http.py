@@ -54,7 +54,7 @@ class _InProcess:
 
     def decide_s(self, id: str) -> float:
         """Seconds of one decision, counted as sent."""
-        from marginroute.gateway import Facts, Outcome
+        from marginroute.facts import Facts, Outcome
 
         gateway = self.desk.gateway
         facts = Facts(id=id, prompt_tokens=100, class_name="team", task_name="chat")

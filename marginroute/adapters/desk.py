@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from marginroute import view as v
 from marginroute.adapters.metrics import Histogram
 from marginroute.errors import InputError
-from marginroute.gateway import Facts, Verdict
+from marginroute.facts import Facts, Verdict
 from marginroute.operation import OperationSettings, open_gateway
 
 log = logging.getLogger("marginroute.gateway")

@@ -25,7 +25,7 @@ from marginroute.adapters.envoy_exchange import Exchange, Message
 from marginroute.adapters.listen import Listen, run_loop
 from marginroute.decision import Decision
 from marginroute.errors import InputError
-from marginroute.gateway import Outcome
+from marginroute.facts import Outcome
 
 TOKENS_PER_BYTE = 0.2  # of a JSON body, before any usage was reported
 SWEEP_S = 10.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from marginroute.adapters.envoy_exchange import status_of
-from marginroute.gateway import Outcome
+from marginroute.facts import Outcome
 
 if TYPE_CHECKING:
     from marginroute.adapters.envoy import Picker

@@ -11,6 +11,7 @@ what the picker is shown:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +78,8 @@ def _picker(listen: Listen) -> dict[str, Any]:
     http2 = _any(
         "extensions.upstreams.http.v3.HttpProtocolOptions", explicit_http_config={"http2_protocol_options": {}}
     )
-    address = {"pipe": {"path": listen.uds}} if listen.uds else _address(f"{listen.host}:{listen.port}")
+    path = os.path.abspath(listen.uds)
+    address = {"pipe": {"path": path}} if listen.uds else _address(f"{listen.host}:{listen.port}")
     options = {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": http2}
     if listen.tls is None:
         return _cluster(PICKER, [address], typed_extension_protocol_options=options)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from marginroute.adapters import chat
 from marginroute.adapters import envoy_messages as em
 from marginroute.adapters.answer import Answer
-from marginroute.gateway import Facts, Outcome, Verdict
+from marginroute.facts import Facts, Outcome, Verdict
 
 if TYPE_CHECKING:
     from marginroute.adapters.envoy import Picker

@@ -50,7 +50,7 @@ def _protocol(request_timeout_s: float) -> type[Any]:
     """Uvicorn's parser with limits that it lacks: size of the headers, and time for a request to arrive."""
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-    class Limited(HttpToolsProtocol):  # type: ignore[misc]
+    class Limited(HttpToolsProtocol):
         _timer: asyncio.TimerHandle | None = None
         _header_bytes = 0
 

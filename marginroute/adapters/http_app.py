@@ -13,7 +13,7 @@ from typing import Any
 from marginroute.adapters import chat, http_api, metrics, schema
 from marginroute.adapters.desk import Desk
 from marginroute.errors import InputError
-from marginroute.gateway import Facts, Outcome, Verdict
+from marginroute.facts import Facts, Outcome, Verdict
 from marginroute.view import Layout
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -68,7 +68,8 @@ class App:
         """One call."""
         if scope["type"] != "http":
             return
-        status, kind, body, more = 500, JSON, b"", []
+        status, kind, body = 500, JSON, b""
+        more: list[tuple[bytes, bytes]] = []
         try:
             status, kind, body, more = await self._answer(scope, receive)
         except TooLargeError:
@@ -221,9 +222,9 @@ class App:
     def _take(self, event: Mapping[str, Any]) -> bool:
         gateway, kind, id = self._gateway, event["event"], event.get("id", "")
         if kind == "scraped":
-            figures = (float(event[name]) for name in ("waiting", "running", "kv_usage"))
+            waiting, running, kv_usage = (float(event[name]) for name in ("waiting", "running", "kv_usage"))
             index = gateway.bundle.layout.names.index(event["candidate"])
-            gateway.state.scraped(index, *figures, age_s=float(event.get("ago_s", 0.0)))
+            gateway.state.scraped(index, waiting, running, kv_usage, float(event.get("ago_s", 0.0)))
             return True
         if gateway.arrived_at_s(id) is None:
             return False

@@ -66,8 +66,9 @@ def check(value: Any, schema: Schema, place: str = "body") -> None:
     """Raises InputError at the first place where a value is not what a schema says."""
     if "oneOf" in schema:
         schema = _chosen(value, schema, place)
-    kind = schema["type"]
-    if not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind != "boolean"):
+    kind: str = schema["type"]
+    fits = isinstance(value, _KINDS[kind])
+    if not fits or (isinstance(value, bool) and kind != "boolean"):
         raise InputError(f"{place} is of the wrong type; legal is {kind}")
     if kind == "string":
         if not schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", MAX_SAFE):

@@ -115,6 +115,17 @@ def test_live(running, upstreams):
         assert records[0]["ttft_s"] is None and 0.03 <= records[1]["ttft_s"] < records[1]["e2e_s"] - 0.1
 
 
+def test_many_at_once(running):
+    """All are answered, each leaves one record, and nothing stays in flight."""
+    _, picker, envoy = running
+    with concurrent.futures.ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(lambda i: ep.chat(envoy.port, f"hello {i}", stream=i % 2 == 0)[0], range(200)))
+    assert answers == [200] * 200
+    records = picker.records(200)
+    assert {r["status"] for r in records} == {"completed"} and len({r["id"] for r in records}) == 200
+    assert {r["served_by"] for r in records} <= {"small/0", "large/0"}
+
+
 def test_a_client_that_hangs_up_is_recorded(running):
     _, picker, envoy = running
     with pytest.raises(TimeoutError):
