@@ -124,7 +124,7 @@ class Gateway:
             acting, attempt, waited_s = self.switch.acts(facts.id, facts.tenant, facts.session), 1, 0.0
         else:
             acting, attempt = True, earlier.verdict.attempt + 1
-            waited_s = max(time.time() - earlier.arrived_at_s, 0.0)
+            waited_s = self._clock() - earlier.began_s
         view = view_of(runtime, facts, attempt, waited_s, earlier.tried if earlier else set())
         decision = decision_of(runtime, view, acting)
         shed = decision.kind == v.KINDS[v.SHED]
@@ -141,6 +141,7 @@ class Gateway:
             decided_at_s=time.time(),
             arrived_at_s=time.time() if earlier is None else earlier.arrived_at_s,
             seen_s=self._clock(),
+            began_s=self._clock() if earlier is None else earlier.began_s,
             fallback_usd=fallback_usd_of(runtime, view) if judged else None,
             tried=set() if earlier is None else earlier.tried,
         )
@@ -154,6 +155,11 @@ class Gateway:
         """Unix time of a pending request's first decision."""
         pending = self._pending.get(id)
         return None if pending is None else pending.arrived_at_s
+
+    def waited_s(self, id: str) -> float | None:
+        """Seconds since a pending request's first decision, by the clock that never jumps."""
+        pending = self._pending.get(id)
+        return None if pending is None else self._clock() - pending.began_s
 
     def sent(self, id: str, candidate: str, streamed: bool) -> None:
         """The gateway sends a decided request to a candidate: ours where it is acted on, else of its own choice."""

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -101,12 +101,15 @@ class OperationSettings:
         return bundles.load(self.bundle), load_posterior(self.feedback) if self.feedback else None
 
 
-def open_gateway(settings: OperationSettings, can: Collection[str] = ("shed",)) -> Gateway:
+def open_gateway(
+    settings: OperationSettings, can: Collection[str] = ("shed",), clock: Callable[[], float] = time.monotonic
+) -> Gateway:
     """A gateway with its log.
 
     Args:
         settings: of the operator.
         can: what the gateway can do beside sending a request on (see `telemetry.GatewayState`).
+        clock: seconds that never jump.
 
     Raises:
         InputError: a setting, the bundle or the log is unusable.
@@ -126,6 +129,7 @@ def open_gateway(settings: OperationSettings, can: Collection[str] = ("shed",)) 
         settings.prefix_block_tokens,
         posterior,
         explore,
+        clock,
         on_event=events.write,
     )
     if settings.reload_s is not None:

@@ -73,11 +73,12 @@ class PageConnection(asyncio.Protocol):
         self._address, self._most_bytes, self._done = address, most_bytes, done
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
-        self._waiting = False
+        self._waiting, self._length = False, -1
+        self._fields: dict[bytes, bytes] | None = None
 
     async def fetch(self) -> None:
         """Asks for the page; `done` hears of it."""
-        self._waiting, self._buffer = True, bytearray()
+        self._waiting, self._buffer, self._fields = True, bytearray(), None
         try:
             if self._transport is None or self._transport.is_closing():
                 context = ssl.create_default_context() if self._address.tls else None
@@ -93,7 +94,7 @@ class PageConnection(asyncio.Protocol):
         """As `fetch` on a connection that is open; False if there is none."""
         if self._transport is None or self._transport.is_closing():
             return False
-        self._waiting, self._buffer = True, bytearray()
+        self._waiting, self._buffer, self._fields = True, bytearray(), None
         self._transport.write(self._address.request)
         return True
 
@@ -126,25 +127,36 @@ class PageConnection(asyncio.Protocol):
             self.close()  # nobody asked
             return
         self._buffer += data
-        head, gap, body = bytes(self._buffer).partition(b"\r\n\r\n")
-        if not gap:
-            if len(head) > MOST_HEADER_BYTES:
-                self._refuse("its header is too long")
+        if self._fields is None and not self._read_head():
             return
-        lines = head.lower().split(b"\r\n")
+        assert self._fields is not None
+        if len(self._buffer) > 2 * self._most_bytes:
+            self._refuse("the page is too long")
+            return
+        chunked = b"chunked" in self._fields.get(b"transfer-encoding", b"")
+        page = _unchunked(self._buffer) if chunked else _whole(self._buffer, self._length)
+        if page is not None:
+            if b"close" in self._fields.get(b"connection", b""):
+                self.close()
+            self._end(page, "")
+
+    def _read_head(self) -> bool:
+        """Takes the header off the buffer, once all of it is there; False if there is nothing more to look at."""
+        end = self._buffer.find(b"\r\n\r\n")
+        if end < 0:
+            if len(self._buffer) > MOST_HEADER_BYTES:
+                self._refuse("its header is too long")
+            return False
+        lines = bytes(self._buffer[:end]).lower().split(b"\r\n")
+        del self._buffer[: end + 4]
         status = lines[0].split(b" ", 2)[1:2]
         if status != [b"200"]:
             self._refuse(f"status {(status or [b'none'])[0][:20].decode('ascii', 'replace')}")
-            return
-        if len(body) > 2 * self._most_bytes:
-            self._refuse("the page is too long")
-            return
-        fields = dict(line.split(b":", 1) for line in lines[1:] if b":" in line)
-        page = _unchunked(body) if b"chunked" in fields.get(b"transfer-encoding", b"") else _whole(body, fields)
-        if page is not None:
-            if b"close" in fields.get(b"connection", b""):
-                self.close()
-            self._end(page, "")
+            return False
+        self._fields = dict(line.split(b":", 1) for line in lines[1:] if b":" in line)
+        length = self._fields.get(b"content-length", b"").strip()
+        self._length = int(length) if length.isdigit() else -1
+        return True
 
     def _refuse(self, reason: str) -> None:
         self.close()
@@ -156,15 +168,12 @@ class PageConnection(asyncio.Protocol):
             self._done(page, reason)
 
 
-def _whole(body: bytes, fields: dict[bytes, bytes]) -> bytes | None:
+def _whole(body: bytearray, length: int) -> bytes | None:
     """The body, once all of it is there."""
-    length = fields.get(b"content-length", b"").strip()
-    if not length.isdigit() or len(body) < int(length):
-        return None
-    return body[: int(length)]
+    return bytes(body[:length]) if 0 <= length <= len(body) else None
 
 
-def _unchunked(body: bytes) -> bytes | None:
+def _unchunked(body: bytearray) -> bytes | None:
     """The body put together from its chunks, once the last one is there."""
     parts, at = [], 0
     while (end := body.find(b"\r\n", at)) >= 0:
@@ -174,6 +183,6 @@ def _unchunked(body: bytes) -> bytes | None:
             return None
         if size == 0:
             return b"".join(parts)
-        parts.append(body[end + 2 : end + 2 + size])
+        parts.append(bytes(body[end + 2 : end + 2 + size]))
         at = end + 2 + size + 2
     return None

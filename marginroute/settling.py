@@ -25,7 +25,8 @@ class Pending:
         runtime: that decided.
         verdict: the last one.
         request: (Q,) signals; `changing` (S - S_static, C) and `legal` (C,): the rest of what was known.
-        decided_at_s: Unix time; `arrived_at_s`: that of the first decision; `seen_s`: the own clock's.
+        decided_at_s: Unix time; `arrived_at_s`: that of the first decision.
+        seen_s: own clock at the decision; `began_s`: at the first one.
         fallback_usd: margin expected of the fallback's choice; None: not estimated.
         tried: candidates that have failed it.
         sent_to: candidate of the attempt under way.
@@ -40,6 +41,7 @@ class Pending:
     decided_at_s: float
     arrived_at_s: float
     seen_s: float
+    began_s: float
     fallback_usd: float | None
     tried: set[str] = field(default_factory=set)
     sent_to: str = ""

@@ -27,6 +27,7 @@ log = logging.getLogger("marginroute.litellm")
 
 TOKENS_PER_CHARACTER = 0.25  # English prose; corrected by the usage that upstreams report
 RECENT_PROMPTS = 200.0
+JUMP_S = 1.0  # by which two clocks may disagree on how long a request took
 MOST_STORED = 10_000  # stored answers whose tier is remembered
 SHED = v.KINDS[v.SHED]
 CACHE = v.KINDS[v.CACHE]
@@ -49,6 +50,22 @@ class _Call:
     characters: int
     shed: bool = False
     cache_key: str = ""
+
+
+def _times(payload: Mapping[str, Any], arrived_at_s: float, waited_s: float) -> dict[str, float | None]:
+    """Latencies of an answer. LiteLLM's times are those on the wall: across a jump only our own clock counts."""
+    if abs(time.time() - arrived_at_s - waited_s) > JUMP_S:
+        return {"e2e_s": waited_s, "attempt_e2e_s": waited_s}
+    end_s, sent_s = float(payload["endTime"]), float(payload["startTime"])
+    times: dict[str, float | None] = {
+        "e2e_s": max(end_s - arrived_at_s, 0.0),
+        "attempt_e2e_s": max(end_s - sent_s, 0.0),
+    }
+    if payload.get("stream"):
+        first_s = float(payload["completionStartTime"])
+        times["ttft_s"] = max(first_s - arrived_at_s, 0.0)
+        times["attempt_ttft_s"] = max(first_s - sent_s, 0.0)
+    return times
 
 
 class Observer:
@@ -174,23 +191,22 @@ class Observer:
     def request_failed(self, data: Mapping[str, Any]) -> None:
         """LiteLLM gave up on a request, or we have shed it."""
         id = data.get("litellm_call_id", "")
-        arrived_at_s, call = self.gateway.arrived_at_s(id), self._forget(id)
-        if arrived_at_s is None:
+        waited_s, call = self.gateway.waited_s(id), self._forget(id)
+        if waited_s is None:
             return
         if call is not None and call.shed:
             self.gateway.finished(id, Outcome("shed"))
         else:
-            self.gateway.finished(id, Outcome("failed", e2e_s=max(time.time() - arrived_at_s, 0.0)))
+            self.gateway.finished(id, Outcome("failed", e2e_s=waited_s))
 
     def completed(self, kwargs: Mapping[str, Any]) -> None:
         """An answer is complete."""
         payload = kwargs["standard_logging_object"]
         id = kwargs.get("litellm_call_id") or payload["litellm_call_id"]
-        arrived_at_s, call = self.gateway.arrived_at_s(id), self._forget(id)
-        if arrived_at_s is None or call is None:
+        arrived_at_s, waited_s = self.gateway.arrived_at_s(id), self.gateway.waited_s(id)
+        call = self._forget(id)
+        if arrived_at_s is None or waited_s is None or call is None:
             return
-        end_s, sent_s = float(payload["endTime"]), float(payload["startTime"])
-        first_s = float(payload["completionStartTime"]) if payload.get("stream") else None
         prompt_tokens, output_tokens = int(payload["prompt_tokens"] or 0), int(payload["completion_tokens"] or 0)
         if call.characters and prompt_tokens:
             self._tokens_per_character, self._weight = running_mean(
@@ -200,10 +216,7 @@ class Observer:
         outcome = Outcome(
             status="completed",
             served_by=self._served_by(kwargs, payload),
-            ttft_s=None if first_s is None else max(first_s - arrived_at_s, 0.0),
-            e2e_s=max(end_s - arrived_at_s, 0.0),
-            attempt_ttft_s=None if first_s is None else max(first_s - sent_s, 0.0),
-            attempt_e2e_s=max(end_s - sent_s, 0.0),
+            **_times(payload, arrived_at_s, waited_s),
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
             cost_usd=cost_usd if cost_usd > 0.0 else None,

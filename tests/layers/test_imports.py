@@ -174,7 +174,9 @@ def loaded(statement, argv=("x",)):
     return {name.split(".")[0] for name in done.stdout.partition("LOADED ")[2].split()}
 
 
-BENCHMARKS = ("simulator", "training", "ablations", "decision", "vidur_parity", "dynamo_replay", "fit_accuracy")
+BENCHMARKS = (
+    "simulator", "training", "ablations", "decision", "vidur_parity", "dynamo_replay", "fit_accuracy", "gateway",
+)  # fmt: skip
 COMMANDS = [
     *(("-m", f"benchmarks.{name}") for name in BENCHMARKS),
     ("train.py",),

@@ -1,0 +1,150 @@
+"""The processes of the gateway benchmark: LiteLLM proxies in their own Python, and the emulated fleet."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from marginroute.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+START_S = 600.0
+AUTH = '''
+"""Keys `sk-CLASS` belong to that class."""
+
+from litellm.proxy._types import UserAPIKeyAuth
+
+
+async def check(request, api_key):
+    return UserAPIKeyAuth(api_key=api_key, metadata={"customer_class": api_key.removeprefix("sk-")})
+'''
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class Process:
+    """A process that answers a URL once it is ready.
+
+    Args:
+        command: what to run.
+        folder: where; its output goes to `output.txt` there.
+        environ: its environment.
+        ready: URL.
+    """
+
+    def __init__(self, command: Sequence[str], folder: Path, environ: Mapping[str, str], ready: str) -> None:
+        self._ready, self._output = ready, folder / "output.txt"
+        with open(self._output, "wb") as output:
+            self._process = subprocess.Popen(
+                command, cwd=folder, env=dict(environ), stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def wait(self) -> None:
+        """Returns when it answers.
+
+        Raises:
+            InputError: it ended, or took too long.
+        """
+        until_s = time.monotonic() + START_S
+        while time.monotonic() < until_s and self._process.poll() is None:
+            try:
+                urllib.request.urlopen(self._ready, timeout=5).close()
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise InputError(f"{self._ready} does not answer: {self._output.read_text(errors='replace')[-2000:]}")
+
+    def stop(self) -> None:
+        """Ends it."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+def emulator(folder: Path, fleet: str, speed: float, seed: int) -> tuple[Process, str]:
+    """The emulated fleet, and its base URL."""
+    folder.mkdir(parents=True)
+    port = free_port()
+    flags = ["--port", str(port), "--speed", str(speed), "--seed", str(seed)]
+    command = [sys.executable, "-m", "envs", "emulate", fleet, *flags]
+    url = f"http://127.0.0.1:{port}"
+    return Process(command, folder, {**os.environ, "PYTHONPATH": str(ROOT)}, f"{url}/health"), url
+
+
+def upstream(folder: Path) -> tuple[Process, str]:
+    """A stand-in engine that answers at once, and its base URL."""
+    folder.mkdir(parents=True)
+    port = free_port()
+    command = [sys.executable, str(ROOT / "examples" / "litellm" / "upstream.py"), str(port), "0", "0"]
+    url = f"http://127.0.0.1:{port}"
+    return Process(command, folder, os.environ, f"{url}/v1/models"), url
+
+
+def proxy(
+    python: str,
+    folder: Path,
+    deployments: Sequence[dict[str, Any]],
+    strategy: str = "simple-shuffle",
+    callback: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> tuple[Process, str]:
+    """A LiteLLM proxy, and its base URL.
+
+    Args:
+        python: interpreter that has litellm[proxy].
+        folder: for its files.
+        deployments: entries of LiteLLM's `model_list`.
+        strategy: of its router.
+        callback: module and object; None: none.
+        settings: of marginroute.
+        environ: more of its environment.
+    """
+    folder.mkdir(parents=True)
+    port = free_port()
+    config = {
+        "model_list": list(deployments),
+        "router_settings": {"routing_strategy": strategy, "num_retries": 2, "disable_cooldowns": True},
+        "litellm_settings": {"callbacks": [callback] if callback else [], "telemetry": False},
+        "general_settings": {"master_key": "os.environ/LITELLM_MASTER_KEY", "custom_auth": "auth.check"},
+    }
+    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    (folder / "auth.py").write_text(AUTH)
+    (folder / "path").mkdir()
+    for name in ("marginroute", "benchmarks"):
+        (folder / "path" / name).symlink_to(ROOT / name)
+    (folder / "settings.yaml").write_text(json.dumps(settings or {}))
+    code = "import sys; from litellm import run_server; sys.exit(run_server())"
+    flags = ["--config", "config.yaml", "--host", "127.0.0.1", "--port", str(port)]
+    kept = {k: x for k, x in os.environ.items() if not k.startswith(("MARGINROUTE", "LITELLM", "PYTHON"))}
+    more = {
+        "PYTHONPATH": str(folder / "path"),
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_LOG": "ERROR",
+        "LITELLM_MASTER_KEY": f"sk-{secrets.token_hex(16)}",
+        "NO_PROXY": "127.0.0.1",
+        "MARGINROUTE_CONFIG": str(folder / "settings.yaml"),
+        **(environ or {}),
+    }
+    url = f"http://127.0.0.1:{port}"
+    process = Process([python, "-c", code, *flags], folder, kept | more, f"{url}/health/liveliness")
+    return process, url
