@@ -161,6 +161,8 @@ def test_many_at_once(bundle_folder, tmp_path, many):
         request = post("/v1/decide", {"id": f"many{i}"})
         async with turn:
             reader, writer = await asyncio.open_unix_connection(server.uds)
+            writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")  # taken in, and not only waiting to be
+            await reader.readuntil(b"}")
         writer.write(request[:-3])
         opened.append(i)
         if len(opened) == many:
