@@ -232,19 +232,6 @@ def test_two_cannot_share_a_socket(server, bundle_folder, tmp_path):
     assert "listens on" in second.output.read_text() and decides(server)
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    openssl = shutil.which("openssl")
-    if not openssl:
-        pytest.skip("no openssl to make a certificate with")
-    folder = tmp_path_factory.mktemp("tls")
-    files = folder / "key.pem", folder / "cert.pem"
-    name = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost")
-    made = ("-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-keyout", files[0], "-out", files[1])
-    subprocess.run([openssl, "req", *name, *made], check=True, capture_output=True)
-    return files
-
-
 def test_tls_and_token(bundle_folder, tmp_path, certificate):
     key, cert = map(str, certificate)
     (tmp_path / "token").write_text(TOKEN + "\n")
