@@ -28,7 +28,7 @@ def settings_from(environ: Mapping[str, str], kind: type[S]) -> S:
     """
     values: dict[str, Any] = {}
     if path := environ.get("MARGINROUTE_CONFIG"):
-        values = _read_yaml(path)
+        values = read_yaml(path, f"MARGINROUTE_CONFIG {path}")
         _check(path, values, kind)
     for name in ("bundle", "log"):
         value = environ.get(f"MARGINROUTE_{name.upper()}") or values.get(name)
@@ -58,14 +58,19 @@ def _check(path: str, values: dict[str, Any], kind: type[OperationSettings]) -> 
             raise InputError(f"{path}: {key} = {value!r}; legal is a number")
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file; `what` names it in errors.
+
+    Raises:
+        InputError: unreadable, not YAML, or no mapping.
+    """
     import yaml
 
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"MARGINROUTE_CONFIG {path} is unreadable or not YAML: {error}") from None
+        raise InputError(f"{what} is unreadable or not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise InputError(f"MARGINROUTE_CONFIG {path} must map settings to values")
+        raise InputError(f"{what} must map settings to values")
     return values

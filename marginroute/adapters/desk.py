@@ -16,6 +16,7 @@ from marginroute.adapters.metrics import Histogram
 from marginroute.errors import InputError
 from marginroute.facts import Facts, Verdict
 from marginroute.operation import OperationSettings, open_gateway
+from marginroute.operation_file import read_yaml
 
 log = logging.getLogger("marginroute.gateway")
 
@@ -129,7 +130,7 @@ def read_settings(cls: type[Settings], path: str | None, given: Mapping[str, Any
     Raises:
         InputError: something is missing, unreadable, unknown or of the wrong kind.
     """
-    values: dict[str, Any] = {} if path is None else _read_yaml(path)
+    values: dict[str, Any] = {} if path is None else read_yaml(path, path)
     known = {f.name: f for f in fields(cls)}
     for key, value in values.items():
         if key not in known:
@@ -161,16 +162,3 @@ def _fits(value: Any, setting: Field[Any]) -> bool:
         return isinstance(value, str)
     named = isinstance(value, dict) and all(isinstance(key, str) for key in value)
     return named and (setting.name == "rollback" or all(isinstance(x, str) for x in value.values()))
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} is unreadable or not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} must map settings to values")
-    return values

@@ -7,7 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from marginroute.adapters.chat import question as question_of
+from marginroute.adapters.chat import texts
 from marginroute.operation import OperationSettings
+
+__all__ = ["question_of", "texts"]  # of `chat`, for the observer
 
 GENERATION = ("acompletion", "atext_completion", "aresponses", "anthropic_messages", "completion", "responses")
 
@@ -98,30 +102,6 @@ def texts_of_tools(tools: Any) -> Iterator[str]:
     """Tools as one text."""
     if tools:
         yield json.dumps(tools, sort_keys=True, default=str)
-
-
-def texts(value: Any) -> Iterator[str]:
-    """All texts in messages or prompts, in order."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from texts(value.get("content") or value.get("text"))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from texts(item)
-
-
-def question_of(value: Any) -> str | None:
-    """What the user asked last: text of the last message from `user`, or of the last text where there are no roles."""
-    if isinstance(value, list | tuple):
-        asked = [item for item in value if isinstance(item, Mapping) and item.get("role") == "user"]
-        if asked:
-            return "\n".join(texts(asked[-1])) or None
-        for item in reversed(value):
-            if question := question_of(item):
-                return question
-        return None
-    return "\n".join(texts(value)) or None
 
 
 def count_characters(value: Any) -> int:

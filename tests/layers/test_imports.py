@@ -37,7 +37,6 @@ TOP = ("envs.__main__", "agents.__main__", "benchmarks", *SCRIPTS)  # may import
 # Libraries that may be absent: imported inside functions only.
 OPTIONAL = {
     "marginroute.adapters.litellm": ("litellm",),
-    "marginroute.adapters.desk": ("yaml",),
     "marginroute.adapters.envoy": ("envoy", "grpc", "grpc_health", "yaml"),
     "marginroute.adapters.envoy_messages": ("envoy",),
     "marginroute.adapters.http": ("httptools", "prometheus_client", "uvicorn"),
