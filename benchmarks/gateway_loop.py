@@ -2,8 +2,8 @@
 
 One episode of the Azure conversation service at twice its traffic, on the starter fleet. Both sides are judged by the
 same sum per request: usage and credits by the latency that its user saw, refunds by the episode's own outcomes, cost
-by the tokens. What the gateway cannot do (hold, answer from a cache) is taken out of the world, and so is the difficulty
-signal, which no gateway has. Seats are paid either way; GPU hours are the same for all.
+by the tokens. What the gateway cannot do (hold, answer from a cache) is taken out of the world, and so is the
+difficulty signal, which no gateway has. Seats are paid either way; GPU hours are the same for all.
 """
 
 from __future__ import annotations
