@@ -34,8 +34,12 @@ class Seen:
 
 def body_of(workload: Workload, i: int, task: str) -> bytes:
     """A chat completion whose prompt is as long as the request's, and that tells the emulator the true lengths."""
-    prompt_tokens, output_tokens = int(workload.prompt_tokens[i]), int(workload.output_tokens[i])
-    words = f"{i} " + "word " * ((4 * prompt_tokens) // 5)
+    return chat_body(f"{i} ", int(workload.prompt_tokens[i]), int(workload.output_tokens[i]), task)
+
+
+def chat_body(start: str, prompt_tokens: int, output_tokens: int, task: str) -> bytes:
+    """The same of any lengths."""
+    words = start + "word " * ((4 * prompt_tokens) // 5)
     return json.dumps(
         {
             "model": "chat",
@@ -84,8 +88,8 @@ async def ask(url: str, body: bytes, key: str, patience_s: float, speed: float) 
     return seen
 
 
-async def play(url: str, workload: Workload, scenario: Any, speed: float, most: int | None = None) -> list[Seen]:
-    """The requests of an episode (the first `most` of them), each at its time."""
+async def play(url: str, workload: Workload, scenario: Any, speed: float) -> list[Seen]:
+    """All requests of an episode, each at its time."""
     loop = asyncio.get_running_loop()
     began_s = loop.time()
 
@@ -95,4 +99,4 @@ async def play(url: str, workload: Workload, scenario: Any, speed: float, most: 
         body = body_of(workload, i, scenario.task_names[workload.task_index[i]])
         return await ask(url, body, key, float(workload.patience_s[i]), speed)
 
-    return list(await asyncio.gather(*(one(i) for i in range(len(workload.arrived_at_s[:most])))))
+    return list(await asyncio.gather(*(one(i) for i in range(len(workload.arrived_at_s)))))

@@ -18,7 +18,7 @@ import yaml
 
 from agents.export import make_bundle
 from benchmarks import common, gateway_processes
-from benchmarks.gateway_client import Seen, play
+from benchmarks.gateway_client import LONGEST_S, Seen, ask, chat_body, play
 from envs.fleet.state import COMPLETED
 from envs.scenario import load_scenario
 from envs.workload.requests import Workload
@@ -196,7 +196,8 @@ def measured(
 
 async def _all(urls: dict[str, str], workload: Workload, plant: Plant, speed: float) -> dict[str, list[Seen]]:
     """The episode through every gateway at once."""
+    short = chat_body("warm-up ", 16, 2, plant.scenario.task_names[0])
     for url in urls.values():  # the first request of a proxy is slow
-        await play(url, workload, plant.scenario, speed, 1)
+        await ask(url, short, f"sk-{plant.scenario.class_names[0]}", LONGEST_S, speed)
     seen = await asyncio.gather(*(play(url, workload, plant.scenario, speed) for url in urls.values()))
     return dict(zip(urls, seen, strict=True))

@@ -140,6 +140,7 @@ def proxy(
         "PYTHONPATH": str(folder / "path"),
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "LITELLM_LOG": "ERROR",
+        "REPEATED_STREAMING_CHUNK_LIMIT": "1000000",  # the emulator says one word again and again
         "LITELLM_MASTER_KEY": f"sk-{secrets.token_hex(16)}",
         "NO_PROXY": "127.0.0.1",
         "MARGINROUTE_CONFIG": str(folder / "settings.yaml"),
