@@ -6,12 +6,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import by_hand
 import pytest
+from sizes import SMALL, TINY, TINY_TRAINING
 
 from envs.fleet_env import FleetEnv
 from envs.scenario import load_scenario
 from envs.worlds import Plant
-
-SMALL = {"horizon_s": 20.0, "requests_per_episode": 100}
 
 
 @pytest.fixture(scope="session")
@@ -40,22 +39,6 @@ def small_scenario():
 @pytest.fixture(scope="session")
 def small_plant(small_scenario):
     return Plant(small_scenario)
-
-
-TINY = {"horizon_s": 5.0, "requests_per_episode": 25}
-TINY_TRAINING = {
-    "steps": 1024,
-    "n_envs": 8,
-    "rollout_steps": 32,
-    "minibatch": 128,
-    "epochs": 2,
-    "width": 8,
-    "normaliser_episodes": 2,
-    "validation_episodes": 2,
-    "gate_episodes": 2,
-    "checkpoint_every_steps": 512,
-    "validations": 2,
-}
 
 
 @pytest.fixture(scope="session")

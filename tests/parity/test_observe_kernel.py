@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL
+from sizes import SMALL
 
 from envs.scenario import load_scenario
 from envs.vector_env import ObservedWorlds
