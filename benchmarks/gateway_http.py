@@ -50,7 +50,7 @@ class _InProcess:
         from marginroute.adapters.desk import Desk
         from marginroute.adapters.http import HttpSettings
 
-        self.desk = Desk(HttpSettings(str(bundle), str(folder / "in-process.jsonl"), mode="live"))
+        self.desk = Desk(HttpSettings(str(bundle), str(folder / "in-process.jsonl"), mode="live"), "http")
 
     def decide_s(self, id: str) -> float:
         """Seconds of one decision, counted as sent."""

@@ -22,6 +22,19 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _capabilities(arguments: argparse.Namespace) -> int:
+    from marginroute import capabilities
+
+    if arguments.json:
+        import json
+
+        rows = [dict(zip(capabilities.COLUMNS, row, strict=True)) for row in capabilities.rows()]
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+    else:
+        sys.stdout.write(capabilities.markdown())
+    return 0
+
+
 def _feedback(arguments: argparse.Namespace) -> int:
     from marginroute import feedback_log
 
@@ -91,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = command("inspect", _inspect, "Verify a bundle and print its model card.")
     inspect.add_argument("bundle", metavar="BUNDLE", help="folder written by export.py")
+    able = command("capabilities", _capabilities, "Print what each gateway can see and do.")
+    able.add_argument("--json", action="store_true", help="JSON in place of a Markdown table")
     learn = command("feedback", _feedback, "Correct P(good answer) by the feedback in a decision log.")
     learn.add_argument("log", type=Path, metavar="LOG", help="decision records, JSON lines")
     learn.add_argument("bundle", metavar="BUNDLE", help="folder that the log was written with")

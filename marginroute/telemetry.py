@@ -16,6 +16,7 @@ import numpy as np
 
 from marginroute import view as v
 from marginroute.bundle import Bundle
+from marginroute.capabilities import able
 from marginroute.counters import COUNTERS, Counters, Entry
 from marginroute.errors import InputError
 from marginroute.feedback import QualityPosterior, shifted
@@ -59,6 +60,7 @@ class GatewayState:
         self._predicted = [t for t, name in enumerate(self.layout.tier_names) if name in models]  # tiers by index
         self._model = [models.index(self.layout.tier_names[t]) for t in self._predicted]
         self._can, self._hold_s, self._reuse = frozenset(can), hold_s, reuse
+        self._able = able(self.layout, self._can)
         self._lock = threading.Lock()
         self._counters = Counters(self.layout, bundle.static_signals, stale_after_s)
         self._serving = int((self.layout.kind <= v.PROVIDER).sum())
@@ -298,7 +300,7 @@ class GatewayState:
         legal[list(range(self._serving) if available is None else available)] = True
         for c in range(self._serving, self.layout.n_candidates):
             kind = int(self.layout.kind[c])
-            legal[c] = v.KINDS[kind] in self._can
+            legal[c] = self._able[c]
             if kind == v.CACHE:
                 legal[c] &= cached
             elif kind == v.DEFER:

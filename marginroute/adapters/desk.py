@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar
 
 from marginroute import view as v
 from marginroute.adapters.metrics import Histogram
+from marginroute.capabilities import abilities
 from marginroute.errors import InputError
 from marginroute.facts import Facts, Verdict
 from marginroute.operation import OperationSettings, open_gateway
@@ -20,7 +21,6 @@ from marginroute.operation_file import read_yaml
 
 log = logging.getLogger("marginroute.gateway")
 
-CAN = ("cache", "defer", "shed", "hold")
 MOST_WARNINGS = 100
 
 
@@ -32,11 +32,13 @@ class DeskSettings(OperationSettings):
         endpoints: where each candidate is reached, such as `10.0.0.7:8000`.
         default_class: class of requests that name none; empty: the bundle's first.
         default_task: task type of requests that name none; empty: the bundle's first.
+        can: what the gateway can do beside sending a request on (`capabilities.GATEWAYS`).
     """
 
     endpoints: Mapping[str, str] = field(default_factory=dict)
     default_class: str = ""
     default_task: str = ""
+    can: tuple[str, ...] = ("shed",)
 
 
 class Desk:
@@ -44,7 +46,7 @@ class Desk:
 
     Args:
         settings: of the operator.
-        can: what the gateway behind it could carry out beside sending a request on.
+        gateway: which one is behind it, of `capabilities.GATEWAYS`.
 
     Attributes:
         endpoint: address by candidate; name_at: candidate by address.
@@ -56,9 +58,8 @@ class Desk:
         InputError: the bundle, a name in the settings, or the log is unusable.
     """
 
-    def __init__(self, settings: DeskSettings, can: Collection[str] = ("shed",)) -> None:
-        check_names("can", can, CAN)
-        self.settings, self.gateway = settings, open_gateway(settings, can)
+    def __init__(self, settings: DeskSettings, gateway: str) -> None:
+        self.settings, self.gateway = settings, open_gateway(settings, abilities(gateway, settings.can))
         layout = self.gateway.bundle.layout
         try:
             serving = layout.names[: int((layout.kind <= v.PROVIDER).sum())]

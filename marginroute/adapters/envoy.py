@@ -296,7 +296,7 @@ def run(settings: EnvoySettings, listen: Listen) -> int:
         import grpc_health.v1  # noqa: F401
     except ImportError as error:
         raise InputError(f"{error.name} is not installed; pip install 'marginroute[envoy]'") from None
-    desk = Desk(settings)
+    desk = Desk(settings, "envoy-buffered")
     try:
         run_loop(_serve(Picker(desk), listen))
     finally:

@@ -34,13 +34,11 @@ class HttpSettings(DeskSettings):
     """What the operator sets.
 
     Attributes:
-        can: what the caller can do beside sending a request on: any of `cache`, `defer`, `shed`, `hold`.
         max_body_bytes: of a request; a larger one is refused.
         token_file: file with the token that callers must show; empty: none.
         request_timeout_s: that a request may take to arrive.
     """
 
-    can: tuple[str, ...] = ("shed",)
     max_body_bytes: int = 1 << 20
     token_file: str = ""
     request_timeout_s: float = 10.0
@@ -199,7 +197,7 @@ def run(settings: HttpSettings, listen: Listen) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
-    desk = Desk(settings, settings.can)
+    desk = Desk(settings, "http")
     try:
         app = App(desk, settings.max_body_bytes, token)
         run_loop(_serve(app, listen, settings.request_timeout_s))

@@ -33,6 +33,7 @@ from typing import Any
 
 from marginroute.adapters.litellm_observer import Observer, ShedRequest, log
 from marginroute.adapters.litellm_request import Settings
+from marginroute.capabilities import abilities
 from marginroute.errors import InputError
 from marginroute.operation import open_gateway
 from marginroute.operation_file import settings_from
@@ -44,7 +45,8 @@ def build(settings: Settings) -> Observer:
     Raises:
         InputError: a setting, the bundle, a default class or task, or the log is unusable.
     """
-    gateway = open_gateway(settings, ("shed", "cache") if settings.use_cache else ("shed",))
+    can = abilities("litellm", ("shed", "cache") if settings.use_cache else ("shed",))
+    gateway = open_gateway(settings, can)
     layout = gateway.bundle.layout
     for values, known, what in (
         ((settings.default_class,), layout.class_names, "default_class"),

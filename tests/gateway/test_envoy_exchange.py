@@ -44,7 +44,7 @@ def make(folder, tmp_path):
     def picker(**settings):
         log = str(tmp_path / f"log{len(made)}.jsonl")
         values = {"mode": "live", "endpoints": ENDPOINTS, **settings}
-        made.append(Picker(Desk(EnvoySettings(str(folder), log, **values))))
+        made.append(Picker(Desk(EnvoySettings(str(folder), log, **values), "envoy-buffered")))
         return made[-1]
 
     yield picker

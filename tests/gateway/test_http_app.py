@@ -23,7 +23,7 @@ def make(bundle_folder, tmp_path):
     def app(token="", folder=bundle_folder, **settings):
         log = str(tmp_path / f"log{len(made)}.jsonl")
         settings = HttpSettings(str(folder), log, **{"mode": "live", **settings})
-        made.append(App(Desk(settings, settings.can), settings.max_body_bytes, token))
+        made.append(App(Desk(settings, "http"), settings.max_body_bytes, token))
         return made[-1]
 
     yield app
@@ -273,7 +273,10 @@ def test_the_document_is_plain_openapi(make):
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"can": ("fly",)}, "can: 'fly' is unknown; legal: cache"), ({"endpoints": {"x": "y"}}, "endpoints: 'x'")],
+    [
+        ({"can": ("fly",)}, "can: 'fly' is nothing that http can do; legal: shed"),
+        ({"endpoints": {"x": "y"}}, "endpoints: 'x'"),
+    ],
 )
 def test_bad_settings(make, settings, words):
     with pytest.raises(InputError, match=words):
