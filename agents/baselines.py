@@ -18,6 +18,8 @@ from agents.tuning import Budget, Rule, Tuned
 from envs import scenario_files
 from envs.scenario import Scenario
 from marginroute import heuristics
+from marginroute.control import ControlLayout
+from marginroute.control_rules import RuleController
 from marginroute.errors import InputError
 
 SCHEMA = 1
@@ -36,26 +38,53 @@ def write_text(path: Path, text: str) -> None:
 
 def save(path: Path, scenario: Scenario, tuned: dict[str, Tuned], budget: Budget, command: str) -> None:
     """Writes tuned baselines, before those that the file holds already."""
-    before = load(path)[0]["baselines"] if path.is_file() else {}
+    kept = load(path)[0] if path.is_file() else {}
+    before = kept.get("baselines", {})
     data = {
+        **kept,
         "schema": SCHEMA,
         "scenario": scenario.name,
         "scenario_hash": scenario.hash,
         "command": command,
         "budget": {name: getattr(budget, name) for name in budget.__dataclass_fields__},
         "baselines": {
-            name: {
-                "validation_usd_per_1k": round(x.validation_usd_per_1k, 6),
-                "spread_pct": round(x.spread_pct, 4),
-                "requests": x.requests,
-                "restarts_usd_per_1k": [round(usd, 6) for usd in x.restarts_usd_per_1k],
-                "policy": heuristics.to_dict(x.policy),
-            }
-            for name, x in tuned.items()
+            name: _evidence(x, "requests") | {"policy": heuristics.to_dict(x.policy)} for name, x in tuned.items()
         }
         | before,
     }
     write_text(path, yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
+
+
+def _evidence(tuned: Tuned, unit: str) -> dict[str, Any]:
+    return {
+        "validation_usd_per_1k": round(tuned.validation_usd_per_1k, 6),
+        "spread_pct": round(tuned.spread_pct, 4),
+        unit: tuned.requests,
+        "restarts_usd_per_1k": [round(usd, 6) for usd in tuned.restarts_usd_per_1k],
+    }
+
+
+def save_controllers(path: Path, tuned: dict[str, Tuned], budget: Budget) -> None:
+    """Adds the tuned controllers to a file of tuned baselines; their budget counts control ticks on the surrogate."""
+    data = load(path)[0]
+    limits = {"ticks" if name == "requests" else name: x for name, x in vars(budget).items()}
+    rows = {name: _evidence(x, "ticks") | {"policy": x.policy.to_dict()} for name, x in tuned.items()}
+    data["controllers"] = {"budget": limits, "rules": rows}
+    write_text(path, yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
+
+
+def load_controllers(path: Path, layout: ControlLayout) -> tuple[dict[str, RuleController], str]:
+    """The tuned controllers of a file, and the name of the best on validation; ({}, "") where it holds none.
+
+    Raises:
+        InputError: as `load`, or a rule is incomplete.
+    """
+    rows = load(path)[0].get("controllers", {}).get("rules", {})
+    try:
+        rules = {name: RuleController.from_dict(row["policy"], layout) for name, row in rows.items()}
+        return rules, max(rows, key=lambda name: rows[name]["validation_usd_per_1k"], default="")
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is incomplete ({error}); tune the baselines again with train.py --retune") from None
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Rule]]:

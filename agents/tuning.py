@@ -224,7 +224,7 @@ def _search(
     return best, spent
 
 
-def _tune(
+def search_restarts(
     suggest: Suggest,
     plant: Plant,
     objective: Objective,
@@ -325,7 +325,7 @@ class _Tuner:
 
     def search(self, suggest: Suggest) -> Tuned:
         """Tunes a rule with several parameters."""
-        return _tune(suggest, self.plant, self.objective, self.validation, self.budget, self.report)
+        return search_restarts(suggest, self.plant, self.objective, self.validation, self.budget, self.report)
 
     def margin(self, name: str, priced: bool, fitted: quality.FittedQuality | None = None) -> Tuned:
         """Tunes a margin rule."""

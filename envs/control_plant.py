@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from envs.fluid_worlds import curves_of, sample_of
-from envs.scenario import Scenario, Split
+from envs.scenario import ControlSection, Scenario, Split
 from envs.workload.compose import arrivals_of
 from envs.workload.requests import Workload
 from envs.worlds import Plant
@@ -70,7 +70,7 @@ class ControlPlant:
     def __init__(self, scenario: Scenario | Plant, tick_s: float | None = None) -> None:
         self.plant = scenario if isinstance(scenario, Plant) else Plant(scenario)
         scenario = self.plant.scenario
-        self.tick_s = tick_s or scenario.control.tick_s
+        self.tick_s = tick_s or (scenario.control or ControlSection()).tick_s  # type: ignore[call-arg]
         self.ticks = math.ceil(scenario.horizon_s / self.tick_s - 1e-9)
         season = scenario.workload.season
         self.start_s = 3600.0 * season.start_h if season is not None and season.start_h is not None else 0.0

@@ -87,7 +87,9 @@ class Scenario(Section):
         1.0, description="Multiplies arrivals per second; a trace is played that much faster than recorded."
     )
     trace: TraceSection | None = Field(None, description="Recorded requests; left out: the generator.")
-    control: ControlSection = Field(ControlSection(), description="How often levers are set.")  # type: ignore[call-arg]
+    control: ControlSection | None = Field(
+        None, description="The controller's clock; left out: replicas, caps and holding stay as they are."
+    )
     ranges: dict[str, Range] = Field(
         default_factory=dict, description="Dotted keys in which the worlds of the scenario differ, and how."
     )

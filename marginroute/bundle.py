@@ -1,6 +1,6 @@
 """The bundle: a trained policy on disk, as data that any gateway can verify and run.
 
-A bundle is a folder of up to five files, none of which can execute anything:
+A bundle is a folder of up to seven files, none of which can execute anything:
 
     manifest.json   everything but arrays: format, versions, scenario, layout, contract terms, candidate constants,
                     advice and fallback heuristics, FeatureSpec with its normaliser, guard limits, evaluation table,
@@ -9,6 +9,9 @@ A bundle is a folder of up to five files, none of which can execute anything:
     policy.onnx     the same network with its normaliser as an ONNX graph, for gateways in other languages
     parity.npz      observations and the logits and choices that the trained policy gave for them
     quality.npz     predictor of P(good answer) from a prompt's text, where one was exported along
+    controller.npz, controller_parity.npz
+                    the same as weights and parity of the controller, where one was learned; its rule and layout stand
+                    in the manifest (`marginroute.control_policy`)
 
 `load` refuses a bundle whose hashes, format or feature version differ, and one whose network does not reproduce the
 parity vectors to 1e-5, or whose predictor does not reproduce the manifest's probe to 1e-9.
@@ -29,7 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from marginroute import __version__, heuristics
+from marginroute import __version__, control_policy, heuristics
+from marginroute.control_rules import Controller
 from marginroute.errors import InputError
 from marginroute.features import FEATURE_VERSION, FeatureSpec
 from marginroute.features import split as split_observation
@@ -45,7 +49,8 @@ PARITY_TOLERANCE = 1e-5
 PROBE = "Write a Python function that returns the 12 largest primes below n.\nWhy does it stop? \u00bfPor qu\u00e9?"
 PROBE_TOLERANCE = 1e-9
 MAX_FILE_BYTES = 64 << 20
-FILES = ("weights.npz", "policy.onnx", "parity.npz", "quality.npz")  # beside the manifest
+CONTROLLER_FILES = (control_policy.WEIGHTS_FILE, control_policy.PARITY_FILE)
+FILES = ("weights.npz", "policy.onnx", "parity.npz", "quality.npz", *CONTROLLER_FILES)  # beside the manifest
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +71,7 @@ class Bundle:
         evaluation: the table it was judged by, free form.
         provenance: versions, command, seed, training time.
         predictor: of P(good answer) from the prompt, its models named as tiers; None: the prior is all there is.
+        controller: sets the levers of a control tick, `controller.decide(view)`; None: the scenario has no controller.
         digest: sha256 of the manifest that it was loaded from; empty for a bundle in the making.
     """
 
@@ -82,6 +88,7 @@ class Bundle:
     evaluation: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     predictor: QualityPredictor | None = None
+    controller: Controller | None = None
     digest: str = ""
 
     @property
@@ -162,7 +169,13 @@ def parity_logits(policy: ResidualPolicy, observation: Array) -> Array:
     return np.where(legal > 0.5, policy.folded.logits(candidate, context, advice), -np.inf)
 
 
-def save(bundle: Bundle, folder: Path, parity: dict[str, Array] | None = None, onnx: bytes | None = None) -> None:
+def save(
+    bundle: Bundle,
+    folder: Path,
+    parity: dict[str, Array] | None = None,
+    onnx: bytes | None = None,
+    control_parity: dict[str, Array] | None = None,
+) -> None:
     """Writes a bundle; the folder appears complete or not at all.
 
     Args:
@@ -170,6 +183,7 @@ def save(bundle: Bundle, folder: Path, parity: dict[str, Array] | None = None, o
         folder: where; must not exist, or be an earlier bundle, which is replaced.
         parity: `observation` (B, D) and the trained policy's `logits` (B, C); required for a learned policy.
         onnx: a learned policy's network as an ONNX file, for gateways in other languages.
+        control_parity: `inputs` (B, D + A) and the trained controller's `correction` (B, A); for a learned one.
 
     Raises:
         InputError: the folder exists and is not a bundle.
@@ -189,6 +203,10 @@ def save(bundle: Bundle, folder: Path, parity: dict[str, Array] | None = None, o
     if bundle.predictor is not None:
         check_predictor(bundle.predictor, bundle.layout)
         files["quality.npz"] = bundle.predictor.to_bytes()
+    if isinstance(bundle.controller, control_policy.LearnedController):
+        assert control_parity is not None
+        archives = bundle.controller.network.arrays(), control_parity
+        files |= {name: _npz_bytes(x) for name, x in zip(CONTROLLER_FILES, archives, strict=True)}
     manifest = _plain(
         {
             "format": FORMAT,
@@ -210,6 +228,7 @@ def save(bundle: Bundle, folder: Path, parity: dict[str, Array] | None = None, o
             "fallback": heuristics.to_dict(bundle.fallback),
             "spec": policy.spec.to_dict() if isinstance(policy, ResidualPolicy) else None,
             "guard": bundle.limits.to_dict(),
+            "controller": None if bundle.controller is None else control_policy.described(bundle.controller),
             "evaluation": bundle.evaluation,
             "provenance": bundle.provenance,
             "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
@@ -331,6 +350,13 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Bundle:
         probe = manifest["quality"]["probe"]
         if not np.allclose(predictor.p_good(probe["text"]), probe["p_good"], rtol=0.0, atol=PROBE_TOLERANCE):
             raise InputError(f"{folder} does not reproduce its probe prompt to {PROBE_TOLERANCE} on this machine")
+    controller = manifest.get("controller")
+    if controller is not None:
+
+        def arrays(name: str) -> dict[str, Array]:
+            return _arrays(folder, name, manifest["sha256"])
+
+        controller = control_policy.read(controller, arrays, str(folder))
     return Bundle(
         policy=policy,
         fallback=heuristics.from_dict(manifest["fallback"]),
@@ -345,5 +371,6 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Bundle:
         evaluation=manifest["evaluation"],
         provenance=manifest["provenance"],
         predictor=predictor,
+        controller=controller,
         digest=manifest["digest"],
     )

@@ -42,6 +42,7 @@ def model_card(folder: str | Path) -> str:
         ("Advice", "advice"),
         ("Fallback", "fallback"),
         ("Guard", "guard"),
+        ("Controller", "controller"),
         ("Prior of P(good answer), by tier", "prior"),
         ("Predictor of P(good answer)", "quality"),
         ("Evaluation", "evaluation"),
@@ -52,6 +53,8 @@ def model_card(folder: str | Path) -> str:
         if name == "evaluation" and "paired" in data:
             lines += ["", title, *evaluation_lines(data)]
             data, title = data.get("gate"), "Gate, on validation episodes"
+        if name == "controller" and data:
+            data = _controller(data)
         lines += ["", title, *(_tree(data, "  ") or ["  (none)"])]
     return "\n".join(lines) + "\n"
 
@@ -68,6 +71,18 @@ def _classes(names: list[str], terms: dict[str, dict[str, Any]]) -> Iterator[str
     for name in names:
         yield f"  {name}"
         yield from (f"    {key}: {_text(x)}" for key, x in terms[name].items() if x not in (0, "Infinity"))
+
+
+def _controller(data: dict[str, Any]) -> dict[str, Any]:
+    """What the card says of a controller: its rule and what it may set, without the season."""
+    layout, learned = data["layout"], {"residual": "network that corrects its rule", "none": "nothing learned: a rule"}
+    pools = zip(layout["pool_names"], layout["min_replicas"], layout["max_replicas"], layout["slots"], strict=True)
+    return {
+        "policy": f"{data['name']} ({learned.get(data['learned'], data['learned'])})",
+        "decides every": f"{layout['tick_s']:g} s",
+        "replicas": {name: f"{low:g} to {high:g}, {slots:g} slots each" for name, low, high, slots in pools},
+        "rule": data["rule"],
+    }
 
 
 def _tree(value: Any, indent: str) -> list[str]:

@@ -2,8 +2,8 @@
 
 A controller decides once per tick (seconds to minutes) how many replicas each pool shall have, how many requests one of
 them may have at once, how fast held batch work is released, and which shares of each class are spilled to providers
-or shed. The same functions build observations in the fluid surrogate, on the engine and in a gateway
-(`marginroute.control_loop`), for any number of worlds at once.
+or shed. The same functions build observations in the fluid surrogate, on the engine and in a gateway, for any number of
+worlds at once.
 
 Shapes: N worlds (first axis), P pools, K classes, V providers, A levers, H hours of the season, G parts of a deadline.
 

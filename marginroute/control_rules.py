@@ -43,6 +43,7 @@ from marginroute.control import (
     ControlLayout,
     ControlView,
     Levers,
+    decode,
     encode,
 )
 from marginroute.errors import InputError
@@ -67,6 +68,12 @@ class Controller(Protocol):
 
     def act(self, view: ControlView) -> Array:
         """Actions (N, A) in [-1, 1]; worlds that are `fresh` begin anew."""
+
+    def decide(self, view: ControlView) -> Levers:
+        """The same in physical units: what a gateway carries out."""
+
+    def anew(self) -> Controller:
+        """The same without memory of earlier ticks."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +196,14 @@ class RuleController:
                 shed_share=np.zeros((n, len(layout.class_names))),
             ),
         )
+
+    def decide(self, view: ControlView) -> Levers:
+        """The levers of this tick in physical units."""
+        return decode(self.layout, self.act(view))
+
+    def anew(self) -> RuleController:
+        """The same rule without memory of earlier ticks."""
+        return replace(self, _recent={})
 
     def _demand(self, view: ControlView, p: ControlParameters, ahead_s: float) -> Array:
         """(N,) forecast of the work that nobody can hold back, requests per second."""
