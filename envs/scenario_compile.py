@@ -177,6 +177,7 @@ def workload_spec(scenario: Scenario) -> WorkloadSpec:
         composition=composition(scenario, class_share),
         intents=workload.intents.build() if workload.intents else None,
         reuse=tuple(task.reuse.build() for task in workload.tasks.values()) if workload.intents else (),
+        judged_share=workload.feedback.share if workload.feedback else 0.0,
     )
 
 

@@ -80,6 +80,15 @@ class IntentsSection(Section):
         return IntentSpec(exponent=self.zipf_exponent, turnover_per_s=self.turnover_per_h / 3600.0, **figures)
 
 
+class FeedbackSection(Section):
+    """What the gateway hears about its answers (envs/world_feedback.py)."""
+
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        description="Share of answers that are judged: thumbs, regenerations, failed checks, claimed refunds."
+    )
+    delay_s: NonNegative = Field(description="Seconds from the end of an answer until its judgement comes in.")
+
+
 class Difficulty(Section):
     """What can be known about difficulty before the answer."""
 
@@ -138,4 +147,5 @@ class WorkloadSection(Section):
     intents: IntentsSection | None = Field(
         None, description="Prompts that come again in other words, in place of recurring; left out: none."
     )
+    feedback: FeedbackSection | None = Field(None, description="Judgements that reach the gateway; left out: none.")
     difficulty: Difficulty = Field(description="Difficulty and its observable signal.")

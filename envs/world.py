@@ -26,6 +26,7 @@ from numba import njit
 from envs import prefix_kernel
 from envs import world_cache as answers
 from envs import world_elastic as elastic
+from envs import world_feedback as feedback
 from envs import world_hold as held_queue
 from envs import world_sessions as sessions
 from envs.economics import ledger as books
@@ -109,6 +110,8 @@ def _post_finished(
     elastic.note_call(mine, False, request.completed_at_s)
     mean = lengths[w, k, load.task_index]
     mean.value, mean.weight = running_mean(mean.value, mean.weight, load.output_tokens, latency.RECENT_LENGTHS)
+    if load.judged == 1:
+        feedback.answered(config, desks, loads, w, i, tiers[c], answer, request.completed_at_s)
     if load.prompt_key >= 0 and config[0].cache_capacity > 0:
         answers.store(config, desks, entries, loads, ledger_usd, w, i, tiers[c], answer, request.completed_at_s)
 
@@ -365,6 +368,9 @@ def _show(
         answers.show(config, desks, entries, prior, signals, p_true, w, c, i)
     else:
         answers.show_nothing(signals, p_true, w, c)
+    if config[0].feedback_delay_s >= 0.0:
+        feedback.hear(desks, loads, prior, lengths, terms.shape[0], w)
+        feedback.show(config, tiers, lengths, signals, terms.shape[0], w, load.task_index)
     term = terms[load.class_index]
     deadline_left_s = load.arrived_at_s + load.deadline_s - desk.now_s
     legal[w, c + 1] = term.delay_tolerant > 0.0 and deadline_left_s > 2.0 * config[0].hold_s

@@ -28,6 +28,13 @@ LOAD = np.dtype(
         ("prefix_at", "i4"),  # where its block hashes begin
         ("prefix_count", "i4"),  # its full blocks that have one; 0: nobody looks
         ("attempts", "i4"),  # that faults have ended
+        # Feedback, see world_feedback.py
+        ("judged", "i4"),  # 1: the gateway will hear whether the answer was good
+        ("judged_tier", "i4"),
+        ("judged_good", "i4"),
+        ("next_judged", "i4"),
+        ("last_judged", "i4"),
+        ("judged_at_s", "f8"),
         ("next_held", "i4"),  # batch queue, or queue of retries
         ("offer_at_s", "f8"),
         # Sessions, see world_sessions.py
@@ -69,6 +76,8 @@ DESK = np.dtype(
         ("change", "i4"),  # next row of the world's faults
         ("n_changes", "i4"),
         ("sequence", "i4"),
+        ("judged_head", "i4"),  # answers whose judgement is on its way
+        ("judged_tail", "i4"),
         ("lru_head", "i4"),  # least recently used key of the response cache
         ("lru_tail", "i4"),
         ("cached", "i4"),
@@ -85,6 +94,7 @@ CONFIG = np.dtype(
         ("max_attempts", "i4"),
         ("backoff_s", "f8"),
         ("hold_s", "f8"),
+        ("feedback_delay_s", "f8"),
         ("cache_capacity", "i4"),
         ("cache_ttl_s", "f8"),
         ("cache_lookup_s", "f8"),
@@ -118,4 +128,4 @@ OWN = np.dtype(
 """What the gateway measured itself per replica and provider, `(N, R + V)`."""
 
 MEAN = np.dtype([("value", "f8"), ("weight", "f8")])
-"""Running means of output tokens by class and task, `(N, K, J)`."""
+"""Running means, `(N, K + T, J)`: output tokens by class and task, then surprise about quality by tier and task."""

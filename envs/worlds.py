@@ -111,6 +111,8 @@ class Plant:
         row["gpu_usd_per_s"] = sum(p.paid_usd_per_hour for p in fleet.pools.values()) / 3600.0
         row["elastic"] = any(pool.rows > pool.replicas for pool in self.spec.pools)
         row["max_attempts"], row["backoff_s"] = fleet.retries.max_attempts, fleet.retries.backoff_s
+        judged = self.scenario.workload.feedback
+        row["feedback_delay_s"] = judged.delay_s if judged else -1.0
         row["hold_s"] = fleet.batch_queue.hold_s if fleet.batch_queue else np.inf
         if fleet.response_cache is not None:
             row["cache_capacity"] = fleet.response_cache.capacity_entries
@@ -189,7 +191,7 @@ class FleetWorlds:
         self.own = record_array((n, stations), OWN)
         self.own["gpu_usd_per_s"][:, : self.plant.spec.n_replicas] = self.plant.gpu_usd_per_s
         self.changes = record_array((n, 0), CHANGE)
-        self.lengths = record_array((n, k, len(layout.task_names)), MEAN)
+        self.lengths = record_array((n, k + len(layout.tier_names), len(layout.task_names)), MEAN)
         self.ledger_usd = np.zeros((n, len(ACCOUNTS), k + 1))
         self.counts = np.zeros((n, len(COUNTS), k), dtype=np.int64)
         self.action_counts = np.zeros((n, len(v.KINDS)), dtype=np.int64)
@@ -277,6 +279,7 @@ class FleetWorlds:
         embed_s = self.answers.load(w, workload, load)
         load["deadline_s"] -= embed_s
         load["ttft_noise"], load["tpot_noise"] = workload.provider_noise.T
+        load["judged"] = workload.judged
         load["answered_by"], load["cached_tokens"], load["attempts"] = -1, 0, 0
         self.prefixes.load(w, workload, load)
         self.prior[w, :m], self.truth[w, :m], self.good[w, :m] = workload.p_good_prior, workload.p_good, workload.good
@@ -289,8 +292,9 @@ class FleetWorlds:
         self.signals[v.CACHED_TOKENS, w] = 0.0
         desk = self.desks[w : w + 1]
         desk[...] = np.zeros((), dtype=DESK)
-        for name in ("held_head", "held_tail", "retry_head", "lru_head", "lru_tail", "current"):
-            desk[name] = -1
+        for queue in ("held", "judged", "lru"):
+            desk[f"{queue}_head"] = desk[f"{queue}_tail"] = -1
+        desk["retry_head"] = desk["current"] = -1
         desk["n_requests"], desk["horizon_s"] = m, workload.horizon_s
         desk["prefix_block_tokens"] = workload.prefix_block_tokens if self.prefixes.wants(workload) else 0
         self._load_faults(w, workload)
@@ -301,7 +305,9 @@ class FleetWorlds:
         self.own["recent_tpot_s"][w] = static[v.FIXED_TPOT_S, :stations] + static[v.BASE_S, :stations]
         for name in ("weight", "leading", "error_share", "error_at_s", "paid_s"):
             self.own[name][w] = 0.0
-        self.lengths["value"][w], self.lengths["weight"][w] = self.plant.output_tokens, latency.PRIOR_LENGTHS
+        k = len(self.plant.terms)
+        self.lengths[w] = np.zeros((), dtype=MEAN)
+        self.lengths["value"][w, :k], self.lengths["weight"][w, :k] = self.plant.output_tokens, latency.PRIOR_LENGTHS
         for array in (self.ledger_usd, self.counts, self.action_counts):
             array[w] = 0
         engine.reset_world(*self.fleet.arrays, w)

@@ -21,7 +21,7 @@ from marginroute import view as v
 from marginroute.heuristics import Assessment
 from marginroute.view import KINDS, Array, Layout, View
 
-FEATURE_VERSION = 3
+FEATURE_VERSION = 4
 CLIP = 10.0  # every feature stays inside +-CLIP before it is normalised
 MIN_STD = 0.05  # of a normalised feature, so that a nearly constant column cannot swamp the others
 MIN_LOGIT = -30.0  # advice logits below this are as good as never
@@ -144,6 +144,7 @@ CANDIDATE_FEATURES = (
     Feature("fill", "in flight per slot", "identity"),
     Feature("kv_usage", "share, scraped", "identity"),
     Feature("cached_share", "share of the prompt expected to be cached", "identity"),
+    Feature("recent_quality", "P(good) lately seen less expected", "identity"),
     Feature("recent_errors", "share of recent calls", "identity"),
     Feature("similarity", "of the prompt and that of the stored answer", "identity"),
     Feature("ttft_to_slo", "ratio", "ln(x + 0.001)"),
@@ -151,6 +152,7 @@ CANDIDATE_FEATURES = (
     Feature("ttft_s", "s", "ln(x + 0.001)"),
     Feature("tpot_s", "s per token", "ln(x + 0.001)"),
     Feature("recent_ttft_s", "s", "ln(x + 0.001)"),
+    Feature("recent_tpot_s", "s per token", "ln(x + 0.001)"),
     Feature("below_best", "advice score below the best legal one, tenths of the value", "ln(1 + x)"),
     Feature("entry_age_s", "s since the stored answer was given", "ln(1 + x)"),
     Feature("held", "requests", "ln(1 + x)"),
@@ -158,7 +160,7 @@ CANDIDATE_FEATURES = (
     Feature("waiting", "requests, scraped", "ln(1 + x)"),
     Feature("telemetry_age_s", "s", "ln(1 + x)"),
 )
-_LOG_FROM, _LOG1P_FROM = 11, 16  # rows of the two groups of transforms above
+_LOG_FROM, _LOG1P_FROM = 12, 18  # rows of the two groups of transforms above
 CONTEXT_FEATURES = (
     Feature("difficulty_signal", "standard deviations", "identity"),
     Feature("fleet_fill", "mean in flight per slot over legal replicas", "identity"),
@@ -222,14 +224,14 @@ def candidate_features(view: View, assessment: Assessment) -> Array:
     rows[6] = a.fill
     rows[7] = s[v.KV_USAGE]
     np.divide(s[v.CACHED_TOKENS], view.asked(v.PROMPT_TOKENS), out=rows[8], casting="same_kind")
-    rows[9:11] = s[v.RECENT_ERRORS : v.SIMILARITY + 1]
+    rows[9:12] = s[v.RECENT_QUALITY : v.SIMILARITY + 1]
     slo_s = request[v.SLO_TTFT_S : v.SLO_TPOT_S + 1, ..., None]
-    np.divide(a.latency_s, slo_s, out=rows[11:13], casting="same_kind")
-    rows[13:15] = a.latency_s
-    rows[15] = s[v.RECENT_TTFT_S]
+    np.divide(a.latency_s, slo_s, out=rows[12:14], casting="same_kind")
+    rows[14:16] = a.latency_s
+    rows[16:18] = s[v.RECENT_TTFT_S : v.RECENT_TPOT_S + 1]
     below_usd = np.maximum(a.best_usd - a.score_usd, _ZERO)
-    np.multiply(below_usd, np.asarray(10.0 * per_value), out=rows[16], casting="same_kind")
-    rows[17:22] = s[v.ENTRY_AGE_S : v.TELEMETRY_AGE_S + 1]
+    np.multiply(below_usd, np.asarray(10.0 * per_value), out=rows[18], casting="same_kind")
+    rows[19:24] = s[v.ENTRY_AGE_S : v.TELEMETRY_AGE_S + 1]
     logs = rows[_LOG_FROM:_LOG1P_FROM]
     logs += _SHIFT
     np.log(logs, out=logs)

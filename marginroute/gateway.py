@@ -36,6 +36,7 @@ from marginroute.telemetry import GatewayState
 
 log = logging.getLogger("marginroute.gateway")
 
+MOST_ANSWERED = 10_000  # answers that may still be judged
 COMPARE_EVERY = 4  # requests between two whose fallback is put a value on
 
 
@@ -84,6 +85,7 @@ class Gateway:
         self._prefix_block_tokens = prefix_block_tokens
         self._runtime = self._made(bundle, posterior)
         self._pending: OrderedDict[str, Pending] = OrderedDict()
+        self._answered: OrderedDict[str, tuple[str, str, float]] = OrderedDict()  # tier, task, P(good) expected
         self._lock = threading.RLock()
         self._count = 0
         self._companions: list[Companion] = []
@@ -218,6 +220,8 @@ class Gateway:
             taught = outcome.output_tokens if kind <= v.PROVIDER else None  # a stored answer says nothing of an engine
             self.state.end(id, outcome.status, taught, outcome.attempt_ttft_s, outcome.attempt_e2e_s)
             pending = self._pending.pop(id, None)
+            if pending is not None and outcome.status == "completed":
+                self._remember_answer(pending, outcome.served_by)
         if pending is None:
             return False
         record = record_pending(pending)
@@ -227,6 +231,29 @@ class Gateway:
         self.switch.finished(pending.verdict.acting, result_of(pending, outcome, record.cost_usd))
         self._records.write(record)
         return True
+
+    def judged(self, id: str, good: bool) -> bool:
+        """Somebody or something has judged the answer to a finished request; False if it is not remembered.
+
+        The View's `recent_quality` of its tier and task goes by it from the next decision on.
+        """
+        with self._lock:
+            tier, task, expected = self._answered.pop(id, ("", "", 0.0))
+            layout = self.bundle.layout
+            if tier not in layout.tier_names or task not in layout.task_names:
+                return False
+            self.state.judged(layout.tier_names.index(tier), layout.task_names.index(task), float(good) - expected)
+        return True
+
+    def _remember_answer(self, pending: Pending, served_by: str) -> None:
+        c, layout = pending.runtime.index.get(served_by, -1), pending.runtime.bundle.layout
+        if layout.kind[c] > v.PROVIDER:
+            return
+        task = layout.task_names[int(pending.request[v.TASK_INDEX])]
+        expected = float(pending.changing[v.P_GOOD_PRIOR - v.N_STATIC_SIGNALS, c])
+        self._answered[pending.facts.id] = layout.tier_names[layout.tier[c]], task, expected
+        while len(self._answered) > MOST_ANSWERED:
+            self._answered.popitem(last=False)
 
     def swap(self, bundle: Bundle, posterior: QualityPosterior | None = None) -> None:
         """Puts another bundle in charge, between two decisions; what is known and in flight is carried over by name.

@@ -20,7 +20,14 @@ from marginroute.capabilities import able
 from marginroute.counters import COUNTERS, Counters, Entry
 from marginroute.errors import InputError
 from marginroute.feedback import QualityPosterior, shifted
-from marginroute.latency import PRIOR_LENGTHS, RECENT_ARRIVALS, RECENT_LENGTHS, running_mean
+from marginroute.latency import (
+    PRIOR_LENGTHS,
+    RECENT_ARRIVALS,
+    RECENT_JUDGED,
+    RECENT_LENGTHS,
+    recent_quality,
+    running_mean,
+)
 from marginroute.prefix_index import MAX_BLOCKS, PrefixIndex
 from marginroute.response_cache import PUBLIC_HALF, PUBLIC_WIDTH, Hit, p_reuse
 from marginroute.view import Array, Layout, View
@@ -71,6 +78,7 @@ class GatewayState:
         self._delay_tolerant = [bundle.terms[name].get("delay_tolerant", 0.0) > 0.0 for name in self.layout.class_names]
         self._lengths = bundle.output_tokens.copy()
         self._lengths_weight = np.full_like(self._lengths, PRIOR_LENGTHS)
+        self._surprise = np.zeros((2, len(self.layout.tier_names), len(self.layout.task_names)))  # mean, answers
         self._arrivals, self._sequence, self._gap_s, self._last_arrival_s = 0, 0, 0.0, clock()
         caps = bundle.policy.in_flight_caps(self.layout, bundle.slots) if "hold" in self._can else None
         self._counters.signals[v.IN_FLIGHT_CAP] = v.UNLIMITED
@@ -154,6 +162,12 @@ class GatewayState:
                 )
             return True
 
+    def judged(self, tier: int, task: int, surprise: float) -> None:
+        """An answer of a tier turned out good (1) or bad (0), which is `surprise` more than the P(good) expected."""
+        with self._lock:
+            mean, answers = self._surprise[:, tier, task]
+            self._surprise[:, tier, task] = running_mean(mean, answers, surprise, RECENT_JUDGED)
+
     def scraped(self, candidate: int, waiting: float, running: float, kv_usage: float, age_s: float = 0.0) -> None:
         """An engine's metrics page said so `age_s` seconds ago."""
         with self._lock:
@@ -204,6 +218,8 @@ class GatewayState:
                 self._arrive(now_s)
             signals = self._counters.snapshot(now_s)
             signals[v.TELEMETRY_AGE_S] = np.nan_to_num(now_s - self._scraped_at_s, nan=0.0)
+            quality = recent_quality(*self._surprise[:, :, cell[1]])
+            signals[v.RECENT_QUALITY, : self._serving] = quality[self.layout.tier[: self._serving]]
             request = self._terms[cell[0]].copy()
             request[v.EXPECTED_OUTPUT_TOKENS] = self._lengths[cell]
             request[v.ARRIVAL_RATE_PER_S] = 1.0 / max(self._gap_s, 1e-6)
@@ -244,6 +260,9 @@ class GatewayState:
                 for j_old, j in tasks.items():
                     self._lengths[k, j] = old._lengths[k_old, j_old]
                     self._lengths_weight[k, j] = old._lengths_weight[k_old, j_old]
+            for t_old, t in _places(self.layout.tier_names, old.layout.tier_names).items():
+                for j_old, j in tasks.items():
+                    self._surprise[:, t, j] = old._surprise[:, t_old, j_old]
             self._arrivals, self._sequence = old._arrivals, old._sequence
             self._gap_s, self._last_arrival_s = old._gap_s, old._last_arrival_s
 

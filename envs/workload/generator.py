@@ -65,6 +65,7 @@ def generate(
     quality = draw_quality(spec.quality, rng, task_index, first)
     if near:
         near["needed_similarity"], near["valid_for_s"] = draw_reuse(spec.reuse, rng.spawn(1)[0], task_index)
+    judged = rng.spawn(1)[0].random(size) < spec.judged_share if spec.judged_share > 0.0 else None
     return Workload(
         arrived_at_s=arrived_at_s,
         class_index=class_index,
@@ -81,6 +82,7 @@ def generate(
         good=spec.quality.good(task_index, quality.p_good, rng.random(size)[first], quality.luck),
         provider_noise=rng.standard_normal((size, 2)),
         horizon_s=spec.horizon_s if given is None else given.horizon_s,
+        judged=judged,  # type: ignore[arg-type]
         **({} if given is None else {name: getattr(given, name) for name in _LINKS}),
         **near,
         **beside,

@@ -60,6 +60,7 @@ class Workload:
         embedding: (M, D) f4, unit vectors of prompts with a family, equal for equal keys. Default none, D = 0.
         needed_similarity: (M,) f8, that an answer to another prompt must have to be right. Default 0. Hidden.
         valid_for_s: (M,) f8, age of a stored answer up to which it is right. Default inf. Hidden.
+        judged: (M,) u1, 1: the gateway will hear whether the answer was good. Default 0. Hidden.
         faults: (F,) `faults.FAULT`, what fails when, ordered by start. Hidden.
     """
 
@@ -89,11 +90,12 @@ class Workload:
     embedding: Array = None  # type: ignore[assignment]
     needed_similarity: Array = None  # type: ignore[assignment]
     valid_for_s: Array = None  # type: ignore[assignment]
+    judged: Array = None  # type: ignore[assignment]
     faults: Array = field(default_factory=no_faults)
 
     hidden: ClassVar[tuple[str, ...]] = (
         *("output_tokens", "patience_s", "p_good", "good", "provider_noise", "think_s"),
-        *("needed_similarity", "valid_for_s"),
+        *("needed_similarity", "valid_for_s", "judged"),
     )
     scalars: ClassVar[tuple[str, ...]] = ("horizon_s", "prefix_block_tokens", "variant")
 
@@ -109,6 +111,7 @@ class Workload:
             ("embedding", 0, (m, 0), np.float32),
             ("needed_similarity", 0.0, m, np.float64),
             ("valid_for_s", np.inf, m, np.float64),
+            ("judged", 0, m, np.uint8),
         ):
             given = getattr(self, name)
             array = np.full(size, fill, kind) if given is None else np.ascontiguousarray(given, kind)

@@ -84,6 +84,7 @@ class WorkloadSpec:
         composition: clients, seasons, sessions, jobs and prefixes; None: independent requests.
         intents: who asks the same in other words; None: nobody, `recurring_...` counts.
         reuse: (J,) when an earlier answer is right for another prompt of its intent; with intents.
+        judged_share: share of answers of which the gateway will hear whether they were good.
     """
 
     arrivals: Arrivals
@@ -105,6 +106,7 @@ class WorkloadSpec:
     composition: Composition | None = None
     intents: IntentSpec | None = None
     reuse: tuple[Reuse, ...] = ()
+    judged_share: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def events_schema(layout: Layout) -> Schema:
         _event("first_token", "its first token came", of_request, ago_s=ago_s),
         _event("progress", "so many tokens have streamed", of_request | {"tokens": integer(0, MOST_TOKENS, "so far")}),
         _event("attempt_failed", "it may be decided again", of_request),
+        _event("judged", "its answer turned out good or bad", of_request | {"good": boolean("whether it was good")}),
         _event("finished", "it is over", of_request | {"status": outcome.pop("status")}, **outcome),
         _event("scraped", "an engine's metrics, of no request", {"candidate": candidate, **scrape}, ago_s=ago_s),
     ]
@@ -105,7 +106,7 @@ DECISION = fields(
     ("id", "candidate", "kind", "endpoint", "acting", "attempt", "retry_after_s", "policy", "guard"),
 )
 COUNTED = fields(
-    {"known": integer(0, MOST_EVENTS, "events of requests that are under way, and scrapes; the others are ignored")},
+    {"known": integer(0, MOST_EVENTS, "events of requests that are known (under way, lately answered), and scrapes")},
     ("known",),
 )
 ERROR = fields({"error": string(10_000, "one sentence")}, ("error",))

@@ -226,6 +226,8 @@ class App:
             index = gateway.bundle.layout.names.index(event["candidate"])
             gateway.state.scraped(index, waiting, running, kv_usage, float(event.get("ago_s", 0.0)))
             return True
+        if kind == "judged":
+            return gateway.judged(id, event["good"])
         if gateway.arrived_at_s(id) is None:
             return False
         if kind == "sent":

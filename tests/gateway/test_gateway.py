@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from bundles import TERMS, small_bundle
 
+from marginroute import latency
 from marginroute import view as v
 from marginroute.errors import InputError
 from marginroute.facts import Facts, Outcome
@@ -234,3 +235,20 @@ def test_a_rollback_is_written_and_outlives_the_process(bundle_folder, tmp_path)
 def test_settings_say_what_is_wrong(bundle_folder, tmp_path, more, says):
     with pytest.raises(InputError, match=says):
         open_gateway(OperationSettings(str(bundle_folder), str(tmp_path / "log.jsonl"), **more))
+
+
+def test_a_judged_answer_moves_recent_quality_once(made):
+    gateway = made()
+    gateway.decide(Facts("a", 100))
+    gateway.sent("a", "small/0", True)
+    assert not gateway.judged("a", False)  # it is not answered yet
+    gateway.finished("a", ANSWER)
+    layout = gateway.bundle.layout
+    tier = layout.tier[layout.names.index("small/0")]
+    expected = gateway.state.view(100).signals[v.P_GOOD_PRIOR, 0]
+    assert gateway.judged("a", False) and not gateway.judged("a", False)
+    quality = gateway.state.view(100).signals[v.RECENT_QUALITY]
+    assert quality[0] == pytest.approx(latency.recent_quality(-expected, 1.0))
+    assert not quality[(layout.tier != tier) | (layout.kind > v.PROVIDER)].any()
+    gateway.swap(small_bundle())
+    assert gateway.state.view(100).signals[v.RECENT_QUALITY, 0] == pytest.approx(quality[0])

@@ -163,6 +163,15 @@ def test_scraped_metrics_reach_the_view(make):
     assert 1.0 <= signals[v.TELEMETRY_AGE_S] < 5.0
 
 
+def test_a_judgement_of_an_answer_reaches_the_view(make):
+    app = make()
+    decide(app, id="a", prompt_tokens=100)
+    assert tell(app, {"event": "finished", "id": "a", "status": "completed", "served_by": "large/0"}) == 1
+    assert tell(app, {"event": "judged", "id": "a", "good": False}) == 1
+    assert tell(app, {"event": "judged", "id": "a", "good": False}) == 0  # one answer, one judgement
+    assert app.desk.gateway.state.view(10).signals[v.RECENT_QUALITY, 1] < 0.0
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [

@@ -52,6 +52,7 @@ class Mirror:
     def __init__(self, worlds, state, clock, hashes, store):
         self.worlds, self.state, self.clock, self.hashes, self.store = worlds, state, clock, hashes, store
         self.open = {}  # request -> has its first token
+        self.judged = []  # when the judgement of which answer will come in
 
     def sent(self, i, c):
         layout, load = self.worlds.plant.layout, self.worlds.loads[0, i]
@@ -59,6 +60,12 @@ class Mirror:
         hashes = self.hashes[i].tolist()
         self.state.begin(str(i), c, int(load["prompt_tokens"]), classes, tasks, hashes=hashes)
         self.open[i] = False
+
+    def judge(self, i):
+        load, layout = self.worlds.loads[0, i], self.worlds.plant.layout
+        tier = int(layout.tier[load["answered_by"]])
+        surprise = float(self.worlds.good[0, i, tier]) - float(self.worlds.prior[0, i, tier])
+        self.state.judged(tier, int(load["task_index"]), surprise)
 
     def catch_up(self, now_s):
         requests, events = self.worlds.fleet.requests[0], []
@@ -68,9 +75,13 @@ class Mirror:
                 events.append((first_s, 0, i))
             if requests[i]["status"] >= COMPLETED and end_s <= now_s:
                 events.append((end_s, 1, i))
+        events += [(at_s, 2, i) for at_s, i in self.judged if at_s <= now_s]
+        self.judged = [(at_s, i) for at_s, i in self.judged if at_s > now_s]
         for at_s, ended, i in sorted(events):
             self.clock.now_s = at_s
-            if not ended:
+            if ended == 2:
+                self.judge(i)
+            elif not ended:
                 self.state.first_token(str(i))
                 self.open[i] = True
             else:
@@ -78,10 +89,13 @@ class Mirror:
                 self.state.end(str(i), status, int(requests[i]["output_tokens"]))
                 if status == "completed":
                     self.store(i, at_s)
+                    if self.worlds.loads[0, i]["judged"]:
+                        self.judged.append((at_s + JUDGED["workload.feedback"]["delay_s"], i))
                 del self.open[i]
         self.clock.now_s = now_s
 
 
+JUDGED = {"workload.feedback": {"share": 0.4, "delay_s": 5.0}}
 BLOCK_TOKENS = 64
 CACHING = {f"fleet.pools.{pool}.{key}": value for pool in ("small", "medium") for key, value in (
     ("prefix_caching", True), ("kv_blocks", 2000),
@@ -141,11 +155,12 @@ class Answers:
             self.cache.store(*self.names(i), int(self.layout.tier[self.loads[i]["answered_by"]]), at_s)
 
 
-@pytest.fixture(scope="module", params=["plain", "prefixes", "semantic"])
+@pytest.fixture(scope="module", params=["judged", "prefixes", "semantic"])
 def views(request):
     """Pairs of the world's View and the gateway's, decision by decision."""
     caching = request.param == "prefixes"
-    scenario = load_scenario("quickstart", {"prefixes": CACHING, "semantic": SEMANTIC}.get(request.param))
+    overrides = {"judged": JUDGED, "prefixes": CACHING, "semantic": SEMANTIC}[request.param]
+    scenario = load_scenario("quickstart", overrides)
     worlds = FleetWorlds(scenario, 1)
     episode = scenario.generate(3, split="validation")
     episode = with_prefixes(episode) if caching else episode

@@ -1,0 +1,68 @@
+"""What a gateway hears about its answers: some are judged good or bad, a while after they were given.
+
+A thumb, a regeneration, a failed validation or a claimed refund reaches the gateway for a share of the answers
+(`workload.feedback`). What it makes of them is one running mean per tier and task of
+
+    good - P(good) that was expected,
+
+over about the last `latency.RECENT_JUDGED` of them and drawn towards 0 while there are few: the View's
+`recent_quality`. A model that has become worse, or a kind of work that it does not do, shows there after a while,
+whatever was promised. The means stand behind those of output tokens: `lengths` (N, K + T, J), a row per class, then one
+per tier.
+"""
+
+# ruff: noqa: ANN001, ANN201 (Numba infers the types of kernels)
+from __future__ import annotations
+
+from numba import njit
+
+from marginroute import latency
+from marginroute import view as v
+
+running_mean = njit(cache=True, inline="always")(latency.running_mean)
+recent_quality = njit(cache=True, inline="always")(latency.recent_quality)
+
+
+@njit(cache=True, nogil=True)
+def answered(config, desks, loads, w, i, tier, good, now_s):
+    """An answer whose user will judge it was completed; it joins the queue of judgements, which goes by time."""
+    desk, load = desks[w], loads[w, i]
+    load.judged_at_s, load.judged_tier, load.judged_good = now_s + config[0].feedback_delay_s, tier, good
+    before = desk.judged_tail  # of a few replicas that ended answers since the last decision, in no order
+    while before >= 0 and loads[w, before].judged_at_s > load.judged_at_s:
+        before = loads[w, before].last_judged
+    after = loads[w, before].next_judged if before >= 0 else desk.judged_head
+    load.last_judged, load.next_judged = before, after
+    if before >= 0:
+        loads[w, before].next_judged = i
+    else:
+        desk.judged_head = i
+    if after >= 0:
+        loads[w, after].last_judged = i
+    else:
+        desk.judged_tail = i
+
+
+@njit(cache=True, nogil=True)
+def hear(desks, loads, prior, lengths, n_classes, w):
+    """Learns from every judgement that has come in by now."""
+    desk = desks[w]
+    while desk.judged_head >= 0 and loads[w, desk.judged_head].judged_at_s <= desk.now_s:
+        i = desk.judged_head
+        load = loads[w, i]
+        desk.judged_head = load.next_judged
+        if desk.judged_head < 0:
+            desk.judged_tail = -1
+        else:
+            loads[w, desk.judged_head].last_judged = -1
+        mean = lengths[w, n_classes + load.judged_tier, load.task_index]
+        surprise = load.judged_good - prior[w, i, load.judged_tier]
+        mean.value, mean.weight = running_mean(mean.value, mean.weight, surprise, latency.RECENT_JUDGED)
+
+
+@njit(cache=True, nogil=True)
+def show(config, tiers, lengths, signals, n_classes, w, task):
+    """Writes `recent_quality` of the request's task into the View."""
+    for c in range(config[0].n_replicas + config[0].n_providers):
+        mean = lengths[w, n_classes + tiers[c], task]
+        signals[v.RECENT_QUALITY, w, c] = recent_quality(mean.value, mean.weight)
