@@ -57,12 +57,14 @@ class Verdict:
         acting: True: do it; False: route as without us.
         attempt: 1 for the first decision of a request.
         retry_after_s: for a shed request, when the shortest queue will have been worked off, about.
+        held: wait for the request's turn, then ask again.
     """
 
     decision: Decision
     acting: bool
     attempt: int = 1
     retry_after_s: float = 0.0
+    held: bool = False
 
 
 @dataclass(frozen=True)

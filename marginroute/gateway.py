@@ -13,20 +13,23 @@ bundle may be swapped between any two calls.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
 from marginroute import latency
 from marginroute import view as v
 from marginroute.bundle import Bundle
+from marginroute.control_loop import Report
 from marginroute.exploration import ExploringPolicy
 from marginroute.facts import Facts, Outcome, Verdict
 from marginroute.feedback import QualityPosterior
+from marginroute.holding import Holding
 from marginroute.modes import ModeSettings, ModeSwitch
 from marginroute.record import changing_rows
 from marginroute.record_log import RecordLog
@@ -61,6 +64,8 @@ class Gateway:
         explore: share of the decisions acted on that are drawn, and the USD that one may cost at most.
         clock: seconds that never jump.
         on_event: told of rollbacks and swaps, as plain data.
+        waiting: `hold_s` and `lease_s` of requests that wait here (see `hold_queue.HoldQueue`).
+        priority: by class, from 1 (first) up; requests that wait for a full replica go by it.
 
     Raises:
         InputError: exploration is asked of a bundle without a margin rule, or the posterior is of another bundle.
@@ -78,8 +83,12 @@ class Gateway:
         explore: tuple[float, float] | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_event: Callable[[dict[str, Any]], object] = lambda event: None,
+        waiting: tuple[float, float] = (60.0, 30.0),
+        priority: Mapping[str, int] | None = None,
     ) -> None:
-        self._clock, self._on_event, self._explore = clock, on_event, explore
+        self.clock = self._clock = clock
+        self._on_event, self._explore, self._hold_s = on_event, explore, waiting[0]
+        self._priority = dict(priority or {})
         self.switch = ModeSwitch(settings or ModeSettings(), clock, self._tell)
         self._records, self._stale_after_s, self._can = records, stale_after_s, frozenset(can)
         self._prefix_block_tokens = prefix_block_tokens
@@ -89,6 +98,11 @@ class Gateway:
         self._lock = threading.RLock()
         self._count = 0
         self._companions: list[Companion] = []
+        self.holding: Holding | None = None
+        if bundle.controller is not None or {"defer", "hold"} & self._can:
+            self.holding = Holding(self, self._can, *waiting)
+            self.holding.take(self._runtime)
+            self.keep(self.holding.start())
 
     @property
     def bundle(self) -> Bundle:
@@ -117,8 +131,13 @@ class Gateway:
         self._write_off()
         with self._lock:
             earlier = self._pending.get(facts.id)
-            if earlier is not None and not (earlier.verdict.acting and earlier.sent_to in earlier.tried):
+            holding = self.holding
+            released = holding is not None and holding.released(facts.id)
+            if earlier is not None and not (earlier.verdict.acting and earlier.sent_to in earlier.tried) | released:
+                self._seen(facts.id, earlier)
                 return earlier.verdict
+            if holding is not None:
+                facts = holding.facts_of(facts, None if earlier is None else earlier.began_s)
             runtime = self._runtime
             self._count += 1
             compared = self._count % COMPARE_EVERY == 0
@@ -128,6 +147,9 @@ class Gateway:
             acting, attempt = True, earlier.verdict.attempt + 1
             waited_s = self._clock() - earlier.began_s
         view = view_of(runtime, facts, attempt, waited_s, earlier.tried if earlier else set())
+        if holding is not None:
+            with self._lock:
+                holding.narrow(view, facts, earlier is None)
         decision = decision_of(runtime, view, acting)
         shed = decision.kind == v.KINDS[v.SHED]
         verdict = Verdict(decision, acting, attempt, retry_after_s(view) if shed else 0.0)
@@ -149,6 +171,8 @@ class Gateway:
         )
         with self._lock:
             self._pending[facts.id] = pending
+            if holding is not None and acting and holding.decided(facts, decision.kind, pending.began_s):
+                pending.verdict = verdict = replace(verdict, held=True)
         if earlier is not None:
             self._records.write(record_pending(earlier))
         return verdict
@@ -163,14 +187,23 @@ class Gateway:
         pending = self._pending.get(id)
         return None if pending is None else self._clock() - pending.began_s
 
-    def sent(self, id: str, candidate: str, streamed: bool) -> None:
-        """The gateway sends a decided request to a candidate: ours where it is acted on, else of its own choice."""
+    def sent(self, id: str, candidate: str, streamed: bool) -> bool:
+        """The gateway sends a decided request to a candidate: ours where it is acted on, else of its own choice.
+
+        Returns:
+            True if it has to wait for its turn, since the candidate is full (`on_line`).
+        """
         with self._lock:
             pending, runtime = self._pending.get(id), self._runtime
             c = runtime.index.get(candidate)
             if pending is None or c is None:
-                return
-            pending.sent_to = candidate
+                return False
+            if pending.sent_to == candidate and candidate not in pending.tried:
+                return self.holding is not None and self.holding.waits(id)
+            pending.sent_to, waits = candidate, False
+            if self.holding is not None and pending.verdict.acting:
+                self.state.end(id, "moved")
+                waits = self.holding.sent(id, candidate, runtime.state.in_flight_at(c), self._rank(pending.facts))
             facts, estimate_s = pending.facts, None
             if not streamed and pending.runtime is runtime:
                 (ttft_s, tpot_s), _ = latency.estimate(pending.view())
@@ -186,6 +219,38 @@ class Gateway:
                 facts.hashes,
                 facts.block_tokens,
             )
+        return waits
+
+    def on_line(self, id: str, wake: Callable[[], object] | None) -> bool:
+        """The caller of a request that waits is there, to be woken from any thread, or hangs up (None).
+
+        Returns:
+            Whether it has to wait; it has not if its turn has come already.
+        """
+        if self.holding is None:
+            return False
+        with self._lock:
+            if (pending := self._pending.get(id)) is not None:
+                self._seen(id, pending)
+            waits = self.holding.on_line(id, wake)
+        if waits and wake is not None:
+            self.turn()
+        return waits
+
+    def turn(self) -> float:
+        """Lets through who can go on, and asks the controller if it is time; seconds until there is more to do."""
+        holding = self.holding
+        if holding is None:
+            return math.inf
+        with self._lock:
+            holding.tick()
+            wakes, lost = holding.pump(self._runtime)
+            left_s = holding.next_s() - self._clock()
+        for wake in wakes:
+            wake()
+        for id in lost:
+            self.finished(id, Outcome("abandoned"))
+        return left_s
 
     def first_token(self, id: str, ago_s: float = 0.0) -> None:
         """The first token of a stream came `ago_s` seconds ago."""
@@ -204,6 +269,9 @@ class Gateway:
             pending = self._pending.get(id)
             if pending is not None and pending.sent_to:
                 pending.tried.add(pending.sent_to)
+            if self.holding is not None:
+                self.holding.queue.leave(id)
+        self.turn()
 
     def scraped(self, candidate: str, waiting: float, running: float, kv_usage: float, age_s: float) -> None:
         """An engine's metrics page said so `age_s` seconds ago; ignored for a candidate that the bundle lacks."""
@@ -228,7 +296,12 @@ class Gateway:
         for name in ("status", "served_by", "ttft_s", "e2e_s", "prompt_tokens", "output_tokens"):
             setattr(record, name, getattr(outcome, name))
         record.cost_usd = cost_usd_of(pending, outcome) if outcome.cost_usd is None else outcome.cost_usd
-        self.switch.finished(pending.verdict.acting, result_of(pending, outcome, record.cost_usd))
+        result = result_of(pending, outcome, record.cost_usd)
+        self.switch.finished(pending.verdict.acting, result)
+        if self.holding is not None:
+            with self._lock:
+                self.holding.ended(pending.facts, outcome.status, result.slos_met)
+            self.turn()
         self._records.write(record)
         return True
 
@@ -265,9 +338,22 @@ class Gateway:
             old = self._runtime
             new = self._made(bundle, posterior)
             new.state.take_over(old.state)
+            if self.holding is not None:
+                self.holding.take(new)
             self._runtime = new
         digests = {"bundle": bundle.digest[:12], "before": old.bundle.digest[:12]}
         self._tell({"event": "bundle", "at_s": time.time(), **digests})
+
+    def reported(self, pool: str, report: Report) -> bool:
+        """An autoscaler says what there is of a pool; False if no controller wants to know."""
+        with self._lock:
+            return self.holding is not None and self.holding.reported(pool, report)
+
+    def replicas_wanted(self) -> dict[str, int] | None:
+        """By pool; None: there is no controller, it has not ticked yet, or it may not act (shadow mode, rollback)."""
+        with self._lock:
+            loop = None if self.holding is None else self.holding.loop
+            return None if loop is None or loop.ticks == 0 or self.switch.share < 1.0 else loop.replicas()
 
     def status(self) -> dict[str, Any]:
         """Mode, rollback, bundle and what is under way, as plain data."""
@@ -279,6 +365,7 @@ class Gateway:
             "pending": self.pending,
             "in_flight": self.state.in_flight,
             "decisions": self._count,
+            **({} if self.holding is None else self.holding.status()),
         }
 
     def keep(self, companion: Companion) -> None:
@@ -301,6 +388,7 @@ class Gateway:
             bundle,
             self._clock,
             can=self._can,
+            hold_s=self._hold_s,
             stale_after_s=self._stale_after_s,
             prefix_block_tokens=self._prefix_block_tokens,
             posterior=posterior,
@@ -312,6 +400,14 @@ class Gateway:
             explorer = ExploringPolicy(guarded, bundle.required_estimate(), share, limit_usd, seed)
         index = {name: c for c, name in enumerate(bundle.layout.names)}
         return Runtime(bundle, state, guarded, explorer, bundle.estimate, index)
+
+    def _seen(self, id: str, pending: Pending) -> None:
+        """A sign of life of a request: it is written off later."""
+        pending.seen_s = self._clock()
+        self._pending.move_to_end(id)
+
+    def _rank(self, facts: Facts) -> int:
+        return self._priority.get(facts.class_name or "", 1 + max(self._priority.values(), default=0))
 
     def _tell(self, event: dict[str, Any]) -> None:
         log.warning("marginroute: %s: %s", event["event"], event.get("reason") or event.get("bundle", ""))
@@ -325,5 +421,7 @@ class Gateway:
                 if now_s - oldest.seen_s <= self._stale_after_s:
                     break
                 stale.append(self._pending.pop(id))
+                if self.holding is not None:
+                    self.holding.queue.leave(id)
         for pending in stale:
             self._records.write(record_pending(pending))

@@ -51,6 +51,9 @@ class OperationSettings:
         log_max_bytes: size at which the log is rotated; 0: never.
         log_keep: rotated logs that stay.
         log_fsync_s: seconds after which the log is forced to the disk; null: the operating system decides.
+        priority: by class, from 1 (first) up; classes without one come last.
+        hold_s: batch work is due twice this long before its deadline; without a controller it comes back after it.
+        lease_s: that the place of a waiting request is kept while its caller is not on the line.
     """
 
     bundle: str
@@ -72,6 +75,9 @@ class OperationSettings:
     log_max_bytes: int = 256 << 20
     log_keep: int = 10
     log_fsync_s: float | None = None
+    priority: Mapping[str, int] = field(default_factory=dict)
+    hold_s: float = 60.0
+    lease_s: float = 30.0
 
     def modes(self) -> ModeSettings:
         """How far the bundle may act.
@@ -117,6 +123,9 @@ def open_gateway(
     if settings.prefix_block_tokens < 0:
         raise InputError(f"prefix_block_tokens {settings.prefix_block_tokens} is not legal; legal is 0 (none) or more")
     modes, (bundle, posterior) = settings.modes(), settings.load()
+    check_priority(settings.priority, bundle.layout.class_names)
+    if not (settings.hold_s > 0.0 and settings.lease_s > 0.0):
+        raise InputError(f"hold_s {settings.hold_s}, lease_s {settings.lease_s}; legal are numbers above 0")
     records = AuditLog(settings.log, settings.log_max_bytes, settings.log_keep, settings.log_fsync_s)
     events = AuditLog(event_path(settings.log), max_bytes=1 << 24, keep=1, fsync_s=0.0)
     explore = (settings.explore_share, settings.explore_limit_usd) if settings.explore_share else None
@@ -131,6 +140,8 @@ def open_gateway(
         explore,
         clock,
         on_event=events.write,
+        waiting=(settings.hold_s, settings.lease_s),
+        priority=settings.priority,
     )
     if settings.reload_s is not None:
         watch = BundleWatch(gateway, settings.load, settings.watched(), settings.reload_s, events.write)
@@ -144,6 +155,15 @@ def open_gateway(
         "marginroute: %s mode, %s %s, records in %s", modes.mode, bundle.policy.name, bundle.digest[:12], settings.log
     )
     return gateway
+
+
+def check_priority(priority: Mapping[str, Any], class_names: tuple[str, ...]) -> None:
+    """Raises InputError at a class that the bundle does not know, or a priority that is none."""
+    for name, number in priority.items():
+        if name not in class_names:
+            raise InputError(f"priority of {name!r}: no class of the bundle; legal: {', '.join(class_names)}")
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise InputError(f"priority of {name!r} = {number!r}; legal is a whole number from 1 (first) up")
 
 
 def event_path(path: str | Path) -> Path:

@@ -277,6 +277,21 @@ class GatewayState:
         with self._lock:
             return {name: self._counters.signals[v.SIGNAL_NAMES.index(name)].copy() for name in COUNTERS}
 
+    def telemetry_age_s(self) -> Array:
+        """(C,) seconds since the last scrape; 0 where nothing was ever scraped."""
+        with self._lock:
+            age_s: Array = np.nan_to_num(self._clock() - self._scraped_at_s, nan=0.0)
+            return age_s
+
+    def set_caps(self, caps: Sequence[float]) -> None:
+        """In-flight caps (C,) that the gateway keeps from now on."""
+        with self._lock:
+            self._counters.signals[v.IN_FLIGHT_CAP] = caps
+
+    def in_flight_at(self, candidate: int) -> float:
+        """Requests in flight at one candidate, with those that wait for it here."""
+        return float(self._counters.signals[v.IN_FLIGHT, candidate])
+
     def _cached_tokens(
         self, prompt_tokens: int, hashes: Sequence[int], block_tokens: float | None, now_s: float
     ) -> Array | None:

@@ -162,4 +162,4 @@ def _fits(value: Any, setting: Field[Any]) -> bool:
     if not isinstance(default, dict):
         return isinstance(value, str)
     named = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-    return named and (setting.name == "rollback" or all(isinstance(x, str) for x in value.values()))
+    return named and (setting.name in ("rollback", "priority") or all(isinstance(x, str) for x in value.values()))

@@ -48,6 +48,7 @@ class EnvoySettings(DeskSettings):
         models: name that the body's `model` becomes, by candidate or by its tier; needs a mode that shows the body.
         retry_next: name the runner-up as second endpoint, for Envoy's retry policy to fall back on.
         max_body_bytes: of a request body that are held and read; of a longer one only the length is used.
+        max_hold_s: that a request is held back at most (`can: [shed, defer, hold]`); then it is refused with 429.
         assumed_answer_s: after which a request is taken as over if nothing reports its end (no body, no access log).
     """
 
@@ -60,6 +61,7 @@ class EnvoySettings(DeskSettings):
     retry_next: bool = False
     max_body_bytes: int = 1 << 20
     assumed_answer_s: float = 10.0
+    max_hold_s: float = 600.0
 
 
 class Picker:
@@ -173,6 +175,9 @@ async def process(picker: Picker, context: Any) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:
             for answer in exchange.on(message):
                 await context.write(answer)
+            while exchange.waits:
+                for answer in await exchange.turn():
+                    await context.write(answer)
             exchange.settle()
     finally:
         exchange.closed()
@@ -281,7 +286,8 @@ def configuration(mode: str, settings: EnvoySettings, listen: Listen, port: int)
     if not settings.endpoints:
         raise InputError(NO_ENDPOINTS)
     trusted = [settings.class_header, settings.tenant_header]
-    made = envoy_config.bootstrap(mode, settings.endpoints, listen, port, trusted)
+    hold_s = settings.max_hold_s if {"defer", "hold"} & set(settings.can) else 0.0
+    made = envoy_config.bootstrap(mode, settings.endpoints, listen, port, trusted, hold_s)
     return str(yaml.safe_dump(made, sort_keys=False, width=110))
 
 

@@ -87,7 +87,7 @@ def _picker(listen: Listen) -> dict[str, Any]:
     return _cluster(PICKER, [address], typed_extension_protocol_options=options, transport_socket=tls)
 
 
-def _ext_proc(mode: str) -> dict[str, Any]:
+def _ext_proc(mode: str, hold_s: float) -> dict[str, Any]:
     response_headers, request_body, response_body = PROCESSING[mode]
     trailers = "SEND" if mode == "full-duplex" else "SKIP"
     return _extension(
@@ -97,6 +97,7 @@ def _ext_proc(mode: str) -> dict[str, Any]:
         failure_mode_allow=mode != "full-duplex",
         observability_mode=mode == "observe",
         message_timeout="0.2s",
+        **({"max_message_timeout": f"{hold_s + 1.0:g}s"} if hold_s and mode in ("headers", "buffered") else {}),
         processing_mode={
             "request_header_mode": "SEND",
             "response_header_mode": response_headers,
@@ -113,7 +114,7 @@ def _ext_proc(mode: str) -> dict[str, Any]:
     )
 
 
-def _manager(mode: str, clusters: list[str], stripped: list[str]) -> dict[str, Any]:
+def _manager(mode: str, clusters: list[str], stripped: list[str], hold_s: float) -> dict[str, Any]:
     retry = {"retry_on": "connect-failure,refused-stream,reset-before-request", "num_retries": 1}
     route = {"timeout": "0s", "retry_policy": retry}
     routes = [
@@ -149,14 +150,19 @@ def _manager(mode: str, clusters: list[str], stripped: list[str]) -> dict[str, A
         access_log=[access_log],
         route_config={"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]},
         http_filters=[
-            _ext_proc(mode),
+            _ext_proc(mode, hold_s),
             _extension("filters.http.router", "extensions.filters.http.router.v3.Router"),
         ],
     )
 
 
 def bootstrap(
-    mode: str, endpoints: Mapping[str, str], listen: Listen, port: int, trusted_headers: list[str]
+    mode: str,
+    endpoints: Mapping[str, str],
+    listen: Listen,
+    port: int,
+    trusted_headers: list[str],
+    hold_s: float = 0.0,
 ) -> dict[str, Any]:
     """A whole configuration.
 
@@ -166,6 +172,7 @@ def bootstrap(
         listen: where the picker listens.
         port: of Envoy, on loopback.
         trusted_headers: that filters of Envoy set for the picker; taken away from what clients send.
+        hold_s: that the picker may hold a request back; 0: not at all.
 
     Raises:
         InputError: an endpoint that is neither.
@@ -176,6 +183,6 @@ def bootstrap(
     listener = {
         "name": "ingress",
         "address": _address(f"127.0.0.1:{port}"),
-        "filter_chains": [{"filters": [_manager(mode, clusters, stripped)]}],
+        "filter_chains": [{"filters": [_manager(mode, clusters, stripped, hold_s)]}],
     }
     return {"static_resources": {"listeners": [listener], "clusters": [_pool(addresses), _picker(listen)]}}

@@ -15,7 +15,10 @@ token came, and the usage. Where the end of a response is not shown, Envoy's acc
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from marginroute.adapters import chat
@@ -64,6 +67,8 @@ class Exchange:
         self._served, self._code, self._told = "", 0, 0
         self._answer = Answer()
         self._due: Outcome | None = None
+        self._asked: Facts | None = None
+        self._later: Callable[[], list[Message]] | None = None
 
     def on(self, message: Message) -> list[Message]:
         """The answers to one message, in order."""
@@ -84,9 +89,32 @@ class Exchange:
             answers = [self._messages.go_on[part]]
         return [] if message.observability_mode else answers
 
+    @property
+    def waits(self) -> bool:
+        """Whether the request is held back: nothing is answered until its turn has come."""
+        return self._later is not None
+
+    async def turn(self) -> list[Message]:
+        """Waits until the request may go on, for `max_hold_s` at most; the answers that were due then."""
+        loop, later = asyncio.get_running_loop(), self._later
+        assert later is not None
+        woken: asyncio.Future[None] = loop.create_future()
+        if self._picker.gateway.on_line(self.id, partial(loop.call_soon_threadsafe, _resolve, woken)):
+            left_s = self._arrived_s + self._picker.settings.max_hold_s - time.monotonic()
+            done, _ = await asyncio.wait({woken}, timeout=max(left_s, 0.0))
+            if not done and self._picker.gateway.on_line(self.id, None):
+                self._later = None
+                self.over(Outcome("shed", e2e_s=time.monotonic() - self._arrived_s))
+                return [self._messages.refuse(429, "over capacity; try again later", 1.0)]
+        self._later = None
+        return later()
+
     def closed(self) -> None:
         """Envoy has no more messages: all are seen, or the client or the engine is gone."""
         self._body.clear()
+        if self._later is not None:
+            self._later = None
+            self.over(Outcome("abandoned", e2e_s=time.monotonic() - self._arrived_s))
         self.settle()
         if self._over or self.verdict is None:
             return
@@ -126,11 +154,11 @@ class Exchange:
         if waits and not message.request_headers.end_of_stream:
             return [] if self._full_duplex else [self._messages.go_on["request_headers"]]
         self._passing = True
-        return [self._decide("request_headers", b"")]
+        return self._answers("request_headers", b"")
 
     def _on_request_body(self, part: Message) -> list[Message]:
         if self._request_mode in (em.BUFFERED, em.BUFFERED_PARTIAL):
-            return [self._decide("request_body", part.body)]
+            return self._answers("request_body", part.body)
         if self._passing:
             if self._full_duplex:
                 return list(self._messages.stream("request_body", part.body, part.end_of_stream))
@@ -140,11 +168,25 @@ class Exchange:
             return self._release(part.end_of_stream)
         return []
 
+    def _answers(self, part: str, body: bytes) -> list[Message]:
+        """The answer to `part`; while the request is held back, a plea for time."""
+        answer = self._decide(part, body)
+        if answer is not None:
+            return [answer]
+        self._later = lambda: self._answers(part, body)
+        return [self._messages.patience(self._picker.settings.max_hold_s)]
+
     def _release(self, end: bool) -> list[Message]:
         """Decides on what is held of the body, and passes it on; what comes later of a longer one follows unread."""
         body, self._passing = bytes(self._body), True
         self._body = bytearray()
+        return self._pass_on(body, end)
+
+    def _pass_on(self, body: bytes, end: bool) -> list[Message]:
         first = self._decide("request_headers", body)
+        if first is None:
+            self._later = lambda: self._pass_on(body, end)
+            return []  # Envoy keeps no time in full duplex
         if first.WhichOneof("response") == "immediate_response":
             return [first]
         if first.request_headers.response.HasField("body_mutation"):
@@ -152,8 +194,8 @@ class Exchange:
             first.request_headers.response.ClearField("body_mutation")
         return [first, *self._messages.stream("request_body", body, end)]
 
-    def _decide(self, part: str, body: bytes) -> Message:
-        """The pick, or a refusal, or nothing if the request needs none or the bundle does not act on it."""
+    def _decide(self, part: str, body: bytes) -> Message | None:
+        """The pick, or a refusal, or a nod if it needs none or the bundle does not act on it; None: it has to wait."""
         if not chat.is_generation(self._headers.get(":path", "")):
             return self._messages.go_on[part]
         try:
@@ -162,7 +204,7 @@ class Exchange:
             self._picker.desk.failed("a decision", error)
             return self._messages.go_on[part]
 
-    def _decided(self, part: str, body: bytes) -> Message:
+    def _decided(self, part: str, body: bytes) -> Message | None:
         picker = self._picker
         if self._observed and picker.settings.mode != "shadow":
             picker.desk.warn_once("Envoy only lets us observe, so nothing is decided; run in shadow mode")
@@ -171,18 +213,23 @@ class Exchange:
         call = None if read is None else read[0]
         self.read = call is not None
         self.length = call.characters if call else len(body) or _number(self._headers.get("content-length"))
-        facts = self._facts(call)
+        facts = self._facts(call) if self._asked is None else self._asked
         self.id = facts.id
         picker.live[self.id] = self
         self.verdict = picker.desk.decide(facts)
         decision = self.verdict.decision
         if not self.verdict.acting:
             return self._messages.go_on[part]
-        if decision.name not in picker.endpoint:
+        waits = self.verdict.held
+        if not waits and decision.name not in picker.endpoint:
             return self._refuse(facts)
-        self._served = decision.name
-        shows_tokens = self._response_mode != em.NONE and (call is None or call.streamed)
-        picker.gateway.sent(self.id, decision.name, streamed=shows_tokens)
+        if not waits:
+            self._served = decision.name
+            shows_tokens = self._response_mode != em.NONE and (call is None or call.streamed)
+            waits = picker.gateway.sent(self.id, decision.name, streamed=shows_tokens)
+        if waits:
+            self._asked = facts
+            return None
         return picker.pick(part, decision, None if read is None else read[1])
 
     def _refuse(self, facts: Facts) -> Message:
@@ -263,6 +310,11 @@ class Exchange:
                 output_tokens=output_tokens,
             )
         )
+
+
+def _resolve(woken: asyncio.Future[None]) -> None:
+    if not woken.done():
+        woken.set_result(None)
 
 
 def _number(text: str | None) -> int:

@@ -100,6 +100,12 @@ class Messages:
             common.body_mutation.body = body
         return response
 
+    def patience(self, seconds: float) -> Message:
+        """Asks Envoy to wait for the answer for longer than its `message_timeout`, within `max_message_timeout`."""
+        response = self._protos.ProcessingResponse()
+        response.override_message_timeout.FromMilliseconds(max(int(1e3 * seconds), 1))
+        return response
+
     def refuse(self, status: int, message: str, retry_after_s: float | None = None) -> Message:
         """Answers the request at once, with an error as OpenAI's API words it."""
         response = self._protos.ProcessingResponse()

@@ -10,6 +10,7 @@ from marginroute.view import Layout
 
 MOST_TOKENS = 100_000_000
 MOST_S = 1e7
+MOST_WAIT_S = 600.0
 MOST_CANDIDATES = 4096
 MOST_EVENTS = 1000
 
@@ -39,6 +40,7 @@ def decide_schema(layout: Layout) -> Schema:
             "deadline_left_s": number(0.0, MOST_S, "seconds until its deadline; left out: none"),
             "streamed": boolean("whether first token and progress will be reported"),
             "sent": boolean("whether it leaves for the candidate at once, if acted on; left out: true"),
+            "wait_s": number(0.0, MOST_WAIT_S, "that the answer may be kept back while it is held; left out: 0"),
             "explain": boolean("whether to say why, in USD"),
         }
     )
@@ -69,7 +71,9 @@ def events_schema(layout: Layout) -> Schema:
         "running": number(0.0, 1e6, "requests running in the engine"),
         "kv_usage": number(0.0, 1.0, "share of KV blocks in use"),
     }
-    of_request = {"id": _ID}
+    of_request, pool = {"id": _ID}, one_of(layout.station_names, "a pool of the bundle")
+    replicas = number(0.0, 1e5, "replicas")
+    scaled = {"starting": replicas, "draining": replicas, "next_ready_s": number(0.0, MOST_S, "until one is ready")}
     kinds = [
         _event("sent", "it leaves for a candidate", of_request | {"candidate": candidate}, streamed=streamed),
         _event("first_token", "its first token came", of_request, ago_s=ago_s),
@@ -77,6 +81,7 @@ def events_schema(layout: Layout) -> Schema:
         _event("attempt_failed", "it may be decided again", of_request),
         _event("judged", "its answer turned out good or bad", of_request | {"good": boolean("whether it was good")}),
         _event("finished", "it is over", of_request | {"status": outcome.pop("status")}, **outcome),
+        _event("replicas", "what an autoscaler has of a pool", {"pool": pool, "ready": replicas}, **scaled),
         _event("scraped", "an engine's metrics, of no request", {"candidate": candidate, **scrape}, ago_s=ago_s),
     ]
     events = array(either("event", kinds), MOST_EVENTS, "in the order in which they happened")
@@ -93,6 +98,7 @@ DECISION = fields(
         "candidate": string(200, "the choice"),
         "kind": one_of(("replica", "provider", "cache", "defer", "shed"), "of the choice"),
         "endpoint": string(1000, "where the candidate is reached, if the settings say; else empty"),
+        "held": boolean("true: it is not its turn; ask again with the same `id` and its place is kept"),
         "acting": boolean("true: do it; false (shadow mode, or not in the canary): route as without us"),
         "attempt": integer(1, MOST_TOKENS, "1 for the first decision of a request"),
         "retry_after_s": number(0.0, MOST_S, "for *shed*: when to try again, about"),
@@ -103,7 +109,7 @@ DECISION = fields(
         "runner_up_usd": number(-1e9, 1e9, "with `explain`: by how many USD"),
         "probability": number(0.0, 1.0, "with `explain`: that it was chosen"),
     },
-    ("id", "candidate", "kind", "endpoint", "acting", "attempt", "retry_after_s", "policy", "guard"),
+    ("id", "candidate", "kind", "endpoint", "acting", "held", "attempt", "retry_after_s", "policy", "guard"),
 )
 COUNTED = fields(
     {"known": integer(0, MOST_EVENTS, "events of requests that are known (under way, lately answered), and scrapes")},
@@ -140,6 +146,9 @@ def document(layout: Layout, token: bool) -> dict[str, Any]:
     metrics["responses"]["200"] = text
     ready = _call("Whether it takes requests.", None, _ANYTHING, secured=False)
     ready["responses"]["503"] = _json(_ANYTHING, "it is stopping")
+    pools = {"type": "object", "additionalProperties": fields({"replicas": integer(0, MOST_TOKENS, "wanted")})}
+    scale = _call("How many replicas the controller wants.", None, fields({"pools": pools}, ("pools",)))
+    scale["responses"]["503"] = _json(ERROR, "there is no controller, or it may not act")
     secured = {
         "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{"token": []}],
@@ -154,6 +163,7 @@ def document(layout: Layout, token: bool) -> dict[str, Any]:
         "paths": {
             "/v1/decide": {"post": _call("Where a request should go.", decide_schema(layout), DECISION)},
             "/v1/events": {"post": _call("What became of requests.", events_schema(layout), COUNTED)},
+            "/v1/scale": {"get": scale},
             "/v1/status": {"get": _call("Mode, bundle and what is under way.", None, _ANYTHING)},
             "/metrics": {"get": metrics},
             "/health": {"get": _call("Whether the process answers.", None, _ANYTHING, secured=False)},

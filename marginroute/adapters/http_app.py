@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 from marginroute.adapters import chat, http_api, metrics, schema
 from marginroute.adapters.desk import Desk
+from marginroute.control_loop import Report
 from marginroute.errors import InputError
 from marginroute.facts import Facts, Outcome, Verdict
 from marginroute.view import Layout
@@ -53,6 +56,7 @@ class App:
             "/v1/events": self.events,
         }
         self._gets: dict[str, Callable[[], tuple[int, bytes, bytes]]] = {
+            "/v1/scale": self._scale,
             "/v1/status": lambda: (200, JSON, json.dumps(self._gateway.status()).encode()),
             "/metrics": lambda: (200, TEXT, metrics.exposition(self.desk)),
         }
@@ -97,6 +101,8 @@ class App:
                 return 400, JSON, error(str(problem)), []
             try:
                 answer = post(value)
+                if answer.get("held"):
+                    answer = await self._turn(value, answer, receive)
             except InputError as problem:
                 return 422, JSON, error(str(problem)), []
             return 200, JSON, json.dumps(answer, separators=(",", ":")).encode(), []
@@ -147,12 +153,39 @@ class App:
         schema.check(asked, self._schemas()[0])
         facts, streamed = self._facts(asked), asked.get("streamed", False)
         verdict = self.desk.decide(facts)
-        decision = verdict.decision
+        decision, held = verdict.decision, verdict.held
         if verdict.acting and asked.get("sent", True) and decision.kind in ("replica", "provider"):
-            self._gateway.sent(facts.id, decision.name, streamed)
-        return self._said(facts.id, verdict, asked.get("explain", False))
+            held = self._gateway.sent(facts.id, decision.name, streamed)
+        return self._said(facts.id, verdict, held, asked.get("explain", False))
 
-    def _said(self, id: str, verdict: Verdict, explain: bool) -> dict[str, Any]:
+    async def _turn(self, asked: dict[str, Any], answer: dict[str, Any], receive: Receive) -> dict[str, Any]:
+        """Keeps the caller on the line until its request may go on, for `wait_s` at most."""
+        loop, id = asyncio.get_running_loop(), answer["id"]
+        asked, until_s = {**asked, "id": id}, loop.time() + asked.get("wait_s", 0.0)
+        gone = asyncio.ensure_future(receive())
+        try:
+            while answer["held"] and loop.time() < until_s:
+                turn: asyncio.Future[None] = loop.create_future()
+                if self._gateway.on_line(id, partial(loop.call_soon_threadsafe, _resolve, turn)):
+                    await asyncio.wait({turn, gone}, timeout=until_s - loop.time(), return_when=asyncio.FIRST_COMPLETED)
+                    waits = self._gateway.on_line(id, None)
+                    if gone.done():
+                        if not waits:  # its turn has come too late
+                            self._gateway.finished(id, Outcome("abandoned"))
+                        raise ConnectionError
+                answer = self.decide(asked)
+        finally:
+            gone.cancel()
+        return answer
+
+    def _scale(self) -> tuple[int, bytes, bytes]:
+        """`GET /v1/scale`: replicas wanted; none while the controller must not act."""
+        wanted = self._gateway.replicas_wanted()
+        if wanted is None:
+            return 503, JSON, error("nothing is to be scaled: there is no controller, or it may not act")
+        return 200, JSON, json.dumps({"pools": {name: {"replicas": n} for name, n in wanted.items()}}).encode()
+
+    def _said(self, id: str, verdict: Verdict, held: bool, explain: bool) -> dict[str, Any]:
         decision = verdict.decision
         said = {
             "id": id,
@@ -160,6 +193,7 @@ class App:
             "kind": decision.kind,
             "endpoint": self.desk.endpoint.get(decision.name, ""),
             "acting": verdict.acting,
+            "held": held,
             "attempt": verdict.attempt,
             "retry_after_s": verdict.retry_after_s,
             "policy": decision.policy,
@@ -221,6 +255,9 @@ class App:
 
     def _take(self, event: Mapping[str, Any]) -> bool:
         gateway, kind, id = self._gateway, event["event"], event.get("id", "")
+        if kind == "replicas":
+            figures = (float(event.get(name, 0.0)) for name in ("ready", "starting", "draining", "next_ready_s"))
+            return gateway.reported(event["pool"], Report(*figures))
         if kind == "scraped":
             waiting, running, kv_usage = (float(event[name]) for name in ("waiting", "running", "kv_usage"))
             index = gateway.bundle.layout.names.index(event["candidate"])
@@ -250,6 +287,11 @@ class App:
         if figures["e2e_s"] is None and arrived_s is not None:
             figures["e2e_s"] = max(time.time() - arrived_s, 0.0)
         self._gateway.finished(id, Outcome(event["status"], event.get("served_by", ""), **figures))
+
+
+def _resolve(turn: asyncio.Future[None]) -> None:
+    if not turn.done():
+        turn.set_result(None)
 
 
 def error(text: str) -> bytes:

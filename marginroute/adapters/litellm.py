@@ -51,14 +51,10 @@ def build(settings: Settings) -> Observer:
     for values, known, what in (
         ((settings.default_class,), layout.class_names, "default_class"),
         ((settings.default_task,), layout.task_names, "default_task"),
-        (tuple(settings.priority), layout.class_names, "priority of"),
     ):
         for value in values:
             if value and value not in known:
                 raise InputError(f"{what} {value!r} is not in the bundle; legal: {', '.join(known)}")
-    for name, number in settings.priority.items():
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise InputError(f"priority of {name!r} = {number!r}; legal is a whole number from 1 (first) up")
     return Observer(gateway, settings, _cache_key)
 
 

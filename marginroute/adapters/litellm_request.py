@@ -27,7 +27,6 @@ class Settings(OperationSettings):
         default_task: task type of requests without it; empty: the bundle's first.
         candidates: candidate by deployment id or by LiteLLM model name, for deployments without
             `model_info.marginroute_candidate`.
-        priority: LiteLLM's priority by class, from 1 (first) up; classes without one have none.
         engine_priority: the same number goes along to the engine, as vLLM's `priority`.
         use_cache: *cache* is a candidate where LiteLLM's response cache holds an answer of a known tier.
     """
@@ -37,7 +36,6 @@ class Settings(OperationSettings):
     task_field: str = "task_type"
     default_task: str = ""
     candidates: Mapping[str, str] = field(default_factory=dict)
-    priority: Mapping[str, int] = field(default_factory=dict)
     engine_priority: bool = False
     use_cache: bool = False
 

@@ -64,9 +64,41 @@ class _Collector:
         yield core.GaugeMetricFamily("marginroute_pending", "Decided and not finished", value=status["pending"])
         yield core.GaugeMetricFamily("marginroute_share", "Of requests that are acted on", value=status["share"])
         yield core.CounterMetricFamily("marginroute_rollbacks", "Returns to shadow mode", value=status["rollbacks"])
+        yield from _levers(core, status, gateway.replicas_wanted() is not None)
         info = core.InfoMetricFamily("marginroute_bundle", "What decides")
         info.add_metric((), {name: str(status[name]) for name in ("policy", "bundle", "mode", "state")})
         yield info
+
+
+def _levers(core: Any, status: dict[str, Any], acting: bool) -> Iterator[Any]:
+    """What waits, and the controller's levers, where there are any."""
+    if "held" in status:
+        yield core.GaugeMetricFamily("marginroute_held", "Batch work that waits", value=status["held"])
+        yield core.GaugeMetricFamily("marginroute_queued", "Requests that wait for room", value=status["queued"])
+        yield core.CounterMetricFamily(
+            "marginroute_control_errors", "Control ticks that failed", value=status["control_errors"]
+        )
+    if "replicas" not in status:
+        return
+    wanted = core.GaugeMetricFamily(
+        "marginroute_replicas_wanted", "For an autoscaler, where acting is true", labels=("pool", "acting")
+    )
+    for pool, count in status["replicas"].items():
+        wanted.add_metric((pool, str(acting).lower()), count)
+    yield wanted
+    for name, about, label in (
+        ("in_flight_caps", "In-flight cap of a replica", "pool"),
+        ("spill_share", "Share of a class that providers get", "class"),
+        ("shed_share", "Share of a class that is turned away", "class"),
+    ):
+        family = core.GaugeMetricFamily(f"marginroute_{name}", about, labels=(label,))
+        for key, value in status[name].items():
+            family.add_metric((key,), value)
+        yield family
+    rate = status["release_per_s"]
+    yield core.GaugeMetricFamily(
+        "marginroute_release_per_second", "Held work released", value=float("inf") if rate is None else rate
+    )
 
 
 def exposition(desk: Desk) -> bytes:

@@ -115,13 +115,20 @@ class Envoy(Process):
         folder: for configuration and output.
         endpoints: address by candidate.
         change: of the configuration, before it is written.
+        hold_s: that the picker may hold a request back.
     """
 
     def __init__(
-        self, mode: str, picker: str, folder: Path, endpoints: dict[str, str], change=lambda made: None
+        self,
+        mode: str,
+        picker: str,
+        folder: Path,
+        endpoints: dict[str, str],
+        change=lambda made: None,
+        hold_s: float = 0.0,
     ) -> None:
         self.port = free_port()
-        made = envoy_config.bootstrap(mode or "headers", endpoints, Listen(picker), self.port, [])
+        made = envoy_config.bootstrap(mode or "headers", endpoints, Listen(picker), self.port, [], hold_s)
         if not mode:
             del manager(made)["http_filters"][0], manager(made)["access_log"]
         change(made)

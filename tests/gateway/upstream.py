@@ -35,6 +35,7 @@ class Upstream:
     def __init__(self, name: str) -> None:
         self.name = name
         self.calls: list[tuple[str, int]] = []  # last message and status, in order
+        self.lock, self.busy, self.peak = threading.Lock(), 0, 0  # calls before their first token, and the most of them
         upstream = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -68,7 +69,12 @@ class Upstream:
             self._json(handler, status, {"error": {"message": "as told", "type": "server_error", "code": status}})
             return
         words = [f"{self.name} "] * (40 if "long" in orders else 8)
+        with self.lock:
+            self.busy += 1
+            self.peak = max(self.peak, self.busy)
         time.sleep(0.5 if "slow" in orders else TTFT_S)
+        with self.lock:
+            self.busy -= 1
         usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": len(words)}
         usage["total_tokens"] = sum(usage.values())
         if body.get("stream"):
