@@ -169,7 +169,7 @@ class ControlLoop:
             slow=self._levels.slow,
             allowance=self._allowance[None].copy(),
         )
-        self.levers = decode(of, np.asarray(self.controller.act(view), dtype=np.float64))
+        self.levers = self.controller.decide(view)
         wanted = self.levers.replicas[0]
         self._ordered_s[wanted > self._targets] = now_s
         self._targets = wanted

@@ -61,7 +61,7 @@ class Holding:
         bundle = runtime.bundle
         self.loop = None
         if bundle.controller is not None:
-            self.loop = ControlLoop(bundle.controller, bundle.layout, self._gateway.clock)
+            self.loop = ControlLoop(bundle.controller.anew(), bundle.layout, self._gateway.clock)
             if old is not None:
                 self.loop.go_on(old)
             self._apply()

@@ -1,6 +1,7 @@
 """A controller at a gateway: what it sees, and that its levers are carried out by what the gateway can do."""
 
 import asyncio
+import dataclasses
 import json
 import math
 import time
@@ -84,9 +85,7 @@ class Records(list):
 
 
 def with_controller(controller):
-    bundle = small_bundle()
-    object.__setattr__(bundle, "controller", controller)
-    return bundle
+    return dataclasses.replace(small_bundle(), controller=controller)
 
 
 @pytest.fixture
@@ -249,8 +248,6 @@ def test_a_controller_that_fails_leaves_the_levers(make):
                 raise ValueError("broken")
             return super().act(view)
 
-        decide = act
-
     gateway = make(Broken(replicas=[[3.0, 2.0]]))
     gateway.clock.now_s += 60.0
     with pytest.raises(ValueError, match="broken"):
@@ -262,8 +259,6 @@ def test_the_thread_counts_a_tick_that_fails():
     class Broken(Told):
         def act(self, view):
             raise ValueError("broken")
-
-        decide = act
 
     gateway = Gateway(with_controller(Broken()), Records(), ModeSettings("live"), ("shed", "defer"))
     until_s = time.monotonic() + 5.0
