@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from envs.kernels import kernel
 
 ILLEGAL_LOGIT = -1e9
 ONE_THREAD_PRODUCTS = 2**18  # multiply-adds of a matrix product up to which OpenBLAS starts no threads
@@ -42,7 +43,7 @@ class Weights(NamedTuple):
     value_bias_2: Any  # (1,), c2
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _gather(observation, at, n, c, x, y, m, owner):
     """Legal candidates' features, context and mean features of `n` states from `at`; returns the number of rows."""
     k, f, g = 0, x.shape[1], y.shape[1]
@@ -63,7 +64,7 @@ def _gather(observation, at, n, c, x, y, m, owner):
     return k
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+@kernel(fastmath={"reassoc", "contract"})
 def _dot(a, b):
     total = np.float32(0.0)
     for j in range(len(a)):
@@ -71,7 +72,7 @@ def _dot(a, b):
     return total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def forward(observation, c, w, x, owner, y, m, h1, h2, u, logits, value):
     """Logits (B, C) and values (B,) of flat observations (B, D).
 
@@ -113,7 +114,7 @@ def forward(observation, c, w, x, owner, y, m, h1, h2, u, logits, value):
             value[at + s] = _dot(top[s], w.value_head) + w.value_bias_2[0]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def log_softmax(logits, log_probs):
     """Row by row, (B, C)."""
     for b in range(logits.shape[0]):
@@ -125,7 +126,7 @@ def log_softmax(logits, log_probs):
             log_probs[b, i] = logits[b, i] - shift
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def choose(log_probs, noise, actions, chosen):
     """Takes in each state the candidate with the largest p / noise, and its log-probability.
 
@@ -141,7 +142,7 @@ def choose(log_probs, noise, actions, chosen):
         actions[b], chosen[b] = action, log_probs[b, action]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def backward(observation, c, w, x, owner, y, m, h1, h2, u, log_probs, d_log_probs, d_value, found):
     """Adds the derivatives by the weights to `found`, from those by log-probabilities (B, C) and values (B,)."""
     n, width, zero = len(observation), len(w.bias_1), np.float32(0.0)

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from benchmarks import common, dynamo_worker
 from envs.fleet.engine import advance, drain, pop_finished, reset_world, submit
 from envs.fleet.hashes import engine_hashes, load_hashes
 from envs.fleet.profile import compact_profile
 from envs.fleet.state import COMPLETED, Fleet, FleetSpec, PoolSpec, allocate
+from envs.kernels import kernel
 from marginroute.errors import InputError
 
 REPLICAS = (1, 16)
@@ -132,7 +132,7 @@ def write_trace(path: Path, requests: Requests) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def run_round_robin(pools, tables, worlds, replicas, slots, providers, requests, w, arrived_at_s):  # noqa: ANN001, ANN201
     """One episode in which request i goes to replica i modulo their number; returns how many requests ended."""
     reset_world(pools, tables, worlds, replicas, slots, providers, requests, w)

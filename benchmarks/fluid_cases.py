@@ -7,7 +7,6 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from envs.economics import ledger as books
 from envs.economics.plans import TERMS
@@ -19,6 +18,7 @@ from envs.fleet.profile import compact_profile
 from envs.fleet.replay import least_in_flight
 from envs.fleet.state import ABANDONED, COMPLETED, NO_CAP, FleetSpec, PoolSpec, allocate, record_array
 from envs.fluid_money import ANSWER, PRICE, step
+from envs.kernels import kernel
 from envs.scenario_files import locate, read_yaml
 from marginroute import pricing
 
@@ -148,7 +148,7 @@ def arrivals_of(plant: Plant, case: Case) -> tuple[Array, Array]:
     return arrived_at_s, rng.choice(np.flatnonzero(np.isin(plant.sample.class_index, classes)), len(arrived_at_s))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _run_engine(
     pools,
     tables,
@@ -188,7 +188,7 @@ def _run_engine(
     return busy_s
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _post_requests(ledger_usd, counts, terms, requests, class_index, good, arrived_at_s, horizon_s):
     for i in range(class_index.shape[0]):
         row, k = requests[0, i], class_index[i]

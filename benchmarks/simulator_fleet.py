@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from envs.fleet import scaling
 from envs.fleet.engine import drain, pop_finished, reset_world, submit
@@ -15,6 +14,7 @@ from envs.fleet.profile import compact_profile
 from envs.fleet.provider import provider_available, submit_provider
 from envs.fleet.replay import least_in_flight, run_least_in_flight
 from envs.fleet.state import NO_CAP, Fleet, FleetSpec, PoolSpec, ProviderSpec, allocate
+from envs.kernels import kernel
 from envs.scenario_files import locate, read_yaml
 
 PROFILE = "llama-3.1-8b-h100"
@@ -49,7 +49,7 @@ def spec(replicas: int, mode: str) -> FleetSpec:
     return FleetSpec((pool,), providers, scrape_interval_s=1.0 if gateway else 1e12)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def least_in_flight_up(replicas, w):
     """Replica with the fewest in flight among those that the gateway takes for up, the lowest index among equals.
 
@@ -64,7 +64,7 @@ def least_in_flight_up(replicas, w):
     return best
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def run_product(pools, tables, worlds, replicas, slots, providers, requests, w, arrived_at_s, fails_at_s, fails, limit):
     """One episode with failures; what is beyond `limit` in flight at every replica spills to the first provider.
 

@@ -13,24 +13,23 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
-
 from envs import world
 from envs.fleet.provider import requests_left
 from envs.fleet.state import ACTIVE, DOWN, DRAINING, STARTING
+from envs.kernels import kernel
 from envs.world_hold import held_by_age
 from marginroute import control
 
 SHED_DEBT, SPILL_DEBT = range(2)  # columns of `debts`; the pools' follow
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def owns_defer(desk, load, legal, w, defer):
     """Whether the controller holds the current request back, whatever a router would do with it."""
     return desk.gated == 1 and desk.offered == 0 and load.attempts == 0 and legal[w, defer]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _to_pool(replicas, kinds, stations, legal, debts, share, w, k):
     """The least busy replica of the pool furthest behind its share; -1 if none takes requests."""
     for p in range(share.shape[1]):
@@ -46,7 +45,7 @@ def _to_pool(replicas, kinds, stations, legal, debts, share, w, k):
     return best
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def plain_choice(kinds, stations, replicas, desks, loads, legal, debts, share, class_levers, w):
     """The candidate that the plain gateway takes for the current request of world w."""
     desk = desks[w]
@@ -76,7 +75,7 @@ def plain_choice(kinds, stations, replicas, desks, loads, legal, debts, share, c
     return n - 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def run_tick(
     config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, index, prior, truth, good, own, entries, lengths, ledger_usd, counts, changes, actions,
@@ -95,7 +94,7 @@ def run_tick(
             choices[w] = world.WAIT
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def read_engine(replicas, providers, desks, loads, targets, pools_out, held_out, allowance_out):
     """Writes what a controller sees of the engine: pools (N, P, 8), held (N, K, G) and allowance (N, V).
 
@@ -129,7 +128,7 @@ def read_engine(replicas, providers, desks, loads, targets, pools_out, held_out,
             allowance_out[w, i] = requests_left(providers[w, i], now_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def read_fluid(flows, stations, orders, held, deadline_s, clocks_s, spills, pools_out, held_out, allowance_out):
     """The same of the fluid surrogate, from `Fluid`'s arrays of these names."""
     parts = held_out.shape[2]

@@ -7,10 +7,10 @@ Shapes: N worlds, P pools, K classes, V providers.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from envs.economics import ledger as books
 from envs.fleet.fluid_tick import tick
+from envs.kernels import kernel
 
 PRICE = np.dtype(
     [
@@ -35,7 +35,7 @@ ANSWER = np.dtype(
 """What a class gets at a pool or provider, `(P + V, K)`."""
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _count_promises(counts, w, k, ttft_ok, tpot_ok, e2e_ok, slo_ok):
     counts[w, books.TTFT_OK, k] += ttft_ok
     counts[w, books.TPOT_OK, k] += tpot_ok
@@ -43,7 +43,7 @@ def _count_promises(counts, w, k, ttft_ok, tpot_ok, e2e_ok, slo_ok):
     counts[w, books.SLO_OK, k] += slo_ok
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _post_pool(terms, prices, answers, stations, flows, ledger_usd, counts, w, p, tick_s):
     price, station = prices[p], stations[w, p]
     paid = price.reserved_usd_per_s * price.reserved_replicas
@@ -68,7 +68,7 @@ def _post_pool(terms, prices, answers, stations, flows, ledger_usd, counts, w, p
             )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _post_provider(terms, answers, row, spills, ledger_usd, counts, w, v):
     for k in range(terms.shape[0]):
         answer, calls = answers[row, k], spills[w, v, k]
@@ -81,7 +81,7 @@ def _post_provider(terms, answers, row, spills, ledger_usd, counts, w, v):
         )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def step(
     pools, classes, curves, kept, deadline_s, providers, stations, orders, flows, held, clocks_s, spills,
     terms, prices, answers, ledger_usd, counts, margins_usd, rewards_usd, arrivals, pool_levers, class_levers, tick_s,
@@ -108,7 +108,7 @@ def step(
         margins_usd[w] = total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def settle(
     pools, classes, curves, kept, deadline_s, providers, stations, orders, flows, held, clocks_s, spills,
     terms, prices, answers, ledger_usd, counts, margins_usd, rewards_usd, last_provider, w,

@@ -13,19 +13,19 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from envs.fleet.state import record_array
+from envs.kernels import kernel
 from marginroute import pricing
 from marginroute import view as v
 from marginroute.features import CLIP, MIN_LOGIT, FeatureSpec
 from marginroute.heuristics import MAX_FILL, NEVER_USD, MarginRule
 from marginroute.view import Array, Layout
 
-answer_usd = njit(cache=True, inline="always")(pricing.answer_usd)
-refund_usd = njit(cache=True, inline="always")(pricing.refund_usd)
-tokens_usd = njit(cache=True, inline="always")(pricing.tokens_usd)
-unserved_credit_usd = njit(cache=True, inline="always")(pricing.unserved_credit_usd)
+answer_usd = kernel(pricing.answer_usd, inline="always")
+refund_usd = kernel(pricing.refund_usd, inline="always")
+tokens_usd = kernel(pricing.tokens_usd, inline="always")
+unserved_credit_usd = kernel(pricing.unserved_credit_usd, inline="always")
 
 _LOG_OF_NONE = np.log(np.float32(1e-3))
 
@@ -96,7 +96,7 @@ class Seen(NamedTuple):
     kept: Array  # (3, N, C), filled in where the rule has floors
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _p_exceeds(estimate, limit, sharpness):
     if math.isinf(limit) or estimate == 0.0:
         return 0.0
@@ -104,22 +104,22 @@ def _p_exceeds(estimate, limit, sharpness):
     return ratio / (ratio + 1.0)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _clip(x):
     return min(max(x, np.float32(-CLIP)), np.float32(CLIP))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _log(x):
     return np.log(np.float32(x) + np.float32(1e-3)) if x != 0.0 else _LOG_OF_NONE
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _log1p(x):
     return np.log1p(np.float32(x)) if x != 0.0 else np.float32(0.0)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _fitted(rule, s, q, w, c, task):
     """`FittedQuality.p_good`."""
     prior = min(max(s[v.P_GOOD_PRIOR, w, c], 1e-6), 1.0 - 1e-6)
@@ -134,7 +134,7 @@ def _fitted(rule, s, q, w, c, task):
     return 1.0 / (1.0 + math.exp(-logit))
 
 
-@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+@kernel(error_model="numpy", inline="always")
 def _latency(s, w, c, prompt_tokens, output_tokens):
     """`latency.estimate`: TTFT, TPOT and work in seconds."""
     prefill_tokens = prompt_tokens - s[v.CACHED_TOKENS, w, c]
@@ -155,7 +155,7 @@ def _latency(s, w, c, prompt_tokens, output_tokens):
     return ttft_s + s[v.FIXED_TTFT_S, w, c], decode_s + s[v.FIXED_TPOT_S, w, c], work_s
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _candidates(rule, s, q, legal, w, value_usd, usage_usd, unserved_usd, row, n_features, seen):
     """`heuristics.assess` for world `w`, with most candidate features; returns the highest legal score."""
     numbers = rule.numbers[0]
@@ -233,7 +233,7 @@ def _candidates(rule, s, q, legal, w, value_usd, usage_usd, unserved_usd, row, n
     return best_usd
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _context(rule, s, q, legal, w, value_usd, row):
     """`features.context_features`."""
     numbers = rule.numbers[0]
@@ -255,7 +255,7 @@ def _context(rule, s, q, legal, w, value_usd, row):
     row[n + 7] = _clip(_log1p(1e6 * value_usd))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def observe(rule, s, q, legal, n_features, n_context, seen):
     """Fills `seen` for every world, from signals (S, N, C), request (Q, N) and legal (N, C)."""
     worlds, n = legal.shape

@@ -19,9 +19,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from envs.fleet.state import STARTING
+from envs.kernels import kernel
 from marginroute import view as v
 
 MARK = np.dtype(
@@ -55,7 +55,7 @@ class PrefixArrays(NamedTuple):
     free: Any  # (N,) i4 first free send
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def reset(index, w):
     """Empties the index of a world."""
     index.stamps[w] = 0
@@ -69,7 +69,7 @@ def reset(index, w):
     index.free[w] = 0 if size > 0 else -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _forget(index, loads, w, c, most_blocks, now_s):
     """Forgets what has expired, and then the oldest blocks beyond `most_blocks`."""
     mark = index.marks[w, c]
@@ -93,7 +93,7 @@ def _forget(index, loads, w, c, most_blocks, now_s):
         index.free[w] = e
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def insert(index, loads, w, c, i, now_s):
     """Notes that request `i` was sent to candidate `c`; nothing where it has no prefix cache."""
     mark, load = index.marks[w, c], loads[w, i]
@@ -116,7 +116,7 @@ def insert(index, loads, w, c, i, now_s):
     _forget(index, loads, w, c, mark.capacity_blocks, now_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def match(index, loads, w, c, i, now_s):
     """Blocks of request `i`, from the first one on, that candidate `c` has been sent."""
     mark, load = index.marks[w, c], loads[w, i]
@@ -132,13 +132,13 @@ def match(index, loads, w, c, i, now_s):
     return low
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def forget(index, loads, w, c):
     """Empties the record of candidate `c`, as after a restart of its engine."""
     _forget(index, loads, w, c, 0, -np.inf)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def note_send(index, desks, loads, requests, signals, w, c):
     """The current request leaves for replica or provider `c`, with what its View expected to be cached there."""
     desk = desks[w]
@@ -149,7 +149,7 @@ def note_send(index, desks, loads, requests, signals, w, c):
     insert(index, loads, w, c, i, desk.now_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def show_cached(index, replicas, desks, loads, signals, legal, w):
     """Writes what every candidate is expected to have cached of the current request; the last token is never cached.
 

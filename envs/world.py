@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
 from envs import prefix_kernel
 from envs import world_cache as answers
@@ -33,15 +32,16 @@ from envs.economics import ledger as books
 from envs.fleet import engine, scaling
 from envs.fleet.provider import provider_available, submit_provider
 from envs.fleet.state import ABANDONED, COMPLETED, FAILED, LOST
+from envs.kernels import kernel
 from marginroute import latency
 from marginroute import view as v
 
 WAIT = np.iinfo(np.int64).min  # a choice that leaves its world where it is
 
-running_mean = njit(cache=True, inline="always")(latency.running_mean)
+running_mean = kernel(latency.running_mean, inline="always")
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, count, account, cost_usd):
     load = loads[w, i]
     k = load.class_index
@@ -51,7 +51,7 @@ def _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, count, accou
         sessions.not_answered(loads, counts, w, i)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _post_finished(
     config, terms, static, tiers, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts, w, i
 ):
@@ -116,14 +116,14 @@ def _post_finished(
         answers.store(config, desks, entries, loads, ledger_usd, w, i, tiers[c], answer, request.completed_at_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _provider_latency(static, sigmas, load, c, p):
     """TTFT and TPOT in seconds that provider `p` will take for a request; the same whenever it is asked."""
     ttft_s = static[v.FIXED_TTFT_S, c] * math.exp(sigmas[p, 0] * load.ttft_noise)
     return ttft_s, static[v.FIXED_TPOT_S, c] * math.exp(sigmas[p, 1] * load.tpot_noise)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _hold(config, desks, loads, w, i):
     """Appends request `i` to the batch queue; it is offered again after `hold_s`."""
     desk, load = desks[w], loads[w, i]
@@ -135,7 +135,7 @@ def _hold(config, desks, loads, w, i):
     desk.held_tail = i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _act(
     config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, entries, lengths, ledger_usd, counts, actions, legal, w, c,
@@ -170,7 +170,7 @@ def _act(
         _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, books.SHED, books.CACHE, 0.0)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _collect(
     config, terms, static, tiers, worlds, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts, w
 ):
@@ -183,7 +183,7 @@ def _collect(
         i = engine.pop_finished(worlds, requests, w)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _buy_out(
     config, terms, static, sigmas, tiers, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts,
     w, i, count,
@@ -207,7 +207,7 @@ def _buy_out(
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _settle(
     config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
@@ -240,7 +240,7 @@ def _settle(
     desk.done = 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _note_arrival(desk, load, counts, w):
     """A request is there for the first time, now."""
     load.arrival = sessions.ARRIVED
@@ -251,7 +251,7 @@ def _note_arrival(desk, load, counts, w):
     desk.last_arrival_s = desk.now_s
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _go_on(
     config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, good, own, entries, lengths, ledger_usd, counts, changes, w,
@@ -326,7 +326,7 @@ def _go_on(
     desk.current = i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _show(
     config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries, lengths,
     signals, request_view, legal, p_true, w,
@@ -401,7 +401,7 @@ def _show(
     request_view[v.PATIENCE_S, w] = term.patience_s
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def begin(
     config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, index, prior, truth, good, own, entries, lengths, ledger_usd, counts, changes, actions,
@@ -421,7 +421,7 @@ def begin(
             prefix_kernel.show_cached(index, replicas, desks, loads, signals, legal, w)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def set_in_flight_caps(pools, tables, worlds, replicas, slots, providers, requests, desks, caps):
     """Sets the in-flight cap of every replica, `caps` (N, R); held requests go through where it rose."""
     for w in range(caps.shape[0]):
@@ -431,7 +431,7 @@ def set_in_flight_caps(pools, tables, worlds, replicas, slots, providers, reques
             )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _account(desks, ledger_usd, w):
     """Reward equals report: the change of the ledger since the last decision."""
     total = 0.0
@@ -442,7 +442,7 @@ def _account(desks, ledger_usd, w):
     desks[w].margin_usd = total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def step(
     config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, index, prior, truth, good, own, entries, lengths, ledger_usd, counts, changes, actions,

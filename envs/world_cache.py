@@ -15,11 +15,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from envs import world_sessions as sessions
 from envs.economics import ledger as books
 from envs.fleet.response_cache import append, unlink
+from envs.kernels import kernel
 from marginroute import response_cache
 from marginroute import view as v
 
@@ -32,7 +32,7 @@ FOUND = np.dtype([("key", "i4"), ("similarity", "f8")])
 ACCESS = np.dtype([("allowed", "i4"), ("embed_s", "f8"), ("lookup_usd", "f8"), ("embed_usd_per_token", "f8")])
 """Whether and at what cost a class is looked up, `(K,)`."""
 
-p_reuse = njit(cache=True)(response_cache.p_reuse)
+p_reuse = kernel(response_cache.p_reuse)
 
 
 class CacheArrays(NamedTuple):
@@ -46,13 +46,13 @@ class CacheArrays(NamedTuple):
     access: Any  # (K,) ACCESS
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def embedding_s(cache, load):
     """Seconds that a request waits for its embedding before anything is decided."""
     return cache.access[load.class_index].embed_s if load.prompt_key >= 0 else 0.0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def charge(cache, loads, ledger_usd, w, i):
     """Posts what embedding a new request and looking it up cost."""
     load = loads[w, i]
@@ -62,14 +62,14 @@ def charge(cache, loads, ledger_usd, w, i):
         books.post(ledger_usd, w, books.CACHE, load.class_index, -cost_usd)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _usable(config, entry, load, now_s):
     """Whether a stored answer is fresh and this tenant's to have."""
     fresh = entry.stored_at_s + config[0].cache_ttl_s >= now_s
     return fresh and (config[0].cache_shared == 1 or entry.tenant_index == load.tenant_index)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def find(config, desks, cache, loads, w, i):
     """Looks request `i` up; True if the gateway may answer it from the cache, with `found[w]`."""
     load, found = loads[w, i], cache.found[w]
@@ -100,7 +100,7 @@ def find(config, desks, cache, loads, w, i):
     return found.key >= 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _right(config, desks, cache, w, i):
     """Whether the answer found is right for request `i`, which nobody knows before."""
     if config[0].cache_semantic == 0:
@@ -110,7 +110,7 @@ def _right(config, desks, cache, w, i):
     return found.similarity >= asked.needed_similarity and age_s <= asked.valid_for_s
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def show(config, desks, cache, prior, signals, p_true, w, c, i):
     """Writes what was found for request `i` into the View, and the hidden outcome beside it."""
     found = cache.found[w]
@@ -123,14 +123,14 @@ def show(config, desks, cache, prior, signals, p_true, w, c, i):
     p_true[w, c] = entry.good if _right(config, desks, cache, w, i) else 0.0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def show_nothing(signals, p_true, w, c):
     """Writes into the View that there is no answer."""
     signals[v.P_GOOD_PRIOR, w, c] = signals[v.SIMILARITY, w, c] = signals[v.ENTRY_AGE_S, w, c] = 0.0
     p_true[w, c] = 0.0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _drop(desks, cache, w, key):
     """Takes an answer out of the cache and out of the chain of its intent."""
     unlink(desks, cache.entries, w, key)
@@ -145,7 +145,7 @@ def _drop(desks, cache, w, key):
         cache.entries[w, entry.kin_older].kin_newer = entry.kin_newer
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def store(config, desks, cache, loads, ledger_usd, w, i, tier, good, now_s):
     """Stores an answer under its prompt key, evicting the least recently used one if the cache is full."""
     load, desk = loads[w, i], desks[w]
@@ -168,7 +168,7 @@ def store(config, desks, cache, loads, ledger_usd, w, i, tier, good, now_s):
     books.post(ledger_usd, w, books.CACHE, load.class_index, -config[0].cache_entry_usd)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def serve(config, terms, desks, loads, cache, ledger_usd, counts, w, i):
     """Answers request `i` from the response cache and makes the entry the most recently used one."""
     load, desk, key = loads[w, i], desks[w], int(cache.found[w].key)

@@ -15,19 +15,18 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
-
 from envs.economics import ledger as books
 from envs.fleet import engine, scaling
 from envs.fleet.faults import lose_requests, slow_replica
 from envs.fleet.state import ACTIVE, DRAINING
+from envs.kernels import kernel
 from envs.workload.faults import OF_REPLICA
 from marginroute import latency
 
-recent_errors = njit(cache=True, inline="always")(latency.recent_errors)
+recent_errors = kernel(latency.recent_errors, inline="always")
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def note_call(mine, failed, at_s):
     """The gateway learns that a call to a replica or provider failed, or did not."""
     if failed or mine.error_share > 0.0:
@@ -36,7 +35,7 @@ def note_call(mine, failed, at_s):
         mine.error_at_s = max(at_s, mine.error_at_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def queue_retry(desks, loads, w, i, at_s):
     """Offers request `i` again at `at_s`, behind those that are due by then."""
     behind, ahead = -1, int(desks[w].retry_head)
@@ -49,7 +48,7 @@ def queue_retry(desks, loads, w, i, at_s):
         desks[w].retry_head = i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def pop_retry(desks, loads, w):
     """The request that is offered again first; there must be one."""
     i = int(desks[w].retry_head)
@@ -57,7 +56,7 @@ def pop_retry(desks, loads, w):
     return i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def try_again(config, requests, desks, loads, ledger_usd, counts, w, i, account, cost_usd):
     """Posts what a lost attempt has cost and queues the next one; False if that was the last."""
     load, request = loads[w, i], requests[w, i]
@@ -72,7 +71,7 @@ def try_again(config, requests, desks, loads, ledger_usd, counts, w, i, account,
     return True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def next_change_s(worlds, desks, changes, w):
     """When the world must stop next, whether or not a decision is due."""
     world, desk = worlds[w], desks[w]
@@ -82,7 +81,7 @@ def next_change_s(worlds, desks, changes, w):
     return min(at_s, world.next_change_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def apply_changes(pools, tables, worlds, replicas, slots, providers, requests, desks, changes, w):
     """Carries out the faults that are due now."""
     desk = desks[w]
@@ -103,7 +102,7 @@ def apply_changes(pools, tables, worlds, replicas, slots, providers, requests, d
             providers[w, i].slowdown = change.slowdown
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def post_gpu_hours(pools, replicas, desks, own, ledger_usd, w):
     """Posts the seconds for which machines were paid since the last call."""
     usd = 0.0
@@ -115,7 +114,7 @@ def post_gpu_hours(pools, replicas, desks, own, ledger_usd, w):
     books.post(ledger_usd, w, books.GPU_HOURS, ledger_usd.shape[2] - 1, -usd)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def lose_hanging(pools, worlds, replicas, slots, requests, w, now_s):
     """At the horizon: nobody waits for the detection of a failure any more."""
     for r in range(replicas.shape[1]):
@@ -124,7 +123,7 @@ def lose_hanging(pools, worlds, replicas, slots, requests, w, now_s):
             lose_requests(pools[rep.pool], worlds[w], rep, slots, requests, w, True, now_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def set_replicas(pools, tables, worlds, replicas, slots, providers, requests, desks, own, legal, targets):
     """Scales every pool of every world that is under way, `targets` (N, P), and says in `legal` who takes requests."""
     for w in range(targets.shape[0]):

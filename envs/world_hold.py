@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
+from envs.kernels import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def hold(config, desks, loads, w, i):
     """Puts request `i` behind those that are due before it; `offer_at_s` is when it is due."""
     desk, load = desks[w], loads[w, i]
@@ -37,7 +37,7 @@ def hold(config, desks, loads, w, i):
         desk.held_tail = i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def offer_s(desk, loads, w):
     """When the first held request is offered to the router; inf: nothing is held."""
     if desk.held_head < 0:
@@ -48,7 +48,7 @@ def offer_s(desk, loads, w):
     return max(min(due_s, desk.released_at_s + 1.0 / desk.release_per_s), desk.now_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def note_offer(desk, loads, w, i, now_s):
     """Request `i` has been taken from the queue at `now_s`; unless it was due, the next one waits its turn."""
     desk.offered = 1
@@ -56,7 +56,7 @@ def note_offer(desk, loads, w, i, now_s):
         desk.released_at_s = now_s
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def set_release(desks, release_per_s):
     """Sets the release rate of every world, `release_per_s` (N,), inf: at once; from now on the controller decides."""
     for w in range(release_per_s.shape[0]):
@@ -64,7 +64,7 @@ def set_release(desks, release_per_s):
         desks[w].release_per_s = release_per_s[w]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def held_by_age(desks, loads, w, held):
     """Adds up what is held, `held` (K, H) out: by class and by the H-th parts of the deadline that have passed."""
     held[:] = 0.0

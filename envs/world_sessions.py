@@ -18,9 +18,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from envs.economics import ledger as books
+from envs.kernels import kernel
 from envs.workload.requests import Workload
 
 LEAST_THINK_S = 0.001
@@ -52,14 +52,14 @@ def load_sessions(workload: Workload, desk: Any, load: Any) -> None:
     load["next_sibling"][rows[:-1]] = np.where(first[1:], -1, rows[1:])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _before(loads, w, i, j):
     """Whether follow-up i arrives before j."""
     at_s, other_s = loads[w, i].arrived_at_s, loads[w, j].arrived_at_s
     return at_s < other_s or (at_s == other_s and i < j)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _push_ready(desk, loads, w, i):
     p = int(desk.ready)
     desk.ready += 1
@@ -72,13 +72,13 @@ def _push_ready(desk, loads, w, i):
     loads[w, p].ready_heap = i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def ready_s(desk, loads, w):
     """When the next follow-up arrives, as far as answers have come; inf: nobody is on the way."""
     return loads[w, loads[w, 0].ready_heap].arrived_at_s if desk.ready > 0 else np.inf
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def pop_ready(desk, loads, w):
     """Takes the follow-up that arrives first, which must exist."""
     first = int(loads[w, 0].ready_heap)
@@ -100,7 +100,7 @@ def pop_ready(desk, loads, w):
     return first
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def answered(desk, loads, w, i, at_s):
     """Request `i` was answered completely at `at_s`: those that follow it get ready."""
     child = int(loads[w, i].first_child)
@@ -110,7 +110,7 @@ def answered(desk, loads, w, i, at_s):
         child = int(loads[w, child].next_sibling)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def not_answered(loads, counts, w, i):
     """Request `i` gets no answer: whatever would have followed it never arrives. The stack is in `next_held`."""
     top = -1
@@ -129,7 +129,7 @@ def not_answered(loads, counts, w, i):
         top = int(loads[w, top].next_held)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def safe_until_s(worlds, replicas, desk, own, w):
     """How far the fleet may run: no follow-up whose parent is in flight now arrives earlier."""
     if desk.leading == 0:
@@ -141,7 +141,7 @@ def safe_until_s(worlds, replicas, desk, own, w):
     return end_s + desk.least_think_s
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def sent(desk, load, mine):
     """A request leaves for a candidate, `mine` of `own`; those with follow-ups are counted."""
     if load.first_child >= 0:
@@ -149,7 +149,7 @@ def sent(desk, load, mine):
         mine.leading += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def ended(desk, load, mine):
     """A request has left the fleet, answered or not."""
     if load.first_child >= 0:

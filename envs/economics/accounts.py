@@ -16,8 +16,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from envs.kernels import kernel
 from marginroute import contracts, pricing
 from marginroute.latency import running_mean as _running_mean
 
@@ -51,15 +51,15 @@ WINDOW = np.dtype(
 RECENT_OUTCOMES = 200.0  # requests over which a class's miss rate, value and pace are averaged
 PRIOR_MISS_RATE, PRIOR_OUTCOMES = 0.02, 20.0  # what is assumed of a class beside what was seen
 
-standing = njit(cache=True, inline="always")(contracts.standing)
-refilled = njit(cache=True, inline="always")(contracts.refilled)
-window_credit_share = njit(cache=True)(contracts.window_credit_share)
-window_miss_usd = njit(cache=True)(contracts.window_miss_usd)
-running_mean = njit(cache=True, inline="always")(_running_mean)
-tokens_usd = njit(cache=True, inline="always")(pricing.tokens_usd)
+standing = kernel(contracts.standing, inline="always")
+refilled = kernel(contracts.refilled, inline="always")
+window_credit_share = kernel(contracts.window_credit_share)
+window_miss_usd = kernel(contracts.window_miss_usd)
+running_mean = kernel(_running_mean, inline="always")
+tokens_usd = kernel(pricing.tokens_usd, inline="always")
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def open_accounts(terms, accounts, windows, tenant_class, phase, used, w):
     """Starts an episode: `phase` (G,) of the billing period has passed, `used` (G,) of every allowance is used up."""
     for g in range(tenant_class.shape[0]):
@@ -79,14 +79,14 @@ def open_accounts(terms, accounts, windows, tenant_class, phase, used, w):
         window.last_at_s = window.outcomes = 0.0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _renew(term, account):
     account.requests_left = term.quota_requests
     account.balance_usd = term.prepaid_usd
     account.committed_left_usd = term.committed_usd
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def arrive(terms, accounts, w, k, g, prompt_tokens, now_s):
     """A request comes in: renews what is due, takes from the rate limit, and says how it stands (`STANDINGS`)."""
     term, account = terms[k], accounts[w, g]
@@ -103,7 +103,7 @@ def arrive(terms, accounts, w, k, g, prompt_tokens, now_s):
     return stands
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def bill(terms, accounts, w, k, g, stands, prompt_tokens, cached_tokens, output_tokens):
     """Charges a customer for an answered request.
 
@@ -132,7 +132,7 @@ def bill(terms, accounts, w, k, g, stands, prompt_tokens, cached_tokens, output_
     return listed_usd, listed_usd + term.request_value_usd
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def note_outcome(terms, windows, w, k, met, value_usd, now_s):
     """Books the outcome of a request into the open window of its class; `value_usd` is 0 if it got no answer."""
     if terms[k].window_s == math.inf:
@@ -148,7 +148,7 @@ def note_outcome(terms, windows, w, k, met, value_usd, now_s):
     window.outcomes, window.last_at_s = after, now_s
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def close_window(terms, windows, w, k, now_s):
     """Closes the window of a class if its end has come; returns the credit in USD that it owes."""
     window, term = windows[w, k], terms[k]
@@ -165,7 +165,7 @@ def close_window(terms, windows, w, k, now_s):
     return credit_usd
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def miss_usd(terms, windows, w, k, now_s):
     """Expected credit that one more miss causes in the open window of a class."""
     window, term = windows[w, k], terms[k]

@@ -12,8 +12,8 @@ were answered from the response cache; `wrong_hits` are those of them whose answ
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from envs.kernels import kernel
 from marginroute import pricing
 
 ACCOUNTS = (
@@ -74,20 +74,20 @@ COUNTS = (
     WRONG_HITS,
 ) = range(19)
 
-tokens_usd = njit(cache=True, inline="always")(pricing.tokens_usd)
-answer_usd = njit(cache=True, inline="always")(pricing.answer_usd)
-refund_usd = njit(cache=True, inline="always")(pricing.refund_usd)
-service_credit_usd = njit(cache=True, inline="always")(pricing.service_credit_usd)
-unserved_credit_usd = njit(cache=True, inline="always")(pricing.unserved_credit_usd)
+tokens_usd = kernel(pricing.tokens_usd, inline="always")
+answer_usd = kernel(pricing.answer_usd, inline="always")
+refund_usd = kernel(pricing.refund_usd, inline="always")
+service_credit_usd = kernel(pricing.service_credit_usd, inline="always")
+unserved_credit_usd = kernel(pricing.unserved_credit_usd, inline="always")
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def post(ledger_usd: np.ndarray, w: int, account: int, k: int, usd: float) -> None:
     """Adds one posting."""
     ledger_usd[w, account, k] += usd
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def post_time(ledger_usd: np.ndarray, terms: np.ndarray, w: int, gpu_usd_per_s: float, elapsed_s: float) -> None:
     """Posts what time alone brings: seat revenue of every class, and GPUs held, busy or idle."""
     classes = terms.shape[0]
@@ -96,7 +96,7 @@ def post_time(ledger_usd: np.ndarray, terms: np.ndarray, w: int, gpu_usd_per_s: 
     post(ledger_usd, w, GPU_HOURS, classes, -gpu_usd_per_s * elapsed_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def post_served(
     ledger_usd: np.ndarray,
     counts: np.ndarray,
@@ -141,7 +141,7 @@ def post_served(
     counts[w, OUTPUT_TOKENS, k] += output_tokens
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def post_unserved(
     ledger_usd: np.ndarray,
     counts: np.ndarray,
@@ -166,7 +166,7 @@ def post_unserved(
     counts[w, count, k] += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def post_served_amount(
     ledger_usd: np.ndarray,
     counts: np.ndarray,
@@ -214,7 +214,7 @@ def post_served_amount(
     counts[w, OUTPUT_TOKENS, k] += answered * output_tokens
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def post_unserved_amount(
     ledger_usd: np.ndarray,
     counts: np.ndarray,

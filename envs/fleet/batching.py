@@ -44,8 +44,6 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
-
 from envs.fleet.iteration import (
     bin_iterations,
     decode_bin,
@@ -71,15 +69,16 @@ from envs.fleet.queues import (
 )
 from envs.fleet.speculation import elapsed_s, iterations_within, next_tokens, open_segment, tokens_between
 from envs.fleet.state import ABANDONED, COMPLETED, PREFILL_FIRST, VLLM_V1
+from envs.kernels import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def blocks_for(pool, tokens):
     """KV blocks that hold `tokens` tokens."""
     return (tokens + pool.block_size_tokens - 1) // pool.block_size_tokens
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _end_request(world, rep, requests, w, i, status, now_s):
     """Books a request out of the replica."""
     request = requests[w, i]
@@ -93,7 +92,7 @@ def _end_request(world, rep, requests, w, i, status, now_s):
     finished_append(world, requests, w, i)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def release_blocks(pool, extras, rep, slots, requests, w, i, held_blocks):
     """Frees what a request holds, `held_blocks` blocks."""
     if extras is not None and pool.prefix_caching:
@@ -102,7 +101,7 @@ def release_blocks(pool, extras, rep, slots, requests, w, i, held_blocks):
         rep.kv_used_blocks -= held_blocks
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _join_batch(pool, rep, slots, requests, w, r, i, steps):
     """A request whose prefill is complete decodes `steps` tokens from the next iteration on."""
     request = requests[w, i]
@@ -113,7 +112,7 @@ def _join_batch(pool, rep, slots, requests, w, r, i, steps):
     rep.kv_sum += request.computed + 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _stop_decoding(pool, rep, slots, requests, w, i):
     """Undoes `_join_batch` but for the heap, and writes `computed` up to date."""
     request = requests[w, i]
@@ -125,14 +124,14 @@ def _stop_decoding(pool, rep, slots, requests, w, i):
     rep.changed = 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _leave_batch(pool, extras, rep, slots, requests, w, r, i):
     """A request that is not in the heap any more stops decoding and frees its blocks."""
     _stop_decoding(pool, rep, slots, requests, w, i)
     release_blocks(pool, extras, rep, slots, requests, w, i, blocks_for(pool, requests[w, i].computed))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _stall(pool, rep, slots, requests, w, i):
     """Leaves the decodes from running request i on out of the iteration being put together; they keep their blocks."""
     while i >= 0:
@@ -146,7 +145,7 @@ def _stall(pool, rep, slots, requests, w, i):
         i = int(request.after)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _resume_stalled(pool, rep, slots, requests, w, r):
     """Stalled requests decode again from the next iteration on."""
     while rep.stalled_head >= 0:
@@ -157,7 +156,7 @@ def _resume_stalled(pool, rep, slots, requests, w, r):
         rep.changed = 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _preempt(pool, extras, rep, slots, requests, w, r, i):
     """Frees a running request's blocks and sends it to the front of the line, to recompute."""
     request = requests[w, i]
@@ -181,14 +180,14 @@ def _preempt(pool, extras, rep, slots, requests, w, r, i):
     wait_prepend(pool, extras, rep, slots, requests, w, i)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _decode_need(pool, rep, request, tokens):
     """KV blocks that a decode needs for its next tokens."""
     cached = request.computed + rep.counter - request.joined_at
     return blocks_for(pool, cached + tokens) - blocks_for(pool, cached)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _make_room(pool, extras, rep, slots, requests, w, r, i, demand, tokens):
     """Preempts until `demand` blocks are free for running request i; a decode gets `tokens` tokens in this iteration.
 
@@ -208,7 +207,7 @@ def _make_room(pool, extras, rep, slots, requests, w, r, i, demand, tokens):
     return preempted
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _squeeze(pool, extras, rep, slots, requests, w, r, tokens):
     """Gives every decode, in order, the blocks it needs, preempting the last in the running list or of the worst level.
 
@@ -232,7 +231,7 @@ def _squeeze(pool, extras, rep, slots, requests, w, r, tokens):
     return preempted
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _blocks_over(pool, rep, slots, w, first, last):
     """KV blocks that the decode batch takes for its next tokens, from `first` up to, but not, `last`."""
     size = pool.block_size_tokens
@@ -243,7 +242,7 @@ def _blocks_over(pool, rep, slots, w, first, last):
     return blocks
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _grant_decode_blocks(pool, extras, rep, slots, requests, w, r, tokens):
     """Takes the blocks that the decode batch needs for an iteration of `tokens` each; returns what `_squeeze` does."""
     need = slots[w, rep.slot_at + rep.counter % pool.block_size_tokens].boundaries
@@ -255,13 +254,13 @@ def _grant_decode_blocks(pool, extras, rep, slots, requests, w, r, tokens):
     return _squeeze(pool, extras, rep, slots, requests, w, r, tokens)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _gone(request, now_s):
     """Whether the user has left before the first token."""
     return now_s > request.patience_until_s and math.isnan(request.first_token_at_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _drop_head(pool, extras, world, rep, slots, requests, w, now_s):
     """The first in line has left."""
     i = int(rep.wait_head)
@@ -271,7 +270,7 @@ def _drop_head(pool, extras, world, rep, slots, requests, w, now_s):
     release_held(pool, extras, rep, slots, requests, w)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _admit_chunked(pool, extras, world, rep, slots, requests, w, budget, now_s):
     """Admits waiting requests within the token budget.
 
@@ -312,7 +311,7 @@ def _admit_chunked(pool, extras, world, rep, slots, requests, w, budget, now_s):
     return admitted, tokens, squares, products, prefixes, rounded
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _admit_whole(pool, extras, world, rep, slots, requests, w, now_s):
     """Admits whole prompts for an iteration of their own; returns the same as `_admit_chunked`.
 
@@ -355,7 +354,7 @@ def _admit_whole(pool, extras, world, rep, slots, requests, w, now_s):
     return admitted, tokens, squares, products, prefixes, rounded
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _safe_iterations(pool, extras, tables, rep, slots, w, r, bin_index):
     """Decode iterations that need no scheduler in between; the first already has its blocks."""
     in_bin = bin_iterations(pool, tables, rep.batch, rep.kv_sum, bin_index)
@@ -385,7 +384,7 @@ def _safe_iterations(pool, extras, tables, rep, slots, w, r, bin_index):
     return min(bound, 1 + further)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _plan_decodes(pool, extras, tables, rep, slots, w, r, pace, preempted, now_s):
     """Continues the segment of an unchanged batch, or opens a new one, and says how far it may run."""
     bin_index = decode_bin(pool, tables, rep.batch, rep.kv_sum)
@@ -415,7 +414,7 @@ def _plan_decodes(pool, extras, tables, rep, slots, w, r, pace, preempted, now_s
     rep.iteration_end_s = rep.segment_start_s + elapsed_s(extras, rep, rep.done + 1)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def go_idle(rep, now_s):
     """Closes the busy period."""
     if rep.busy_from_s <= now_s:
@@ -427,7 +426,7 @@ def go_idle(rep, now_s):
     open_segment(rep, 0)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _speculate(pool, extras, rep):
     """Pace of the next iteration, tokens that it yields to every decode, and tokens that it checks of each."""
     if extras is not None and pool.pace > 0 and rep.batch <= pool.speculation_max_batch:
@@ -435,7 +434,7 @@ def _speculate(pool, extras, rep):
     return 0, 1, 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def start_iteration(pool, extras, tables, world, rep, slots, requests, w, r, now_s):
     """Puts the next iteration together and starts it, or leaves the replica idle."""
     rep.prefill_head = rep.prefill_tail = -1
@@ -526,7 +525,7 @@ def start_iteration(pool, extras, tables, world, rep, slots, requests, w, r, now
     rep.iteration_end_s = now_s + seconds
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def count_iterations(pool, extras, rep, slots, w, r, iterations):
     """Books `iterations` ended iterations of the segment, and the blocks of those that thereby started."""
     done = rep.done
@@ -549,7 +548,7 @@ def count_iterations(pool, extras, rep, slots, w, r, iterations):
     rep.decode_tokens_done += grown
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _complete(world, rep, requests, w, i, now_s):
     request = requests[w, i]
     running_remove(rep, requests, w, i)
@@ -559,7 +558,7 @@ def _complete(world, rep, requests, w, i, now_s):
     _end_request(world, rep, requests, w, i, COMPLETED, now_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _end_prefill(pool, extras, world, rep, slots, requests, w, r, i, now_s):
     """A prefill is complete and has produced a token."""
     request = requests[w, i]
@@ -583,7 +582,7 @@ def _end_prefill(pool, extras, world, rep, slots, requests, w, r, i, now_s):
         _complete(world, rep, requests, w, i, now_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _finish_by_admission(pool, extras, world, rep, slots, requests, w, r, now_s):
     """Completes the decodes that have their last token, in the order of the running list, which orders idle blocks."""
     head, size = -1, rep.batch
@@ -597,7 +596,7 @@ def _finish_by_admission(pool, extras, world, rep, slots, requests, w, r, now_s)
         head = following
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def end_iteration(pool, extras, world, rep, slots, requests, w, r, now_s):
     """Everything that happens at the end of the last planned iteration: completions, first tokens, releases."""
     if extras is not None and pool.prefix_caching:

@@ -22,30 +22,29 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
-
 from envs.fleet.batching import blocks_for, count_iterations, end_iteration, start_iteration
 from envs.fleet.prefix import reset_prefix_cache
 from envs.fleet.provider import end_provider_calls
 from envs.fleet.queues import empty_hold, empty_wait, finished_append, hold_append, release_held, wait_append
 from envs.fleet.speculation import PACE_ONE, elapsed_s
 from envs.fleet.state import ACTIVE, DOWN, FAILED, IN_FLIGHT, LOST, NOT_SUBMITTED, OFF
+from envs.kernels import kernel
 
 LAST_INSTANT_S = 1e300  # later than everything, earlier than never (inf)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _next_scrape_s(pool, rep):
     return rep.scrape_phase_s + rep.scrape_index * pool.scrape_interval_s
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def set_wake(pool, rep):
     """The next end of an iteration or scrape, whichever comes first."""
     rep.wake_s = min(rep.iteration_end_s, _next_scrape_s(pool, rep))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _reset_replica(pool, rep, slots, w, r, phase):
     rep.in_flight = rep.pending_prefill_tokens = rep.decoding = rep.decoding_tokens = 0
     rep.in_flight_cap = pool.in_flight_cap
@@ -82,7 +81,7 @@ def _reset_replica(pool, rep, slots, w, r, phase):
         rep.paid_from_s = rep.wake_s = math.inf
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def reset_request(requests, w, i):
     """Row i as if it had never been submitted; its inputs stay as they are."""
     request = requests[w, i]
@@ -92,7 +91,7 @@ def reset_request(requests, w, i):
     request.dispatched_at_s = request.first_token_at_s = request.completed_at_s = math.nan
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def reset_world(pools, tables, worlds, replicas, slots, providers, requests, w):
     """Empties world w at time 0: idle replicas with their pool's cap, full rate limits, no request submitted, no fault.
 
@@ -122,7 +121,7 @@ def reset_world(pools, tables, worlds, replicas, slots, providers, requests, w):
         reset_request(requests, w, i)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _notice_arrival(pool, rep, now_s):
     """The line at the engine is not empty any more: start now if idle, else look after the iteration in progress."""
     if math.isinf(rep.iteration_end_s):
@@ -132,7 +131,7 @@ def _notice_arrival(pool, rep, now_s):
         rep.planned = rep.done + 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def submit(pools, tables, worlds, replicas, slots, providers, requests, w, r, i, now_s):
     """Sends request i of world w to replica r now.
 
@@ -178,7 +177,7 @@ def submit(pools, tables, worlds, replicas, slots, providers, requests, w, r, i,
         _notice_arrival(pool, rep, now_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def set_in_flight_cap(pools, tables, worlds, replicas, slots, providers, requests, w, r, cap, now_s):
     """Changes the cap of a replica now and lets held requests through if it rose. `cap` is 1 or more."""
     rep = replicas[w, r]
@@ -190,7 +189,7 @@ def set_in_flight_cap(pools, tables, worlds, replicas, slots, providers, request
         _notice_arrival(pool, rep, now_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _ended_by(extras, rep, until_s):
     """Iterations of the segment that have ended at `until_s`, at least the one in progress."""
     start_s = rep.segment_start_s
@@ -216,7 +215,7 @@ def _ended_by(extras, rep, until_s):
     return n
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def last_scrape(pool, rep, until_s):
     """Index of the last scrape at or before `until_s`."""
     index = int((until_s - rep.scrape_phase_s) / pool.scrape_interval_s)
@@ -227,7 +226,7 @@ def last_scrape(pool, rep, until_s):
     return index
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _advance_replica(pool, extras, tables, world, rep, slots, requests, w, r, until_s):
     """Runs one replica from iteration to iteration up to `until_s`, taking the last scrape on the way."""
     scrape_s = math.inf
@@ -257,7 +256,7 @@ def _advance_replica(pool, extras, tables, world, rep, slots, requests, w, r, un
     set_wake(pool, rep)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def advance(pools, tables, worlds, replicas, slots, providers, requests, w, until_s):
     """Runs world w up to `until_s`; whatever ends on the way joins the finished list.
 
@@ -276,7 +275,7 @@ def advance(pools, tables, worlds, replicas, slots, providers, requests, w, unti
     world.clock_s = until_s
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def drain(pools, tables, worlds, replicas, slots, providers, requests, w):
     """Runs world w until nothing is in flight; takes no scrapes and leaves its clock at the last `advance`."""
     clock_s = worlds[w].clock_s
@@ -284,7 +283,7 @@ def drain(pools, tables, worlds, replicas, slots, providers, requests, w):
     worlds[w].clock_s = clock_s
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def pop_finished(worlds, requests, w):
     """Next request of world w that has ended (whatever its status), or -1."""
     world = worlds[w]
@@ -296,7 +295,7 @@ def pop_finished(worlds, requests, w):
     return i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def busy_seconds(rep, now_s):
     """Seconds during which a replica has had something to do, up to now."""
     return rep.busy_s + max(now_s - rep.busy_from_s, 0.0)

@@ -11,14 +11,13 @@
 # ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
 from __future__ import annotations
 
-from numba import njit
-
 from envs.fleet.prefix import empty_prefix_cache
 from envs.fleet.queues import empty_hold, empty_wait, finished_append
 from envs.fleet.state import LOST
+from envs.kernels import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _lose(world, requests, w, i, now_s):
     request = requests[w, i]
     request.status = LOST
@@ -29,7 +28,7 @@ def _lose(world, requests, w, i, now_s):
     finished_append(world, requests, w, i)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _empty_engine(pool, rep, slots, w):
     """The engine as after its start; what the gateway holds, and totals, stay."""
     empty_wait(pool, rep, slots, w)
@@ -43,7 +42,7 @@ def _empty_engine(pool, rep, slots, w):
     empty_prefix_cache(pool, rep, slots, w)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def lose_requests(pool, world, rep, slots, requests, w, held_too, now_s):
     """Ends everything in an engine, and in its hold queue if `held_too`, as LOST, in order of admission and arrival."""
     i = int(rep.running_head)
@@ -73,7 +72,7 @@ def lose_requests(pool, world, rep, slots, requests, w, held_too, now_s):
     rep.in_flight = rep.held
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def slow_replica(pools, tables, worlds, replicas, slots, providers, requests, w, r, factor, now_s):
     """Iterations of replica r take `factor` times as long from the next one on; 1 ends a slowdown."""
     rep = replicas[w, r]

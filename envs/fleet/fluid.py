@@ -26,16 +26,15 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
-
 from envs.fleet.fluid_closure import expected_excess, expected_idle, level_of, row_of
 from envs.fleet.fluid_expect import expect, take_shares
+from envs.kernels import kernel
 
 STEP_S = 2.5  # longest step inside a tick, up to MOST_STEPS
 MOST_STEPS = 8
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _move(flows, w, p, step_s, waiting_after, arriving):
     """Admits until `waiting_after` wait, serves, and books what happened; returns how many were served."""
     total = arriving
@@ -79,7 +78,7 @@ def _move(flows, w, p, step_s, waiting_after, arriving):
     return served_total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _leave(flows, w, p, step_s, wait_s):
     """Those whose patience ends go when they reach the head of the line."""
     stays = math.exp(-step_s / (wait_s + step_s))
@@ -90,7 +89,7 @@ def _leave(flows, w, p, step_s, wait_s):
         flow.abandoned += line - flow.leaving
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _ahead(station, mean):
     """By how much J will have changed half a stay from now, if arrivals go on: TPOT is a mean over the stay."""
     if mean <= 0.0 or station.served_per_s <= 0.0:
@@ -103,7 +102,7 @@ def _ahead(station, mean):
     return drift_per_s * half_stay_s
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _step(pool, classes, curves, kept, station, flows, w, p, step_s, tick_s):
     """One pool, `step_s` seconds on, with the inflow of its flows."""
     mean, arriving = 0.0, 0.0
@@ -149,7 +148,7 @@ def _step(pool, classes, curves, kept, station, flows, w, p, step_s, tick_s):
         station.draining *= math.exp(-step_s * done_per_s / max(min(mean, room), 1e-9)) if mean > 1e-9 else 0.0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def advance_pool(pools, classes, curves, kept, stations, flows, w, p, tick_s):
     """Pool p of world w over one tick, into which `admitted` of its flows come evenly."""
     station = stations[w, p]

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
+from envs.kernels import kernel
 
 FEW = 8  # replicas up to which idle ones are counted exactly
 NOTHING = 1e-12  # requests, or seconds of work, too few to divide by
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _normal(z):
     return 0.5 * math.erfc(-z * math.sqrt(0.5))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def expected_excess(mean, variance, bound):
     """E[(J - bound)+] of a lognormal J."""
     if bound <= NOTHING or mean <= NOTHING:
@@ -28,7 +28,7 @@ def expected_excess(mean, variance, bound):
     return mean * _normal(d) - bound * _normal(d - s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def expected_idle(mean, variance, replicas):
     """E[(R - J)+]: replicas without a request, J negative binomial (exact where S is linear in the level and R = 1)."""
     if mean <= NOTHING:
@@ -49,7 +49,7 @@ def expected_idle(mean, variance, replicas):
     return min(idle, replicas)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def level_of(in_service, replicas):
     """Requests at its replica that a request sees, itself included."""
     q = in_service / replicas
@@ -59,7 +59,7 @@ def level_of(in_service, replicas):
     return q + f * (1.0 - f) / q
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def row_of(pool, level, shift):
     """Row of `curves` left of a level, and how far behind it the level is, from 0 to 1 (linear in the level)."""
     at = min(max(math.log(level) * pool.level_scale + shift, 0.0), pool.levels - 1.0)
@@ -67,7 +67,7 @@ def row_of(pool, level, shift):
     return row, math.expm1((at - row) / pool.level_scale) / math.expm1(1.0 / pool.level_scale)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def at_row(curves, p, k, column, row, behind):
     """A column of `curves` behind a row."""
     left = curves[p, row, k, column]

@@ -18,11 +18,11 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from envs.fleet.fluid_loop import BLOCKED_SHARE, PER_OCTAVE, Run, Sample, sweep
 from envs.fleet.iteration import decode_bin, decode_seconds, prefill_seconds, token_seconds
 from envs.fleet.state import FleetSpec, PoolSpec, allocate
+from envs.kernels import kernel
 from marginroute.errors import InputError
 
 Array = np.ndarray[Any, Any]
@@ -71,7 +71,7 @@ class Curves:
         return self.slots / float(self.class_share @ self.curves[-1, :, E2E_S])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _prefill_extra_s(pool, tables, batch, prompt_tokens):
     """Seconds that the prefill of one prompt adds to the iterations of `batch` decodes."""
     seconds, prefix = 0.0, 0
@@ -85,7 +85,7 @@ def _prefill_extra_s(pool, tables, batch, prompt_tokens):
     return seconds
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _decode_s(pool, tables, batch, mean_tokens):
     kv_sum = int(batch * mean_tokens)
     bin_index = decode_bin(pool, tables, batch, kv_sum)

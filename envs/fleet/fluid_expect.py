@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
 from envs.fleet.fluid_closure import NOTHING, at_row, level_of, row_of
 from envs.fleet.fluid_curves import (
@@ -20,6 +19,7 @@ from envs.fleet.fluid_curves import (
     WAIT_UNIT_S,
     WAITS,
 )
+from envs.kernels import kernel
 
 _AT, _WEIGHT = np.polynomial.hermite_e.hermegauss(5)
 _WEIGHT = _WEIGHT / _WEIGHT.sum()
@@ -27,7 +27,7 @@ _SHIFT_ROWS = 8.0  # psi moves latencies by at most this many rows of `curves`
 LONGEST_WAIT_S = 1e9
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def take_shares(pool, classes, curves, flows, w, p, row, behind):
     """Writes the classes' shares of the requests in service.
 
@@ -70,7 +70,7 @@ def take_shares(pool, classes, curves, flows, w, p, row, behind):
     return psi, min(max(shift, -_SHIFT_ROWS), _SHIFT_ROWS), context_tokens
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def expect(pool, curves, kept, station, flows, w, p, mean, variance, replicas, room, psi, shift, ahead):
     """Expectations over J: completions per second and their slope; per class rate, chances and latencies of arrivals.
 

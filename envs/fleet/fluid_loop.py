@@ -15,10 +15,10 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from envs.fleet.engine import advance, pop_finished, reset_world, submit
 from envs.fleet.state import COMPLETED, FleetSpec, PoolSpec, allocate
+from envs.kernels import kernel
 
 Array = np.ndarray[Any, Any]
 
@@ -52,7 +52,7 @@ class Sample:
     value_usd: Array
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _run_closed(pools, tables, worlds, replicas, slots, providers, requests, population, gaps, measured):
     """Keeps `population` requests going on replica 0 of world 0 until all rows of `requests` have been sent.
 

@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
-
 from envs.fleet.fluid import advance_pool
 from envs.fleet.fluid_state import AGES
+from envs.kernels import kernel
 
 NEVER_S = 1e9  # until a replica is ready, where none is under way
 LAST_AGES = AGES - 2  # buckets after which held work must go
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _scale(pool, station, orders, w, p, tick_s):
     """Brings replicas whose time has come, orders or cancels for the target, and counts what is paid."""
     under_way = 0.0
@@ -69,7 +68,7 @@ def _scale(pool, station, orders, w, p, tick_s):
     station.paid_replicas = paid
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _enter(classes, providers, flows, spills, arrivals, class_levers, w, tick_s):
     """Splits arrivals into failed, shed, spilled and the rest, which stands in `admitted`."""
     wanted = 0.0
@@ -103,12 +102,12 @@ def _enter(classes, providers, flows, spills, arrivals, class_levers, w, tick_s)
             flow.admitted -= flow.spilled
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _bucket(now_s, deadline_s):
     return int(now_s / deadline_s * AGES)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _hold(station, flows, held, deadline_s, clocks_s, w, p, tick_s):
     """Defers delay-tolerant work and releases what is due, and as much as the lever allows; sets `held_s`."""
     allowed = station.release_per_s * tick_s
@@ -138,7 +137,7 @@ def _hold(station, flows, held, deadline_s, clocks_s, w, p, tick_s):
             flow.deferred = 0.0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def tick(
     pools, classes, curves, kept, deadline_s, providers, stations, orders, flows, held, clocks_s, spills,
     w, arrivals, pool_levers, class_levers, tick_s,
@@ -166,7 +165,7 @@ def tick(
     clocks_s[w] += tick_s
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def tick_all(
     pools, classes, curves, kept, deadline_s, providers, stations, orders, flows, held, clocks_s, spills,
     arrivals, pool_levers, class_levers, tick_s,

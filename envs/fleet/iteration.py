@@ -29,14 +29,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from envs.fleet.profile import Profile, flatten_profile
 from envs.fleet.speculation import Speculation
 from envs.fleet.state import POOL, record_array
+from envs.kernels import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def token_seconds(pool, tables, tokens):
     """token(T)."""
     last = pool.token_count - 1
@@ -45,33 +45,33 @@ def token_seconds(pool, tables, tokens):
     return tables[pool.token_at + last] + (tokens - last) * pool.token_tail_s
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def decode_bin(pool, tables, batch, kv_sum):
     """Bin of the mean decode length floor(K / n)."""
     edge = (kv_sum // batch + 63) // 64
     return int(tables[pool.bin_at + min(edge, pool.bin_count - 1)])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def bin_iterations(pool, tables, batch, kv_sum, bin_index):
     """Iterations, this one included, whose mean length stays in the bin."""
     return int(tables[pool.upper_at + bin_index]) - kv_sum // batch + 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def decode_growth(pool, tables, batch, bin_index):
     """Seconds by which each iteration of an unchanged decode batch is longer than the one before."""
     return tables[pool.decode_at + 2 * (batch * pool.decode_bins + bin_index) + 1]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def decode_seconds(pool, tables, batch, kv_sum, bin_index):
     """decode(n, m) of a batch of one or more."""
     at = pool.decode_at + 2 * (batch * pool.decode_bins + bin_index)
     return tables[at] + tables[at + 1] * (kv_sum / batch)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def prefill_seconds(pool, tables, prefills, squares, product, prefix, prefix_rounded):
     """Attention of the prefills of one iteration.
 
@@ -94,7 +94,7 @@ def prefill_seconds(pool, tables, prefills, squares, product, prefix, prefix_rou
     return seconds + pool.prefill_square_s * squares + pool.prefill_product_s * product + pool.prefill_prefix_s * prefix
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def draft_seconds(pool, tables, batch, attention_s):
     """Seconds of the draft's steps beside a batch whose decodes attend for `attention_s` (see speculation.py)."""
     return pool.draft_tokens * pool.draft_cost * (token_seconds(pool, tables, batch) + attention_s)

@@ -35,10 +35,10 @@ blocks. Buckets of 16 consecutive stretches lie side by side, because stretches 
 # ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
 from __future__ import annotations
 
-from numba import njit
+from envs.kernels import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def empty_prefix_cache(pool, rep, slots, w):
     """Takes every block out of the cache of a replica; its totals stay."""
     rep.idle_head = rep.idle_tail = rep.spare_head = -1
@@ -48,21 +48,21 @@ def empty_prefix_cache(pool, rep, slots, w):
             slots[w, rep.block_at + 2 * p + 1].bucket = -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def reset_prefix_cache(pool, rep, slots, w):
     """Empties the cache of a replica for a new episode."""
     rep.reused_tokens = rep.evicted_blocks = rep.admissions = 0
     empty_prefix_cache(pool, rep, slots, w)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _bucket_cell(pool, rep, stretch):
     """Cell with the bucket of a stretch: multiplicative, of all but the last four bits, which stay."""
     group = int(stretch) >> 4
     return rep.block_at + 2 * ((((group * 2654435761) >> 16) << 4 | (int(stretch) & 15)) & pool.bucket_mask) + 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _find_run(pool, rep, slots, w, stretch, offset):
     """The oldest run with block `offset` of a stretch, or -1, and the block at which an older one takes over."""
     at, limit = rep.block_at, 1 << 31
@@ -78,7 +78,7 @@ def _find_run(pool, rep, slots, w, stretch, offset):
     return p, limit
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _new_run(rep, slots, w, stretch, offset, length, holders):
     """A run that is in no list yet; returns its number."""
     p = int(rep.spare_head)
@@ -92,7 +92,7 @@ def _new_run(rep, slots, w, stretch, offset, length, holders):
     return p
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _enter(pool, rep, slots, w, stretch, offset, length, previous):
     """Enters blocks that one request has computed, behind equal ones.
 
@@ -122,7 +122,7 @@ def _enter(pool, rep, slots, w, stretch, offset, length, previous):
     return p
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _leave(pool, rep, slots, w, p):
     """Takes a run out of the index."""
     at = rep.block_at
@@ -139,7 +139,7 @@ def _leave(pool, rep, slots, w, p):
     rep.spare_head = p
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _idle_append(rep, slots, w, p):
     """Most recently used of the idle blocks."""
     links = slots[w, rep.block_at + 2 * p + 1]
@@ -152,7 +152,7 @@ def _idle_append(rep, slots, w, p):
     rep.idle_blocks += slots[w, rep.block_at + 2 * p].length
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _idle_remove(rep, slots, w, p):
     links = slots[w, rep.block_at + 2 * p + 1]
     if links.before >= 0:
@@ -166,7 +166,7 @@ def _idle_remove(rep, slots, w, p):
     rep.idle_blocks -= slots[w, rep.block_at + 2 * p].length
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _cut(rep, slots, w, p, length):
     """Cuts a run behind its first `length` blocks; returns the second half, idle as the first, or held by the same."""
     at = rep.block_at
@@ -187,7 +187,7 @@ def _cut(rep, slots, w, p, length):
     return q
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _evict_excess(pool, rep, slots, w):
     """Evicts the idle blocks whose place has been taken since the last call."""
     excess = rep.kv_used_blocks + rep.idle_blocks - pool.kv_blocks
@@ -205,7 +205,7 @@ def _evict_excess(pool, rep, slots, w):
         excess -= gone
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def find_prefix(pool, rep, slots, requests, w, i):
     """Looks up the beginning of a waiting request; changes nothing that counts.
 
@@ -239,13 +239,13 @@ def find_prefix(pool, rep, slots, requests, w, i):
     return found, idle
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _full_blocks(pool, request):
     """Blocks of a request that are full and have a hash."""
     return min(int(request.hash_count), request.computed // pool.block_size_tokens)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def index_blocks(pool, rep, slots, requests, w, i):
     """Enters the blocks that a request's prefill fills in the iteration being put together; it has them already."""
     request = requests[w, i]
@@ -270,13 +270,13 @@ def index_blocks(pool, rep, slots, requests, w, i):
     request.hashed_blocks = full
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _note_end(slots, request, w, n, blocks):
     """Behind which block of a request its n-th note ends, where all of them speak of its first `blocks`."""
     return int(slots[w, request.hash_at + n + 1].first) if n + 1 < request.noted_runs else blocks
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _take_runs(rep, slots, request, w, found):
     """Takes hold of the runs that `find_prefix` has noted, cut to the `found` blocks that are reused."""
     at, here = rep.block_at, request.hash_at
@@ -304,7 +304,7 @@ def _take_runs(rep, slots, request, w, found):
         j = end
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def take_prefix(pool, rep, slots, requests, w, i, found):
     """An admitted request takes hold of the blocks of `find_prefix`; those that its first chunk fills are entered."""
     request = requests[w, i]
@@ -319,7 +319,7 @@ def take_prefix(pool, rep, slots, requests, w, i, found):
     index_blocks(pool, rep, slots, requests, w, i)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def insert_by_admission(slots, requests, w, head, i):
     """Inserts a request into a list through `next`, those admitted first at its head; returns the head.
 
@@ -340,7 +340,7 @@ def insert_by_admission(slots, requests, w, head, i):
     return head
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _held_runs(rep, slots, request, w, blocks):
     """Links all runs of a request, which holds `blocks` blocks through them; returns the last, `before` leads on."""
     at, here = rep.block_at, request.hash_at
@@ -357,7 +357,7 @@ def _held_runs(rep, slots, request, w, blocks):
     return last
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def let_go(pool, rep, slots, requests, w, i, held_blocks):
     """A request lets go of its blocks, those with a hash become idle unless somebody else holds them."""
     request = requests[w, i]

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
-
 from envs.fleet.queues import finished_append
 from envs.fleet.state import ABANDONED, COMPLETED, FAILED, IN_FLIGHT, LOST
+from envs.kernels import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def requests_left(provider, now_s):
     """Requests that the rate limit allows at once."""
     if math.isinf(provider.requests_per_s):
@@ -29,7 +28,7 @@ def requests_left(provider, now_s):
     return min(provider.bucket_size, provider.bucket + (now_s - provider.bucket_at_s) * provider.requests_per_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _token_bucket(provider, now_s):
     """Tokens that the rate limit allows at once."""
     if math.isinf(provider.tokens_per_s):
@@ -38,7 +37,7 @@ def _token_bucket(provider, now_s):
     return min(provider.token_bucket_size, filled)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def provider_available(providers, w, v, now_s, prompt_tokens=1):
     """Whether a call to provider v is legal now, as far as its rate limits go."""
     provider = providers[w, v]
@@ -48,26 +47,26 @@ def provider_available(providers, w, v, now_s, prompt_tokens=1):
     return room and requests_left(provider, now_s) >= 1.0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _take_tokens(provider, tokens, now_s):
     if not math.isinf(provider.tokens_per_s):
         provider.token_bucket = _token_bucket(provider, now_s) - tokens
         provider.token_bucket_at_s = now_s
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _end_at_once(world, requests, w, i, status, now_s):
     requests[w, i].status = status
     requests[w, i].completed_at_s = now_s
     finished_append(world, requests, w, i)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _ends_s(requests, w, p):
     return requests[w, requests[w, p].call_heap].completed_at_s
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _push_call(world, requests, w, i):
     p = world.provider_calls
     world.provider_calls += 1
@@ -82,7 +81,7 @@ def _push_call(world, requests, w, i):
     world.next_call_s = _ends_s(requests, w, 0)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _pop_call(world, requests, w):
     first = int(requests[w, 0].call_heap)
     world.provider_calls -= 1
@@ -105,7 +104,7 @@ def _pop_call(world, requests, w):
     return first
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def submit_provider(pools, tables, worlds, replicas, slots, providers, requests, w, v, i, now_s, ttft_s, tpot_s):
     """Sends request i to provider v now.
 
@@ -154,7 +153,7 @@ def submit_provider(pools, tables, worlds, replicas, slots, providers, requests,
     _push_call(world, requests, w, i)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def end_provider_calls(world, providers, requests, w, until_s):
     """Ends the provider calls of a world up to `until_s`."""
     while world.provider_calls > 0 and world.next_call_s <= until_s:

@@ -13,12 +13,11 @@ requests are admitted in order of arrival and preempted in the reverse order. It
 # ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
 from __future__ import annotations
 
-from numba import njit
-
 from envs.fleet.state import PRIORITY_LEVELS
+from envs.kernels import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def empty_wait(pool, rep, slots, w):
     """Empties the line at the engine."""
     rep.waiting = 0
@@ -28,7 +27,7 @@ def empty_wait(pool, rep, slots, w):
             slots[w, rep.slot_at + pool.levels_at + p].level_tail = -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def empty_hold(pool, rep, slots, w):
     """Empties the gateway's hold queue."""
     rep.held = 0
@@ -38,7 +37,7 @@ def empty_hold(pool, rep, slots, w):
             slots[w, rep.slot_at + pool.levels_at + p].level_tail = -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _enter_level(slots, requests, w, at, head, i, first):
     """Puts a request into a line by its priority, behind its equals or, where `first`, ahead of them.
 
@@ -62,7 +61,7 @@ def _enter_level(slots, requests, w, at, head, i, first):
     return head
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _leave_level(slots, requests, w, at, i):
     """The first in line leaves it."""
     tail = slots[w, at + requests[w, i].priority]
@@ -70,7 +69,7 @@ def _leave_level(slots, requests, w, at, i):
         tail.level_tail = -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def wait_append(pool, extras, rep, slots, requests, w, i):
     """Last in line at the engine, or last of its level."""
     rep.waiting += 1
@@ -87,7 +86,7 @@ def wait_append(pool, extras, rep, slots, requests, w, i):
     rep.wait_tail = i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def wait_prepend(pool, extras, rep, slots, requests, w, i):
     """First in line, or first of its level: a preempted request."""
     rep.waiting += 1
@@ -102,7 +101,7 @@ def wait_prepend(pool, extras, rep, slots, requests, w, i):
     rep.wait_head = i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def wait_pop(pool, extras, rep, slots, requests, w):
     """Takes the first in line, which must exist."""
     if extras is not None and pool.priorities:
@@ -113,7 +112,7 @@ def wait_pop(pool, extras, rep, slots, requests, w):
     rep.waiting -= 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def hold_append(pool, extras, rep, slots, requests, w, i):
     """Last in the gateway's hold queue, or last of its level there."""
     rep.held += 1
@@ -131,7 +130,7 @@ def hold_append(pool, extras, rep, slots, requests, w, i):
     rep.hold_tail = i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def release_held(pool, extras, rep, slots, requests, w):
     """Lets held requests through to the engine while it has fewer than the cap."""
     while rep.hold_head >= 0 and rep.in_flight - rep.held < rep.in_flight_cap:
@@ -145,7 +144,7 @@ def release_held(pool, extras, rep, slots, requests, w):
         wait_append(pool, extras, rep, slots, requests, w, i)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def prefill_append(rep, requests, w, i):
     """Adds a request to those that prefill in the iteration being put together."""
     requests[w, i].next = -1
@@ -156,7 +155,7 @@ def prefill_append(rep, requests, w, i):
     rep.prefill_tail = i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def running_append(rep, requests, w, i, sorted_by_row):
     """Last of the running list; where `sorted_by_row`, behind the last request with a lower row."""
     behind = int(rep.running_tail)
@@ -177,7 +176,7 @@ def running_append(rep, requests, w, i, sorted_by_row):
     rep.running += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def running_remove(rep, requests, w, i):
     """Takes a request out of the running list."""
     before, after = requests[w, i].before, requests[w, i].after
@@ -192,7 +191,7 @@ def running_remove(rep, requests, w, i):
     rep.running -= 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def worst_running(rep, requests, w, i):
     """Whom priority scheduling preempts for running request i: the last of the worst level.
 
@@ -214,7 +213,7 @@ def worst_running(rep, requests, w, i):
     return victim, before
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def finished_append(world, requests, w, i):
     """Last of the world's list of requests that have ended and were not yet popped."""
     requests[w, i].next = -1
@@ -225,7 +224,7 @@ def finished_append(world, requests, w, i):
     world.last_finished = i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _sift_up(slots, w, at, p, finish_at, i):
     while p > 0:
         parent = (p - 1) >> 1
@@ -238,7 +237,7 @@ def _sift_up(slots, w, at, p, finish_at, i):
     slots[w, at + p].request = i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _sift_down(slots, w, at, p, size, finish_at, i):
     while True:
         child = 2 * p + 1
@@ -255,13 +254,13 @@ def _sift_down(slots, w, at, p, size, finish_at, i):
     slots[w, at + p].request = i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def heap_push(slots, w, at, size, finish_at, i):
     """Adds a decode to a heap of `size` entries."""
     _sift_up(slots, w, at, size, finish_at, i)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def heap_pop(slots, w, at, size):
     """Removes the decode that finishes first from a heap of `size` entries and returns its request."""
     i = int(slots[w, at].request)
@@ -270,7 +269,7 @@ def heap_pop(slots, w, at, size):
     return i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def heap_remove(slots, w, at, size, i):
     """Removes a preempted decode, found by a scan (preemption is rare)."""
     p = 0

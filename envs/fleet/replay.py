@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from envs.fleet.engine import advance, drain, pop_finished, reset_world, submit
 from envs.fleet.hashes import Ragged, load_hashes
 from envs.fleet.state import PRIORITY_LEVELS, Fleet, FleetSpec, allocate
+from envs.kernels import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def least_in_flight(replicas, w, first, last):
     """Replica in [first, last) with the fewest requests in flight, the lowest index among equals."""
     best, least = first, replicas[w, first].in_flight
@@ -25,7 +25,7 @@ def least_in_flight(replicas, w, first, last):
     return best
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def run_least_in_flight(pools, tables, worlds, replicas, slots, providers, requests, w, arrived_at_s, first, last):
     """One episode of world w: every arrival reads all replicas in [first, last); returns how many requests ended."""
     reset_world(pools, tables, worlds, replicas, slots, providers, requests, w)

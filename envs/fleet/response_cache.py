@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from envs.kernels import kernel
 
 ENTRY = np.dtype(
     [
@@ -27,7 +28,7 @@ ENTRY = np.dtype(
 """The response cache by prompt key, `(N, keys)`: an LRU list through `older` and `newer`."""
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def unlink(owners, entries, w, key):
     """Takes a stored answer out of the cache."""
     owner, entry = owners[w], entries[w, key]
@@ -43,7 +44,7 @@ def unlink(owners, entries, w, key):
     entry.stored_at_s = -np.inf
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def append(owners, entries, w, key, stored_at_s):
     """Stores an answer as the most recently used one."""
     owner, entry = owners[w], entries[w, key]

@@ -23,22 +23,21 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
-
 from envs.fleet import engine
 from envs.fleet.batching import go_idle
 from envs.fleet.faults import lose_requests
 from envs.fleet.prefix import empty_prefix_cache
 from envs.fleet.state import ACTIVE, DOWN, DRAINING, OFF, STARTING
+from envs.kernels import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def takes_requests(rep):
     """Whether the gateway may send a request: active, as far as it knows."""
     return rep.state == ACTIVE or (rep.state == DOWN and rep.detected == 0)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def paid_seconds(pool, rep, r, now_s):
     """Seconds for which the machine of replica r has been paid up to now."""
     if r - pool.first_replica < pool.reserved_replicas:
@@ -46,14 +45,14 @@ def paid_seconds(pool, rep, r, now_s):
     return rep.paid_s + max(now_s - rep.paid_from_s, 0.0)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _note_next_change(world, replicas, w):
     world.next_change_s = math.inf
     for r in range(replicas.shape[1]):
         world.next_change_s = min(world.next_change_s, replicas[w, r].change_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _switch_off(world, rep, at_s):
     """The machine goes; the replica is empty."""
     if rep.state == DRAINING:
@@ -64,7 +63,7 @@ def _switch_off(world, rep, at_s):
     rep.planned = rep.done = 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _start(pool, rep, slots, w, now_s):
     """Asks for a machine."""
     rep.state = STARTING
@@ -73,7 +72,7 @@ def _start(pool, rep, slots, w, now_s):
     empty_prefix_cache(pool, rep, slots, w)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _activate(pool, rep, at_s):
     """The weights are loaded. Until the first scrape the gateway knows as much: the engine is empty."""
     rep.state = ACTIVE
@@ -87,7 +86,7 @@ def _activate(pool, rep, at_s):
     engine.set_wake(pool, rep)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _pass_changes(pool, world, rep, slots, requests, w, now_s):
     """Everything that time has brought to a replica up to now."""
     if rep.state == DOWN and rep.change_s <= now_s:
@@ -102,7 +101,7 @@ def _pass_changes(pool, world, rep, slots, requests, w, now_s):
         _activate(pool, rep, rep.change_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def settle_changes(pools, tables, worlds, replicas, slots, providers, requests, w, now_s):
     """Applies what time has brought up to now; the world must have been advanced to it, and stopped at each change."""
     world = worlds[w]
@@ -121,7 +120,7 @@ def settle_changes(pools, tables, worlds, replicas, slots, providers, requests, 
                 _switch_off(world, rep, rep.idle_from_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def advance(pools, tables, worlds, replicas, slots, providers, requests, w, until_s):
     """`engine.advance` for a fleet whose replicas come and go: stops at every change on the way."""
     while worlds[w].next_change_s <= until_s:
@@ -132,7 +131,7 @@ def advance(pools, tables, worlds, replicas, slots, providers, requests, w, unti
     settle_changes(pools, tables, worlds, replicas, slots, providers, requests, w, until_s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fail_replica(pools, tables, worlds, replicas, slots, providers, requests, w, r, until_s, now_s):
     """Replica r fails now; its machine works again at `until_s`, the engine `load_s` later. Nothing fails that is off.
 
@@ -172,7 +171,7 @@ def fail_replica(pools, tables, worlds, replicas, slots, providers, requests, w,
     _note_next_change(world, replicas, w)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _to_start(pool, replicas, w):
     """The replica that comes back first: one that drains, else the lowest that is off; -1 if there is none."""
     first = int(pool.first_replica)
@@ -183,7 +182,7 @@ def _to_start(pool, replicas, w):
     return -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _to_stop(pool, replicas, w):
     """The replica that goes first: the one that started last, else a failed one, else the emptiest, reserved last."""
     first = int(pool.first_replica)
@@ -203,7 +202,7 @@ def _to_stop(pool, replicas, w):
     return best
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def set_replicas(pools, tables, worlds, replicas, slots, providers, requests, w, p, target, now_s):
     """Scales pool p towards `target` replicas that are, or will be, active; bounded by min_replicas and max_replicas.
 

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from numba import njit
+from envs.kernels import kernel
 
 PACE_BITS = 20
 PACE_ONE = 1 << PACE_BITS  # one token per iteration
@@ -66,7 +66,7 @@ class Speculation:
         return round(self.tokens_per_iteration * PACE_ONE)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def floor_sum(n, phase, pace):
     """Sum over j < n of floor((phase + j pace) / 2^20); both are 0 or more."""
     total, modulus = 0, PACE_ONE
@@ -82,7 +82,7 @@ def floor_sum(n, phase, pace):
         modulus, pace = pace, modulus
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def open_segment(rep, pace):
     """Starts a segment of iterations that yield `pace` tokens; 0: one each, without speculation."""
     rep.phase = (rep.phase + rep.done * rep.pace) % PACE_ONE
@@ -90,7 +90,7 @@ def open_segment(rep, pace):
     rep.done = 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def next_tokens(rep, pace):
     """Tokens that a decode gains in the iteration after those done, at `pace`."""
     if pace == 0:
@@ -98,7 +98,7 @@ def next_tokens(rep, pace):
     return ((rep.phase + rep.done * rep.pace) % PACE_ONE + pace) >> PACE_BITS
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def tokens_between(rep, first, last):
     """Tokens that a decode gains from the first `first` to the first `last` iterations of the segment."""
     if rep.pace == 0:
@@ -106,7 +106,7 @@ def tokens_between(rep, first, last):
     return ((rep.phase + last * rep.pace) >> PACE_BITS) - ((rep.phase + first * rep.pace) >> PACE_BITS)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def iterations_within(rep, tokens):
     """Most iterations after those done in which a decode gains at most `tokens` tokens."""
     if rep.pace == 0:
@@ -115,7 +115,7 @@ def iterations_within(rep, tokens):
     return ((tokens + 1) * PACE_ONE - 1 - phase) // rep.pace
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def elapsed_s(extras, rep, iterations):
     """Seconds from the start of the segment to the end of its n-th iteration."""
     if extras is not None and rep.pace > 0:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
-
 from envs.fleet.speculation import elapsed_s
 from envs.fleet.state import COMPLETED, IN_FLIGHT
+from envs.kernels import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _of_provider(request, now_s):
     """Tokens come evenly between the first and the last."""
     first_s, gaps = request.first_token_at_s, request.output_tokens - 1
@@ -27,7 +26,7 @@ def _of_provider(request, now_s):
     return 1 + further, first_s + further * tpot_s
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def streamed(worlds, replicas, requests, w, rows, tokens, token_at_s):
     """Tokens that the requests in `rows` have streamed by now, and when the last of them came.
 
@@ -56,7 +55,7 @@ def streamed(worlds, replicas, requests, w, rows, tokens, token_at_s):
                 tokens[k] = request.target - request.prompt_tokens
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def next_change_s(worlds, replicas, requests, w, rows, tokens):
     """When the next iteration ends, or the next token of a provider's answer comes; inf if nothing is under way.
 

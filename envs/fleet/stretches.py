@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from envs.kernels import kernel
 
 IntArray = npt.NDArray[np.int64]
 _NONE, _UNSEEN = -1, -2
@@ -27,7 +28,7 @@ def dense(flat: IntArray) -> tuple[IntArray, int]:
     return flat, names.size
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def write_stretches(slots, hash_at, counts, flat, n_hashes):
     """Writes the stretches of all requests into their cells, numbered as they first occur.
 

@@ -11,14 +11,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from envs.kernels import kernel
 
 Array = np.ndarray[Any, Any]
 
 NEVER = np.iinfo(np.int64).max
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@kernel  # type: ignore[untyped-decorator]
 def _needed(block: Array, count: Array, blocks: int) -> Array:  # pragma: no cover - compiled
     """(sum of count,) i8: the smallest cache in which each block is found, `NEVER` on first use."""
     size = block.size

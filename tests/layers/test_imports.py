@@ -16,15 +16,17 @@ HEAVY = ("torch", "numba", "stable_baselines3")
 
 # A layer: prefix of its modules (the longest that fits), own modules that it may import, libraries that it may import.
 LEVEL_0 = ("marginroute",)
-LEVELS_0_2 = (*LEVEL_0, "envs.workload", "envs.economics", "envs.fleet")
+KERNELS = (*LEVEL_0, "envs.kernels")  # how functions are compiled, of use to all of envs
+LEVELS_0_2 = (*KERNELS, "envs.workload", "envs.economics", "envs.fleet")
 ENVIRONMENT = ("gymnasium", "numba", "numpy", "pydantic", "stable_baselines3.common.vec_env", "yaml")
 LEARNING = ("onnx", "optuna", "rich", "scipy", "sklearn", "stable_baselines3", "tensorboard", "torch", "wandb")
 LAYERS = {
     "marginroute": (LEVEL_0, ("numpy",)),
-    "envs.workload": ((*LEVEL_0, "envs.workload"), ("numba", "numpy")),
-    "envs.workload.traces": ((*LEVEL_0, "envs.workload"), ("numba", "numpy", "polars", "pyarrow")),
-    "envs.economics": ((*LEVEL_0, "envs.economics"), ("numba", "numpy")),
-    "envs.fleet": ((*LEVEL_0, "envs.workload", "envs.fleet"), ("numba", "numpy")),
+    "envs.kernels": ((), ("numba",)),
+    "envs.workload": ((*KERNELS, "envs.workload"), ("numba", "numpy")),
+    "envs.workload.traces": ((*KERNELS, "envs.workload"), ("numba", "numpy", "polars", "pyarrow")),
+    "envs.economics": ((*KERNELS, "envs.economics"), ("numba", "numpy")),
+    "envs.fleet": ((*KERNELS, "envs.workload", "envs.fleet"), ("numba", "numpy")),
     "envs": ((*LEVEL_0, "envs"), ENVIRONMENT),
     "agents": ((*LEVEL_0, "envs", "agents"), (*ENVIRONMENT, *LEARNING)),
     "evaluation": (
