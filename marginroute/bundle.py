@@ -113,7 +113,8 @@ class Bundle:
 
     def guarded(self) -> GuardedPolicy:
         """The policy as a gateway should run it."""
-        return GuardedPolicy(self.policy, self.fallback, self.limits)
+        guarded = GuardedPolicy(self.policy, self.fallback, self.limits)
+        return guarded.prepared(self.layout, self.static_signals)
 
 
 def _plain(value: Any) -> Any:

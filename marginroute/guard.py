@@ -10,6 +10,7 @@ import numpy as np
 
 from marginroute import view as v
 from marginroute.decision import Decision, best_legal
+from marginroute.fast_path import FastPath, prepared
 from marginroute.features import FeatureSpec
 from marginroute.heuristics import MarginRule, RuleOfThumb
 from marginroute.policy import Policy, ResidualPolicy
@@ -41,11 +42,18 @@ class GuardedPolicy:
         policy: the policy that decides as long as the guard agrees.
         fallback: the heuristic that takes over.
         limits: the guard's limits.
+        fast: the policy prepared for one fleet, which decides single views where it can; None: it never does.
     """
 
     policy: Policy
     fallback: MarginRule | RuleOfThumb
     limits: GuardLimits
+    fast: FastPath | None = None
+
+    def prepared(self, layout: Layout, static_signals: Array) -> GuardedPolicy:
+        """The same, quicker where candidates and their constants (S_static, C) are these."""
+        limits = self.limits.telemetry_age_s, self.limits.drift_features
+        return replace(self, fast=prepared(self.policy, layout, static_signals, *limits))
 
     @property
     def name(self) -> str:
@@ -64,6 +72,8 @@ class GuardedPolicy:
 
     def decide(self, view: View) -> Decision:
         """The policy's decision, or the fallback's with the guard's reason."""
+        if self.fast is not None and (decision := self.fast.decide(view)) is not None:
+            return decision
         if self._stale(view):
             return self._hand_over(view, "stale")
         if isinstance(self.policy, ResidualPolicy):

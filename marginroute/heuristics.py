@@ -17,6 +17,7 @@ All functions work on (..., C) arrays.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -91,23 +92,44 @@ class Assessment:
         A deferred request has no cash yet: its expected margin is that of a later answer.
         """
         c = candidate
-        stay, margin = float(self.stay[c]), float(self.margin_usd[c])
-        revenue = stay * float(self.usage_usd)
-        cost, credits, refunds, congestion = (-usd for usd in self.parts_usd[:, c].tolist())
-        unserved = -(1.0 - stay) * float(self.unserved_usd)
-        later = margin - (revenue + refunds + credits + unserved + cost)
-        if abs(later) > 1e-12:
-            unserved, later = 0.0, margin
-        parts = {
-            "revenue": revenue,
-            "refunds": refunds,
-            "service_credits": credits,
-            "unserved_credits": unserved,
-            "cost": cost,
-            "later_answer": later if abs(later) > 1e-12 else 0.0,
-        }
-        parts |= {"margin": margin, "congestion": congestion}
-        return parts if self.floor_usd is None else {**parts, "floors": float(self.floor_usd[c])}
+        return usd_by_part(
+            float(self.stay[c]),
+            float(self.margin_usd[c]),
+            float(self.usage_usd),
+            float(self.unserved_usd),
+            self.parts_usd[:, c].tolist(),
+            None if self.floor_usd is None else float(self.floor_usd[c]),
+        )
+
+
+def usd_by_part(
+    stay: float,
+    margin_usd: float,
+    usage_usd: float,
+    unserved_usd: float,
+    parts_usd: Sequence[float],
+    floor_usd: float | None,
+) -> dict[str, float]:
+    """The figures of an `Assessment` for one candidate, as a reason (see `Assessment.parts`)."""
+    revenue = stay * usage_usd
+    cost, credits, refunds, congestion = parts_usd
+    unserved = -(1.0 - stay) * unserved_usd
+    later = margin_usd - (revenue - refunds - credits + unserved - cost)
+    if abs(later) > 1e-12:
+        unserved, later = 0.0, margin_usd
+    parts = {
+        "revenue": revenue,
+        "refunds": -refunds,
+        "service_credits": -credits,
+        "unserved_credits": unserved,
+        "cost": -cost,
+        "later_answer": later if abs(later) > 1e-12 else 0.0,
+        "margin": margin_usd,
+        "congestion": -congestion,
+    }
+    if floor_usd is not None:
+        parts["floors"] = floor_usd
+    return parts
 
 
 @dataclass(frozen=True)
