@@ -83,6 +83,7 @@ class Counters:
         self._silent = np.zeros((2, self._replicas))  # silent streams: their number, sum of their first-token times
         serving = int((layout.kind <= v.PROVIDER).sum())
         self._weight = np.zeros(serving)
+        self._n_silent, self._erring = 0, False  # of those, and whether any call has failed: most often there is none
         self._errors = np.zeros((2, layout.n_candidates))  # share of recent calls that failed, and as of when
         self.signals = np.zeros((len(v.SIGNALS), layout.n_candidates))
         self.signals[: v.N_STATIC_SIGNALS] = static_signals
@@ -164,6 +165,7 @@ class Counters:
             for row in (v.RECENT_TTFT_S, v.RECENT_TPOT_S, v.WAITING, v.RUNNING, v.KV_USAGE):
                 self.signals[row, c] = old.signals[row, theirs]
             self._weight[c], self._errors[:, c] = old._weight[theirs], old._errors[:, theirs]
+        self._erring = old._erring
         for id, entry in old._entries.items():
             if entry.candidate not in candidates:
                 continue
@@ -181,6 +183,7 @@ class Counters:
         share, at_s = self._errors[:, candidate]
         if failed or share > 0.0:
             share = recent_errors(share, max(now_s - at_s, 0.0))
+            self._erring = True
             self._errors[:, candidate] = share + (float(failed) - share) / RECENT_CALLS, max(now_s, at_s)
 
     def settle(self, now_s: float) -> None:
@@ -200,11 +203,13 @@ class Counters:
         """(S, C) copy of the signals, silent streams grown to now."""
         self.settle(now_s)
         signals = self.signals.copy()
-        count, since_s = self._silent
-        tpot_s = signals[v.RECENT_TPOT_S, : self._replicas]
-        elapsed_s = np.maximum(count * now_s - since_s, 0.0)
-        signals[v.RECENT_ERRORS] = recent_errors(self._errors[0], np.maximum(now_s - self._errors[1], 0.0))
-        signals[v.DECODING_TOKENS, : self._replicas] += elapsed_s / np.where(tpot_s > 0.0, tpot_s, np.inf)
+        if self._erring:
+            signals[v.RECENT_ERRORS] = recent_errors(self._errors[0], np.maximum(now_s - self._errors[1], 0.0))
+        if self._n_silent:
+            count, since_s = self._silent
+            tpot_s = signals[v.RECENT_TPOT_S, : self._replicas]
+            elapsed_s = np.maximum(count * now_s - since_s, 0.0)
+            signals[v.DECODING_TOKENS, : self._replicas] += elapsed_s / np.where(tpot_s > 0.0, tpot_s, np.inf)
         return signals
 
     def _touch(self, id: str, entry: Entry, now_s: float) -> None:
@@ -224,6 +229,7 @@ class Counters:
 
     def _silence(self, entry: Entry, sign: float) -> None:
         """Adds (or takes away) a stream that nobody reports tokens of."""
+        self._n_silent += 1 if sign > 0.0 else -1
         silent = self._silent[:, entry.candidate]
         silent += sign, sign * (entry.first_token_at_s or 0.0)
         if silent[0] == 0.0:

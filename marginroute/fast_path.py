@@ -32,7 +32,7 @@ from marginroute.heuristics import CACHE_COLUMN, DEFER_COLUMN, MAX_FILL, NEVER_U
 from marginroute.policy import ResidualPolicy
 from marginroute.view import KINDS, Array, Layout, View
 
-COVERED_VERSION = 3  # of the features; any other takes the general path
+COVERED_VERSION = 4  # of the features; any other takes the general path
 BARRED = 1e12  # by how much an illegal candidate ranks below the others
 MIN_USD = 1e-9  # what a value or temperature is at least where something is divided by it, as in `features`
 PER_ITEM = ("station_usd_per_s", "slo_usd", "good_usd", "served_usd")  # parameters with one value per station or class

@@ -156,7 +156,7 @@ class Gateway:
         self.switch.decided(acting, decision.guard != "")
         judged = compared and self.switch.settings.mode != "shadow"
         pending = Pending(
-            facts=replace(facts, prompt=None),
+            facts=facts if facts.prompt is None else replace(facts, prompt=None),
             runtime=runtime,
             verdict=verdict,
             request=view.request,

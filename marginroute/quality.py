@@ -9,7 +9,9 @@ slope in difficulty and n the share of prompts that nobody can answer. Averaging
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -116,6 +118,21 @@ class QualityPrior:
             float(np.asarray(self.nobody_can_share)[task]) if knows_tasks else self.nobody_can_share,
             0.0 if self.unseen_variance is None else self.unseen_variance,
         )
+
+    def p_good_of_one(self, difficulty_signal: float, task: int = 0) -> list[float]:
+        """`p_good` of one signal, T numbers, to within a rounding error: a gateway asks for every request."""
+        keep, rows = self._probits[task if self.ability.ndim == 2 else 0]
+        return [keep * math.erfc(slope * difficulty_signal - ability) for ability, slope in rows]
+
+    @cached_property
+    def _probits(self) -> list[tuple[float, list[tuple[float, float]]]]:
+        """By task: (1 - n) / 2, and by tier the parts of the probit over sqrt(2): Phi(x) = erfc(-x / sqrt(2)) / 2."""
+        rho, unseen = self.signal_correlation, 0.0 if self.unseen_variance is None else self.unseen_variance
+        spread = np.sqrt(2.0 * (1.0 + np.square(self.slope) * (1.0 - rho * rho) + unseen))
+        abilities = np.atleast_2d(self.ability / spread)
+        slopes = np.broadcast_to(self.slope * rho / spread, abilities.shape).tolist()
+        keep = np.broadcast_to(0.5 * (1.0 - np.asarray(self.nobody_can_share)), len(abilities)).tolist()
+        return [(k, list(zip(a, s, strict=True))) for k, a, s in zip(keep, abilities.tolist(), slopes, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a bundle's manifest."""

@@ -70,7 +70,10 @@ class GatewayState:
         self._able = able(self.layout, self._can)
         self._lock = threading.Lock()
         self._counters = Counters(self.layout, bundle.static_signals, stale_after_s)
-        self._serving = int((self.layout.kind <= v.PROVIDER).sum())
+        self._serving = serving = int((self.layout.kind <= v.PROVIDER).sum())
+        self._tier, self._shifts = self.layout.tier[:serving], bool(self._shift.any())
+        self._all = np.arange(self.layout.n_candidates) < serving
+        self._others = [(c, int(self.layout.kind[c])) for c in range(serving, self.layout.n_candidates)]
         self._block_tokens = prefix_block_tokens
         self._prefixes = _prefix_index(bundle.static_signals, prefix_block_tokens)
         self._scraped_at_s = np.full(self.layout.n_candidates, np.nan)
@@ -78,6 +81,7 @@ class GatewayState:
         self._delay_tolerant = [bundle.terms[name].get("delay_tolerant", 0.0) > 0.0 for name in self.layout.class_names]
         self._lengths = bundle.output_tokens.copy()
         self._lengths_weight = np.full_like(self._lengths, PRIOR_LENGTHS)
+        self._judged = False  # whether any answer was
         self._surprise = np.zeros((2, len(self.layout.tier_names), len(self.layout.task_names)))  # mean, answers
         self._arrivals, self._sequence, self._gap_s, self._last_arrival_s = 0, 0, 0.0, clock()
         caps = bundle.policy.in_flight_caps(self.layout, bundle.slots) if "hold" in self._can else None
@@ -165,6 +169,7 @@ class GatewayState:
     def judged(self, tier: int, task: int, surprise: float) -> None:
         """An answer of a tier turned out good (1) or bad (0), which is `surprise` more than the P(good) expected."""
         with self._lock:
+            self._judged = True
             mean, answers = self._surprise[:, tier, task]
             self._surprise[:, tier, task] = running_mean(mean, answers, surprise, RECENT_JUDGED)
 
@@ -217,23 +222,30 @@ class GatewayState:
             if attempt == 1:
                 self._arrive(now_s)
             signals = self._counters.snapshot(now_s)
-            signals[v.TELEMETRY_AGE_S] = np.nan_to_num(now_s - self._scraped_at_s, nan=0.0)
-            quality = recent_quality(*self._surprise[:, :, cell[1]])
-            signals[v.RECENT_QUALITY, : self._serving] = quality[self.layout.tier[: self._serving]]
-            request = self._terms[cell[0]].copy()
-            request[v.EXPECTED_OUTPUT_TOKENS] = self._lengths[cell]
-            request[v.ARRIVAL_RATE_PER_S] = 1.0 / max(self._gap_s, 1e-6)
+            if self._judged:
+                quality = recent_quality(*self._surprise[:, :, cell[1]])
+                signals[v.RECENT_QUALITY, : self._serving] = quality.take(self._tier)
+            np.fmax(now_s - self._scraped_at_s, 0.0, out=signals[v.TELEMETRY_AGE_S])  # 0: there is nothing to scrape
+            output_tokens, arrival_rate_per_s = self._lengths.item(cell), 1.0 / max(self._gap_s, 1e-6)
             held_tokens = self._cached_tokens(prompt_tokens, hashes, block_tokens, now_s)
             if held_tokens is not None:
                 signals[v.CACHED_TOKENS] = held_tokens
-            request[v.SEQUENCE] = self._sequence
+            sequence = self._sequence
             self._sequence += 1
-        request[v.PROMPT_TOKENS] = max(prompt_tokens, 1)
-        request[[v.CLASS_INDEX, v.TASK_INDEX]] = cell
-        request[[v.DIFFICULTY_SIGNAL, v.WAITED_S, v.DEADLINE_LEFT_S]] = difficulty_signal, waited_s, deadline_left_s
+        request = self._terms[cell[0]].copy()
+        request[: v.INPUT_PRICE_USD] = (
+            max(prompt_tokens, 1),
+            output_tokens,
+            *cell,
+            difficulty_signal,
+            waited_s,
+            deadline_left_s,
+            arrival_rate_per_s,
+            sequence,
+        )
         if "hold" in self._can:
             signals[v.HELD] = np.maximum(signals[v.IN_FLIGHT] - signals[v.IN_FLIGHT_CAP], 0.0)
-        signals[v.P_GOOD_PRIOR, : self._serving] = p_good[self.layout.tier[: self._serving]]
+        signals[v.P_GOOD_PRIOR, : self._serving] = p_good.take(self._tier)
         if cached is not None:
             c = self._serving
             signals[v.P_GOOD_PRIOR, c] = p_good[cached.tier] * p_reuse(cached.similarity, *self._reuse)
@@ -263,6 +275,7 @@ class GatewayState:
             for t_old, t in _places(self.layout.tier_names, old.layout.tier_names).items():
                 for j_old, j in tasks.items():
                     self._surprise[:, t, j] = old._surprise[:, t_old, j_old]
+            self._judged = old._judged
             self._arrivals, self._sequence = old._arrivals, old._sequence
             self._gap_s, self._last_arrival_s = old._gap_s, old._last_arrival_s
 
@@ -322,24 +335,28 @@ class GatewayState:
     def _quality(self, prompt: str | None, difficulty_signal: float, task: int) -> tuple[Array, float]:
         """(T,) P(good) of the tiers and the difficulty signal; a tier that the predictor lacks keeps its prior."""
         if self._predictor is None or prompt is None:
-            return shifted(self._prior.p_good(difficulty_signal, task), self._shift[:, task]), difficulty_signal
-        predicted, difficulty_signal = self._predictor.predict(prompt)
-        p_good = self._prior.p_good(difficulty_signal, task)
-        p_good[self._predicted] = predicted[self._model]
-        return shifted(p_good, self._shift[:, task]), difficulty_signal
+            p_good = np.array(self._prior.p_good_of_one(difficulty_signal, task))
+        else:
+            predicted, difficulty_signal = self._predictor.predict(prompt)
+            p_good = np.array(self._prior.p_good_of_one(difficulty_signal, task))
+            p_good[self._predicted] = predicted[self._model]
+        return shifted(p_good, self._shift[:, task]) if self._shifts else p_good, difficulty_signal
 
     def _legal(self, k: int, deadline_left_s: float, available: Collection[int] | None, cached: bool) -> Array:
         """(C,) bool: what this gateway could carry out now; shedding is the last resort even where it has no way to."""
-        legal = np.zeros(self.layout.n_candidates, dtype=np.bool_)
-        legal[list(range(self._serving) if available is None else available)] = True
-        for c in range(self._serving, self.layout.n_candidates):
-            kind = int(self.layout.kind[c])
-            legal[c] = self._able[c]
+        legal = self._all.copy()
+        if available is not None:
+            legal[:] = False
+            legal[list(available)] = True
+        for c, kind in self._others:
+            may = bool(self._able[c])
             if kind == v.CACHE:
-                legal[c] &= cached
+                may = may and cached
             elif kind == v.DEFER:
-                legal[c] &= self._delay_tolerant[k] and deadline_left_s > 2.0 * self._hold_s
-        legal[-1] |= not legal.any()
+                may = may and self._delay_tolerant[k] and deadline_left_s > 2.0 * self._hold_s
+            legal[c] = may
+        if not legal.any():
+            legal[-1] = True
         return legal
 
     def _arrive(self, now_s: float) -> None:
