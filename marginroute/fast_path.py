@@ -26,7 +26,18 @@ import numpy as np
 from marginroute import features
 from marginroute import view as v
 from marginroute.decision import Decision, decided
-from marginroute.fast_rows import AT, COPIED_ROWS, LOGS, ROWS, SHOWN, Fleet, Scorer, scorer_of, signals_of_copied_rows
+from marginroute.fast_rows import (
+    AT,
+    COPIED_ROWS,
+    LOGS,
+    ROWS,
+    SHOWN,
+    Fleet,
+    Scorer,
+    covers_features,
+    scorer_of,
+    signals_of_copied_rows,
+)
 from marginroute.features import CLIP, CONTEXT_FEATURES, MIN_LOGIT
 from marginroute.heuristics import CACHE_COLUMN, DEFER_COLUMN, MAX_FILL, NEVER_USD, MarginRule, usd_by_part
 from marginroute.policy import ResidualPolicy
@@ -356,7 +367,7 @@ class FastPath:
 def prepared(policy: object, layout: Layout, static: Array, max_age_s: float, max_far: int) -> FastPath | None:
     """The fast path of a policy, or None where it has none."""
     rule = policy.advice if isinstance(policy, ResidualPolicy) else policy
-    if not isinstance(rule, MarginRule) or features.FEATURE_VERSION != COVERED_VERSION:
+    if not isinstance(rule, MarginRule) or features.FEATURE_VERSION != COVERED_VERSION or not covers_features():
         return None
     if not isinstance(policy, MarginRule | ResidualPolicy) or (np.diff(layout.kind) < 0).any():
         return None

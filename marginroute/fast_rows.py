@@ -13,9 +13,9 @@ from marginroute.policy import ResidualPolicy
 from marginroute.view import Array, Layout
 
 _COPIED = """
-    in_flight decoding in_flight_cap decoding_tokens p_good recent_errors kv_usage recent_quality similarity fill legal cached_share
-    barred stay cost congestion credit refund below_best recent_ttft_s recent_tpot_s entry_age_s held pending_prefill
-    waiting telemetry_age_s
+    in_flight decoding in_flight_cap decoding_tokens p_good recent_errors kv_usage recent_quality similarity fill legal
+    cached_share barred stay cost congestion credit refund below_best recent_ttft_s recent_tpot_s entry_age_s held
+    pending_prefill waiting telemetry_age_s
 """
 _COMPUTED = "one ttft_s tpot_s ttft_to_slo tpot_to_slo keep_patience keep_ttft keep_tpot keep_e2e one_again"
 COPIED_ROWS = tuple(_COPIED.split())
@@ -27,7 +27,17 @@ SHOWN = slice(AT["p_good"], AT["tpot_to_slo"] + 1)  # to the network
 LOGS = slice(AT["below_best"] - SHOWN.start, None)  # of those: transformed by a logarithm
 SIGNAL_OF = {"cached_share": "cached_tokens", "pending_prefill": "pending_prefill_tokens", "p_good": "p_good_prior"}
 NOT_FEATURES = ("barred", "stay", "one")  # rows that stand among the shown ones for the sake of a product
+CONTEXT = """
+    difficulty_signal fleet_fill urgency prompt_tokens expected_output_tokens waited_s arrival_rate_per_s value_usd
+"""
 SHIFTS = {"identity": 0.0, "ln(x + 0.001)": 1e-3, "ln(1 + x)": 1.0}  # before the logarithm, by transform
+
+
+def covers_features() -> bool:
+    """Whether the features are those that the rows stand for."""
+    candidate = {feature.name for feature in CANDIDATE_FEATURES}
+    context = [feature.name for feature in CONTEXT_FEATURES]
+    return candidate == set(ROWS[SHOWN]) - set(NOT_FEATURES) and context == CONTEXT.split()
 
 
 def signals_of_copied_rows() -> Array:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -75,7 +76,7 @@ class DecisionRecord:
     def to_json(self) -> str:
         """One line of strict JSON; infinities become null."""
         data = dict(vars(self))  # `asdict` copies deeply, at fifty times the cost
-        data["request"] = {k: x if np.isfinite(x) else None for k, x in data["request"].items()}
+        data["request"] = {k: x if math.isfinite(x) else None for k, x in data["request"].items()}
         return json.dumps(data, separators=(",", ":"), allow_nan=False)
 
 
@@ -96,8 +97,8 @@ def record_of(
         runner_up=decision.runner_up,
         runner_up_usd=round(decision.runner_up_usd, 9),
         guard=decision.guard,
-        request={name: float(x) for name, x in zip(REQUEST_NAMES, view.request, strict=True)},
-        legal=[name for name, ok in zip(view.layout.names, view.legal, strict=True) if ok],
+        request=dict(zip(REQUEST_NAMES, view.request.tolist(), strict=True)),
+        legal=[name for name, ok in zip(view.layout.names, view.legal.tolist(), strict=True) if ok],
         support=list(decision.support),
         signals=packed(changing_rows(view.signals)),
     )

@@ -18,14 +18,21 @@ def url(tmp_path_factory):
     path = tmp_path_factory.mktemp("fleet") / "fleet.yaml"
     path.write_text(ELASTIC)
     with served(path) as (base, _):
+        for slowdown in (
+            1.0,
+            None,
+        ):  # the first fault of a kind compiles its kernel, for longer than a fault lasts here
+            fault = {"station": "pool-0", "duration_s": 0.001, "slowdown": slowdown}
+            assert call(f"{base}/emulate/faults", fault, timeout_s=300)[0] == 200
+        healthy_again(base, "pool-0")
         yield base
 
 
-def call(url, body=None):
+def call(url, body=None, timeout_s=120):
     """(status, body) of a GET, or of a POST of JSON."""
     data = None if body is None else json.dumps(body).encode()
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=30) as reply:
+        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=timeout_s) as reply:
             return reply.status, reply.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
