@@ -1,6 +1,15 @@
+# PYTHON_ARGCOMPLETE_OK
 """Compares policies on held-out episodes of a scenario: the same requests for all, paired 95 % intervals.
 
-python evaluate.py quickstart --policy runs/quickstart --json report.json
+Try:
+  python evaluate.py --policy runs/quickstart                  against every tuned baseline, on quickstart
+  python evaluate.py --policy runs/quickstart --baselines bid-price,round-robin --episodes 64
+  python evaluate.py --policy runs/quickstart --bound --report report.html --json report.json
+  python evaluate.py --policy runs/quickstart --vary load_scale=0.5..1.5 fleet.pools.small.replicas=1,2,3
+  python evaluate.py shaky --policy runs/shaky --condition all conditions that nobody was trained for
+  python evaluate.py --log decisions.jsonl                     does the world predict your gateway's log?
+  python evaluate.py --log decisions.jsonl --policy runs/mine  off-policy: what it would have earned
+  python evaluate.py --suite --out reports                     every scenario
 """
 
 from __future__ import annotations
@@ -11,8 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evaluation.arguments import check_trace_flags
-from marginroute.cli import main_guard
+from evaluation.arguments import check_trace_flags, complete_scenarios
+from marginroute.cli import Parser, main_guard
 from marginroute.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,10 +33,13 @@ if TYPE_CHECKING:
 DEFAULT_SCENARIO = "quickstart"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    parse = argparse.ArgumentParser(prog="evaluate.py", description=(__doc__ or "").partition("\n")[0])
-    parse.add_argument("scenario", nargs="?", help="name in configs/scenarios or path of a YAML (default: quickstart)")
+    parse = Parser.from_doc("evaluate.py", __doc__)
+    scenario = parse.add_argument(
+        "scenario", nargs="?", help="name in configs/scenarios or path of a YAML (default: quickstart)"
+    )
+    complete_scenarios(scenario)
     parse.add_argument("--policy", nargs="+", default=[], action="extend", metavar="RUN", help="run folders or bundles")
     parse.add_argument("--baselines", default="all", help="all, none, or names separated by commas (default: all)")
     parse.add_argument("--episodes", type=int, help="held-out episodes (default: 32; with --until-ci at most 4096)")
@@ -53,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--no-cache", action="store_true", help="play again what was played before")
     parse.add_argument("--json", type=Path, metavar="FILE", help="write the figures, too")
     parse.add_argument("--report", type=Path, metavar="FILE.html", help="write a page with figures, too (.md: a card)")
+    parse.add_verbosity()
     return parse
 
 

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Writes the bundle of a finished run: the policy that a gateway loads.
 
 Try:
@@ -6,21 +7,17 @@ Try:
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
-from marginroute.cli import main_guard
+from marginroute.cli import Parser, main_guard, note
 from marginroute.errors import InputError
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    description, _, epilog = (__doc__ or "").partition("\n\n")
-    parse = argparse.ArgumentParser(
-        prog="export.py", description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parse = Parser.from_doc("export.py", __doc__)
     parse.add_argument("run", type=Path, metavar="RUN", help="run folder of train.py")
     parse.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the bundle")
     parse.add_argument(
@@ -56,10 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     predictor = None if args.quality is None else load_predictor(args.quality)
     scenario = run.scenario()
     if predictor is not None and scenario.workload.difficulty.signal_auc is None:
-        print(
+        note(
             "note: the policy was trained on a prior that does not know the task; for a gateway that predicts from the "
-            "prompt, train with workload.difficulty.signal_auc = the predictor's AUC (docs/quality.md)",
-            file=sys.stderr,
+            "prompt, train with workload.difficulty.signal_auc = the predictor's AUC (docs/quality.md)"
         )
     learned = load_archive(run.policy_path, None)
     assert isinstance(learned.policy, ScorerPolicy)

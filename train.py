@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Trains a routing policy for a scenario, checks it on validation, and exports the better of policy and heuristic.
 
 Try:
@@ -20,8 +21,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.arguments import check_trace_flags
-from marginroute.cli import main_guard
+from evaluation.arguments import check_trace_flags, complete_scenarios
+from marginroute.cli import Parser, main_guard, note
 from marginroute.errors import InputError
 
 ADVICE, FALLBACK = "bid-price-fitted", "bid-price"  # what the network corrects, and what the guard hands over to
@@ -34,13 +35,13 @@ if TYPE_CHECKING:
     from envs.scenario import Scenario
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    description, _, epilog = (__doc__ or "").partition("\n\n")
-    parse = argparse.ArgumentParser(
-        prog="train.py", description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    parse = Parser.from_doc("train.py", __doc__)
+    scenario = parse.add_argument(
+        "scenario", nargs="?", default="quickstart", help="name in configs/scenarios or path of a YAML"
     )
-    parse.add_argument("scenario", nargs="?", default="quickstart", help="name in configs/scenarios or path of a YAML")
+    complete_scenarios(scenario)
     parse.add_argument(
         "-n", "--steps", type=int, metavar="N", help="decisions to learn from (default: configs/training)"
     )
@@ -70,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--columns", metavar="NAME=COLUMN,...", help="for csv: our names and the file's columns")
     parse.add_argument("--log", type=Path, metavar="LOG", help="a gateway's decisions: refit P(good) on their outcomes")
     parse.add_argument("--list", action="store_true", help="list the scenarios that ship, and stop")
+    parse.add_verbosity()
     return parse
 
 
@@ -168,7 +170,11 @@ def carry_out(
         return finish(run, scenario, config, seed, args, resume)
     except KeyboardInterrupt:
         run.update(status="interrupted")
-        print(f"go on with: python train.py --resume {run.folder}", file=sys.stderr)
+        note(f"go on with: python train.py --resume {run.folder}")
+        raise
+    except Exception as error:
+        if not isinstance(error, InputError):
+            run.update(status="failed")
         raise
 
 

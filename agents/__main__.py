@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m agents COMMAND`: what is fitted beside the policy. The command's module is imported only when it runs."""
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from marginroute.cli import main_guard
+from marginroute.cli import Parser, main_guard
 
 
 def _quality(parser: argparse.ArgumentParser) -> None:
@@ -36,23 +37,38 @@ def _quality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="figures of the held-out rows as JSON")
 
 
+QUALITY_EXAMPLES = """
+python -m agents quality outcomes.csv --out quality.npz
+python -m agents quality outcomes.parquet --out quality.npz --model model --outcome correct --tier small=llama-8b
+python export.py runs/quickstart --out bundles/quickstart --quality quality.npz
+"""
 COMMANDS = {
-    "quality": ("agents.quality_command", "fit P(good answer) from prompts to your own outcome table", _quality)
+    "quality": (
+        "agents.quality_command",
+        "fit P(good answer) from prompts to your own outcome table",
+        _quality,
+        QUALITY_EXAMPLES,
+    )
 }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m agents", description="What is fitted beside the policy.")
+def parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="python -m agents", description="What is fitted beside the policy.", examples=QUALITY_EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, words, add_arguments) in COMMANDS.items():
-        add_arguments(commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + "."))
+    for name, (_, words, add_arguments, examples) in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=words, description=words[0].upper() + words[1:] + ".", examples=examples
+        )
+        add_arguments(command)
+        command.add_verbosity()
     return parser
 
 
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Runs one command."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     return int(importlib.import_module(COMMANDS[arguments.command][0]).run(arguments))
 
 

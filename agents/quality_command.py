@@ -18,6 +18,7 @@ import numpy as np
 
 from agents.prompt_quality import auc_of, check, fit_predictor, folds_of, log_loss
 from envs.workload.traces_outcomes import Columns, OutcomeTable, read_outcomes
+from marginroute.cli import note
 from marginroute.errors import InputError
 from marginroute.predictor import QualityPredictor
 from marginroute.view import Array
@@ -143,7 +144,7 @@ def _named(table: OutcomeTable, tiers: list[str]) -> OutcomeTable:
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    note(text)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

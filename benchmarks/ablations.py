@@ -11,14 +11,13 @@ Try:
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from marginroute.cli import main_guard
+from marginroute.cli import Parser, main_guard
 from marginroute.errors import InputError
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,7 +35,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 FIRST_SEED = 30_000  # of the validation episodes that rows are compared on
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
     parse = common.parser(__doc__)
     parse.add_argument("scenario", nargs="?", default="quickstart", help="name in configs/scenarios or path of a YAML")

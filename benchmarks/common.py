@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import subprocess
@@ -10,10 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from marginroute.cli import Parser
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """A command line with `--quick`."""
-    parse = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+
+def parser(doc: str | None) -> Parser:
+    """A command line with `--quick`; its examples are those of the module's docstring, or the plain call."""
+    prog = f"python -m benchmarks.{Path(sys.argv[0]).stem}"
+    parse = Parser.from_doc(prog, doc if "Try:\n" in (doc or "") else f"{doc}\nTry:\n{prog}\n{prog} --quick")
     parse.add_argument("--quick", action="store_true", help="a short run, for a smoke test; figures are rough")
     return parse
 

@@ -17,7 +17,6 @@ Dynamo is no dependency. It runs in a Python of its own, named by --dynamo-pytho
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from benchmarks import common
@@ -27,7 +26,7 @@ from marginroute.cli import main_guard
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Compares and prints."""
-    parser: argparse.ArgumentParser = common.parser(__doc__)
+    parser = common.parser(__doc__)
     parser.add_argument(
         "--dynamo-python",
         default=sys.executable,

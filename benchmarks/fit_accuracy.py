@@ -9,7 +9,6 @@ times: waiting grows like 1 / (1 - load).
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -80,7 +79,7 @@ def _summary(errors: list[float]) -> dict[str, float]:
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Fits, runs and prints."""
-    parser: argparse.ArgumentParser = common.parser(__doc__)
+    parser = common.parser(__doc__)
     parser.add_argument("--tables", type=Path, required=True, metavar="DIR", help="Vidur's tables and the grids")
     arguments = parser.parse_args(argv)
     from benchmarks.vidur_parity import fit_grid, load_tables

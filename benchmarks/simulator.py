@@ -23,7 +23,6 @@ with prefix caching in all pools, hashes of every block in the engines and in th
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -181,7 +180,7 @@ def figures(quick: bool) -> dict[str, Any]:
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Measures and prints."""
-    parser: argparse.ArgumentParser = common.parser(__doc__)
+    parser = common.parser(__doc__)
     arguments = parser.parse_args(argv)
     common.emit("simulator", figures(arguments.quick))
     return 0

@@ -10,7 +10,6 @@ the engine is meant to be used; then the errors of the percentiles are what coun
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import zipfile
@@ -216,7 +215,7 @@ def _worst(cases: dict[str, Any]) -> dict[str, float]:
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Compares and prints."""
-    parser: argparse.ArgumentParser = common.parser(__doc__)
+    parser = common.parser(__doc__)
     parser.add_argument("--truth", type=Path, required=True, metavar="DIR", help="recorded runs of Vidur")
     parser.add_argument("--tables", type=Path, required=True, metavar="DIR", help="Vidur's look-up tables")
     parser.add_argument("--fitted", type=Path, metavar="DIR", help="grids to fit compact profiles to")

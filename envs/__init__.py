@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-import gymnasium
+from marginroute.cli import note
 
 KEEP_KERNELS_S = 3 * 86400.0  # folders of other states of the sources are removed after that
 _ROOT = Path(__file__).resolve().parent.parent
@@ -44,11 +44,13 @@ def announce_compilation() -> None:
     """Says on stderr that the kernels are about to be compiled, if they have not been yet."""
     folder = Path(os.environ["NUMBA_CACHE_DIR"])
     if not folder.is_dir() or not any(folder.iterdir()):
-        print("compiling the simulator: once after each change of its sources, about a minute", file=sys.stderr)
+        note("compiling the simulator: once after each change of its sources, about a minute")
 
 
 def register() -> None:
     """Registers the environments with Gymnasium; safe to call again."""
+    import gymnasium
+
     if "marginroute/Fleet-v0" not in gymnasium.registry:
         gymnasium.register(
             id="marginroute/Fleet-v0",
@@ -64,4 +66,5 @@ def register() -> None:
 
 
 _use_kernel_cache()
-register()
+if sys.argv[:1] != ["-m"]:  # what Python puts there while it looks for the module of `python -m envs`
+    register()

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m envs COMMAND`: tools around the world. Each command is a module that is imported only when it runs.
 
 A command module has `run(arguments) -> int`; its flags stand here, so that `--help` imports nothing heavy.
@@ -11,7 +12,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from marginroute.cli import main_guard
+from marginroute.cli import Parser, main_guard
+
+CALIBRATE = {
+    "endpoint": "python -m envs calibrate endpoint http://127.0.0.1:8000 --out profile.yaml",
+    "iterations": "python -m envs calibrate iterations table.csv --out profile.yaml",
+    "quality": "python -m envs calibrate quality outcomes.csv --out quality.yaml",
+    "aiconfigurator": "python -m envs calibrate aiconfigurator Qwen/Qwen3-32B --system h200_sxm --gpu-memory-gb 141 "
+    "--out profile.yaml",
+}
 
 
 def _simulate(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +43,9 @@ def _simulate(parser: argparse.ArgumentParser) -> None:
 
 def _calibrate(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    table = kinds.add_parser("iterations", help="engine profile from a table of measured iterations")
+    table = kinds.add_parser(
+        "iterations", help="engine profile from a table of measured iterations", examples=CALIBRATE["iterations"]
+    )
     table.add_argument("table", type=Path, metavar="TABLE.csv", help="CSV, may be gzipped")
     table.add_argument("--out", type=Path, required=True, metavar="PROFILE.yaml", help="profile to write")
     table.add_argument("--title", default="", help="model and hardware in words")
@@ -45,7 +56,9 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--gpu-memory-gb", type=float, help="memory of one GPU")
     cache.add_argument("--gpus", type=int, help="GPUs of one replica")
 
-    quality = kinds.add_parser("quality", help="abilities and difficulty of tiers from a table of outcomes")
+    quality = kinds.add_parser(
+        "quality", help="abilities and difficulty of tiers from a table of outcomes", examples=CALIBRATE["quality"]
+    )
     quality.add_argument("table", type=Path, metavar="TABLE", help="outcomes: CSV (also .gz), JSON lines or Parquet")
     quality.add_argument("--out", type=Path, required=True, metavar="QUALITY.yaml", help="figures to write")
     quality.add_argument("--item", metavar="COLUMN", help="prompt, or whatever identifies it (default: prompt, ...)")
@@ -59,7 +72,11 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     quality.add_argument("--title", default="", help="the table in words")
     quality.add_argument("--source", default="", help="where the table comes from, with its licence")
 
-    endpoint = kinds.add_parser("endpoint", help="engine profile from measurements of a running OpenAI-compatible URL")
+    endpoint = kinds.add_parser(
+        "endpoint",
+        help="engine profile from measurements of a running OpenAI-compatible URL",
+        examples=CALIBRATE["endpoint"],
+    )
     endpoint.add_argument("url", metavar="URL", help="base URL; /v1 is added where it is missing")
     endpoint.add_argument("--out", type=Path, required=True, metavar="PROFILE.yaml", help="profile to write")
     endpoint.add_argument("--title", default="", help="model and hardware in words")
@@ -75,7 +92,9 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     endpoint.add_argument("--max-seconds", type=float, default=900.0, metavar="S", help="longest duration (900)")
 
     kernels = kinds.add_parser(
-        "aiconfigurator", help="engine profile from NVIDIA's measured kernels, any model and GPU"
+        "aiconfigurator",
+        help="engine profile from NVIDIA's measured kernels, any model and GPU",
+        examples=CALIBRATE["aiconfigurator"],
     )
     kernels.add_argument(
         "model", metavar="MODEL", help="name on the Hugging Face hub, or a folder with its config.json"
@@ -123,27 +142,89 @@ def _describe(parser: argparse.ArgumentParser) -> None:
     )
 
 
-COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
-    "simulate": ("envs.simulate", "what-if: latency of every request on a fleet", _simulate),
-    "emulate": ("envs.emulator", "serve a fleet as OpenAI-compatible endpoints", _emulate),
-    "describe": ("envs.describe", "statistics of recorded or generated requests", _describe),
-    "fetch": ("envs.fetch", "download a public set of recorded requests", _fetch),
-    "calibrate": ("envs.calibrate", "fit an engine profile, or who answers what well", _calibrate),
+def _schema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("configs/schema"), metavar="DIR", help="folder to write to (configs/schema)"
+    )
+
+
+COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None], str]] = {
+    "simulate": (
+        "envs.simulate",
+        "what-if: latency of every request on a fleet",
+        _simulate,
+        """
+        python -m envs simulate starter --requests requests.csv --out latencies.csv
+        python -m envs simulate my_fleet.yaml --requests mooncake.jsonl --pool large --out latencies.csv
+        """,
+    ),
+    "emulate": (
+        "envs.emulator",
+        "serve a fleet as OpenAI-compatible endpoints",
+        _emulate,
+        """
+        python -m envs emulate starter --port 8000
+        curl http://127.0.0.1:8000/
+        """,
+    ),
+    "describe": (
+        "envs.describe",
+        "statistics of recorded or generated requests",
+        _describe,
+        """
+        python -m envs describe quickstart
+        python -m envs describe log.csv --against azure_conversation --out beside.html
+        """,
+    ),
+    "fetch": (
+        "envs.fetch",
+        "download a public set of recorded requests",
+        _fetch,
+        """
+        python -m envs fetch --list
+        python -m envs fetch azure-2023-conversation --out data
+        """,
+    ),
+    "calibrate": (
+        "envs.calibrate",
+        "fit an engine profile, or who answers what well",
+        _calibrate,
+        "\n".join(CALIBRATE.values()),
+    ),
+    "schema": (
+        "agents.schema",
+        "JSON Schema of the configuration files, for editors",
+        _schema,
+        """
+        python -m envs schema
+        """,
+    ),
 }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m envs", description="Tools around the simulated fleet.")
+def parser() -> Parser:
+    """The command line."""
+    parser = Parser(
+        prog="python -m envs",
+        description="Tools around the simulated fleet.",
+        examples="python -m envs describe quickstart\npython -m envs COMMAND --help",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, words, add_arguments) in COMMANDS.items():
-        add_arguments(commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + "."))
+    for name, (_, words, add_arguments, examples) in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=words, description=words[0].upper() + words[1:] + ".", examples=examples
+        )
+        add_arguments(command)
+        kinds = getattr(command._subparsers, "_group_actions", [])
+        for one in kinds[0].choices.values() if kinds else (command,):
+            one.add_verbosity()
     return parser
 
 
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Runs one command."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     return int(importlib.import_module(COMMANDS[arguments.command][0]).run(arguments))
 
 

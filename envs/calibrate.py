@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import yaml
 from envs.fleet.calibrate import fit_iterations, measured_from_columns
 from envs.fleet.profile import compact_profile
 from envs.tables import read_columns, write_whole
+from marginroute.cli import note
 from marginroute.errors import InputError
 
 UTILISATION = 0.9  # of the GPUs' memory, vLLM's default gpu_memory_utilization
@@ -109,9 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
     profile = calibrate_iterations(arguments.table, _facts(arguments))
     write_whole(arguments.out, profile_text(profile))
     fit = profile["fit"]
-    print(
+    note(
         f"{arguments.out}: {fit['rows']} rows, {fit['unknowns']} unknowns; error of rows not seen: median "
-        f"{fit['median_error_pct']} %, p95 {fit['p95_error_pct']} %, largest {fit['max_error_pct']} %",
-        file=sys.stderr,
+        f"{fit['median_error_pct']} %, p95 {fit['p95_error_pct']} %, largest {fit['max_error_pct']} %"
     )
     return 0

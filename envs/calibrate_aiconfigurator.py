@@ -11,7 +11,6 @@ import argparse
 import importlib.metadata
 import itertools
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from envs.calibrate import kv_cache, profile_text
 from envs.fleet.calibrate import SINGLE_COLUMNS, FloatArray, fit_iterations, measured_from_columns
 from envs.fleet.profile import compact_profile
 from envs.tables import write_whole
+from marginroute.cli import note
 from marginroute.errors import InputError
 
 BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
@@ -122,10 +122,9 @@ def run(arguments: argparse.Namespace) -> int:
     profile = calibrate(arguments.model, arguments.system, arguments.backend, arguments.gpus, arguments.gpu_memory_gb)
     write_whole(out, profile_text(profile))
     fit = profile["fit"]
-    print(
+    note(
         f"{out}: {fit['rows']} iterations, {fit['unknowns']} unknowns; error of iterations not seen: median "
         f"{fit['median_error_pct']} %, p95 {fit['p95_error_pct']} %, largest {fit['max_error_pct']} %; "
-        f"{profile['kv_cache']['blocks']} KV blocks",
-        file=sys.stderr,
+        f"{profile['kv_cache']['blocks']} KV blocks"
     )
     return 0

@@ -23,6 +23,7 @@ from envs.fleet.calibrate import Measured, fit_iterations
 from envs.fleet.iteration import batch_seconds
 from envs.fleet.profile import Profile, compact_profile
 from envs.tables import write_whole
+from marginroute.cli import QUIET, note, verbosity
 from marginroute.errors import InputError
 
 LONGEST_PROMPT = 32768  # until which a second chunk is looked for
@@ -37,7 +38,7 @@ class _Progress:
     def __init__(self, total: int, expected_s: float) -> None:
         self._total, self._expected_s, self._done = total, expected_s, 0
         self._started_s = self._line_s = time.monotonic()
-        print(f"{total} measurements, about {expected_s:.0f} s", file=sys.stderr)
+        note(f"{total} measurements, about {expected_s:.0f} s")
 
     def step(self, words: str, share_done: float) -> None:
         """One more measurement; `share_done` of the expected duration."""
@@ -45,13 +46,13 @@ class _Progress:
         now_s = time.monotonic()
         left_s = (now_s - self._started_s) * (1.0 / max(share_done, 1e-3) - 1.0)
         text = f"{self._done}/{self._total} {words}, about {left_s:.0f} s left"
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and verbosity() > QUIET:
             full = round(BAR * share_done)
             end = "\n" if self._done == self._total else ""
             print(f"\r[{'#' * full}{' ' * (BAR - full)}] {text:<50}", end=end, file=sys.stderr, flush=True)
         elif now_s - self._line_s > 10.0 or self._done == self._total:
             self._line_s = now_s
-            print(text, file=sys.stderr, flush=True)
+            note(text)
 
 
 async def _find_budget(bench: Bench, max_context: int, max_model_len: int | None) -> None:
@@ -122,7 +123,7 @@ async def _measure(bench: Bench, arguments: argparse.Namespace, max_model_len: i
         again = steps if number < 2 else [step for step in steps if _disagree(passes[step])]
         for step in again:
             if bench.exhausted:
-                print("limit of requests or seconds reached: the rest is left out", file=sys.stderr)
+                note("limit of requests or seconds reached: the rest is left out")
                 return [(step, row) for step, found in passes.items() if found for row in _median_rows(found)]
             if rows := await _rows(bench, step, arguments.repeats):
                 passes[step].append(rows)
@@ -243,10 +244,9 @@ def run(arguments: argparse.Namespace) -> int:
     profile = asyncio.run(calibrate_endpoint(arguments))
     write_whole(arguments.out, profile_text(profile))
     fitted = profile["fit"]
-    print(
+    note(
         f"{arguments.out}: {fitted['rows']} rows; error of rows not seen: median {fitted['median_error_pct']} %, p95 "
         f"{fitted['p95_error_pct']} %; held out: largest {fitted.get('held_out_max_error_pct', 'none')} %; "
-        f"overhead of a request {profile['endpoint']['overhead_s'] * 1e3:.1f} ms",
-        file=sys.stderr,
+        f"overhead of a request {profile['endpoint']['overhead_s'] * 1e3:.1f} ms"
     )
     return 0

@@ -19,6 +19,7 @@ import yaml
 from envs.tables import write_whole
 from envs.workload.quality_fit import GRID, FactorModel, fit_factors
 from envs.workload.traces_outcomes import Columns, OutcomeTable, read_outcomes
+from marginroute.cli import note
 from marginroute.errors import InputError
 
 Array = np.ndarray[Any, Any]
@@ -127,7 +128,7 @@ def _text(document: dict[str, Any]) -> str:
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    note(text)
 
 
 def _report(found: dict[str, Any]) -> str:

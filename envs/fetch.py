@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from envs.fetch_catalog import CATALOG, Download
+from marginroute.cli import QUIET, verbosity
 from marginroute.errors import InputError
 
 _PIECE_BYTES = 1 << 16
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.name not in CATALOG:
         raise InputError(f"set {arguments.name!r} is not known; legal is {', '.join(CATALOG)}")
     download = CATALOG[arguments.name]
-    path, sha256 = fetch(download, arguments.out, _bar(sys.stderr.isatty()))
+    path, sha256 = fetch(download, arguments.out, _bar(sys.stderr.isatty() and verbosity() > QUIET))
     state = "verified" if download.sha256 else "unverified: its publisher states no digest"
     print(f"{path}  {path.stat().st_size:,} bytes, {download.licence}\nsha256 {sha256} ({state})")
     print(f"read it with --trace {path} --trace-format {download.trace_format}")

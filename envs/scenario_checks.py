@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from envs.scenario_files import suggestion
+from marginroute.errors import suggestion
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from envs.scenario_composition import composition
-from envs.scenario_files import locate, nearest, read_yaml
+from envs.scenario_files import locate, read_yaml
 from envs.scenario_fleet import FleetSection, Provider
 from envs.scenario_lengths import LengthSection
 from envs.workload.lengths import LengthMixture
 from envs.workload.quality import QualityTruth, mean_ability, with_auc
 from envs.workload.spec import WorkloadSpec
-from marginroute.errors import InputError
+from marginroute.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from envs.fleet.state import FleetSpec

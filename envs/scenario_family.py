@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from envs import scenario_files
 from envs.scenario_fleet import Section
-from marginroute.errors import InputError
+from marginroute.errors import InputError, suggestion
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario
@@ -82,7 +82,7 @@ def under(scenario: Scenario, condition: str) -> Scenario:
         InputError: there is no such condition.
     """
     if condition not in scenario.conditions:
-        legal = scenario_files.suggestion(condition, scenario.conditions)
+        legal = suggestion(condition, scenario.conditions)
         raise InputError(f"condition {condition!r} is not in scenario {scenario.name!r}{legal}")
     return changed(scenario, scenario.conditions[condition], f"conditions.{condition}")
 

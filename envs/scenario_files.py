@@ -5,7 +5,6 @@ The sentence names the file (or the override), the key path, the value, and what
 
 from __future__ import annotations
 
-import difflib
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from marginroute.errors import InputError
+from marginroute.errors import InputError, suggestion
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SECTIONS = {"fleet": "fleets", "plans": "plans", "workload": "workloads"}
@@ -244,18 +243,6 @@ def place(path: list[str], files: Mapping[str, str], overrides: Iterable[str]) -
     if path and path[0] in files:
         return f"{files[path[0]]}: {'.'.join(path[1:])}".removesuffix(": ")
     return f"{files.get('', 'scenario')}: {dotted}".removesuffix(": ")
-
-
-def suggestion(word: str, names: Iterable[str]) -> str:
-    """'; did you mean ...? legal is a, b' for an unknown word."""
-    names = list(names)
-    return f";{nearest(word, names)} legal is {', '.join(names) if names else 'none'}"
-
-
-def nearest(word: str, names: Iterable[str]) -> str:
-    """' did you mean a or b?', or nothing."""
-    near = difflib.get_close_matches(word, list(names), n=2, cutoff=0.6)
-    return f" did you mean {' or '.join(near)}?" if near else ""
 
 
 def _shown(value: Any) -> str:

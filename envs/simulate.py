@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from envs.fleet.state import COMPLETED, FleetSpec
 from envs.request_files import Requests, read_requests
 from envs.scenario_fleet import FleetSection
 from envs.tables import write_whole
+from marginroute.cli import note
 from marginroute.errors import InputError
 
 
@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
     if hashes is not None:
         prompts = requests.prompt_tokens[served].sum()
         words += f"; {done['cached_tokens'][served].sum() / max(prompts, 1):.1%} of their prompt tokens cached"
-    print(words, file=sys.stderr)
+    note(words)
     return 0
 
 

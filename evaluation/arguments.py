@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from marginroute.errors import InputError
 
@@ -20,3 +21,13 @@ def check_trace_flags(args: argparse.Namespace) -> None:
     for flag, value in (("--trace-format", args.trace_format), ("--columns", args.columns)):
         if value is not None and args.trace is None:
             raise InputError(f"{flag} {value!r} needs --trace FILE")
+
+
+def complete_scenarios(action: argparse.Action) -> None:
+    """Lets a shell complete an argument by the scenarios that ship, and by files."""
+    folder = Path(__file__).resolve().parent.parent / "configs" / "scenarios"
+
+    def complete(prefix: str, **_: object) -> list[str]:
+        return [name for path in sorted(folder.glob("*.yaml")) if (name := path.stem).startswith(prefix)]
+
+    action.completer = complete  # type: ignore[attr-defined]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from evaluation.page_parts import command_line
 from evaluation.progress import progress_bar
 from evaluation.report import Report, build_report
 from evaluation.table import print_report
+from marginroute.cli import note
 from marginroute.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def judged(scenario: Scenario, contest: Contest, play: Play, bound: bool, forgiv
         except InputError as error:
             if not forgiving:
                 raise
-            print(f"no bounds: {error}", file=sys.stderr)
+            note(f"no bounds: {error}")
     calibration = verdict(scenario.hash)
     found = assumptions(scenario, calibration)
     return build_report(scenario.name, contest.results, contest.best, bounds, calibration, found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from evaluation.compare import judged
@@ -13,6 +12,7 @@ from evaluation.page import comparison_section
 from evaluation.page_parts import command_line, frame, text
 from evaluation.summary import print_summary, summarise, summary_document, summary_section
 from evaluation.table import print_report
+from marginroute.cli import note
 from marginroute.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def examine(args: argparse.Namespace, scenario: Scenario, entrants: Entrants, pl
     best = choose_best(scenario, entrants.heuristics, play)
     found: dict[str, tuple[Report, Contest]] = {}
     for number, name in enumerate([ITSELF, *names]):
-        print(f"condition {number} of {len(names)}: {name}", file=sys.stderr)
+        note(f"condition {number} of {len(names)}: {name}")
         world = scenario if name == ITSELF else scenario.under(name)
         contest = hold(world, entrants, play, best)
         found[name] = (judged(world, contest, play, args.bound, forgiving=True), contest)

@@ -1,4 +1,7 @@
-"""Progress of long work on stderr: a bar with the time left on a terminal, a line now and then elsewhere."""
+"""Progress of long work on stderr: a bar with the time left on a terminal, a line now and then elsewhere.
+
+-q shows nothing; -v ends every stage with the time, the CPU time and the memory that it took.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from marginroute.cli import QUIET, timed, verbosity
 
 Progress = Callable[[int, int], None]
 """Called with (done, total); total may not change."""
@@ -26,7 +31,14 @@ def silent(done: int, total: int) -> None:
 @contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
     """Yields a callback that shows how far the work titled `title` is."""
-    if _forced or sys.stderr.isatty():
+    with timed(title):
+        yield from _shown(title)
+
+
+def _shown(title: str) -> Iterator[Progress]:
+    if verbosity() == QUIET:
+        yield silent
+    elif _forced or sys.stderr.isatty():
         with _rich_bar(title) as report:
             yield report
     else:

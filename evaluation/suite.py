@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import html
 import io
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from evaluation.document import to_document, write_json, write_text
 from evaluation.page_parts import command_line, frame, paragraph, text
 from evaluation.summary import print_summary, summarise, summary_document, summary_section
 from evaluation.table import PIPE_COLUMNS, print_report
+from marginroute.cli import note
 from marginroute.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,12 +57,12 @@ def run_suite(args: argparse.Namespace, load: Callable[[str], Scenario], play: P
     for number, name in enumerate(names):
         spent_s = time.monotonic() - began_s
         left = f", about {spent_s / number * (len(names) - number):.0f} s left" if number else ""
-        print(f"scenario {number + 1} of {len(names)}: {name}{left}", file=sys.stderr, flush=True)
+        note(f"scenario {number + 1} of {len(names)}: {name}{left}")
         try:
             found[name] = _one(args, load(name), out, play)
         except InputError as error:
             left_out[name] = str(error)
-            print(f"{name} is left out: {error}", file=sys.stderr)
+            note(f"{name} is left out: {error}")
     if not found:
         raise InputError(f"no scenario of the suite could be played: {next(iter(left_out.values()))}")
     rows = summarise(found)

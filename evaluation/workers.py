@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -44,7 +45,9 @@ def in_processes(
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (start, arguments))
         finished = False
         try:
-            for future in as_completed([pool.submit(_work, item) for item in items]):
+            with _sigint_held():
+                futures = [pool.submit(_work, item) for item in items]
+            for future in as_completed(futures):
                 yield future.result()
             finished = True
         except BrokenProcessPool as error:
@@ -60,8 +63,6 @@ _do: Callable[[Any], Any] | None = None
 
 
 def _start_worker(start: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
     global _do
     _do = start(*arguments)
@@ -70,6 +71,19 @@ def _start_worker(start: Callable[..., Callable[[Any], Any]], arguments: tuple[A
 def _work(item: Any) -> Any:
     assert _do is not None
     return _do(item)
+
+
+@contextlib.contextmanager
+def _sigint_held() -> Iterator[None]:
+    """Processes started inside are born deaf to Ctrl-C, which would else kill them before `_start_worker` runs."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

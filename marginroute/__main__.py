@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The gateway's command line, also as `python -m marginroute`: inspect a bundle, learn, replay a log, serve."""
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from marginroute import __version__
-from marginroute.cli import main_guard
+from marginroute.cli import Parser, main_guard
 
 if TYPE_CHECKING:
     from marginroute.adapters.listen import Listen
@@ -92,13 +93,33 @@ def _serving(command: argparse.ArgumentParser, port: int) -> None:
     where.add_argument("--tls-client-ca", metavar="PEM", help="let in only clients with a certificate of this CA")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="marginroute", description="Run exported routing policies beside a gateway.")
+EXAMPLES = {
+    "inspect": "marginroute inspect bundles/quickstart",
+    "feedback": "marginroute feedback decisions.jsonl bundles/quickstart --out feedback.json",
+    "replay": "marginroute replay decisions.jsonl bundles/next\nmarginroute replay decisions.jsonl bundles/next --json",
+    "serve": """
+        marginroute serve bundles/quickstart --log decisions.jsonl
+        marginroute serve --config marginroute.yaml --uds /run/marginroute.sock
+        """,
+    "envoy": """
+        marginroute envoy bundles/quickstart --config picker.yaml
+        marginroute envoy --config picker.yaml --print-envoy headers
+        """,
+}
+
+
+def parser() -> Parser:
+    """The command line."""
+    parser = Parser(
+        prog="marginroute",
+        description="Run exported routing policies beside a gateway.",
+        examples="\n".join(EXAMPLES[name] for name in ("inspect", "replay")) + "\nmarginroute COMMAND --help",
+    )
     parser.add_argument("--version", action="version", version=f"marginroute {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary)
+    def command(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> Parser:
+        sub: Parser = commands.add_parser(name, help=summary, description=summary, examples=EXAMPLES[name])
         sub.set_defaults(run=run)
         return sub
 
@@ -132,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     return int(arguments.run(arguments))
 
 

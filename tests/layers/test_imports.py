@@ -38,6 +38,7 @@ TOP = ("envs.__main__", "agents.__main__", "benchmarks", *SCRIPTS)  # may import
 
 # Libraries that may be absent: imported inside functions only.
 OPTIONAL = {
+    "marginroute.cli": ("argcomplete",),
     "marginroute.adapters.litellm": ("litellm",),
     "marginroute.adapters.envoy": ("envoy", "grpc", "grpc_health", "yaml"),
     "marginroute.adapters.envoy_messages": ("envoy",),
@@ -209,6 +210,11 @@ def test_help_imports_nothing_heavy(words):
     if words[0] != "-m":
         call = f"runpy.run_path({name!r}, run_name='__main__')"
     assert not loaded(call, (name, "--help")) & {*HEAVY, "pydantic", "polars"}
+
+
+def test_help_of_the_worlds_tools_does_not_even_import_gymnasium():
+    _, done = python("-X", "importtime", "-m", "envs", "--help")
+    assert "argparse" in done.stderr and "gymnasium" not in done.stderr and "numpy" not in done.stderr
 
 
 def test_marginroute_needs_numpy_alone():
