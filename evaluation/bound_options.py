@@ -142,9 +142,12 @@ def hulls(plant: Plant, workload: Workload) -> list[Hull]:
     """The floor of every pool, steepest for this workload's mix."""
     prompt, output = workload.prompt_tokens.astype(np.float64), workload.output_tokens.astype(np.float64)
     steps = output - 1.0
-    totals = prompt.sum(), steps.sum(), (steps * prompt + 0.5 * steps * output).sum()
+    prefill, decode = float(prompt.sum()), float(steps.sum())
+    attended = float((steps * prompt + 0.5 * steps * output).sum())
     least = int(prompt.min(initial=1e9))
-    return [pool_hull(pool, *map(float, totals), None if pool.prefix_caching else least) for pool in plant.spec.pools]
+    return [
+        pool_hull(pool, prefill, decode, attended, None if pool.prefix_caching else least) for pool in plant.spec.pools
+    ]
 
 
 def earliest_s(workload: Workload) -> Floats:
@@ -231,7 +234,7 @@ def _pool_options(
     saved = prompt if caching else np.zeros(len(prompt))  # a restart may find all of its own prompt
     value_usd = money.answered_usd(plant, workload, candidate, tier, saved)
     columns = []
-    for kept in product((True, False), repeat=3):
+    for kept in product((True, False), (True, False), (True, False)):
         useful = _has_credit(money, kept)
         first_s = np.minimum(workload.patience_s, np.where(kept[0], money.term["slo_ttft_s"], np.inf))
         last_s = first_s + (money.term["slo_tpot_s"] * gaps if kept[1] else np.inf)

@@ -88,9 +88,9 @@ def cached_play(
                 if start <= first < start + size and name in paths:
                     rows = slice(first - start, first - start + length)
                     _write(paths[name], results.episodes(rows))
-    results = {name: concatenate(of_name) for name, of_name in parts.items()}
-    check_paired(results)
-    return results
+    whole = {name: concatenate(of_name) for name, of_name in parts.items()}
+    check_paired(whole)
+    return whole
 
 
 def _blocks(missing: dict[tuple[int, int], dict[str, Path]]) -> list[tuple[tuple[int, int], tuple[str, ...]]]:

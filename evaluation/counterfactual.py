@@ -97,7 +97,7 @@ def worth_usd(plant: Plant, policy: Policy, workload: Workload, decision: Ints, 
         playing = ~worlds.done
         at = np.minimum(turn[rows, request], MOST_TURNS - 1)
         if playing[0] and made[request[0], at[0]] < 0:
-            made[request[0], at[0]] = policy.decide_batch(view[0:1])[0]
+            made[request[0], at[0]] = policy.decide_batch(view[0:1])[0]  # type: ignore[index]
         kept = made[request, at]
         lost = playing & ((kept < 0) | ~view.legal[rows, np.maximum(kept, 0)])
         if lost.any():

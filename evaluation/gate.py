@@ -39,7 +39,7 @@ def paired_by_blocks(scenario: Scenario, ours: EpisodeResults, theirs: EpisodeRe
     gain_usd, calls = ours.margin_usd - theirs.margin_usd, ours.first_calls
     if scenario.trace is not None:
         block = np.unique([scenario.block(int(seed), "validation") for seed in ours.seeds], return_inverse=True)[1]
-        gain_usd, calls = np.bincount(block, gain_usd), np.bincount(block, calls)
+        gain_usd, calls = np.bincount(block, gain_usd), np.bincount(block, calls).astype(np.float64)
     return paired_estimate(gain_usd, calls, scale=1000.0), len(calls)
 
 
@@ -105,7 +105,10 @@ def gate(
         "observations": observations,
     }
     if floors:
-        shares = [(f, *(f.share(r.counts.sum(axis=0)) for r in (ours, theirs))) for f in floors]
-        verdict["floors"] = {f.key: {"limit": f.limit, "learned": x, "heuristic": y} for f, x, y in shares}
+        learned_counts, heuristic_counts = ours.counts.sum(axis=0), theirs.counts.sum(axis=0)
+        verdict["floors"] = {
+            f.key: {"limit": f.limit, "learned": f.share(learned_counts), "heuristic": f.share(heuristic_counts)}
+            for f in floors
+        }
         verdict["heuristic_breaks"] = broken(floors, theirs)
     return verdict

@@ -38,10 +38,11 @@ from marginroute.errors import InputError
 from marginroute.features import FEATURE_VERSION, FeatureSpec
 from marginroute.features import split as split_observation
 from marginroute.guard import GuardedPolicy, GuardLimits
-from marginroute.heuristics import MarginRule, RuleOfThumb
+from marginroute.heuristics import MarginRule
 from marginroute.policy import WEIGHT_NAMES, Network, Policy, ResidualPolicy
 from marginroute.predictor import QualityPredictor
 from marginroute.quality import QualityPrior
+from marginroute.rules import RuleOfThumb
 from marginroute.view import REQUEST_NAMES, SIGNAL_NAMES, Array, Layout
 
 FORMAT = 1

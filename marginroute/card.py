@@ -49,8 +49,8 @@ def model_card(folder: str | Path) -> str:
         ("Provenance", "provenance"),
         ("Files, sha256", "sha256"),
     ):
-        data = manifest.get(name)
-        if name == "evaluation" and "paired" in data:
+        data: dict[str, Any] | None = manifest.get(name)
+        if name == "evaluation" and data is not None and "paired" in data:
             lines += ["", title, *evaluation_lines(data)]
             data, title = data.get("gate"), "Gate, on validation episodes"
         if name == "controller" and data:

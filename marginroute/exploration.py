@@ -111,5 +111,5 @@ def mixed(safe: Array, choice: Array, share: float) -> Array:
     """
     chosen = np.arange(safe.shape[-1]) == choice[..., None]
     count = safe.sum(axis=-1, keepdims=True)
-    share = np.where(count > 0, share, 0.0)
-    return (1.0 - share) * chosen + share * safe / np.maximum(count, 1)
+    drawn = np.where(count > 0, share, 0.0)
+    return (1.0 - drawn) * chosen + drawn * safe / np.maximum(count, 1)

@@ -12,8 +12,9 @@ from marginroute import view as v
 from marginroute.decision import Decision, best_legal
 from marginroute.fast_path import FastPath, prepared
 from marginroute.features import FeatureSpec
-from marginroute.heuristics import MarginRule, RuleOfThumb
+from marginroute.heuristics import MarginRule
 from marginroute.policy import Policy, ResidualPolicy
+from marginroute.rules import RuleOfThumb
 from marginroute.view import Array, Layout, View
 
 

@@ -175,7 +175,8 @@ def _whole(body: bytearray, length: int) -> bytes | None:
 
 def _unchunked(body: bytearray) -> bytes | None:
     """The body put together from its chunks, once the last one is there."""
-    parts, at = [], 0
+    parts: list[bytes] = []
+    at = 0
     while (end := body.find(b"\r\n", at)) >= 0:
         try:
             size = int(body[at:end].split(b";")[0], 16)
