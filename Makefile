@@ -24,7 +24,7 @@ coverage:  ## lines of Python; what Numba compiled does not count as run
 docs:  ## the site, in site/
 	$(PYTHON) -m mkdocs build --strict
 
-bench:  ## every figure of docs/figures.md, on idle cores
+bench:  ## every figure of docs/benchmarks.md, on idle cores
 	$(PYTHON) -m benchmarks
 
 wheel:  ## what a gateway host installs, in dist/
