@@ -95,6 +95,7 @@ def _serving(command: argparse.ArgumentParser, port: int) -> None:
 
 EXAMPLES = {
     "inspect": "marginroute inspect bundles/quickstart",
+    "capabilities": "marginroute capabilities",
     "feedback": "marginroute feedback decisions.jsonl bundles/quickstart --out feedback.json",
     "replay": "marginroute replay decisions.jsonl bundles/next\nmarginroute replay decisions.jsonl bundles/next --json",
     "serve": """
