@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import platform
 import subprocess
 import sys
@@ -18,6 +20,15 @@ def parser(doc: str | None) -> Parser:
     parse = Parser.from_doc(prog, doc if "Try:\n" in (doc or "") else f"{doc}\nTry:\n{prog}\n{prog} --quick")
     parse.add_argument("--quick", action="store_true", help="a short run, for a smoke test; figures are rough")
     return parse
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process so far, to a hundredth; NaN where the system has no /proc."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return math.nan
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def commit() -> str:

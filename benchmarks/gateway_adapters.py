@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import common
 from marginroute.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +64,10 @@ class Server:
                 raise InputError(f"the server did not start: {self._output.read_text()[-500:]}")
             time.sleep(0.05)
         time.sleep(0.5)
+
+    def cpu_s(self) -> float:
+        """CPU seconds that it has used."""
+        return common.cpu_s(self._process.pid)
 
     def stop(self) -> None:
         """Ends it."""

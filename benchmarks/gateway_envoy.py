@@ -129,7 +129,9 @@ def figures(binary: str, folder: Path, calls: int) -> dict[str, float]:
             picker.wait()
         _wait(ports)
         common.note("timing calls through Envoy")
+        before_s = [picker.cpu_s() for picker in pickers]
         seconds = _in_turn(ports, calls)
+        used_s = [picker.cpu_s() - s for picker, s in zip(pickers, before_s, strict=True)]
     finally:
         for process in envoys:
             process.terminate()
@@ -139,7 +141,8 @@ def figures(binary: str, folder: Path, calls: int) -> dict[str, float]:
         engine.shutdown()
     bare = np.array(seconds["bare"])
     added = {f"envoy_{WAYS[m]}_added_ms": 1e3 * float(np.median(np.array(seconds[m]) - bare)) for m in WAYS}
-    return {"envoy_bare_ms": 1e3 * float(np.median(bare)), **added}
+    cpu = {f"envoy_{WAYS[m]}_picker_cpu_ms": 1e3 * s / (WARM_UP + calls) for m, s in zip(WAYS, used_s, strict=True)}
+    return {"envoy_bare_ms": 1e3 * float(np.median(bare)), **added, **cpu}
 
 
 def binary() -> str:

@@ -2,7 +2,8 @@
 
 `sidecar_uds_us` is the median round trip of a decision (`sidecar_round_trip_us`) less the median time of the same
 decision, counted as sent, in process (`sidecar_decision_us`): what socket, HTTP, checks and JSON add.
-`sidecar_empty_us` is the round trip of `GET /health`.
+`sidecar_empty_us` is the round trip of `GET /health`. `sidecar_cpu_us` is the server's CPU time of all three calls
+(decision, end, empty).
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def figures(folder: Path, calls: int) -> dict[str, float]:
         server.wait()
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(server.uds)
+            before_s = server.cpu_s()
             for number in range(WARM_UP + calls):
                 asked = {"id": f"r{number}", "prompt_tokens": 100, "class": "team", "task": "chat"}
                 taken_s, answer = _round_trip(connection, _post("/v1/decide", asked))
@@ -85,6 +87,7 @@ def figures(folder: Path, calls: int) -> dict[str, float]:
                 seconds["decide"].append(taken_s)
                 seconds["decision"].append(in_process.decide_s(f"r{number}"))
                 seconds["empty"].append(_round_trip(connection, b"GET /health HTTP/1.1\r\nhost: sidecar\r\n\r\n")[0])
+            used_s = server.cpu_s() - before_s
     finally:
         server.stop()
         in_process.desk.close()
@@ -94,6 +97,7 @@ def figures(folder: Path, calls: int) -> dict[str, float]:
         "sidecar_round_trip_us": us["decide"],
         "sidecar_decision_us": us["decision"],
         "sidecar_empty_us": us["empty"],
+        "sidecar_cpu_us": 1e6 * used_s / (WARM_UP + calls),
     }
 
 

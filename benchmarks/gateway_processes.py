@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import common
 from marginroute.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +69,10 @@ class Process:
             except OSError:
                 time.sleep(0.2)
         raise InputError(f"{self._ready} does not answer: {self._output.read_text(errors='replace')[-2000:]}")
+
+    def cpu_s(self) -> float:
+        """CPU seconds that it has used."""
+        return common.cpu_s(self._process.pid)
 
     def stop(self) -> None:
         """Ends it."""

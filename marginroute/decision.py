@@ -26,6 +26,7 @@ class Decision:
         knobs: levers set beside the choice, such as `{"in_flight_cap": {"large": 24}}`.
         guard: which guard handed the decision to the fallback; empty if none did.
         support: names of the candidates that might have been chosen; empty: only this one.
+        estimate_s: expected TTFT and TPOT of the choice, where they are at hand (`latency.estimate` tells them always).
     """
 
     candidate: int
@@ -39,6 +40,7 @@ class Decision:
     knobs: dict[str, dict[str, int]] = field(default_factory=dict)
     guard: str = ""
     support: tuple[str, ...] = ()
+    estimate_s: tuple[float, float] | None = field(default=None, compare=False)
 
 
 def decided(
@@ -49,6 +51,7 @@ def decided(
     reason_usd: dict[str, float],
     runner_up: str,
     runner_up_usd: float,
+    estimate_s: tuple[float, float] | None = None,
 ) -> Decision:
     """A certain decision; a third of the time that the constructor of a frozen dataclass takes."""
     decision = object.__new__(Decision)
@@ -64,6 +67,7 @@ def decided(
         knobs={},
         guard="",
         support=(),
+        estimate_s=estimate_s,
     )
     return decision
 

@@ -93,6 +93,7 @@ class ExploringPolicy:
             reason_usd=parts,
             runner_up=decision.name,
             runner_up_usd=0.0,
+            estimate_s=None,
         )
 
     def decide_batch(self, view: View) -> Array:

@@ -324,6 +324,7 @@ def worker_of(name: str, fleet: Fleet, scorer: Scorer | None, max_age_s: float, 
             reason_usd,
             names[second_best] if another else "",
             (top - its) * scale_usd if another else 0.0,
+            (ttft_s.item(choice), tpot_s.item(choice)),
         )
 
     return decide

@@ -33,7 +33,7 @@ from marginroute.holding import Holding
 from marginroute.modes import ModeSettings, ModeSwitch
 from marginroute.record import changing_rows
 from marginroute.record_log import RecordLog
-from marginroute.runtime import Runtime, decision_of, fallback_usd_of, retry_after_s, view_of
+from marginroute.runtime import Runtime, decision_of, retry_after_s, view_of
 from marginroute.settling import Pending, cost_usd_of, record_pending, result_of
 from marginroute.telemetry import GatewayState
 
@@ -166,7 +166,7 @@ class Gateway:
             arrived_at_s=time.time() if earlier is None else earlier.arrived_at_s,
             seen_s=self._clock(),
             began_s=self._clock() if earlier is None else earlier.began_s,
-            fallback_usd=fallback_usd_of(runtime, view) if judged else None,
+            compared=judged,
             tried=set() if earlier is None else earlier.tried,
         )
         with self._lock:
@@ -206,8 +206,11 @@ class Gateway:
                 waits = self.holding.sent(id, candidate, runtime.state.in_flight_at(c), self._rank(pending.facts))
             facts, estimate_s = pending.facts, None
             if not streamed and pending.runtime is runtime:
-                (ttft_s, tpot_s), _ = latency.estimate(pending.view())
-                estimate_s = float(ttft_s[c]), float(tpot_s[c])
+                decision = pending.verdict.decision
+                estimate_s = decision.estimate_s if decision.candidate == c else None
+                if estimate_s is None:
+                    (ttft_s, tpot_s), _ = latency.estimate(pending.view())
+                    estimate_s = float(ttft_s[c]), float(tpot_s[c])
             names = runtime.bundle.layout
             runtime.state.begin(
                 id,

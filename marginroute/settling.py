@@ -12,7 +12,7 @@ from marginroute import view as v
 from marginroute.facts import Facts, Outcome, Verdict
 from marginroute.modes import Result
 from marginroute.record import DecisionRecord, record_of
-from marginroute.runtime import Runtime
+from marginroute.runtime import Runtime, fallback_usd_of
 from marginroute.view import Array, View
 
 
@@ -27,7 +27,7 @@ class Pending:
         request: (Q,) signals; `changing` (S - S_static, C) and `legal` (C,): the rest of what was known.
         decided_at_s: Unix time; `arrived_at_s`: that of the first decision.
         seen_s: own clock at the decision; `began_s`: at the first one.
-        fallback_usd: margin expected of the fallback's choice; None: not estimated.
+        compared: whether what it earns is held against what is expected of the fallback's choice.
         tried: candidates that have failed it.
         sent_to: candidate of the attempt under way.
     """
@@ -42,7 +42,7 @@ class Pending:
     arrived_at_s: float
     seen_s: float
     began_s: float
-    fallback_usd: float | None
+    compared: bool
     tried: set[str] = field(default_factory=set)
     sent_to: str = ""
 
@@ -84,7 +84,8 @@ def result_of(pending: Pending, outcome: Outcome, cost_usd: float | None) -> Res
         result.slos_met = earnings.slos_met(request, ttft_s, e2e_s, outcome.output_tokens or 0)
     c = pending.runtime.index.get(outcome.served_by)
     known = (answered and c is not None) or outcome.status in ("failed", "shed")
-    if pending.fallback_usd is None or not known:
+    fallback_usd = fallback_usd_of(pending.runtime, pending.view()) if pending.compared and known else None
+    if fallback_usd is None:
         return result
     earned_usd = earnings.unserved_usd(request) if not answered else earnings.answered_usd(
         request,
@@ -96,6 +97,6 @@ def result_of(pending: Pending, outcome: Outcome, cost_usd: float | None) -> Res
     )  # fmt: skip
     prices = request[v.INPUT_PRICE_USD], request[v.OUTPUT_PRICE_USD]
     usage_usd = pricing.tokens_usd(request[v.PROMPT_TOKENS], request[v.EXPECTED_OUTPUT_TOKENS], *prices)
-    result.surplus_usd = float(earned_usd - (cost_usd or 0.0) - pending.fallback_usd)
+    result.surplus_usd = float(earned_usd - (cost_usd or 0.0) - fallback_usd)
     result.value_usd = float(usage_usd + request[v.REQUEST_VALUE_USD])
     return result

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marginroute import features, heuristics
+from marginroute import features, heuristics, latency
 from marginroute import view as v
 from marginroute.guard import GuardedPolicy, GuardLimits
 from marginroute.heuristics import CACHE_COLUMN, DEFER_COLUMN, MarginParameters, MarginRule
@@ -151,6 +151,7 @@ def agree(general, fast, view, policy):
         assert fast.reason_usd[part] == pytest.approx(usd, rel=TOLERANCE, abs=TOLERANCE * unit_usd), part
     assert fast.runner_up_usd == pytest.approx(general.runner_up_usd, rel=TOLERANCE, abs=TOLERANCE * unit_usd)
     assert (fast.runner_up == "") == (general.runner_up == "")
+    np.testing.assert_allclose(fast.estimate_s, latency.estimate(view)[0][:, fast.candidate], rtol=1e-9)
 
 
 @settings(max_examples=150, deadline=None)
