@@ -8,14 +8,14 @@ from functools import partial
 
 import numpy as np
 
-from agents.export import NAME
+from agents.export import NAME, make_bundle
 from envs.scenario import load_scenario
 from envs.vector_env import ObservedWorlds, default_advice
 from envs.worlds import Plant
 from marginroute import features
-from marginroute import view as v
-from marginroute.guard import GuardedPolicy, GuardLimits
+from marginroute.guard import GuardedPolicy
 from marginroute.policy import Network, ResidualPolicy
+from marginroute.telemetry import GatewayState
 from marginroute.view import View
 
 WIDTH = 32
@@ -64,7 +64,7 @@ def _ignoring_view(function: Callable[..., object], *arguments: object) -> objec
 
 
 def figures(quick: bool) -> dict[str, object]:
-    """Median and p99 at 16 and 256 candidates, the same without preparation, and where the time goes in that."""
+    """Quantiles at 16 and 256 candidates: prepared, with the View that it needs, and by the general path."""
     calls = 500 if quick else 5000
     found: dict[str, object] = {}
     for candidates, replicas in REPLICAS.items():
@@ -74,16 +74,26 @@ def figures(quick: bool) -> dict[str, object]:
         assert plant.layout.n_candidates == candidates
         policy = policy_of(plant)
         views = views_of(plant, 100)
-        general = GuardedPolicy(policy, policy.advice, GuardLimits())
-        guarded = general.prepared(plant.layout, views[0].signals[: v.N_STATIC_SIGNALS])
-        measure(200, guarded.decide, views)
-        times = measure(calls, guarded.decide, views)
-        found[f"median_us_{candidates}"] = round(float(np.median(times)), 1)
-        found[f"p99_us_{candidates}"] = round(float(np.quantile(times, 0.99)), 1)
-        found[f"p5_us_{candidates}"] = round(float(np.quantile(times, 0.05)), 1)
-        slow = measure(calls, general.decide, views)
-        found[f"general_path_us_{candidates}"] = {
-            name: round(float(np.quantile(slow, q)), 1) for name, q in (("p5", 0.05), ("median", 0.5))
+        bundle = make_bundle(plant, policy, policy.advice, {}, {})
+        general, guarded = GuardedPolicy(policy, policy.advice, bundle.limits), bundle.guarded()
+        state, asked = (
+            GatewayState(bundle, can=("shed",)),
+            (800, plant.layout.class_names[0], plant.layout.task_names[0]),
+        )
+        paths = {
+            "": guarded.decide,
+            "with_view_": lambda _: guarded.decide(state.view(*asked)),  # noqa: B023 (called at once)
+            "general_path_": general.decide,
+        }
+        for name, decide in paths.items():
+            measure(200, decide, views)
+            times = measure(calls, decide, views)
+            for figure, q in (("median", 0.5), ("p99", 0.99), ("p5", 0.05)):
+                found[f"{name}{figure}_us_{candidates}"] = round(float(np.quantile(times, q)), 1)
+        without = make_bundle(plant, policy.advice, policy.advice, {}, {}).guarded()
+        parts = {"view": lambda _: state.view(*asked), "advice_and_explanation": without.decide}  # noqa: B023
+        found[f"breakdown_us_{candidates}"] = {
+            name: round(float(np.median(measure(calls, part, views))), 1) for name, part in parts.items()
         }
         inputs = policy.inputs(views[0])
         parts = {
