@@ -15,7 +15,8 @@ from envs.vector_env import ObservedWorlds
 from envs.worlds import Plant
 from marginroute import bundle
 from marginroute.bundle import Bundle
-from marginroute.features import FeatureSpec
+from marginroute.drift import histograms_of
+from marginroute.features import FeatureSpec, split
 from marginroute.guard import GuardLimits
 from marginroute.heuristics import MarginRule, RuleOfThumb
 from marginroute.policy import Policy, ResidualPolicy
@@ -24,6 +25,7 @@ from marginroute.view import Array
 
 NAME = "marginroute"  # the exported policy's name in tables, learned or not
 PARITY_SAMPLES = 64
+HISTOGRAM_SAMPLES = 4096  # requests whose distribution a gateway judges drift by
 STALE_SCRAPES = 10.0  # scrape intervals after which telemetry is stale
 
 
@@ -100,7 +102,10 @@ def export(
         return made
     policy = residual_policy(learned, advice, spec)
     made = make_bundle(plant, policy, fallback, evaluation, provenance, predictor)
-    observation = sample_observations(plant, advice, spec, PARITY_SAMPLES)
+    observation = sample_observations(plant, advice, spec, HISTOGRAM_SAMPLES)
+    context = split(observation, plant.layout.n_candidates, spec)[1]
+    made = replace(made, histograms=histograms_of(context, spec))
+    observation = observation[:: max(len(observation) // PARITY_SAMPLES, 1)][:PARITY_SAMPLES]
     parity = {"observation": observation, "logits": torch_logits(learned, observation)}
     bundle.save(made, folder, parity, to_onnx(policy.network, spec))
     return made

@@ -34,6 +34,7 @@ import numpy as np
 
 from marginroute import __version__, control_policy, heuristics
 from marginroute.control_rules import Controller
+from marginroute.drift import Histograms
 from marginroute.errors import InputError
 from marginroute.features import FEATURE_VERSION, FeatureSpec
 from marginroute.features import split as split_observation
@@ -73,6 +74,7 @@ class Bundle:
         provenance: versions, command, seed, training time.
         predictor: of P(good answer) from the prompt, its models named as tiers; None: the prior is all there is.
         controller: sets the levers of a control tick, `controller.decide(view)`; None: the scenario has no controller.
+        histograms: of context features in training, which drift is judged by; None: it is not.
         digest: sha256 of the manifest that it was loaded from; empty for a bundle in the making.
     """
 
@@ -90,6 +92,7 @@ class Bundle:
     provenance: dict[str, Any] = field(default_factory=dict)
     predictor: QualityPredictor | None = None
     controller: Controller | None = None
+    histograms: Histograms | None = None
     digest: str = ""
 
     @property
@@ -230,6 +233,7 @@ def save(
             "fallback": heuristics.to_dict(bundle.fallback),
             "spec": policy.spec.to_dict() if isinstance(policy, ResidualPolicy) else None,
             "guard": bundle.limits.to_dict(),
+            "drift": None if bundle.histograms is None else bundle.histograms.to_dict(),
             "controller": None if bundle.controller is None else control_policy.described(bundle.controller),
             "evaluation": bundle.evaluation,
             "provenance": bundle.provenance,
@@ -359,6 +363,9 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Bundle:
             return _arrays(folder, name, manifest["sha256"])
 
         controller = control_policy.read(controller, arrays, str(folder))
+    histograms = None
+    if manifest.get("drift") is not None and isinstance(policy, ResidualPolicy):
+        histograms = Histograms.from_dict(manifest["drift"], policy.spec)
     return Bundle(
         policy=policy,
         fallback=heuristics.from_dict(manifest["fallback"]),
@@ -374,5 +381,6 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Bundle:
         provenance=manifest["provenance"],
         predictor=predictor,
         controller=controller,
+        histograms=histograms,
         digest=manifest["digest"],
     )

@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -26,10 +26,12 @@ from marginroute import latency
 from marginroute import view as v
 from marginroute.bundle import Bundle
 from marginroute.control_loop import Report
+from marginroute.drift import DriftMonitor
 from marginroute.exploration import ExploringPolicy
 from marginroute.facts import Facts, Outcome, Verdict
 from marginroute.feedback import QualityPosterior
 from marginroute.holding import Holding
+from marginroute.limits import Limit, LimitBook
 from marginroute.modes import ModeSettings, ModeSwitch
 from marginroute.record import changing_rows
 from marginroute.record_log import RecordLog
@@ -40,7 +42,8 @@ from marginroute.telemetry import GatewayState
 log = logging.getLogger("marginroute.gateway")
 
 MOST_ANSWERED = 10_000  # answers that may still be judged
-COMPARE_EVERY = 4  # requests between two whose fallback is put a value on
+COMPARE_EVERY = 4  # requests between two whose fallback is put a value on, and that drift is judged by
+LONGEST_RETRY_S = 3600.0  # that a request beyond a limit is told to stay away
 
 
 class Companion(Protocol):
@@ -66,6 +69,11 @@ class Gateway:
         on_event: told of rollbacks and swaps, as plain data.
         waiting: `hold_s` and `lease_s` of requests that wait here (see `hold_queue.HoldQueue`).
         priority: by class, from 1 (first) up; requests that wait for a full replica go by it.
+        limits: on spend, rate and retries.
+
+    Attributes:
+        decided: decisions by candidate, kind, guard, and whether they are acted on.
+        limits: what has been used of each.
 
     Raises:
         InputError: exploration is asked of a bundle without a margin rule, or the posterior is of another bundle.
@@ -85,6 +93,7 @@ class Gateway:
         on_event: Callable[[dict[str, Any]], object] = lambda event: None,
         waiting: tuple[float, float] = (60.0, 30.0),
         priority: Mapping[str, int] | None = None,
+        limits: Sequence[Limit] = (),
     ) -> None:
         self.clock = self._clock = clock
         self._on_event, self._explore, self._hold_s = on_event, explore, waiting[0]
@@ -97,6 +106,8 @@ class Gateway:
         self._answered: OrderedDict[str, tuple[str, str, float]] = OrderedDict()  # tier, task, P(good) expected
         self._lock = threading.RLock()
         self._count = 0
+        self.decided: dict[tuple[str, str, str, bool], int] = {}
+        self.limits = LimitBook(limits)
         self._companions: list[Companion] = []
         self.holding: Holding | None = None
         if bundle.controller is not None or {"defer", "hold"} & self._can:
@@ -113,6 +124,11 @@ class Gateway:
     def state(self) -> GatewayState:
         """What the gateway knows."""
         return self._runtime.state
+
+    @property
+    def drift(self) -> DriftMonitor | None:
+        """Judges the distribution of requests, if the bundle says what training has seen."""
+        return self._runtime.drift
 
     @property
     def pending(self) -> int:
@@ -141,20 +157,31 @@ class Gateway:
             runtime = self._runtime
             self._count += 1
             compared = self._count % COMPARE_EVERY == 0
+            breach = None
+            if self.limits:
+                tries = 1 if earlier is None else 0 if released else earlier.verdict.attempt + 1
+                breach = self.limits.ask(facts, self._class(facts), tries)
         if earlier is None:
             acting, attempt, waited_s = self.switch.acts(facts.id, facts.tenant, facts.session), 1, 0.0
         else:
             acting, attempt = True, earlier.verdict.attempt + 1
             waited_s = self._clock() - earlier.began_s
         view = view_of(runtime, facts, attempt, waited_s, earlier.tried if earlier else set())
-        if holding is not None:
+        if compared and earlier is None and runtime.drift is not None:
+            with self._lock:
+                runtime.saw(view)
+        drifted = runtime.drift is not None and runtime.drift.drifted
+        reason = "drift" if drifted else "" if view.legal[: view.layout.n_answering].any() else "missing"
+        refused = breach is not None and breach.refuse
+        if holding is not None and not refused:
             with self._lock:
                 holding.narrow(view, facts, earlier is None)
-        decision = decision_of(runtime, view, acting)
+        decision = decision_of(runtime, view, acting, breach, reason)
         shed = decision.kind == v.KINDS[v.SHED]
-        verdict = Verdict(decision, acting, attempt, retry_after_s(view) if shed else 0.0)
-        self.switch.decided(acting, decision.guard != "")
-        judged = compared and self.switch.settings.mode != "shadow"
+        later_s = min(max(breach.left_s, 1.0), LONGEST_RETRY_S) if breach is not None and refused else None
+        verdict = Verdict(decision, acting, attempt, later_s or retry_after_s(view) if shed else 0.0)
+        self.switch.decided(acting, decision.guard != "" and not refused)
+        judged = compared and self.switch.settings.mode != "shadow" and not refused
         pending = Pending(
             facts=facts if facts.prompt is None else replace(facts, prompt=None),
             runtime=runtime,
@@ -171,6 +198,12 @@ class Gateway:
         )
         with self._lock:
             self._pending[facts.id] = pending
+            key = decision.name, decision.kind, decision.guard, acting
+            self.decided[key] = self.decided.get(key, 0) + 1
+            if self.limits:
+                self._settle_spend(earlier, 0.0)
+                pending.reserved_usd = abs(decision.reason_usd.get("cost", 0.0)) if not shed else 0.0
+                self.limits.spend(facts, self._class(facts), pending.reserved_usd)
             if holding is not None and acting and holding.decided(facts, decision.kind, pending.began_s):
                 pending.verdict = verdict = replace(verdict, held=True)
         if earlier is not None:
@@ -299,6 +332,9 @@ class Gateway:
         for name in ("status", "served_by", "ttft_s", "e2e_s", "prompt_tokens", "output_tokens"):
             setattr(record, name, getattr(outcome, name))
         record.cost_usd = cost_usd_of(pending, outcome) if outcome.cost_usd is None else outcome.cost_usd
+        if self.limits:
+            with self._lock:
+                self._settle_spend(pending, record.cost_usd or 0.0)
         result = result_of(pending, outcome, record.cost_usd)
         self.switch.finished(pending.verdict.acting, result)
         if self.holding is not None:
@@ -402,12 +438,23 @@ class Gateway:
             seed = int.from_bytes(os.urandom(8), "big")
             explorer = ExploringPolicy(guarded, bundle.required_estimate(), share, limit_usd, seed)
         index = {name: c for c, name in enumerate(bundle.layout.names)}
-        return Runtime(bundle, state, guarded, explorer, bundle.estimate, index)
+        blind = () if bundle.predictor is not None else ("difficulty_signal",)
+        drift = None if bundle.histograms is None else DriftMonitor(bundle.histograms, blind)
+        return Runtime(bundle, state, guarded, explorer, bundle.estimate, index, drift)
 
     def _seen(self, id: str, pending: Pending) -> None:
         """A sign of life of a request: it is written off later."""
         pending.seen_s = self._clock()
         self._pending.move_to_end(id)
+
+    def _class(self, facts: Facts) -> str:
+        return facts.class_name or self._runtime.bundle.layout.class_names[0]
+
+    def _settle_spend(self, pending: Pending | None, cost_usd: float) -> None:
+        """What was reserved for a request becomes what it cost."""
+        if pending is not None:
+            self.limits.spend(pending.facts, self._class(pending.facts), cost_usd - pending.reserved_usd)
+            pending.reserved_usd = 0.0
 
     def _rank(self, facts: Facts) -> int:
         return self._priority.get(facts.class_name or "", 1 + max(self._priority.values(), default=0))
@@ -424,6 +471,7 @@ class Gateway:
                 if now_s - oldest.seen_s <= self._stale_after_s:
                     break
                 stale.append(self._pending.pop(id))
+                self._settle_spend(oldest, 0.0)
                 if self.holding is not None:
                     self.holding.queue.leave(id)
         for pending in stale:

@@ -76,19 +76,19 @@ class GuardedPolicy:
         if self.fast is not None and (decision := self.fast.decide(view)) is not None:
             return decision
         if self._stale(view):
-            return self._hand_over(view, "stale")
+            return self.hand_over(view, "stale")
         if isinstance(self.policy, ResidualPolicy):
             inputs = self.policy.inputs(view)
             if self.drift(inputs.context, self.policy.spec):
-                return self._hand_over(view, "drift")
+                return self.hand_over(view, "drift")
             decision = self.policy.decide_on(view, inputs)
         else:
             decision = self.policy.decide(view)
         if not math.isfinite(sum(decision.reason_usd.values())):  # a NaN anywhere wins the argmax and shows here
-            return self._hand_over(view, "not-finite")
+            return self.hand_over(view, "not-finite")
         return decision
 
-    def _hand_over(self, view: View, reason: str) -> Decision:
+    def hand_over(self, view: View, reason: str) -> Decision:
         """The fallback's decision, on signals without NaN."""
         clean = View(view.layout, np.nan_to_num(view.signals), np.nan_to_num(view.request, posinf=np.inf), view.legal)
         return replace(self.fallback.decide(clean), guard=reason)

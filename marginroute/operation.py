@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from marginroute.bundle import Bundle
 from marginroute.errors import InputError
 from marginroute.feedback import QualityPosterior, load_posterior
 from marginroute.gateway import Gateway
+from marginroute.limits import limits_from
 from marginroute.modes import ModeSettings
 from marginroute.record_log import AuditLog
 from marginroute.reload import BundleWatch
@@ -53,6 +54,7 @@ class OperationSettings:
         log_fsync_s: seconds after which the log is forced to the disk; null: the operating system decides.
         priority: by class, from 1 (first) up; classes without one come last.
         hold_s: batch work is due twice this long before its deadline; without a controller it comes back after it.
+        limits: on spend, rate and retries (see `limits`).
         lease_s: that the place of a waiting request is kept while its caller is not on the line.
     """
 
@@ -78,6 +80,7 @@ class OperationSettings:
     priority: Mapping[str, int] = field(default_factory=dict)
     hold_s: float = 60.0
     lease_s: float = 30.0
+    limits: Sequence[Mapping[str, Any]] = ()
 
     def modes(self) -> ModeSettings:
         """How far the bundle may act.
@@ -123,6 +126,7 @@ def open_gateway(
     if settings.prefix_block_tokens < 0:
         raise InputError(f"prefix_block_tokens {settings.prefix_block_tokens} is not legal; legal is 0 (none) or more")
     modes, (bundle, posterior) = settings.modes(), settings.load()
+    limits = limits_from(settings.limits)
     check_priority(settings.priority, bundle.layout.class_names)
     if not (settings.hold_s > 0.0 and settings.lease_s > 0.0):
         raise InputError(f"hold_s {settings.hold_s}, lease_s {settings.lease_s}; legal are numbers above 0")
@@ -142,6 +146,7 @@ def open_gateway(
         on_event=events.write,
         waiting=(settings.hold_s, settings.lease_s),
         priority=settings.priority,
+        limits=limits,
     )
     if settings.reload_s is not None:
         watch = BundleWatch(gateway, settings.load, settings.watched(), settings.reload_s, events.write)

@@ -46,6 +46,8 @@ def _check(path: str, values: dict[str, Any], kind: type[OperationSettings]) -> 
             raise InputError(f"{path}: unknown key {key!r}; legal: {', '.join(known)}")
         if key in _MAPPINGS and not isinstance(value, Mapping):
             raise InputError(f"{path}: {key} must map names to values")
+        if key == "limits":
+            continue  # `limits_from` looks at it
         if key in _LISTS:
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                 raise InputError(f"{path}: {key} must be a list of names")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from marginroute import latency
+from marginroute import features, latency
 from marginroute import view as v
 from marginroute.bundle import Bundle
 from marginroute.decision import Decision
+from marginroute.drift import DriftMonitor
 from marginroute.exploration import ExploringPolicy
 from marginroute.facts import Facts
 from marginroute.guard import GuardedPolicy
 from marginroute.heuristics import MarginRule
+from marginroute.limits import Breach
 from marginroute.response_cache import Hit
 from marginroute.telemetry import GatewayState
 from marginroute.view import View
@@ -34,6 +36,7 @@ class Runtime:
         explorer: the same with exploration, or None.
         estimate: puts USD on candidates, or None if the bundle cannot.
         index: candidate by name.
+        drift: judges the distribution of requests; None: the bundle does not say what training has seen.
     """
 
     bundle: Bundle
@@ -42,6 +45,12 @@ class Runtime:
     explorer: ExploringPolicy | None
     estimate: MarginRule | None
     index: dict[str, int]
+    drift: DriftMonitor | None = None
+
+    def saw(self, view: View) -> None:
+        """Shows the drift monitor a request."""
+        if self.drift is not None and self.estimate is not None:
+            self.drift.saw(features.context_features(view, self.estimate.assess(view)))
 
 
 def view_of(runtime: Runtime, facts: Facts, attempt: int, waited_s: float, tried: Collection[str]) -> View:
@@ -70,8 +79,21 @@ def view_of(runtime: Runtime, facts: Facts, attempt: int, waited_s: float, tried
     )
 
 
-def decision_of(runtime: Runtime, view: View, acting: bool) -> Decision:
-    """The policy's; another call now and then, where it is acted on, makes a call and the guard agrees."""
+def decision_of(runtime: Runtime, view: View, acting: bool, breach: Breach | None = None, reason: str = "") -> Decision:
+    """The policy's; another call now and then, where it is acted on, makes a call and the guard agrees.
+
+    Args:
+        runtime: decides.
+        view: what is known; a limit that refuses leaves *shed* alone legal in it.
+        acting: whether it is carried out.
+        breach: a limit that the request is beyond.
+        reason: why the fallback decides, if it does for a reason of the gateway's.
+    """
+    if breach is not None and breach.refuse:
+        view.legal[:] = view.layout.kind == v.SHED
+        return replace(runtime.policy.decide(view), guard=breach.reason)
+    if reason := breach.reason if breach is not None else reason:
+        return runtime.policy.hand_over(view, reason)
     decision = runtime.policy.decide(view)
     if acting and runtime.explorer is not None and not decision.guard and decision.kind in CALLS:
         return runtime.explorer.explore(view, decision)

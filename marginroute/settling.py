@@ -30,6 +30,7 @@ class Pending:
         compared: whether what it earns is held against what is expected of the fallback's choice.
         tried: candidates that have failed it.
         sent_to: candidate of the attempt under way.
+        reserved_usd: of the spend limits.
     """
 
     facts: Facts
@@ -45,6 +46,7 @@ class Pending:
     compared: bool
     tried: set[str] = field(default_factory=set)
     sent_to: str = ""
+    reserved_usd: float = 0.0
 
     def view(self) -> View:
         """What the policy saw, at the precision of a record."""

@@ -184,6 +184,11 @@ class Layout:
         return int((self.kind == REPLICA).sum())
 
     @cached_property
+    def n_answering(self) -> int:
+        """Candidates that answer; they come before *defer* and *shed*."""
+        return int((self.kind <= CACHE).sum())
+
+    @cached_property
     def answers(self) -> Array:
         """(C,) 1.0 for candidates that answer the request, 0.0 for *defer* and *shed*."""
         return (self.kind <= CACHE).astype(np.float64)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from marginroute.adapters.desk import Desk
+    from marginroute.gateway import Gateway
 
 DECISION_S = (25e-6, 50e-6, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.1, 1.0)  # upper bounds of the histogram
 
@@ -47,7 +48,7 @@ class _Collector:
         decisions = core.CounterMetricFamily(
             "marginroute_decisions", "Decisions", labels=("candidate", "kind", "guard", "acting")
         )
-        for (name, kind, guard, acting), count in list(desk.decided.items()):
+        for (name, kind, guard, acting), count in list(gateway.decided.items()):
             decisions.add_metric((name, kind, guard, str(acting).lower()), count)
         yield decisions
         took = core.HistogramMetricFamily("marginroute_decision_seconds", "Time of a decision")
@@ -64,10 +65,34 @@ class _Collector:
         yield core.GaugeMetricFamily("marginroute_pending", "Decided and not finished", value=status["pending"])
         yield core.GaugeMetricFamily("marginroute_share", "Of requests that are acted on", value=status["share"])
         yield core.CounterMetricFamily("marginroute_rollbacks", "Returns to shadow mode", value=status["rollbacks"])
+        yield from _guards(core, gateway)
         yield from _levers(core, status, gateway.replicas_wanted() is not None)
         info = core.InfoMetricFamily("marginroute_bundle", "What decides")
         info.add_metric((), {name: str(status[name]) for name in ("policy", "bundle", "mode", "state")})
         yield info
+
+
+def _guards(core: Any, gateway: Gateway) -> Iterator[Any]:
+    """Decisions that the guard took, requests beyond limits, and drift by feature."""
+    handed: dict[str, float] = {}
+    for (_, _, guard, _), count in list(gateway.decided.items()):
+        if guard:
+            handed[guard] = handed.get(guard, 0.0) + count
+    family = core.CounterMetricFamily("marginroute_guard", "Decisions of the guard, by reason", labels=("guard",))
+    for guard, count in handed.items():
+        family.add_metric((guard,), count)
+    yield family
+    monitor = gateway.drift
+    if monitor is not None:
+        drifted = float(monitor.drifted)
+        yield core.GaugeMetricFamily("marginroute_drifted", "1 while the fallback decides", value=drifted)
+        by_feature = core.GaugeMetricFamily(
+            "marginroute_drift", "Of recent requests against training", labels=("feature", "measure")
+        )
+        for name, (psi, ks) in monitor.values().items():
+            by_feature.add_metric((name, "psi"), psi)
+            by_feature.add_metric((name, "ks"), ks)
+        yield by_feature
 
 
 def _levers(core: Any, status: dict[str, Any], acting: bool) -> Iterator[Any]:
