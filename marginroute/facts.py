@@ -28,6 +28,7 @@ class Facts:
         deadline_left_s: seconds until its deadline.
         hashes: of the prompt's blocks (`prefix_index.block_hashes`).
         block_tokens: tokens per block of this prompt; None: the usual number.
+        traceparent: W3C trace context of the caller, for spans; empty: none.
         prompt: text for the bundle's quality predictor, if it has one; it is not kept.
     """
 
@@ -46,6 +47,7 @@ class Facts:
     hashes: Sequence[int] = ()
     block_tokens: float | None = None
     prompt: str | None = None
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+import numpy as np
+
 from marginroute import latency
 from marginroute import view as v
 from marginroute.bundle import Bundle
 from marginroute.control_loop import Report
+from marginroute.counters import COUNTERS
 from marginroute.drift import DriftMonitor
 from marginroute.exploration import ExploringPolicy
 from marginroute.facts import Facts, Outcome, Verdict
@@ -37,6 +40,7 @@ from marginroute.record import changing_rows
 from marginroute.record_log import RecordLog
 from marginroute.runtime import Runtime, decision_of, retry_after_s, view_of
 from marginroute.settling import Pending, cost_usd_of, record_pending, result_of
+from marginroute.spans import TracedRecords
 from marginroute.telemetry import GatewayState
 
 log = logging.getLogger("marginroute.gateway")
@@ -82,7 +86,7 @@ class Gateway:
     def __init__(
         self,
         bundle: Bundle,
-        records: RecordLog,
+        records: RecordLog | TracedRecords,
         settings: ModeSettings | None = None,
         can: Collection[str] = ("shed",),
         stale_after_s: float = 7200.0,
@@ -101,6 +105,7 @@ class Gateway:
         self.switch = ModeSwitch(settings or ModeSettings(), clock, self._tell)
         self._records, self._stale_after_s, self._can = records, stale_after_s, frozenset(can)
         self._prefix_block_tokens = prefix_block_tokens
+        self._note = getattr(records, "note", None)  # spans want to know their parents
         self._runtime = self._made(bundle, posterior)
         self._pending: OrderedDict[str, Pending] = OrderedDict()
         self._answered: OrderedDict[str, tuple[str, str, float]] = OrderedDict()  # tier, task, P(good) expected
@@ -161,6 +166,8 @@ class Gateway:
             if self.limits:
                 tries = 1 if earlier is None else 0 if released else earlier.verdict.attempt + 1
                 breach = self.limits.ask(facts, self._class(facts), tries)
+        if facts.traceparent and self._note is not None:
+            self._note(facts.id, facts.traceparent)
         if earlier is None:
             acting, attempt, waited_s = self.switch.acts(facts.id, facts.tenant, facts.session), 1, 0.0
         else:
@@ -393,6 +400,40 @@ class Gateway:
         with self._lock:
             loop = None if self.holding is None else self.holding.loop
             return None if loop is None or loop.ticks == 0 or self.switch.share < 1.0 else loop.replicas()
+
+    def to_share(self) -> tuple[dict[str, Any], dict[str, float], list[str]]:
+        """What other workers are told (see `shared`), and what they are asked.
+
+        Returns:
+            Counters by candidate; what was used of limits since the last time; counters of limits that are of interest.
+        """
+        with self._lock:
+            names, counters = self._runtime.bundle.layout.names, self.state.counters()
+            queued = [0 if self.holding is None else self.holding.queue.queued(name) for name in names]
+            rows = np.array([*(counters[name] for name in COUNTERS), queued]).T.tolist()
+            told = {name: row for name, row in zip(names, rows, strict=True) if any(row)}
+            fresh, asked = self.limits.to_share()
+        return {"counts": told, "arrivals_per_s": self.state.arrivals_per_s}, fresh, asked
+
+    def not_shared(self, fresh: Mapping[str, float]) -> None:
+        """The exchange failed: what was used is told the next time."""
+        with self._lock:
+            for name, amount in fresh.items():
+                self.limits.fresh[name] = self.limits.fresh.get(name, 0.0) + amount
+
+    def shared(self, others: Mapping[str, Any], totals: Mapping[str, float]) -> None:
+        """What other workers have at candidates, and what all have used of limits; empty: there are none."""
+        with self._lock:
+            layout, index = self._runtime.bundle.layout, self._runtime.index
+            rows = np.zeros((len(COUNTERS) + 1, layout.n_candidates))
+            for name, values in others.get("counts", {}).items():
+                if name in index:
+                    rows[:, index[name]] = values
+            by_row = {v.SIGNAL_NAMES.index(name): rows[i] for i, name in enumerate(COUNTERS)} if others else {}
+            at_engines = rows[COUNTERS.index("in_flight")] - rows[-1]
+            self.state.others(by_row, at_engines, float(others.get("arrivals_per_s", 0.0)))
+            self.limits.shared(totals)
+        self.turn()
 
     def status(self) -> dict[str, Any]:
         """Mode, rollback, bundle and what is under way, as plain data."""

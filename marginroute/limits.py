@@ -18,6 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from marginroute.errors import InputError
@@ -27,6 +28,7 @@ OF = ("all", "class", "tenant", "session")
 WHAT = ("usd", "requests", "retries")
 PERIODS_S = {"minute": 60.0, "hour": 3600.0, "day": 86400.0}
 THEN = ("refuse", "fallback")
+MOST_SHARED = 500  # counters that others are asked for at a time
 MOST_KEYS = 100_000  # of which use is remembered; those that were quiet for longest are forgotten
 
 
@@ -106,6 +108,8 @@ class LimitBook:
         self.used: OrderedDict[str, float] = OrderedDict()
         self.fresh: dict[str, float] = {}
         self.others: dict[str, float] = {}
+        self._told: dict[str, float] = {}
+        self.sharing = False
         self.breaches: dict[str, int] = {}
 
     def __bool__(self) -> bool:
@@ -120,6 +124,8 @@ class LimitBook:
                 continue
             period, left_s = limit.period(now_s)
             name = f"{i}:{period}:{key}"
+            if self.sharing and name not in self.used:
+                self._add(name, 0.0)  # what others have used of it will be asked for
             if self.amount(name) >= limit.most and (found is None or (limit.then == "refuse" and not found.refuse)):
                 found = Breach(limit.reason, limit.then == "refuse", left_s)
             elif limit.what != "usd":
@@ -144,9 +150,25 @@ class LimitBook:
         """Used by all workers."""
         return self.used.get(name, 0.0) + self.others.get(name, 0.0)
 
+    def to_share(self) -> tuple[dict[str, float], list[str]]:
+        """What was used since the last time, and the counters that others may have moved: those asked for last."""
+        self.sharing = True
+        fresh, self.fresh = {name: x for name, x in self.fresh.items() if x}, {}
+        asked = [*fresh, *(name for name in islice(reversed(self.used), MOST_SHARED) if name not in fresh)]
+        self._told = {name: self.used.get(name, 0.0) for name in asked}
+        return fresh, asked
+
+    def shared(self, totals: Mapping[str, float]) -> None:
+        """What all workers have used, of the counters that were asked for."""
+        if len(self.others) > MOST_KEYS or not totals:
+            self.others.clear()
+        for name, total in totals.items():
+            self.others[name] = total - self._told.get(name, 0.0)
+
     def _add(self, name: str, amount: float) -> None:
         self.used[name] = self.used.get(name, 0.0) + amount
-        self.fresh[name] = self.fresh.get(name, 0.0) + amount
+        if self.sharing:
+            self.fresh[name] = self.fresh.get(name, 0.0) + amount
         self.used.move_to_end(name)
         while len(self.used) > MOST_KEYS:
             gone, _ = self.used.popitem(last=False)

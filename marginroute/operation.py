@@ -22,6 +22,8 @@ from marginroute.record_log import AuditLog
 from marginroute.reload import BundleWatch
 from marginroute.rollback import RollbackLimits
 from marginroute.scrape import Scraper
+from marginroute.shared import SharedCounters
+from marginroute.spans import TracedRecords
 
 log = logging.getLogger("marginroute.gateway")
 
@@ -54,6 +56,9 @@ class OperationSettings:
         log_fsync_s: seconds after which the log is forced to the disk; null: the operating system decides.
         priority: by class, from 1 (first) up; classes without one come last.
         hold_s: batch work is due twice this long before its deadline; without a controller it comes back after it.
+        shared: URL of a Redis through which workers share their counters; empty: each has its own.
+        shared_s: seconds between two exchanges; shared_prefix: of the keys.
+        otel: an OpenTelemetry span per decision, exported as the OTEL_* variables say.
         limits: on spend, rate and retries (see `limits`).
         lease_s: that the place of a waiting request is kept while its caller is not on the line.
     """
@@ -81,6 +86,10 @@ class OperationSettings:
     hold_s: float = 60.0
     lease_s: float = 30.0
     limits: Sequence[Mapping[str, Any]] = ()
+    shared: str = ""
+    shared_s: float = 0.2
+    shared_prefix: str = "marginroute"
+    otel: bool = False
 
     def modes(self) -> ModeSettings:
         """How far the bundle may act.
@@ -135,7 +144,7 @@ def open_gateway(
     explore = (settings.explore_share, settings.explore_limit_usd) if settings.explore_share else None
     gateway = Gateway(
         bundle,
-        records,
+        TracedRecords(records) if settings.otel else records,
         modes,
         can,
         settings.stale_after_s,
@@ -154,6 +163,8 @@ def open_gateway(
     if settings.telemetry:
         every_s, timeout_s = settings.telemetry_s, settings.telemetry_timeout_s
         gateway.keep(Scraper(gateway, settings.telemetry, every_s, timeout_s).start())
+    if settings.shared:
+        gateway.keep(SharedCounters(gateway, settings.shared, settings.shared_s, settings.shared_prefix).start())
     if (rest := rollback_in_force(event_path(settings.log))) is not None:
         gateway.switch.resume_rolled_back(*rest)
     log.warning(

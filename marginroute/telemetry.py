@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -76,6 +76,9 @@ class GatewayState:
         self._others = [(c, int(self.layout.kind[c])) for c in range(serving, self.layout.n_candidates)]
         self._block_tokens = prefix_block_tokens
         self._prefixes = _prefix_index(bundle.static_signals, prefix_block_tokens)
+        self._elsewhere: Array | None = None  # (S, C) what other workers have at each candidate
+        self._elsewhere_per_s = 0.0
+        self._elsewhere_at_engines = np.zeros(self.layout.n_candidates)
         self._scraped_at_s = np.full(self.layout.n_candidates, np.nan)
         self._terms = np.array([_contract(bundle, name) for name in self.layout.class_names])
         self._delay_tolerant = [bundle.terms[name].get("delay_tolerant", 0.0) > 0.0 for name in self.layout.class_names]
@@ -225,8 +228,11 @@ class GatewayState:
             if self._judged:
                 quality = recent_quality(*self._surprise[:, :, cell[1]])
                 signals[v.RECENT_QUALITY, : self._serving] = quality.take(self._tier)
+            if self._elsewhere is not None:
+                signals += self._elsewhere
             np.fmax(now_s - self._scraped_at_s, 0.0, out=signals[v.TELEMETRY_AGE_S])  # 0: there is nothing to scrape
             output_tokens, arrival_rate_per_s = self._lengths.item(cell), 1.0 / max(self._gap_s, 1e-6)
+            arrival_rate_per_s += self._elsewhere_per_s
             held_tokens = self._cached_tokens(prompt_tokens, hashes, block_tokens, now_s)
             if held_tokens is not None:
                 signals[v.CACHED_TOKENS] = held_tokens
@@ -302,8 +308,25 @@ class GatewayState:
             self._counters.signals[v.IN_FLIGHT_CAP] = caps
 
     def in_flight_at(self, candidate: int) -> float:
-        """Requests in flight at one candidate, with those that wait for it here."""
-        return float(self._counters.signals[v.IN_FLIGHT, candidate])
+        """Requests in flight at one candidate, with those that wait for it here; other workers' at the engine too."""
+        return float(self._counters.signals[v.IN_FLIGHT, candidate] + self._elsewhere_at_engines[candidate])
+
+    @property
+    def arrivals_per_s(self) -> float:
+        """Requests per second that this worker gets; 0 before the first two, or once it has been quiet for long."""
+        with self._lock:
+            quiet_s = self._clock() - self._last_arrival_s
+            return 0.0 if self._arrivals < 2 else 1.0 / max(self._gap_s, quiet_s / RECENT_ARRIVALS, 1e-6)
+
+    def others(self, rows: Mapping[int, Array], at_engines: Array, arrivals_per_s: float) -> None:
+        """What other workers of this gateway have: rows of signals, (C,) each; those at the engines; their arrivals."""
+        made = None
+        if rows:
+            made = np.zeros_like(self._counters.signals)
+            for row, values in rows.items():
+                made[row] = values
+        with self._lock:
+            self._elsewhere, self._elsewhere_at_engines, self._elsewhere_per_s = made, at_engines, arrivals_per_s
 
     def _cached_tokens(
         self, prompt_tokens: int, hashes: Sequence[int], block_tokens: float | None, now_s: float

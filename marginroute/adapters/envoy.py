@@ -23,6 +23,7 @@ from marginroute.adapters import envoy_messages as em
 from marginroute.adapters.desk import Desk, DeskSettings, log
 from marginroute.adapters.envoy_exchange import Exchange, Message
 from marginroute.adapters.listen import Listen, run_loop
+from marginroute.adapters.metrics_server import MetricsServer
 from marginroute.decision import Decision
 from marginroute.errors import InputError
 from marginroute.facts import Outcome
@@ -45,6 +46,7 @@ class EnvoySettings(DeskSettings):
         task_field: key of the body's `metadata` that names it where the header does not.
         tenant_header: request header that names who pays.
         session_header: request header that names the conversation or agent run.
+        metrics: loopback `host:port` where Prometheus finds metrics and an autoscaler its targets; empty: nowhere.
         models: name that the body's `model` becomes, by candidate or by its tier; needs a mode that shows the body.
         retry_next: name the runner-up as second endpoint, for Envoy's retry policy to fall back on.
         max_body_bytes: of a request body that are held and read; of a longer one only the length is used.
@@ -57,6 +59,7 @@ class EnvoySettings(DeskSettings):
     task_field: str = "task_type"
     tenant_header: str = "x-tenant-id"
     session_header: str = "x-session-id"
+    metrics: str = ""
     models: Mapping[str, str] = field(default_factory=dict)
     retry_next: bool = False
     max_body_bytes: int = 1 << 20
@@ -304,7 +307,10 @@ def run(settings: EnvoySettings, listen: Listen) -> int:
         raise InputError(f"{error.name} is not installed; pip install 'marginroute[envoy]'") from None
     desk = Desk(settings, "envoy-buffered")
     try:
-        run_loop(_serve(Picker(desk), listen))
+        picker = Picker(desk)
+        if settings.metrics:
+            desk.gateway.keep(MetricsServer(desk, settings.metrics).start())
+        run_loop(_serve(picker, listen))
     finally:
         desk.close()
     return 0

@@ -254,6 +254,7 @@ class Exchange:
             task_name=picker.desk.known("task", task),
             tenant=told.get(names.tenant_header, ""),
             session=told.get(names.session_header, ""),
+            traceparent=told.get("traceparent", "")[:100],
             available=picker.available(self._allowed),
             hashes=hashes,
             block_tokens=block_tokens,

@@ -30,6 +30,7 @@ def decide_schema(layout: Layout) -> Schema:
             "task": string(200, "task type; unknown ones count as the default"),
             "tenant": string(200, "who pays; a canary may go by it"),
             "session": string(200, "conversation or agent run; a canary may go by it"),
+            "traceparent": string(100, "W3C trace context of the caller's span"),
             "available": array(_candidate(layout), MOST_CANDIDATES, "that may serve it now; left out: all"),
             "cached_tier": one_of(layout.tier_names, "of a stored answer that the gateway has for this request"),
             "similarity": number(

@@ -180,10 +180,8 @@ class App:
 
     def _scale(self) -> tuple[int, bytes, bytes]:
         """`GET /v1/scale`: replicas wanted; none while the controller must not act."""
-        wanted = self._gateway.replicas_wanted()
-        if wanted is None:
-            return 503, JSON, error("nothing is to be scaled: there is no controller, or it may not act")
-        return 200, JSON, json.dumps({"pools": {name: {"replicas": n} for name, n in wanted.items()}}).encode()
+        status, _, body = metrics.scale(self._gateway)
+        return status, JSON, body
 
     def _said(self, id: str, verdict: Verdict, held: bool, explain: bool) -> dict[str, Any]:
         decision = verdict.decision
@@ -222,6 +220,7 @@ class App:
             task_name=self.desk.known("task", asked.get("task")),
             tenant=asked.get("tenant", ""),
             session=asked.get("session", ""),
+            traceparent=asked.get("traceparent", ""),
             available=asked.get("available", tuple(self.desk.endpoint) or None),
             cached_tier=asked.get("cached_tier"),
             similarity=float(asked.get("similarity", 1.0)),

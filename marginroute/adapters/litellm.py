@@ -33,6 +33,7 @@ from typing import Any
 
 from marginroute.adapters.litellm_observer import Observer, ShedRequest, log
 from marginroute.adapters.litellm_request import Settings
+from marginroute.adapters.metrics_server import MetricsServer
 from marginroute.capabilities import abilities
 from marginroute.errors import InputError
 from marginroute.operation import open_gateway
@@ -55,7 +56,10 @@ def build(settings: Settings) -> Observer:
         for value in values:
             if value and value not in known:
                 raise InputError(f"{what} {value!r} is not in the bundle; legal: {', '.join(known)}")
-    return Observer(gateway, settings, _cache_key)
+    observer = Observer(gateway, settings, _cache_key)
+    if settings.metrics:
+        gateway.keep(MetricsServer(observer, settings.metrics).start())
+    return observer
 
 
 def _cache_key(call: dict[str, Any]) -> str:

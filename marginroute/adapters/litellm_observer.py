@@ -18,6 +18,7 @@ from typing import Any
 from marginroute import view as v
 from marginroute.adapters import litellm_request as read
 from marginroute.adapters.litellm_request import Settings
+from marginroute.adapters.metrics import Histogram
 from marginroute.facts import Facts, Outcome, Verdict
 from marginroute.gateway import Gateway
 from marginroute.latency import running_mean
@@ -78,6 +79,7 @@ class Observer:
 
     Attributes:
         errors: exceptions of ours by hook; none of them reached a request.
+        took: time of decisions.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Observer:
     ) -> None:
         self.gateway, self.settings = gateway, settings
         self.errors: dict[str, int] = {}
+        self.took = Histogram()
         self._warned: set[str] = set()
         self._calls: OrderedDict[str, _Call] = OrderedDict()  # in order of decision
         self._awaited: dict[str, Any] = {}  # LiteLLM's logging objects of streams without a first token
@@ -150,6 +153,7 @@ class Observer:
             task_name=self._known("task", read.requester_of(kwargs).get(self.settings.task_field)),
             tenant=read.tenant_of(kwargs),
             session=read.session_of(kwargs),
+            traceparent=read.traceparent_of(kwargs),
             available=available,
             cached_tier=self._stored.get(cache_key),
             hashes=hashes,
@@ -157,7 +161,10 @@ class Observer:
             prompt=(read.question_of(messages) or read.question_of(read.body_of(kwargs))) if asks else None,
         )
         self._calls.setdefault(id, _Call(characters, cache_key=cache_key))
-        return self.gateway.decide(facts)
+        began_s = time.perf_counter()
+        verdict = self.gateway.decide(facts)
+        self.took.add(time.perf_counter() - began_s)
+        return verdict
 
     def prioritise(self, key: Any, data: dict[str, Any], call_type: str) -> None:
         """Gives a request the priority of its class, before it is routed."""

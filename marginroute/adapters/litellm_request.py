@@ -28,6 +28,7 @@ class Settings(OperationSettings):
         candidates: candidate by deployment id or by LiteLLM model name, for deployments without
             `model_info.marginroute_candidate`.
         engine_priority: the same number goes along to the engine, as vLLM's `priority`.
+        metrics: loopback `host:port` where Prometheus finds metrics; further workers take the next ports.
         use_cache: *cache* is a candidate where LiteLLM's response cache holds an answer of a known tier.
     """
 
@@ -38,6 +39,7 @@ class Settings(OperationSettings):
     candidates: Mapping[str, str] = field(default_factory=dict)
     engine_priority: bool = False
     use_cache: bool = False
+    metrics: str = ""
 
 
 def is_generation(kwargs: Mapping[str, Any]) -> bool:
@@ -88,6 +90,12 @@ def tenant_of(kwargs: Mapping[str, Any]) -> str:
 def session_of(kwargs: Mapping[str, Any]) -> str:
     """The session that a client named; empty if it named none."""
     return str(kwargs.get("litellm_session_id") or metadata_of(kwargs).get("session_id") or "")
+
+
+def traceparent_of(kwargs: Mapping[str, Any]) -> str:
+    """W3C trace context that the client sent; empty if it sent none."""
+    headers = (kwargs.get("proxy_server_request") or {}).get("headers") or {}
+    return str(headers.get("traceparent") or "")[:100]
 
 
 def body_of(kwargs: Mapping[str, Any]) -> Any:

@@ -1,12 +1,12 @@
-"""Counters of a desk as Prometheus metrics; needs prometheus-client."""
+"""Counters of an adapter as Prometheus metrics; needs prometheus-client."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from marginroute.adapters.desk import Desk
     from marginroute.gateway import Gateway
 
 DECISION_S = (25e-6, 50e-6, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.1, 1.0)  # upper bounds of the histogram
@@ -36,14 +36,28 @@ class Histogram:
         return rows
 
 
+class Source(Protocol):
+    """What an adapter counts.
+
+    Attributes:
+        gateway: decides.
+        took: time of decisions.
+        errors: exceptions of ours by place; none of them reached a request.
+    """
+
+    gateway: Gateway
+    took: Histogram
+    errors: dict[str, int]
+
+
 class _Collector:
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, source: Source) -> None:
+        self._source = source
 
     def collect(self) -> Iterator[Any]:
         from prometheus_client import core
 
-        desk, gateway = self._desk, self._desk.gateway
+        desk, gateway = self._source, self._source.gateway
         status, layout = gateway.status(), gateway.bundle.layout
         decisions = core.CounterMetricFamily(
             "marginroute_decisions", "Decisions", labels=("candidate", "kind", "guard", "acting")
@@ -126,10 +140,20 @@ def _levers(core: Any, status: dict[str, Any], acting: bool) -> Iterator[Any]:
     )
 
 
-def exposition(desk: Desk) -> bytes:
+def scale(gateway: Gateway) -> tuple[int, str, bytes]:
+    """`/v1/scale`: status, type and body; replicas wanted, none while the controller must not act."""
+    wanted = gateway.replicas_wanted()
+    if wanted is None:
+        said = {"error": "nothing is to be scaled: there is no controller, or it may not act"}
+        return 503, "application/json", json.dumps(said).encode()
+    pools = {name: {"replicas": count} for name, count in wanted.items()}
+    return 200, "application/json", json.dumps({"pools": pools}).encode()
+
+
+def exposition(source: Source) -> bytes:
     """All metrics as text."""
     from prometheus_client import CollectorRegistry, generate_latest
 
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(desk))
+    registry.register(_Collector(source))
     return bytes(generate_latest(registry))

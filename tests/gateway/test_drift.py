@@ -1,4 +1,4 @@
-"""Drift by PSI and KS: against arithmetic on paper, silent without drift, loud with it, and what follows at the gateway."""
+"""Drift by PSI and KS: arithmetic on paper, silent without drift, loud with it, and what follows at a gateway."""
 
 import dataclasses
 import math
