@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 from collections.abc import Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,8 +93,7 @@ class Holding:
         if self.loop is None or math.isfinite(facts.deadline_left_s):
             return facts
         waited_s = 0.0 if began_s is None else self._gateway.clock() - began_s
-        facts.deadline_left_s = self.loop.deadline_s(facts.class_name) - waited_s
-        return facts
+        return replace(facts, deadline_left_s=self.loop.deadline_s(facts.class_name) - waited_s)
 
     def narrow(self, view: View, facts: Facts, first: bool) -> None:
         """Leaves legal in a view what the levers leave of it."""

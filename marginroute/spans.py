@@ -33,7 +33,8 @@ class TracedRecords:
 
     Args:
         records: where they go as well.
-        provider: OpenTelemetry's; None: a new one that exports by OTLP over HTTP.
+        provider: OpenTelemetry's; None: a new one that exports by OTLP over HTTP, as JSON (the protobuf classes of OTLP
+            are others in `xds-protos`, which `marginroute[envoy]` brings).
 
     Raises:
         InputError: the packages are missing.
@@ -112,7 +113,7 @@ def attributes_of(record: DecisionRecord) -> dict[str, Any]:
 
 def _exporting() -> Any:
     try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.exporter.otlp.json.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
