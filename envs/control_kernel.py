@@ -26,7 +26,7 @@ SHED_DEBT, SPILL_DEBT = range(2)  # columns of `debts`; the pools' follow
 @kernel
 def owns_defer(desk, load, legal, w, defer):
     """Whether the controller holds the current request back, whatever a router would do with it."""
-    return desk.gated == 1 and desk.offered == 0 and load.attempts == 0 and legal[w, defer]
+    return desk.gated == 1 and desk.offered == 0 and load.attempts + load.turned_down == 0 and legal[w, defer]
 
 
 @kernel
@@ -53,7 +53,7 @@ def plain_choice(kinds, stations, replicas, desks, loads, legal, debts, share, c
     k, n = load.class_index, kinds.shape[0]
     if legal[w, n - 3]:
         return n - 3
-    if desk.offered == 0 and load.attempts == 0:
+    if desk.offered == 0 and load.attempts + load.turned_down == 0:
         debts[w, k, SHED_DEBT] += class_levers[w, k, 0]
         if debts[w, k, SHED_DEBT] >= 1.0:
             debts[w, k, SHED_DEBT] -= 1.0
@@ -78,7 +78,7 @@ def plain_choice(kinds, stations, replicas, desks, loads, legal, debts, share, c
 @kernel
 def run_tick(
     config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-    desks, loads, index, prior, truth, good, own, entries, lengths, ledger_usd, counts, changes, actions,
+    desks, loads, index, prior, truth, good, own, entries, follow, lengths, ledger_usd, counts, changes, actions,
     signals, request_view, legal, p_true, stations, debts, share, class_levers, until_s, choices,
 ):  # fmt: skip
     """Lets the plain gateway decide in every world until its next decision is at `until_s` (N,) or later."""
@@ -88,8 +88,8 @@ def run_tick(
             choices[w] = plain_choice(kinds, stations, replicas, desks, loads, legal, debts, share, class_levers, w)
             world.step(
                 config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers,
-                requests, desks, loads, index, prior, truth, good, own, entries, lengths, ledger_usd, counts, changes,
-                actions, signals, request_view, legal, p_true, choices,
+                requests, desks, loads, index, prior, truth, good, own, entries, follow, lengths, ledger_usd, counts,
+                changes, actions, signals, request_view, legal, p_true, choices,
             )  # fmt: skip
             choices[w] = world.WAIT
 

@@ -265,7 +265,8 @@ class EngineControl(ControlWorlds):
                 return
             current = desks["current"]
             k = worlds.loads["class_index"][rows, current]
-            new = active & (desks["offered"] == 0) & (worlds.loads["attempts"][rows, current] == 0)
+            load = worlds.loads[rows, current]
+            new = active & (desks["offered"] == 0) & (load["attempts"] + load["turned_down"] == 0)
             self._debts[rows, k, :2] += np.where(new[:, None], class_levers[rows, k], 0.0)
             to_shed = new & (self._debts[rows, k, control_kernel.SHED_DEBT] >= 1.0)
             able = worlds.legal & (kinds == v.PROVIDER)

@@ -6,7 +6,6 @@ function under `kernel` is translated once for its callers, without either; what
 whole, and only that is kept on disk.
 """
 
-
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import product
 from typing import TYPE_CHECKING
 
 from marginroute.errors import suggestion
@@ -154,8 +155,27 @@ def _workload(scenario: Scenario) -> Iterator[Problem]:
                 if getattr(task, kind) is None:
                     yield f"workload.tasks.{name}.{kind}", f"is missing; legal is a mixture here or in workload.{kind}"
     yield from _composition(scenario)
+    yield from _verifiers(scenario)
+    for name in scenario.plans.workflows:
+        yield from _unknown(f"plans.workflows.{name}", name, workload.sessions)
     if workload.intents is not None and workload.recurring.share > 0.0:
         yield "workload.recurring.share", f"{workload.recurring.share} beside intents; legal is 0, or no intents"
+
+
+def _verifiers(scenario: Scenario) -> Iterator[Problem]:
+    """Nobody's answers are looked at twice."""
+    classes, tasks = scenario.plans.classes, scenario.workload.tasks
+    taken: dict[tuple[str, str], str] = {}
+    for name, verifier in scenario.fleet.verifiers.items():
+        path = f"fleet.verifiers.{name}"
+        for task in verifier.tasks or ():
+            yield from _unknown(f"{path}.tasks", task, tasks)
+        for customer in verifier.classes or ():
+            yield from _unknown(f"{path}.classes", customer, classes)
+        for cell in product(verifier.classes or classes, verifier.tasks or tasks):
+            if taken.setdefault(cell, name) != name:
+                yield path, f"looks at {cell[1]} of class {cell[0]} as {taken[cell]} does; legal is one verifier each"
+                break
 
 
 def _composition(scenario: Scenario) -> Iterator[Problem]:

@@ -178,6 +178,7 @@ def workload_spec(scenario: Scenario) -> WorkloadSpec:
         intents=workload.intents.build() if workload.intents else None,
         reuse=tuple(task.reuse.build() for task in workload.tasks.values()) if workload.intents else (),
         judged_share=workload.feedback.share if workload.feedback else 0.0,
+        attempts=max((item.max_attempts for item in scenario.fleet.verifiers.values()), default=0),
     )
 
 

@@ -29,7 +29,7 @@ def composition(scenario: Scenario, class_share: tuple[float, ...]) -> Compositi
     return Composition(
         season=work.season.build() if work.season else None,
         clients=_clients(scenario, work.clients, class_share, tenants) if work.clients else (),
-        sessions=tuple(_session(scenario, kind) for kind in work.sessions.values()),
+        sessions=tuple(_session(scenario, name, kind) for name, kind in work.sessions.items()),
         warm_up_s=work.warm_up_s,
         jobs=_jobs(scenario, work.jobs) if work.jobs else None,
         prefixes=_prefixes(work.prefixes, sum(tenants)) if work.prefixes else None,
@@ -86,7 +86,8 @@ def _at_rate_one(arrivals: Any) -> Any:
     return arrivals.scaled(1.0 / arrivals.mean_rate_per_s())
 
 
-def _session(scenario: Scenario, kind: SessionSection) -> SessionKind:
+def _session(scenario: Scenario, name: str, kind: SessionSection) -> SessionKind:
+    paid = list(scenario.plans.workflows)
     first = kind.first_tokens.build()
     steps = tuple(
         Step(
@@ -115,6 +116,7 @@ def _session(scenario: Scenario, kind: SessionSection) -> SessionKind:
         sub_agents=_sub_agents(kind.sub_agents) if kind.sub_agents else None,
         answer_kept=kind.answer_kept,
         pace_sigma=kind.pace_sigma,
+        workflow=paid.index(name) if name in paid else -1,
     )
 
 

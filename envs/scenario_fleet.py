@@ -11,7 +11,10 @@ from marginroute.response_cache import PUBLIC_HALF, PUBLIC_WIDTH
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Chance = Annotated[float, Field(gt=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+Names = Annotated[list[Name], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -285,6 +288,34 @@ class BatchQueue(Section):
     hold_s: Positive = Field(description="Seconds after which a deferred request is decided again.")
 
 
+class Verifier(Section):
+    """Looks at answers before they count: unit tests, a schema check, a judge model (marginroute/verification.py)."""
+
+    tasks: Names | None = Field(None, description="Task types that it looks at; left out: all.")
+    classes: Names | None = Field(None, description="Customer classes that it looks at; left out: all.")
+    sensitivity: Chance = Field(description="P(a good answer passes).")
+    specificity: Chance = Field(description="P(a bad answer fails).")
+    max_attempts: Annotated[int, Field(ge=2, le=8)] = Field(
+        3, description="Answers that a request may be given; the last one is delivered without a look."
+    )
+    verify_s: Annotated[float, Field(ge=0.001)] = Field(0.001, description="Seconds that a look takes.")
+    verify_usd: NonNegative = Field(0.0, description="USD per look.")
+    verify_usd_per_mtok: NonNegative = Field(0.0, description="USD per million tokens looked at, prompt and answer.")
+    leave_share: Share = Field(0.0, description="Share of users who leave after an answer that failed.")
+    fresh_share: Share = Field(
+        0.0, description="Share of repeated questions to the same model whose answer is drawn anew."
+    )
+
+    @model_validator(mode="after")
+    def _tells_something(self) -> Verifier:
+        if self.sensitivity + self.specificity < 1.0:
+            raise ValueError(
+                f"has sensitivity {self.sensitivity:g} and specificity {self.specificity:g}, worse than chance; "
+                "legal is 1 or more together"
+            )
+        return self
+
+
 class FleetSection(Section):
     """What can answer a request, and what it costs."""
 
@@ -295,6 +326,9 @@ class FleetSection(Section):
     response_cache: ResponseCache | None = Field(None, description="Response cache; left out: none.")
     telemetry: Telemetry = Field(Telemetry(scrape_interval_s=1.0), description="Freshness of engine metrics.")
     batch_queue: BatchQueue | None = Field(None, description="Batch queue; left out: nothing can be deferred.")
+    verifiers: dict[Name, Verifier] = Field(
+        default_factory=dict, description="Who looks at answers, by name; at most one for each task of each class."
+    )
     faults: list[FaultEvent] = Field(
         default_factory=list, description="Faults that happen in every episode, beside the random ones."
     )

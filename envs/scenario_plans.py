@@ -197,9 +197,20 @@ class CustomerClass(Section):
     delay_tolerant: DelayTolerance | None = Field(None, description="Deadline of work that may wait; left out: none.")
 
 
+class Workflow(Section):
+    """What a customer pays for a task that succeeds, beside what its calls are billed."""
+
+    value_usd: Positive = Field(description="USD per task that succeeds.")
+    final_good: bool = Field(True, description="Whether its last answer must be good.")
+    good_share: Share = Field(0.0, description="Share of its answers that must be good.")
+
+
 class PlansSection(Section):
     """Plans, and the customer classes on them."""
 
     title: str = Field("", description="One line about the plans.")
     plans: dict[Name, Plan] = Field(min_length=1, description="Price plans by name.")
     classes: dict[Name, CustomerClass] = Field(min_length=1, description="Customer classes by name.")
+    workflows: dict[Name, Workflow] = Field(
+        default_factory=dict, description="Kinds of session, as workload.sessions names them, that pay by task."
+    )

@@ -28,6 +28,7 @@ from envs import world_elastic as elastic
 from envs import world_feedback as feedback
 from envs import world_hold as held_queue
 from envs import world_sessions as sessions
+from envs import world_tasks as tasks
 from envs.economics import ledger as books
 from envs.fleet import engine, scaling
 from envs.fleet.provider import provider_available, submit_provider
@@ -42,19 +43,21 @@ running_mean = kernel(latency.running_mean, inline="always")
 
 
 @kernel
-def _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, count, account, cost_usd):
+def _post_unserved(terms, follow, lengths, loads, ledger_usd, counts, w, i, count, account, cost_usd):
     load = loads[w, i]
     k = load.class_index
     expected = lengths[w, k, load.task_index].value
     books.post_unserved(ledger_usd, counts, terms, w, k, count, load.prompt_tokens, expected, account, cost_usd)
     if load.first_child >= 0:
         sessions.not_answered(loads, counts, w, i)
+    tasks.note_lost(follow, loads, w, i)
 
 
 @kernel
 def _post_finished(
-    config, terms, static, tiers, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts, w, i
-):
+    config, terms, static, tiers, requests, desks, loads, truth, good, own, entries, follow, lengths, ledger_usd,
+    counts, w, i,
+):  # fmt: skip
     """Posts request `i`, which left the fleet, and learns from it what the gateway can learn."""
     load, request = loads[w, i], requests[w, i]
     k, c = load.class_index, load.answered_by
@@ -73,7 +76,7 @@ def _post_finished(
             )  # fmt: skip
         if not elastic.try_again(config, requests, desks, loads, ledger_usd, counts, w, i, account, cost_usd):
             request.status = FAILED
-            _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, books.FAILED, account, cost_usd)
+            _post_unserved(terms, follow, lengths, loads, ledger_usd, counts, w, i, books.FAILED, account, cost_usd)
         return
     if request.status != COMPLETED:
         count = books.ABANDONED if request.status == ABANDONED else books.FAILED
@@ -85,23 +88,9 @@ def _post_finished(
             cost_usd = books.answer_usd(
                 prompt_tokens, cached_tokens, 0, static[v.INPUT_USD, c], static[v.CACHED_INPUT_USD, c], 0.0
             )
-        _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, count, account, cost_usd)
+        _post_unserved(terms, follow, lengths, loads, ledger_usd, counts, w, i, count, account, cost_usd)
         return
-    arrived_at_s = load.arrived_at_s - answers.embedding_s(entries, load)
-    ttft_s = request.first_token_at_s - arrived_at_s
-    e2e_s = request.completed_at_s - arrived_at_s
     tpot_s = (request.completed_at_s - request.first_token_at_s) / max(load.output_tokens - 1, 1)
-    cost_usd = static[v.CALL_USD, c] + books.answer_usd(
-        load.prompt_tokens, cached_tokens, load.output_tokens,
-        static[v.INPUT_USD, c], static[v.CACHED_INPUT_USD, c], static[v.OUTPUT_USD, c],
-    )  # fmt: skip
-    answer = good[w, i, tiers[c]]
-    books.post_served(
-        ledger_usd, counts, terms, w, k, load.prompt_tokens, load.output_tokens, ttft_s, tpot_s, e2e_s, answer == 1,
-        account, cost_usd,
-    )  # fmt: skip
-    if load.first_child >= 0:
-        sessions.answered(desks[w], loads, w, i, request.completed_at_s)
     mine = own[w, c]
     since_sent_s = request.first_token_at_s - request.dispatched_at_s
     mine.recent_ttft_s, weight = running_mean(mine.recent_ttft_s, mine.weight, since_sent_s, latency.RECENT_ANSWERS)
@@ -110,10 +99,46 @@ def _post_finished(
     elastic.note_call(mine, False, request.completed_at_s)
     mean = lengths[w, k, load.task_index]
     mean.value, mean.weight = running_mean(mean.value, mean.weight, load.output_tokens, latency.RECENT_LENGTHS)
+    cost_usd = static[v.CALL_USD, c] + books.answer_usd(
+        load.prompt_tokens, cached_tokens, load.output_tokens,
+        static[v.INPUT_USD, c], static[v.CACHED_INPUT_USD, c], static[v.OUTPUT_USD, c],
+    )  # fmt: skip
+    answer = good[w, i, tiers[c]]
+    if load.verified > 0:
+        answer = tasks.outcome(follow, loads, truth, good, w, i, tiers[c])
+        if not tasks.passes(follow, requests, loads, ledger_usd, w, i, answer):
+            if not tasks.turn_down(
+                follow, requests, desks, loads, ledger_usd, counts, w, i, tiers[c], answer, account, cost_usd
+            ):
+                request.status = ABANDONED
+                _post_unserved(
+                    terms, follow, lengths, loads, ledger_usd, counts, w, i, books.ABANDONED, account, cost_usd
+                )
+            return
+    arrived_at_s = load.arrived_at_s - answers.embedding_s(entries, load)
+    ttft_s = request.first_token_at_s - arrived_at_s
+    e2e_s = request.completed_at_s - arrived_at_s
+    books.post_served(
+        ledger_usd, counts, terms, w, k, load.prompt_tokens, load.output_tokens, ttft_s, tpot_s, e2e_s, answer == 1,
+        account, cost_usd,
+    )  # fmt: skip
+    if load.first_child >= 0:
+        sessions.answered(desks[w], loads, w, i, request.completed_at_s)
+    tasks.note_answer(follow, ledger_usd, loads, w, i, answer)
     if load.judged == 1:
         feedback.answered(config, desks, loads, w, i, tiers[c], answer, request.completed_at_s)
     if load.prompt_key >= 0 and config[0].cache_capacity > 0:
         answers.store(config, desks, entries, loads, ledger_usd, w, i, tiers[c], answer, request.completed_at_s)
+
+
+@kernel
+def _deliver_in_hand(config, terms, requests, desks, loads, entries, follow, ledger_usd, counts, w, i):
+    """Request `i` gets the answer that was turned down last."""
+    trial = follow.trials[w, i]
+    tasks.deliver_in_hand(terms, follow, requests, desks, loads, ledger_usd, counts, w, i)
+    tasks.note_answer(follow, ledger_usd, loads, w, i, trial.good)
+    if loads[w, i].prompt_key >= 0 and config[0].cache_capacity > 0:
+        answers.store(config, desks, entries, loads, ledger_usd, w, i, trial.tier, trial.good, desks[w].now_s)
 
 
 @kernel
@@ -138,7 +163,7 @@ def _hold(config, desks, loads, w, i):
 @kernel
 def _act(
     config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests,
-    desks, loads, entries, lengths, ledger_usd, counts, actions, legal, w, c,
+    desks, loads, entries, follow, lengths, ledger_usd, counts, actions, legal, w, c,
 ):  # fmt: skip
     """Carries out the choice of candidate `c` for the current request; an illegal choice sheds the request."""
     desk = desks[w]
@@ -159,7 +184,13 @@ def _act(
         load.answered_by = c
         submit_provider(pools, tables, worlds, replicas, slots, providers, requests, w, p, i, now_s, ttft_s, tpot_s)
     elif kind == v.CACHE:
-        answers.serve(config, terms, desks, loads, entries, ledger_usd, counts, w, i)
+        tasks.mark(follow, ledger_usd, loads, w, i)
+        if load.turned_down > 0:
+            _deliver_in_hand(config, terms, requests, desks, loads, entries, follow, ledger_usd, counts, w, i)
+        else:
+            good = answers.serve(config, terms, desks, loads, entries, ledger_usd, counts, w, i)
+            tasks.note_answer(follow, ledger_usd, loads, w, i, np.uint8(good))
+        tasks.book(follow, ledger_usd, loads, w, i)
     elif kind == v.DEFER:
         counts[w, books.DEFERRED, k] += 1
         if desk.gated == 1:
@@ -167,33 +198,48 @@ def _act(
         else:
             _hold(config, desks, loads, w, i)
     else:
-        _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, books.SHED, books.CACHE, 0.0)
+        tasks.mark(follow, ledger_usd, loads, w, i)
+        _post_unserved(terms, follow, lengths, loads, ledger_usd, counts, w, i, books.SHED, books.CACHE, 0.0)
+        tasks.book(follow, ledger_usd, loads, w, i)
 
 
 @kernel
 def _collect(
-    config, terms, static, tiers, worlds, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts, w
-):
+    config, terms, static, tiers, worlds, requests, desks, loads, truth, good, own, entries, follow, lengths,
+    ledger_usd, counts, w,
+):  # fmt: skip
     """Posts every request that finished since the last call."""
     i = engine.pop_finished(worlds, requests, w)
     while i >= 0:
+        tasks.mark(follow, ledger_usd, loads, w, i)
         _post_finished(
-            config, terms, static, tiers, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts, w, i
-        )
+            config, terms, static, tiers, requests, desks, loads, truth, good, own, entries, follow, lengths,
+            ledger_usd, counts, w, i,
+        )  # fmt: skip
+        tasks.book(follow, ledger_usd, loads, w, i)
         i = engine.pop_finished(worlds, requests, w)
 
 
 @kernel
 def _buy_out(
-    config, terms, static, sigmas, tiers, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts,
-    w, i, count,
+    config, terms, static, sigmas, tiers, requests, desks, loads, truth, good, own, entries, follow, lengths,
+    ledger_usd, counts, w, i, count,
 ):  # fmt: skip
-    """Has request `i` answered by the dearest provider after the horizon; without one it goes unserved as `count`."""
+    """Has request `i` answered by the dearest provider after the horizon; without one it goes unserved as `count`.
+
+    A request with an answer in hand gets that.
+    """
     p = config[0].last_provider
     load, request = loads[w, i], requests[w, i]
+    tasks.mark(follow, ledger_usd, loads, w, i)
+    if load.turned_down > 0:
+        _deliver_in_hand(config, terms, requests, desks, loads, entries, follow, ledger_usd, counts, w, i)
+        tasks.book(follow, ledger_usd, loads, w, i)
+        return
     if p < 0:
         request.status = FAILED if count == books.FAILED else request.status
-        _post_unserved(terms, lengths, loads, ledger_usd, counts, w, i, count, books.CACHE, 0.0)
+        _post_unserved(terms, follow, lengths, loads, ledger_usd, counts, w, i, count, books.CACHE, 0.0)
+        tasks.book(follow, ledger_usd, loads, w, i)
         return
     c = config[0].n_replicas + p
     ttft_s, tpot_s = _provider_latency(static, sigmas, load, c, p)
@@ -203,14 +249,16 @@ def _buy_out(
     request.first_token_at_s = desks[w].now_s + ttft_s
     request.completed_at_s = request.first_token_at_s + tpot_s * (load.output_tokens - 1)
     _post_finished(
-        config, terms, static, tiers, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts, w, i
-    )
+        config, terms, static, tiers, requests, desks, loads, truth, good, own, entries, follow, lengths, ledger_usd,
+        counts, w, i,
+    )  # fmt: skip
+    tasks.book(follow, ledger_usd, loads, w, i)
 
 
 @kernel
 def _settle(
     config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-    desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
+    desks, loads, truth, good, own, entries, follow, lengths, ledger_usd, counts, w,
 ):  # fmt: skip
     """Ends the episode at its horizon: buys out the batch queue, runs the fleet dry, posts what is left."""
     desk = desks[w]
@@ -221,22 +269,25 @@ def _settle(
         i = int(desk.held_head)
         desk.held_head = loads[w, i].next_held
         _buy_out(
-            config, terms, static, sigmas, tiers, requests, desks, loads, good, own, entries, lengths, ledger_usd,
-            counts, w, i, books.SHED,
+            config, terms, static, sigmas, tiers, requests, desks, loads, truth, good, own, entries, follow, lengths,
+            ledger_usd, counts, w, i, books.SHED,
         )  # fmt: skip
     desk.held_tail = -1
     if desk.elastic == 1:
         elastic.lose_hanging(pools, worlds, replicas, slots, requests, w, desk.now_s)
     engine.drain(pools, tables, worlds, replicas, slots, providers, requests, w)
     _collect(
-        config, terms, static, tiers, worlds, requests, desks, loads, good, own, entries, lengths, ledger_usd, counts, w
-    )
+        config, terms, static, tiers, worlds, requests, desks, loads, truth, good, own, entries, follow, lengths,
+        ledger_usd, counts, w,
+    )  # fmt: skip
     while desk.retry_head >= 0:
         i = elastic.pop_retry(desks, loads, w)
         _buy_out(
-            config, terms, static, sigmas, tiers, requests, desks, loads, good, own, entries, lengths, ledger_usd,
-            counts, w, i, books.FAILED,
+            config, terms, static, sigmas, tiers, requests, desks, loads, truth, good, own, entries, follow, lengths,
+            ledger_usd, counts, w, i, books.FAILED,
         )  # fmt: skip
+    if follow.workflows.shape[0] > 0:
+        tasks.end_episode(follow, ledger_usd, w)
     desk.done = 1
 
 
@@ -254,7 +305,7 @@ def _note_arrival(desk, load, counts, w):
 @kernel
 def _go_on(
     config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-    desks, loads, good, own, entries, lengths, ledger_usd, counts, changes, w,
+    desks, loads, truth, good, own, entries, follow, lengths, ledger_usd, counts, changes, w,
 ):  # fmt: skip
     """Advances the world to its next decision, or settles it if there is none before the horizon."""
     desk = desks[w]
@@ -264,8 +315,8 @@ def _go_on(
         change_s = np.inf
         if desk.elastic == 1:
             _collect(
-                config, terms, static, tiers, worlds, requests, desks, loads, good, own, entries, lengths, ledger_usd,
-                counts, w,
+                config, terms, static, tiers, worlds, requests, desks, loads, truth, good, own, entries, follow,
+                lengths, ledger_usd, counts, w,
             )  # fmt: skip
             change_s = elastic.next_change_s(worlds, desks, changes, w)
         arrival_s = loads[w, desk.cursor].arrived_at_s if desk.cursor < desk.n_requests else np.inf
@@ -283,8 +334,8 @@ def _go_on(
         else:
             engine.advance(pools, tables, worlds, replicas, slots, providers, requests, w, until_s)
         _collect(
-            config, terms, static, tiers, worlds, requests, desks, loads, good, own, entries, lengths, ledger_usd,
-            counts, w,
+            config, terms, static, tiers, worlds, requests, desks, loads, truth, good, own, entries, follow, lengths,
+            ledger_usd, counts, w,
         )  # fmt: skip
         gpu_usd_per_s = config[0].gpu_usd_per_s if desk.elastic == 0 else 0.0
         books.post_time(ledger_usd, terms, w, gpu_usd_per_s, until_s - desk.now_s)
@@ -298,7 +349,7 @@ def _go_on(
     if last:
         _settle(
             config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-            desks, loads, good, own, entries, lengths, ledger_usd, counts, w,
+            desks, loads, truth, good, own, entries, follow, lengths, ledger_usd, counts, w,
         )  # fmt: skip
         return
     if retry_s == next_s:
@@ -321,14 +372,17 @@ def _go_on(
                 desk.cursor += 1
             counts[w, books.FIRST_CALLS, loads[w, i].class_index] += 1
         _note_arrival(desk, loads[w, i], counts, w)
+        tasks.note_arrival(follow, loads, w, i)
         if config[0].cache_semantic == 1:
+            tasks.mark(follow, ledger_usd, loads, w, i)
             answers.charge(entries, loads, ledger_usd, w, i)
+            tasks.book(follow, ledger_usd, loads, w, i)
     desk.current = i
 
 
 @kernel
 def _show(
-    config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries, lengths,
+    config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries, follow, lengths,
     signals, request_view, legal, p_true, w,
 ):  # fmt: skip
     """Writes the View of the current decision, and beside it the hidden P(good) that only the learner reads."""
@@ -371,6 +425,11 @@ def _show(
     if config[0].feedback_delay_s >= 0.0:
         feedback.hear(desks, loads, prior, lengths, terms.shape[0], w)
         feedback.show(config, tiers, lengths, signals, terms.shape[0], w, load.task_index)
+    if load.turned_down > 0:
+        tasks.show_trial(follow, desks, loads, tiers, prior, truth, good, signals, request_view, legal, p_true, w, c)
+    elif desk.tried == 1:
+        tasks.show_nothing(signals, request_view, w)
+        desk.tried = 0
     term = terms[load.class_index]
     deadline_left_s = load.arrived_at_s + load.deadline_s - desk.now_s
     legal[w, c + 1] = term.delay_tolerant > 0.0 and deadline_left_s > 2.0 * config[0].hold_s
@@ -399,22 +458,24 @@ def _show(
     request_view[v.UNSERVED_CREDIT_SHARE, w] = term.unserved_credit_share
     request_view[v.UNSERVED_CREDIT_USD, w] = term.unserved_credit_usd
     request_view[v.PATIENCE_S, w] = term.patience_s
+    if follow.tasks.shape[1] > 0:
+        tasks.show_session(follow, desks, loads, signals, request_view, w)
 
 
 @kernel
 def begin(
     config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-    desks, loads, index, prior, truth, good, own, entries, lengths, ledger_usd, counts, changes, actions,
+    desks, loads, index, prior, truth, good, own, entries, follow, lengths, ledger_usd, counts, changes, actions,
     signals, request_view, legal, p_true, w,
 ):  # fmt: skip
     """Takes a freshly loaded world `w` to its first decision; what is posted on the way enters the first reward."""
     _go_on(
         config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-        desks, loads, good, own, entries, lengths, ledger_usd, counts, changes, w,
+        desks, loads, truth, good, own, entries, follow, lengths, ledger_usd, counts, changes, w,
     )  # fmt: skip
     if desks[w].done == 0:
         _show(
-            config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries,
+            config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries, follow,
             lengths, signals, request_view, legal, p_true, w,
         )  # fmt: skip
         if desks[w].prefix_block_tokens > 0:
@@ -445,7 +506,7 @@ def _account(desks, ledger_usd, w):
 @kernel
 def step(
     config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-    desks, loads, index, prior, truth, good, own, entries, lengths, ledger_usd, counts, changes, actions,
+    desks, loads, index, prior, truth, good, own, entries, follow, lengths, ledger_usd, counts, changes, actions,
     signals, request_view, legal, p_true, choices,
 ):  # fmt: skip
     """Carries out one choice in every world, `choices` (N,), and takes each to its next decision; skips ended ones."""
@@ -459,21 +520,22 @@ def step(
         c = choices[w]
         if 0 <= c < kinds.shape[0] and kinds[c] <= v.PROVIDER and legal[w, c]:
             sessions.sent(desks[w], loads[w, desks[w].current], own[w, c])
+            tasks.note_send(follow, desks, loads, w, c)
             if desks[w].prefix_block_tokens > 0:
                 prefix_kernel.note_send(index, desks, loads, requests, signals, w, c)
         _act(
             config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests,
-            desks, loads, entries, lengths, ledger_usd, counts, actions, legal, w, c,
+            desks, loads, entries, follow, lengths, ledger_usd, counts, actions, legal, w, c,
         )  # fmt: skip
         desks[w].sequence += 1
         _go_on(
             config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-            desks, loads, good, own, entries, lengths, ledger_usd, counts, changes, w,
+            desks, loads, truth, good, own, entries, follow, lengths, ledger_usd, counts, changes, w,
         )  # fmt: skip
         _account(desks, ledger_usd, w)
         if desks[w].done == 0:
             _show(
-                config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries,
+                config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries, follow,
                 lengths, signals, request_view, legal, p_true, w,
             )  # fmt: skip
             if desks[w].prefix_block_tokens > 0:

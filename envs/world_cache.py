@@ -170,7 +170,7 @@ def store(config, desks, cache, loads, ledger_usd, w, i, tier, good, now_s):
 
 @kernel
 def serve(config, terms, desks, loads, cache, ledger_usd, counts, w, i):
-    """Answers request `i` from the response cache and makes the entry the most recently used one."""
+    """Answers request `i` from the response cache; the entry is the most recently used one now. True if it is good."""
     load, desk, key = loads[w, i], desks[w], int(cache.found[w].key)
     entry = cache.entries[w, key]
     right = _right(config, desks, cache, w, i)
@@ -187,3 +187,4 @@ def serve(config, terms, desks, loads, cache, ledger_usd, counts, w, i):
         ledger_usd, counts, terms, w, load.class_index, load.prompt_tokens, entry.output_tokens, ttft_s, 0.0, ttft_s,
         right and entry.good == 1, books.CACHE, 0.0,
     )  # fmt: skip
+    return right and entry.good == 1

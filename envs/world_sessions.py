@@ -5,9 +5,10 @@ first (its p-th entry is `loads[w, p].ready_heap`; ties go by row). If the paren
 ends there: the calls that would have followed never arrive and are counted as `lost_calls`.
 
 An answer that comes between two decisions may bring an arrival before the next one. The fleet therefore runs no further
-than `safe_until_s`: the next instant at which anything can end where a request with follow-ups is in flight, plus the
-least think time of the episode. Nothing that ends by then can bring an arrival before it. Think times are at least
-`LEAST_THINK_S`, a client's round trip, so that time always moves on.
+than `safe_until_s`: the next instant at which anything can end where a request with follow-ups, or with a verifier, is
+in flight, plus the least think time of the episode (or time of a look, if that is less). Nothing that ends by then can
+bring an arrival before it. Think times are at least `LEAST_THINK_S`, a client's round trip, so that time always moves
+on.
 
 Without follow-ups all this costs a comparison per decision.
 """
@@ -143,8 +144,8 @@ def safe_until_s(worlds, replicas, desk, own, w):
 
 @kernel
 def sent(desk, load, mine):
-    """A request leaves for a candidate, `mine` of `own`; those with follow-ups are counted."""
-    if load.first_child >= 0:
+    """A request leaves for a candidate, `mine` of `own`; those whose end may bring a decision are counted."""
+    if load.leads == 1:
         desk.leading += 1
         mine.leading += 1
 
@@ -152,6 +153,6 @@ def sent(desk, load, mine):
 @kernel
 def ended(desk, load, mine):
     """A request has left the fleet, answered or not."""
-    if load.first_child >= 0:
+    if load.leads == 1:
         desk.leading -= 1
         mine.leading -= 1

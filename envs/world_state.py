@@ -37,6 +37,12 @@ LOAD = np.dtype(
         ("judged_at_s", "f8"),
         ("next_held", "i4"),  # batch queue, or queue of retries
         ("offer_at_s", "f8"),
+        # Verifiers and tasks, see world_tasks.py
+        ("verified", "i4"),  # answers that it may be given; 0: nobody looks at them
+        ("turned_down", "i4"),  # answers that were
+        ("session", "i4"),  # -1: none
+        ("workflow", "i4"),  # -1: not a call of a task that pays
+        ("leads", "i4"),  # 1: its end may bring a decision
         # Sessions, see world_sessions.py
         ("follows", "i4"),  # 1: arrives after another request
         ("arrival", "i4"),
@@ -60,7 +66,9 @@ DESK = np.dtype(
         ("least_think_s", "f8"),
         ("n_roots", "i4"),  # requests that follow no other: at least so many decisions
         ("ready", "i4"),  # follow-ups on their way
-        ("leading", "i4"),  # requests in flight that others follow
+        ("leading", "i4"),  # requests in flight that others follow, or that are looked at
+        ("session_station", "i4"),  # candidate that the View shows the session at, -1: none
+        ("tried", "i4"),  # 1: the View shows an answer in hand
         ("n_requests", "i4"),
         ("prefix_block_tokens", "i4"),  # 0: prompts are not hashed, or nothing is cached
         ("cursor", "i4"),  # next arrival of one that follows no other
@@ -116,7 +124,7 @@ OWN = np.dtype(
         ("recent_ttft_s", "f8"),
         ("recent_tpot_s", "f8"),
         ("weight", "f8"),
-        ("leading", "i4"),  # requests in flight there that others follow
+        ("leading", "i4"),  # requests in flight there that others follow, or that are looked at
         ("error_share", "f8"),  # of recent calls, as of error_at_s
         ("error_at_s", "f8"),
         ("gpu_usd_per_s", "f8"),  # price of a replica while it is paid

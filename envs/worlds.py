@@ -22,6 +22,7 @@ from envs.fleet.iteration import linear_coefficients
 from envs.fleet.state import record_array
 from envs.prefixes import GatewayPrefixes, hashes_of
 from envs.scenario import Scenario
+from envs.task_books import TaskBooks, verifiers, workflows
 from envs.workload.faults import CHANGE, changes
 from envs.workload.requests import Workload
 from envs.world_sessions import load_sessions
@@ -42,6 +43,9 @@ class Plant:
         config: (1,) `world_state.CONFIG`.
         terms: (K,) contracts.
         cache_access: (K,) who may be answered from the response cache.
+        verifiers: (K, J) who looks at answers.
+        workflows: (W,) kinds of task that pay when they succeed.
+        shared_luck: whether one luck decides for all models.
         static_signals: (S_static, C) first rows of the View's signals.
         sigmas: (max(V, 1), 2) spread of ln TTFT and ln TPOT of providers.
         gpu_usd_per_s: (R,) price of each replica while it is paid.
@@ -57,6 +61,7 @@ class Plant:
         self.layout = self._layout()
         self.terms = scenario.terms()
         self.cache_access = cache_access(scenario)
+        self.verifiers, self.workflows = verifiers(scenario), workflows(scenario)
         self.config = self._config()
         self.static_signals = self._static_signals()
         sigmas = [(p.ttft_sigma, p.tpot_sigma) for p in self.spec.providers]
@@ -65,6 +70,7 @@ class Plant:
         self.priority = np.array([customer.priority for customer in scenario.plans.classes.values()], dtype=np.int64)
         self.slots = np.array([float(p.max_num_seqs) for p in self.spec.pools])
         quality = scenario.workload_spec.quality
+        self.shared_luck = not quality.independent_luck
         task_nobody = quality.task_nobody_can or (quality.nobody_can_share,) * len(scenario.task_names)
         self.prior = QualityPrior(
             ability=np.array(quality.ability).T if quality.sees_task else np.array(quality.prior_ability),
@@ -197,16 +203,16 @@ class FleetWorlds:
         self.action_counts = np.zeros((n, len(v.KINDS)), dtype=np.int64)
         self.signals = np.zeros((len(v.SIGNALS), n, c))
         self.signals[: v.N_STATIC_SIGNALS] = self.plant.static_signals[:, None, :]
-        self.signals[v.IN_FLIGHT_CAP] = v.UNLIMITED
+        self.signals[[v.IN_FLIGHT_CAP, v.SESSION_IDLE_S]] = v.UNLIMITED
         self.request = np.ones((len(v.REQUEST), n))  # until the first decision: anything that divides
         self.legal = np.zeros((n, c), dtype=np.bool_)
         self.p_true = np.zeros((n, c))
         self.desks["done"] = 1
         self._rows = 0
         self.answers = CachedAnswers(self.plant.cache_access, self.plant.config[0], n)
-        self.prefixes = GatewayPrefixes(
-            self.plant.static_signals, stations, n, int(self.plant.config[0]["max_attempts"])
-        )
+        self.books = TaskBooks(self.plant.verifiers, self.plant.workflows, self.plant.shared_luck, n)
+        sends = int(self.plant.config[0]["max_attempts"]) + max(self.books.attempts - 1, 0)
+        self.prefixes = GatewayPrefixes(self.plant.static_signals, stations, n, sends)
         self._allocate(max_requests, 0)
         self._caps = self._per_replica(None)
 
@@ -250,6 +256,7 @@ class FleetWorlds:
             self.good,
             self.own,
             self.answers.arrays,
+            self.books.arrays,
             self.lengths,
             self.ledger_usd,
             self.counts,
@@ -289,7 +296,8 @@ class FleetWorlds:
         requests["patience_until_s"] = workload.arrived_at_s + workload.patience_s - embed_s
         requests["expected_cached_tokens"] = 0
         load_hashes(self.fleet, w, hashes, check=False)
-        self.signals[v.CACHED_TOKENS, w] = 0.0
+        self.signals[v.CACHED_TOKENS, w], self.signals[v.SESSION_IDLE_S, w] = 0.0, v.UNLIMITED
+        self.request[v.TASK_VALUE_USD, w] = self.request[v.TASK_CALL, w] = 0.0
         desk = self.desks[w : w + 1]
         desk[...] = np.zeros((), dtype=DESK)
         for queue in ("held", "judged", "lru"):
@@ -299,6 +307,7 @@ class FleetWorlds:
         desk["prefix_block_tokens"] = workload.prefix_block_tokens if self.prefixes.wants(workload) else 0
         self._load_faults(w, workload)
         load_sessions(workload, desk, load)
+        self.books.load(w, workload, desk, load)
         static = self.plant.static_signals
         stations = self.own.shape[1]
         self.own["recent_ttft_s"][w] = static[v.FIXED_TTFT_S, :stations]
@@ -320,7 +329,8 @@ class FleetWorlds:
             max(x.n_requests for x in workloads),
             max(len(hashes_of(x, self.plant.spec)[1]) for x in workloads),
         )
-        if any([self.prefixes.make_room(x) | self.answers.make_room(x) for x in workloads]):
+        rooms = (self.prefixes, self.answers, self.books)
+        if any([room.make_room(x) for x in workloads for room in rooms]):
             self.__dict__.pop("_arguments", None)
 
     def _load_faults(self, w: int, workload: Workload) -> None:

@@ -86,7 +86,8 @@ def uncovered(plant: Plant) -> list[str]:
     ]
     rows += [("pool setting", vars(pool)) for pool in plant.spec.pools]
     rows += [("provider setting", vars(provider)) for provider in plant.spec.providers]
-    found = []
+    parts = (("verifiers", plant.verifiers["max_attempts"].any()), ("workflows", len(plant.workflows) > 0))
+    found = [name for name, used in parts if used]
     for kind, row in rows:
         for name, value in row.items():
             if name in MODELLED or name in HARMLESS or (name in WITHOUT and value == WITHOUT[name]):

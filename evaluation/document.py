@@ -24,6 +24,7 @@ from evaluation.report import PER_1K, Report, accounts_usd_per_1k, action_shares
 from evaluation.results import EpisodeResults, Floats
 from evaluation.router_cost import CPU_S_PER_DECISION, USD_PER_CORE_HOUR, router_usd_per_1k
 from evaluation.statistics import Estimate, ratio_of_sums
+from evaluation.workflows import workflow_documents
 from marginroute.errors import InputError
 
 SCHEMA = 1
@@ -128,7 +129,7 @@ def _policy_document(report: Report, name: str) -> dict[str, Any]:
         "utilisation_by_pool": dict(zip(results.pool_names, utilisation.tolist(), strict=True)),
         "accounts": accounts_usd_per_1k(results),
         "by_class": {class_name: _class_document(results, k) for k, class_name in enumerate(results.class_names)},
-        "by_workflow": {},
+        "by_workflow": workflow_documents(results),
     }
 
 

@@ -155,6 +155,9 @@ def play(
         utilisation=np.asarray(worlds.utilisation),
         horizon_s=np.array([workload.horizon_s for workload in workloads]),
         latency_histogram=latency_histogram(worlds, workloads),
+        workflow_usd=worlds.books.arrays.usd,
+        workflow_counts=worlds.books.arrays.counts,
+        workflow_names=tuple(plant.scenario.plans.workflows),
     )
 
 

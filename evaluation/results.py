@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.economics.ledger import ACCOUNTS, COUNTS, FIXED_COST_ACCOUNTS, REVENUE_ACCOUNTS
+from envs.world_tasks import WORKFLOW_COUNTS
 from evaluation.latency import METRICS, quantile
 from marginroute.errors import InputError
 
@@ -25,6 +26,8 @@ ARRAYS = (
     "utilisation",
     "horizon_s",
     "latency_histogram",
+    "workflow_usd",
+    "workflow_counts",
 )
 
 
@@ -46,6 +49,9 @@ class EpisodeResults:
         horizon_s: (E,).
         latency_histogram: (E, 3, K, BINS) requests answered by a replica or provider, by TTFT, TPOT and E2E
             (bins of `evaluation.latency`); answers from the response cache are not in it.
+        workflow_usd: (E, A, W) what the calls and successes of each kind of task were posted with.
+        workflow_counts: (E, 5, W), in the order of `envs.world_tasks.WORKFLOW_COUNTS`.
+        workflow_names: W kinds of task that pay when they succeed.
     """
 
     policy: str
@@ -60,6 +66,14 @@ class EpisodeResults:
     utilisation: Floats
     horizon_s: Floats
     latency_histogram: Ints
+    workflow_usd: Floats = None  # type: ignore[assignment]
+    workflow_counts: Floats = None  # type: ignore[assignment]
+    workflow_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, rows in (("workflow_usd", ACCOUNTS), ("workflow_counts", WORKFLOW_COUNTS)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, np.zeros((len(self.seeds), len(rows), 0)))
 
     def episodes(self, rows: slice) -> EpisodeResults:
         """Some of the episodes."""
@@ -108,6 +122,14 @@ class EpisodeResults:
     def latency_s(self, metric: str, q: float) -> Floats:
         """(K,) quantile of `ttft`, `tpot` or `e2e` over the answered requests of all episodes."""
         return quantile(self.latency_histogram[:, METRICS.index(metric)].sum(axis=0), q)
+
+    def workflow_usd_of(self, names: Sequence[str]) -> Floats:
+        """(W,) sum of the named accounts over all episodes, of each kind of task."""
+        return np.asarray(self.workflow_usd[:, [ACCOUNTS.index(name) for name in names]].sum(axis=(0, 1)))
+
+    def workflow_count(self, name: str) -> Floats:
+        """(W,) one of `WORKFLOW_COUNTS` over all episodes."""
+        return np.asarray(self.workflow_counts[:, WORKFLOW_COUNTS.index(name)].sum(axis=0))
 
     @property
     def tier_shares(self) -> tuple[float, ...]:

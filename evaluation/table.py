@@ -19,6 +19,7 @@ from evaluation.report import Paired, Report, accounts_usd_per_1k, action_shares
 from evaluation.results import EpisodeResults, Floats
 from evaluation.router_cost import router_words
 from evaluation.statistics import Estimate
+from evaluation.workflows import workflow_documents
 
 PIPE_COLUMNS = 100
 GAP = 3  # between groups, the box's own column of blanks included
@@ -67,6 +68,9 @@ def print_report(report: Report, console: Console | None = None, title: str | No
     _print_groups(report, [*_money_groups(report), *_service_groups(report)], console)
     console.print("[bold]Accounts[/bold], USD per 1k requests; costs are negative, the sum is the margin\n")
     _print_groups(report, _account_groups(report), console, ACCOUNTS_GAP)
+    if first.workflow_names:
+        console.print("[bold]Tasks[/bold], USD per finished task; variable cost only, GPU-hours are nobody's\n")
+        _print_groups(report, _workflow_groups(report), console)
     console.print(_note(report, first), markup=False)
 
 
@@ -198,6 +202,22 @@ def _account_groups(report: Report) -> list[Group]:
             first, _, second = account.partition("_")
             groups.append(make_group(first if second else "", [second or first], [[cell] for cell in cells]))
     return [*groups, make_group("", ["margin"], [[_usd(sum(accounts.values()), digits)] for accounts in by_policy])]
+
+
+def _workflow_groups(report: Report) -> list[Group]:
+    """For each kind of task: finished and failed shares, what a finished one brings and costs."""
+    documents = [workflow_documents(report.results[name]) for name in report.ranking]
+    heads = ["finished %", "failed %", "revenue", "cost", "remedies"]
+    groups = []
+    for kind in documents[0]:
+        rows = []
+        for of_policy in documents:
+            row = of_policy[kind]
+            money = [row[f"{name}_per_finished_task_usd"] for name in heads[2:]]
+            cells = _percents([row["finished_share"], row["failed_share"]])
+            rows.append([*cells, *("-" if usd is None else _usd(usd, 4) for usd in money)])
+        groups.append(make_group(kind, heads, rows))
+    return groups
 
 
 def _usd(usd: float, digits: int, sign: str = "") -> str:

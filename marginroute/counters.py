@@ -87,6 +87,7 @@ class Counters:
         self._errors = np.zeros((2, layout.n_candidates))  # share of recent calls that failed, and as of when
         self.signals = np.zeros((len(v.SIGNALS), layout.n_candidates))
         self.signals[: v.N_STATIC_SIGNALS] = static_signals
+        self.signals[v.SESSION_IDLE_S] = v.UNLIMITED
         static = static_signals[:, :serving]
         self.signals[v.RECENT_TTFT_S, :serving] = static[v.FIXED_TTFT_S]
         self.signals[v.RECENT_TPOT_S, :serving] = static[v.FIXED_TPOT_S] + static[v.BASE_S]

@@ -7,6 +7,7 @@ shape (N, len(COUNTS), K). All functions are compiled and take one world `w`; qu
 Counts are of requests by class unless they say tokens. `calls` have arrived: `first_calls`, which come whatever
 happens, and follow-ups of sessions. `lost_calls` never will, since a request before them got no answer. `cache_hits`
 were answered from the response cache; `wrong_hits` are those of them whose answer was to another question.
+`turned_down` counts answers that failed before a verifier.
 """
 
 from __future__ import annotations
@@ -26,9 +27,23 @@ ACCOUNTS = (
     "gpu_hours",
     "energy",
     "cache",
+    "task_revenue",
+    "verification",
 )
-(USAGE_REVENUE, SEAT_REVENUE, SLO_CREDITS, UNSERVED_CREDITS, REFUNDS, API_SPEND, GPU_HOURS, ENERGY, CACHE) = range(9)
-REVENUE_ACCOUNTS = ("usage_revenue", "seat_revenue")
+(
+    USAGE_REVENUE,
+    SEAT_REVENUE,
+    SLO_CREDITS,
+    UNSERVED_CREDITS,
+    REFUNDS,
+    API_SPEND,
+    GPU_HOURS,
+    ENERGY,
+    CACHE,
+    TASK_REVENUE,
+    VERIFICATION,
+) = range(11)
+REVENUE_ACCOUNTS = ("usage_revenue", "seat_revenue", "task_revenue")
 FIXED_COST_ACCOUNTS = ("gpu_hours",)
 
 COUNTS = (
@@ -51,6 +66,7 @@ COUNTS = (
     "lost_calls",
     "cache_hits",
     "wrong_hits",
+    "turned_down",
 )
 (
     FIRST_CALLS,
@@ -72,7 +88,8 @@ COUNTS = (
     LOST_CALLS,
     CACHE_HITS,
     WRONG_HITS,
-) = range(19)
+    TURNED_DOWN,
+) = range(20)
 
 tokens_usd = kernel(pricing.tokens_usd, inline="always")
 answer_usd = kernel(pricing.answer_usd, inline="always")

@@ -41,6 +41,8 @@ def compose(spec: WorkloadSpec, composition: Composition, rng: np.random.Generat
         roots = _with_jobs(spec, composition.jobs, rng, roots)
     kind_of = _kinds(composition, rng, roots)
     calls, kind_of_call = _calls(spec, composition, rng, roots, kind_of)
+    workflow = np.array([kind.workflow for kind in composition.sessions] + [-1], dtype=np.int32)
+    task_calls = np.bincount(calls.root, minlength=len(roots.at_s)).astype(np.int32)
     at_s = roots.at_s[calls.root] + calls.start_s
     rows = np.flatnonzero((at_s >= 0.0) & (at_s < spec.horizon_s))
     rows = rows[np.argsort(at_s[rows], kind="stable")]
@@ -88,6 +90,8 @@ def compose(spec: WorkloadSpec, composition: Composition, rng: np.random.Generat
         session_index=session_index,
         parent_index=calls.parent.astype(np.int32),
         think_s=np.where(calls.parent >= 0, calls.think_s, 0.0),
+        workflow_index=workflow[kind],
+        task_calls=task_calls[root],
         **hashed,
         **near,
     )

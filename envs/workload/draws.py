@@ -112,3 +112,10 @@ def draw_lengths(
     tokens = np.exp(table.median_log.take(at) + table.sigma.take(at) * normal)
     np.maximum(np.rint(tokens, out=tokens), table.min_tokens[task_index], out=tokens)
     return np.minimum(tokens, table.max_tokens[task_index], out=tokens).astype(np.int32)
+
+
+def draw_attempts(attempts: int, rng: np.random.Generator, size: int) -> Array:
+    """(M, A, 3) f8 luck of verifiers, of answers drawn anew, and of users who leave."""
+    luck = rng.random((size, attempts, 3))
+    luck[:, :, 0] = rng.standard_normal((size, attempts))
+    return luck

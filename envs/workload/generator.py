@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from envs.workload.compose import compose
-from envs.workload.draws import choose, draw_lengths, draw_recurrences, draw_tasks, draw_tenants, given_recurrences
+from envs.workload.draws import (
+    choose,
+    draw_attempts,
+    draw_lengths,
+    draw_recurrences,
+    draw_tasks,
+    draw_tenants,
+    given_recurrences,
+)
 from envs.workload.intents import draw_intents, draw_reuse
 from envs.workload.quality import draw_quality
 from envs.workload.requests import Workload
@@ -21,7 +29,10 @@ from envs.workload.spec import GivenRequests, WorkloadSpec
 Array = np.ndarray[Any, Any]
 
 
-_LINKS = ("prefix_block_tokens", "prefix_count", "prefix_hash", "session_index", "parent_index", "think_s")
+_LINKS = (
+    *("prefix_block_tokens", "prefix_count", "prefix_hash"),
+    *("session_index", "parent_index", "think_s", "workflow_index", "task_calls"),
+)
 
 
 def generate(
@@ -66,6 +77,8 @@ def generate(
     if near:
         near["needed_similarity"], near["valid_for_s"] = draw_reuse(spec.reuse, rng.spawn(1)[0], task_index)
     judged = rng.spawn(1)[0].random(size) < spec.judged_share if spec.judged_share > 0.0 else None
+    if spec.attempts:
+        near["attempt_luck"] = draw_attempts(spec.attempts, rng.spawn(1)[0], size)
     return Workload(
         arrived_at_s=arrived_at_s,
         class_index=class_index,

@@ -61,6 +61,12 @@ class Workload:
         needed_similarity: (M,) f8, that an answer to another prompt must have to be right. Default 0. Hidden.
         valid_for_s: (M,) f8, age of a stored answer up to which it is right. Default inf. Hidden.
         judged: (M,) u1, 1: the gateway will hear whether the answer was good. Default 0. Hidden.
+        workflow_index: (M,) i4, kind of task that pays when it succeeds and that a request is a call of; -1: none.
+            Default -1.
+        task_calls: (M,) i4, calls of its whole task, those outside the episode included. Default 1. Hidden.
+        attempt_luck: (M, A, 3) f8, for each answer of a request that a verifier may look at: a standard normal number
+            behind its score, a uniform one behind an answer that is drawn anew, one behind the user's leaving. Default
+            none, A = 0. Hidden.
         faults: (F,) `faults.FAULT`, what fails when, ordered by start. Hidden.
     """
 
@@ -91,11 +97,14 @@ class Workload:
     needed_similarity: Array = None  # type: ignore[assignment]
     valid_for_s: Array = None  # type: ignore[assignment]
     judged: Array = None  # type: ignore[assignment]
+    workflow_index: Array = None  # type: ignore[assignment]
+    task_calls: Array = None  # type: ignore[assignment]
+    attempt_luck: Array = None  # type: ignore[assignment]
     faults: Array = field(default_factory=no_faults)
 
     hidden: ClassVar[tuple[str, ...]] = (
         *("output_tokens", "patience_s", "p_good", "good", "provider_noise", "think_s"),
-        *("needed_similarity", "valid_for_s", "judged"),
+        *("needed_similarity", "valid_for_s", "judged", "task_calls", "attempt_luck"),
     )
     scalars: ClassVar[tuple[str, ...]] = ("horizon_s", "prefix_block_tokens", "variant")
 
@@ -112,6 +121,9 @@ class Workload:
             ("needed_similarity", 0.0, m, np.float64),
             ("valid_for_s", np.inf, m, np.float64),
             ("judged", 0, m, np.uint8),
+            ("workflow_index", -1, m, np.int32),
+            ("task_calls", 1, m, np.int32),
+            ("attempt_luck", 0, (m, 0, 3), np.float64),
         ):
             given = getattr(self, name)
             array = np.full(size, fill, kind) if given is None else np.ascontiguousarray(given, kind)

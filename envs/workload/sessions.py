@@ -86,6 +86,7 @@ class SessionKind:
         sub_agents: None where a call starts none.
         answer_kept: share of an answer that stays in the context (reasoning may not).
         pace_sigma: standard deviation of ln of a factor on all waiting times of a session: some are fast, some slow.
+        workflow: kind of task that is paid for when it succeeds; -1: none.
     """
 
     share: float
@@ -102,6 +103,7 @@ class SessionKind:
     sub_agents: SubAgents | None = None
     answer_kept: float = 1.0
     pace_sigma: float = 0.0
+    workflow: int = -1
 
 
 @dataclass

@@ -85,6 +85,7 @@ class WorkloadSpec:
         intents: who asks the same in other words; None: nobody, `recurring_...` counts.
         reuse: (J,) when an earlier answer is right for another prompt of its intent; with intents.
         judged_share: share of answers of which the gateway will hear whether they were good.
+        attempts: A, most answers of a request that verifiers allow; 0: there is no verifier.
     """
 
     arrivals: Arrivals
@@ -107,6 +108,7 @@ class WorkloadSpec:
     intents: IntentSpec | None = None
     reuse: tuple[Reuse, ...] = ()
     judged_share: float = 0.0
+    attempts: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class GivenRequests:
         task_index, tenant_index: (M,) i4, or None to draw them.
         deadline_s: (M,) f8, nan for the class's own, or None for all.
         family_index, embedding: as in `Workload`, or None where nobody asks the same in other words.
+        workflow_index, task_calls: as in `Workload`, or None where no task is paid for.
         prefix_block_tokens, prefix_count, prefix_hash, session_index, parent_index, think_s: as in `Workload`; None
             where the trace has neither hashes nor sessions.
     """
@@ -144,3 +147,5 @@ class GivenRequests:
     deadline_s: Array | None = None
     family_index: Array | None = None
     embedding: Array | None = None
+    workflow_index: Array | None = None
+    task_calls: Array | None = None

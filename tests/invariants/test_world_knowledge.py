@@ -46,6 +46,8 @@ def other_truths(episode, rows, rng):
         "think_s": rng.random(m),
         "needed_similarity": rng.random(m),
         "valid_for_s": rng.choice([0.1, 5.0, np.inf], m),
+        "task_calls": rng.integers(1, 9, m),
+        "attempt_luck": rng.random(episode.attempt_luck.shape),
     }
     assert set(drawn) == set(Workload.hidden)
     changed = {}
