@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
-from agents.tuning import Budget, Rule, Tuned
+from agents.tuning import Budget, Rule, Tuned, untuned
 from envs import scenario_files
 from envs.scenario import Scenario
+from envs.worlds import Plant
 from marginroute import heuristics
 from marginroute.control import ControlLayout
 from marginroute.control_rules import RuleController
@@ -172,7 +173,9 @@ def baselines_for(scenario: Scenario, run_dir: Path | None = None) -> dict[str, 
             f"no tuned baselines for scenario {scenario.name!r} (hash {scenario.hash}); "
             "tune them with train.py on the same scenario, trace and --set values"
         )
+    plant = Plant(scenario)
     rules = load(path)[1]
+    rules |= {name: rule for name, rule in untuned(plant).items() if name not in rules and "shipped" in rules}
     stations = len(scenario.pool_names) + len(scenario.provider_names)
     for name, rule in rules.items():
         if isinstance(rule, heuristics.MarginRule) and len(rule.parameters.station_usd_per_s) != stations:

@@ -8,6 +8,7 @@ between restarts is published: a baseline whose restarts disagree is not tuned. 
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
@@ -21,8 +22,8 @@ from envs.worlds import FleetWorlds, Plant
 from marginroute import heuristics, quality
 from marginroute import view as v
 from marginroute.errors import InputError
-from marginroute.gateway_rules import ShippedRule
-from marginroute.heuristics import DifficultyThreshold, MarginParameters, MarginRule, RuleOfThumb
+from marginroute.gateway_rules import SHIPPED_RULES, ShippedRule
+from marginroute.heuristics import Cascade, DifficultyThreshold, MarginParameters, MarginRule, RuleOfThumb
 from marginroute.view import Array, Layout, View
 
 Rule = MarginRule | RuleOfThumb
@@ -33,6 +34,7 @@ AGREEMENT = 0.005  # restarts agree when their validation margins differ by less
 CHECKED_EPISODES = 16
 SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 1.0)
 REUSED_SHARE = 0.5  # of the stored answers found that are given while outcomes are logged
+CASCADE_TIERS = 3  # models in a cascade at most, as in FrugalGPT
 EXPLORED_SHARE = 0.2  # of decisions made at random while outcomes are logged for the fit of P(good)
 
 
@@ -118,6 +120,9 @@ def stack(rules: list[Rule], worlds_each: int) -> Rule:
     if isinstance(first, ShippedRule):
         numbers = [f.name for f in fields(first) if isinstance(getattr(first, f.name), float)]
         return replace(first, **{name: column([getattr(rule, name) for rule in rules], (n, 1)) for name in numbers})
+    if isinstance(first, Cascade):
+        cascades = [rule.thresholds for rule in rules if isinstance(rule, Cascade)]
+        return replace(first, thresholds=column(cascades, (n, -1)))
     assert isinstance(first, DifficultyThreshold)
     thresholds = [rule for rule in rules if isinstance(rule, DifficultyThreshold)]
     return replace(
@@ -204,6 +209,56 @@ def _difficulty_threshold(trial: optuna.Trial, plant: Plant) -> Rule:
     return DifficultyThreshold("difficulty-threshold", ranks, tuple(cutoffs), shift)
 
 
+def tier_prices(plant: Plant) -> Array:
+    """(T,) USD that an average answer of each tier costs the operator at its cheapest candidate."""
+    layout, static = plant.layout, plant.static_signals
+    workload = plant.scenario.generate(0, "train")
+    prompt_tokens, output_tokens = workload.prompt_tokens.mean(), plant.output_tokens.mean()
+    usd = static[v.CALL_USD] + prompt_tokens * static[v.INPUT_USD] + output_tokens * static[v.OUTPUT_USD]
+    tiers = range(len(layout.tier_names))
+    return np.array([usd[layout.tier == t].min() if (layout.tier == t).any() else np.inf for t in tiers])
+
+
+def cascades(plant: Plant) -> list[Cascade]:
+    """FrugalGPT's lists: every choice of up to `CASCADE_TIERS` models, cheapest first; thresholds in the middle."""
+    prices = tier_prices(plant)
+    cheapest_first = [int(t) for t in np.argsort(prices, kind="stable") if np.isfinite(prices[t])]
+    lists = [x for m in range(1, CASCADE_TIERS + 1) for x in itertools.combinations(cheapest_first, m)]
+    return [Cascade("cascade", order, (0.5,) * (len(order) - 1)) for order in lists]
+
+
+def has_verifiers(plant: Plant) -> bool:
+    """Whether anybody looks at answers: without, a cascade ends with its first model."""
+    return bool(plant.verifiers["max_attempts"].any())
+
+
+def untuned(plant: Plant) -> dict[str, Rule]:
+    """Rules that have nothing to tune in a scenario, by name; none where stored answers have a threshold."""
+    if is_semantic(plant):
+        return {}
+    rules: dict[str, Rule] = {"session-affinity": SHIPPED_RULES["session-affinity"]("session-affinity")}
+    if not has_verifiers(plant):
+        rules["cascade"] = cascades(plant)[0]
+    return rules
+
+
+def _tune_cascade(tuner: _Tuner) -> Tuned:
+    """The best list of models with thresholds in the middle, then its thresholds by the same search as all others."""
+    rules = cascades(tuner.plant)
+    best = rules[int(np.argmax([float(tuner.objective([rule])[0]) for rule in rules]))]
+    spent = len(rules) * tuner.objective.requests
+    if len(best.order) == 1:
+        return Tuned(best, float(tuner.validation([best])[0]), requests=spent)
+    names = [f"threshold_{tuner.plant.layout.tier_names[t]}" for t in best.order[:-1]]
+
+    def suggest(trial: optuna.Trial, plant: Plant) -> Rule:
+        return replace(best, thresholds=tuple(trial.suggest_float(name, 0.0, 1.0) for name in names))
+
+    found = tuner.search(suggest)
+    found.requests += spent
+    return found
+
+
 def _search(
     suggest: Suggest, plant: Plant, objective: Objective, budget: Budget, seed: int, start: dict[str, float] | None
 ) -> tuple[Rule, int]:
@@ -262,6 +317,9 @@ def log_outcomes(plant: Plant, rule: Rule, seeds: Iterable[int]) -> dict[str, Ar
     request, load = worlds.fleet.requests, worlds.loads
     w, i = np.nonzero((request["status"] == 2) & (np.arange(load.shape[1]) < worlds.desks["n_requests"][:, None]))
     tier = plant.layout.tier[load["answered_by"][w, i]]
+    trials = worlds.books.arrays.trials
+    if trials.shape[1]:  # of what was asked again, the first answer counts: later ones have a history
+        tier = np.where(load["turned_down"][w, i] > 0, trials["first_tier"][w, i], tier)
     return {
         "tier": tier,
         "task": load["task_index"][w, i].astype(np.int64),
@@ -373,6 +431,9 @@ def tune_others(plant: Plant, budget: Budget, progress: Progress = lambda *_: No
     threshold = tuned["difficulty-threshold"].policy
     assert isinstance(threshold, DifficultyThreshold)
     tuned |= tuning_shipped.tune_shipped(objective, validation, tuner.search, threshold)
+    tuned["cascade"] = (
+        _tune_cascade(tuner) if has_verifiers(plant) else _best_of([cascades(plant)[0]], objective, validation)
+    )
     if is_semantic(plant):
         for name in [name for name, x in tuned.items() if isinstance(x.policy, RuleOfThumb) and name != AS_IT_COMES]:
             tuned[name] = with_threshold(tuned[name], objective, validation)

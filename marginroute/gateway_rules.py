@@ -5,6 +5,7 @@
 | power-of-two | vllm-project/router `src/policies/power_of_two.rs`; Mitzenmacher (2001) |
 | cache-aware | sglang `sgl-model-gateway/src/policies/cache_aware.rs` |
 | prefix-aware | vllm-project/production-stack `src/vllm_router/routers/routing_logic.py` |
+| session-affinity | vllm-project/router session map; production-stack `routing_logic.py`, session router |
 | llm-d | llm-d/llm-d-router `config/charts/routerlib/templates/_config.yaml` |
 | dynamo-kv | ai-dynamo/dynamo `lib/kv-router/src/scheduling/selector/default.rs` |
 | litellm-shuffle, litellm-latency, litellm-cost | litellm `litellm/router_strategy/` |
@@ -125,6 +126,22 @@ class PrefixAware(ShippedRule):
     def rank(self, view: View, among: Array) -> Array:
         """Share of the prompt that matches."""
         return view.signals[v.CACHED_TOKENS] / view.request[v.PROMPT_TOKENS][..., None] + self.ties(view)
+
+
+@dataclass(frozen=True)
+class SessionAffinity(ShippedRule):
+    """*session-affinity*: where the session's last call went, for `ttl_s`; fewest in flight otherwise.
+
+    A map from session to worker, as in vLLM's router; production-stack's hash ring sends a session to the same worker,
+    too, and requests without one to the least busy. Where the map's worker is not legal, the call goes as a new one.
+    """
+
+    ttl_s: float = 3600.0
+
+    def rank(self, view: View, among: Array) -> Array:
+        """The session's own above all, then minus the requests in flight."""
+        own = view.signals[v.SESSION_IDLE_S] <= self.ttl_s
+        return np.where(own, LAST_RESORT / 8.0, 0.0) - view.signals[v.IN_FLIGHT] + self.ties(view)
 
 
 @dataclass(frozen=True)
@@ -286,6 +303,7 @@ SHIPPED_RULES: dict[str, type[ShippedRule]] = {
     "power-of-two": PowerOfTwo,
     "cache-aware": CacheAware,
     "prefix-aware": PrefixAware,
+    "session-affinity": SessionAffinity,
     "llm-d": LlmD,
     "dynamo-kv": DynamoKv,
     "litellm-shuffle": LiteLlmShuffle,
@@ -294,6 +312,9 @@ SHIPPED_RULES: dict[str, type[ShippedRule]] = {
     "multi-factor": MultiFactor,
     "cheapest-able": CheapestAble,
 }
-"""By name; the first six choose replicas, the others models."""
-REPLICA_RULES = ("least-request", "power-of-two", "cache-aware", "prefix-aware", "llm-d", "dynamo-kv")
+"""By name; the first seven choose replicas, the others models."""
+REPLICA_RULES = (
+    *("least-request", "power-of-two", "cache-aware", "prefix-aware"),
+    *("session-affinity", "llm-d", "dynamo-kv"),
+)
 TIER_RULES = ("litellm-shuffle", "litellm-latency", "litellm-cost", "multi-factor", "cheapest-able")

@@ -31,6 +31,7 @@ from marginroute.errors import InputError
 from marginroute.gateway_rules import SHIPPED_RULES, Composite
 from marginroute.quality import FittedQuality
 from marginroute.rules import (
+    Cascade,
     DifficultyThreshold,
     FixedTier,
     LeastInFlight,
@@ -332,6 +333,7 @@ RULES: dict[str, type[MarginRule] | type[RuleOfThumb]] = {
     "round-robin": RoundRobin,
     "least-in-flight": LeastInFlight,
     "difficulty-threshold": DifficultyThreshold,
+    "cascade": Cascade,
     "shuffled-mix": ShuffledMix,
     "composite": Composite,
     **SHIPPED_RULES,

@@ -1,7 +1,8 @@
 """Rules of thumb: heuristics that rank candidates without money.
 
 They answer from the response cache whatever is similar enough (the same prompt always is; the threshold is what
-semantic caches of gateways ship), never defer, and shed only when nothing else is legal. A candidate whose recent
+semantic caches of gateways ship), never defer, and shed only when nothing else is legal. Where a verifier has turned an
+answer down they ask again; *cascade* alone may deliver it. A candidate whose recent
 calls failed cools down: it ranks behind all others until its errors fade (LiteLLM does so too). Their parameters may
 also hold one value per world, (N, 1), as in tuning.
 """
@@ -47,7 +48,8 @@ class RuleOfThumb(ABC):
         """A cached answer first, if it is similar enough, then by preference, then defer, then shed."""
         kind = view.layout.kind
         cooling = (view.signals[v.RECENT_ERRORS] > COOLDOWN_SHARE) * (-0.75 * LAST_RESORT)
-        too_far = (kind == CACHE) & (view.signals[v.SIMILARITY] < self.cache_similarity)
+        turned_down = view.request[v.TURNED_DOWN][..., None] > 0.0  # the stored answer is the one in hand
+        too_far = (kind == CACHE) & ((view.signals[v.SIMILARITY] < self.cache_similarity) | turned_down)
         other = np.where(too_far, _TOO_FAR, _FALLBACK_ORDER[kind])
         return np.where(kind <= PROVIDER, self.preference(view) + cooling, other)
 
@@ -163,6 +165,43 @@ class DifficultyThreshold(RuleOfThumb):
         difficulty = view.request[v.DIFFICULTY_SIGNAL] - self.load_shift * fill
         wanted = (difficulty[..., None] > np.asarray(self.cutoffs)).sum(axis=-1)
         return tier_preference(view, wanted[..., None], np.asarray(self.rank_of_tier))
+
+
+@dataclass(frozen=True)
+class Cascade(RuleOfThumb):
+    """*cascade*: ask a list of models in turn, the cheapest first, until an answer scores high enough (FrugalGPT).
+
+    Chen, Zaharia and Zou (2023), `src/FrugalGPT/llmcascade.py`: the answer of the i-th model is accepted if its score
+    is at least the i-th threshold, that of the last model in any case. An answer that passes the verifier itself is
+    delivered before anybody asks. Least in-flight inside a tier; the next of the list where a tier has no legal
+    candidate.
+
+    Attributes:
+        order: (m,) tiers, in the order in which they are asked.
+        thresholds: (m - 1,) scores from which their answers are delivered.
+    """
+
+    order: tuple[int, ...] = ()
+    thresholds: tuple[float, ...] = ()
+
+    def preference(self, view: View) -> Array:
+        """The model whose turn it is, then those nearest to it in the list."""
+        rank = np.full(len(view.layout.tier_names) + 1, 2.0 * len(view.layout.tier_names))  # the last: no tier
+        rank[list(self.order)] = np.arange(len(self.order))
+        turn = np.minimum(view.request[v.TURNED_DOWN], len(self.order) - 1.0)
+        return tier_preference(view, turn[..., None], rank)
+
+    def scores(self, view: View) -> Array:
+        """As any rule of thumb, but an answer in hand that scores high enough is above all."""
+        scores = super().scores(view)
+        asked = view.request[v.TURNED_DOWN].astype(np.int64)
+        least = np.append(
+            np.asarray(self.thresholds, dtype=np.float64), np.zeros((*np.shape(self.thresholds)[:-1], 1)), -1
+        )
+        at = np.clip(asked - 1, 0, len(self.order) - 1)
+        wanted = least[at] if least.ndim == 1 else np.take_along_axis(least, at[..., None], axis=-1)[..., 0]
+        deliver = (asked > 0) & (view.request[v.VERIFIER_SCORE] >= wanted)
+        return np.where(deliver[..., None] & (view.layout.kind == CACHE), 3.0 * LAST_RESORT, scores)
 
 
 @dataclass(frozen=True)

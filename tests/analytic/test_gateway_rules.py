@@ -18,8 +18,9 @@ from marginroute.gateway_rules import (
     MultiFactor,
     PowerOfTwo,
     PrefixAware,
+    SessionAffinity,
 )
-from marginroute.rules import FixedTier
+from marginroute.rules import Cascade, FixedTier
 from marginroute.view import Layout, View
 
 
@@ -42,6 +43,7 @@ def make_view(worlds=None, replicas=3, pools=(0, 0, 1), **signals):
     request = np.ones((len(v.REQUEST), *lead))
     request[v.PROMPT_TOKENS] = 1000.0
     request[v.SLO_TTFT_S] = 2.0
+    request[[v.TURNED_DOWN, v.VERIFIER_SCORE]] = 0.0
     request[v.SEQUENCE] = np.arange(worlds) if worlds else 7.0
     for name, values in signals.items():
         rows[v.SIGNAL_NAMES.index(name), ..., :4] = values
@@ -173,3 +175,63 @@ def test_one_view_and_many_decide_alike():
     for rule in (*(cls(name) for name, cls in heuristics.SHIPPED_RULES.items()), composite):
         together = rule.decide_batch(views)
         assert [rule.decide(views[w]).candidate for w in range(50)] == together.tolist(), rule.name
+
+
+def test_session_affinity_is_a_map_with_a_time_to_live():
+    rule, never = SessionAffinity("x", use_providers=True), v.UNLIMITED
+    load = {"in_flight": [50, 2, 5, 9]}
+    assert chosen(rule, session_idle_s=[3600.0, never, never, never], **load) == 0
+    assert chosen(rule, session_idle_s=[3600.1, never, never, never], **load) == 1  # forgotten: fewest in flight
+    assert chosen(rule, session_idle_s=never, **load) == 1  # no session
+    gone = make_view(session_idle_s=[1.0, never, never, never], **load)
+    gone.legal[0] = False
+    assert rule.decide_batch(gone) == 1
+    assert chosen(SessionAffinity("x", ttl_s=60.0), session_idle_s=[61.0, never, never, never], **load) == 1
+
+
+def asked(turned_down, score, cascade, **legal):
+    """What a cascade does with a view in which so many answers were turned down, the last with this score."""
+    view = make_view(in_flight=[3, 2, 5, 0], **legal)
+    view.request[[v.TURNED_DOWN, v.VERIFIER_SCORE]] = turned_down, score
+    view.legal[4] = turned_down > 0
+    view.signals[v.SIMILARITY, 4] = 1.0
+    return int(cascade.decide_batch(view))
+
+
+def test_a_cascade_asks_in_turn_until_an_answer_scores_high_enough():
+    """Models a (replicas 0 and 1), b (2) and hosted (3); 4 delivers the answer in hand."""
+    cascade = Cascade("cascade", (0, 1, 2), (0.6, 0.3))
+    assert asked(0, 0.0, cascade) == 1  # least in flight of the first model
+    assert [asked(1, score, cascade) for score in (0.59, 0.6)] == [2, 4]
+    assert [asked(2, score, cascade) for score in (0.29, 0.31)] == [3, 4]
+    assert asked(3, 0.01, cascade) == 4  # the last model's answer is accepted in any case
+    assert asked(1, 0.5, Cascade("cascade", (0, 2), (0.6,))) == 3
+    assert asked(1, 0.0, Cascade("cascade", (2,), ())) == 4 and asked(0, 0.0, Cascade("cascade", (2,), ())) == 3
+
+
+def test_a_cascade_goes_on_where_a_model_is_not_there():
+    view = make_view(in_flight=[3, 2, 5, 0])
+    view.request[[v.TURNED_DOWN, v.VERIFIER_SCORE]] = 1.0, 0.2
+    view.legal[[2, 4]] = False, True
+    assert Cascade("cascade", (0, 1, 2), (0.6, 0.3)).decide_batch(view) in (1, 3)
+
+
+def test_cascades_of_many_worlds_have_thresholds_of_their_own():
+    view = make_view(worlds=3, in_flight=[3, 2, 5, 0])
+    view.request[[v.TURNED_DOWN, v.VERIFIER_SCORE]] = np.array([[1.0, 1.0, 2.0], [0.5, 0.5, 0.5]])
+    view.legal[:, 4] = True
+    cascade = Cascade("cascade", (0, 1, 2), np.array([[0.4, 0.9], [0.6, 0.9], [0.4, 0.9]]))
+    assert cascade.decide_batch(view).tolist() == [4, 2, 3]
+
+
+def test_other_rules_of_thumb_ask_again():
+    assert asked(1, 0.9, FixedTier("fixed-a", 0)) == 1
+    view = make_view(in_flight=[3, 2, 5, 0])
+    view.request[v.TURNED_DOWN], view.signals[v.SIMILARITY, 4] = 1.0, 1.0
+    view.legal[:] = [False] * 4 + [True, False, True]
+    assert FixedTier("fixed-a", 0).decide_batch(view) == 4  # nobody is there: better than nothing
+
+
+def test_both_go_through_files():
+    for rule in (Cascade("cascade", (0, 2), (0.4,)), SessionAffinity("session-affinity", ttl_s=60.0)):
+        assert heuristics.from_dict(heuristics.to_dict(rule)) == rule
