@@ -44,7 +44,7 @@ def test_workload_shapes_and_types(scenario):
     kinds = dict.fromkeys(
         (*integers, "prefix_count", "session_index", "parent_index", "workflow_index", "task_calls"), "i4"
     )
-    kinds |= {"good": "u1", "prefix_hash": "i8", "family_index": "i4", "embedding": "f4"}
+    kinds |= {"good": "u1", "judged": "u1", "prefix_hash": "i8", "family_index": "i4", "embedding": "f4"}
     for name in Workload.array_names():
         array = getattr(workload, name)
         assert array.shape == shapes.get(name, (size,)), name
@@ -60,7 +60,7 @@ def test_workload_shapes_and_types(scenario):
 
 def test_hidden_and_visible_fields_part_the_workload():
     hidden = {"output_tokens", "patience_s", "p_good", "good", "provider_noise", "think_s"}
-    assert set(Workload.hidden) == hidden | {"needed_similarity", "valid_for_s", "task_calls", "attempt_luck"}
+    assert set(Workload.hidden) == hidden | {"needed_similarity", "valid_for_s", "judged", "task_calls", "attempt_luck"}
     assert set(Workload.hidden) | set(Workload.visible()) == set(Workload.array_names())
     assert not set(Workload.hidden) & set(Workload.visible())
 

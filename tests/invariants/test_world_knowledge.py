@@ -46,6 +46,7 @@ def other_truths(episode, rows, rng):
         "think_s": rng.random(m),
         "needed_similarity": rng.random(m),
         "valid_for_s": rng.choice([0.1, 5.0, np.inf], m),
+        "judged": rng.integers(0, 2, m),
         "task_calls": rng.integers(1, 9, m),
         "attempt_luck": rng.random(episode.attempt_luck.shape),
     }
