@@ -217,7 +217,7 @@ def _candidates(rule, s, q, legal, w, value_usd, usage_usd, unserved_usd, row, n
         row[at + 15] = _log(tpot_s)
         row[at + 16] = _log(s[v.RECENT_TTFT_S, w, c])
         row[at + 17] = _log(s[v.RECENT_TPOT_S, w, c])
-        for i in range(5):
+        for i in range(6):
             row[at + 19 + i] = _log1p(s[v.ENTRY_AGE_S + i, w, c])
     if legal[w, n - 2]:
         seen.score_usd[w, n - 2] = numbers.defer_share * later_usd
@@ -253,6 +253,9 @@ def _context(rule, s, q, legal, w, value_usd, row):
     row[n + 5] = _clip(_log1p(q[v.WAITED_S, w]))
     row[n + 6] = _clip(_log1p(q[v.ARRIVAL_RATE_PER_S, w]))
     row[n + 7] = _clip(_log1p(1e6 * value_usd))
+    row[n + 8] = _clip(_log1p(q[v.TURNED_DOWN, w]))
+    row[n + 9] = _clip(_log1p(q[v.VERIFIER_SCORE, w]))
+    row[n + 10] = _clip(_log1p(q[v.TASK_VALUE_USD, w]))
 
 
 @kernel(error_model="numpy")

@@ -139,8 +139,8 @@ def worker_of(name: str, fleet: Fleet, scorer: Scorer | None, max_age_s: float, 
         if not ages_s.item(ages_s.argmax()) <= max_age_s:
             return None
         (
-            p, o, class_index, task_index, difficulty, waited_s, deadline_left_s, arrival_rate_per_s, _, input_usd,
-            output_usd, request_usd, refund_share, bad_answer_usd, slo_ttft_s, slo_tpot_s, slo_e2e_s, patience_s,
+            p, o, class_index, task_index, difficulty, waited_s, deadline_left_s, arrival_rate_per_s, _, turned_down,
+            verifier_score, task_value_usd, _, input_usd, output_usd, request_usd, refund_share, bad_answer_usd, slo_ttft_s, slo_tpot_s, slo_e2e_s, patience_s,
             ttft_share, tpot_share, e2e_share, unserved_share, unserved_call_usd,
         ) = view.request.tolist()  # fmt: skip
         k, j = int(class_index), int(task_index)
@@ -273,6 +273,9 @@ def worker_of(name: str, fleet: Fleet, scorer: Scorer | None, max_age_s: float, 
                 log1p(waited_s),
                 log1p(arrival_rate_per_s),
                 log1p(1e6 * value_usd),
+                log1p(turned_down),
+                log1p(verifier_score),
+                log1p(task_value_usd),
             )
             if max(of_context) > CLIP or min(of_context) < -CLIP:
                 of_context = tuple(min(max(x, -CLIP), CLIP) for x in of_context)

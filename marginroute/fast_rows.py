@@ -15,7 +15,7 @@ from marginroute.view import Array, Layout
 _COPIED = """
     in_flight decoding in_flight_cap decoding_tokens p_good recent_errors kv_usage recent_quality similarity fill legal
     cached_share barred stay cost congestion credit refund below_best recent_ttft_s recent_tpot_s entry_age_s held
-    pending_prefill waiting telemetry_age_s
+    pending_prefill waiting telemetry_age_s tried
 """
 _COMPUTED = "one ttft_s tpot_s ttft_to_slo tpot_to_slo keep_patience keep_ttft keep_tpot keep_e2e one_again"
 COPIED_ROWS = tuple(_COPIED.split())
@@ -29,6 +29,7 @@ SIGNAL_OF = {"cached_share": "cached_tokens", "pending_prefill": "pending_prefil
 NOT_FEATURES = ("barred", "stay", "one")  # rows that stand among the shown ones for the sake of a product
 CONTEXT = """
     difficulty_signal fleet_fill urgency prompt_tokens expected_output_tokens waited_s arrival_rate_per_s value_usd
+    turned_down verifier_score task_value_usd
 """
 SHIFTS = {"identity": 0.0, "ln(x + 0.001)": 1e-3, "ln(1 + x)": 1.0}  # before the logarithm, by transform
 
@@ -85,7 +86,7 @@ class Scorer:
 
     Attributes:
         first: (shown rows + 5 + T, H) for the rows and the one-hots of kind and tier.
-        context: (K, J, H, 1 + 8) for a class and task: bias, then numbers of the context.
+        context: (K, J, H, 1 + 11) for a class and task: bias, then numbers of the context.
         second: (H, H + 1), its bias last.
         head: (H,).
         kappa: weight of the advice.

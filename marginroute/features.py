@@ -159,6 +159,7 @@ CANDIDATE_FEATURES = (
     Feature("pending_prefill", "tokens", "ln(1 + x)"),
     Feature("waiting", "requests, scraped", "ln(1 + x)"),
     Feature("telemetry_age_s", "s", "ln(1 + x)"),
+    Feature("tried", "0/1", "ln(1 + x)"),
 )
 _LOG_FROM, _LOG1P_FROM = 12, 18  # rows of the two groups of transforms above
 CONTEXT_FEATURES = (
@@ -170,6 +171,9 @@ CONTEXT_FEATURES = (
     Feature("waited_s", "s", "ln(1 + x)"),
     Feature("arrival_rate_per_s", "requests/s", "ln(1 + x)"),
     Feature("value_usd", "millionths of a USD", "ln(1 + x)"),
+    Feature("turned_down", "answers", "ln(1 + x)"),
+    Feature("verifier_score", "of the answer in hand", "ln(1 + x)"),
+    Feature("task_value_usd", "USD", "ln(1 + x)"),
 )
 _CONTEXT_LOG1P_FROM = 3
 _CONTEXT_ROWS = np.array(
@@ -182,6 +186,9 @@ _CONTEXT_ROWS = np.array(
         v.WAITED_S,
         v.ARRIVAL_RATE_PER_S,
         v.REQUEST_VALUE_USD,  # computed
+        v.TURNED_DOWN,
+        v.VERIFIER_SCORE,
+        v.TASK_VALUE_USD,
     ]
 )
 _ZERO, _MIN_LOGIT = np.array(0.0), np.array(MIN_LOGIT)  # see `View.asked`
@@ -231,7 +238,7 @@ def candidate_features(view: View, assessment: Assessment) -> Array:
     rows[16:18] = s[v.RECENT_TTFT_S : v.RECENT_TPOT_S + 1]
     below_usd = np.maximum(a.best_usd - a.score_usd, _ZERO)
     np.multiply(below_usd, np.asarray(10.0 * per_value), out=rows[18], casting="same_kind")
-    rows[19:24] = s[v.ENTRY_AGE_S : v.TELEMETRY_AGE_S + 1]
+    rows[19:25] = s[v.ENTRY_AGE_S : v.TRIED + 1]
     logs = rows[_LOG_FROM:_LOG1P_FROM]
     logs += _SHIFT
     np.log(logs, out=logs)
@@ -248,7 +255,7 @@ def context_features(view: View, assessment: Assessment) -> Array:
     class_index, task_index = q[v.CLASS_INDEX : v.TASK_INDEX + 1].astype(np.int64)
     one_hot = layout.class_and_task[class_index, task_index]
     n, replicas = one_hot.shape[-1], layout.n_replicas
-    rows = q.take(_CONTEXT_ROWS, axis=0)  # (8, ...)
+    rows = q.take(_CONTEXT_ROWS, axis=0)  # (11, ...)
     there = view.legal[..., :replicas]
     rows[1] = np.add.reduce(assessment.fill[..., :replicas] * there, axis=-1)
     rows[1] /= np.maximum(np.add.reduce(there, axis=-1), 1)

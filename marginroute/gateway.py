@@ -261,6 +261,7 @@ class Gateway:
                 estimate_s,
                 facts.hashes,
                 facts.block_tokens,
+                facts.session,
             )
         return waits
 

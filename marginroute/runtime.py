@@ -76,6 +76,7 @@ def view_of(runtime: Runtime, facts: Facts, attempt: int, waited_s: float, tried
         hashes=facts.hashes,
         block_tokens=facts.block_tokens,
         prompt=facts.prompt,
+        session=facts.session,
     )
 
 

@@ -30,6 +30,7 @@ from marginroute.latency import (
 )
 from marginroute.prefix_index import MAX_BLOCKS, PrefixIndex
 from marginroute.response_cache import PUBLIC_HALF, PUBLIC_WIDTH, Hit, p_reuse
+from marginroute.session_map import SessionMap
 from marginroute.view import Array, Layout, View
 
 CONTRACT = v.REQUEST_NAMES[v.INPUT_PRICE_USD :]  # request signals that the contract of a class fixes
@@ -79,6 +80,7 @@ class GatewayState:
         self._elsewhere: Array | None = None  # (S, C) what other workers have at each candidate
         self._elsewhere_per_s = 0.0
         self._elsewhere_at_engines = np.zeros(self.layout.n_candidates)
+        self._sessions = SessionMap()
         self._scraped_at_s = np.full(self.layout.n_candidates, np.nan)
         self._terms = np.array([_contract(bundle, name) for name in self.layout.class_names])
         self._delay_tolerant = [bundle.terms[name].get("delay_tolerant", 0.0) > 0.0 for name in self.layout.class_names]
@@ -103,6 +105,7 @@ class GatewayState:
         estimate_s: tuple[float, float] | None = None,
         hashes: Sequence[int] = (),
         block_tokens: float | None = None,
+        session: str = "",
     ) -> None:
         """A request leaves for a candidate; an earlier attempt with the same id has failed.
 
@@ -115,10 +118,12 @@ class GatewayState:
             estimate_s: expected TTFT and TPOT, for an answer that is not streamed.
             hashes: of the prompt's blocks (`prefix_index.block_hashes`).
             block_tokens: tokens per block of this prompt; None: the usual number.
+            session: conversation or agent run; empty: none.
         """
         cell = self._cell(class_name, task_name)
         with self._lock:
             now_s = self._clock()
+            self._sessions.note(session, candidate, now_s)
             cached = self._cached_tokens(prompt_tokens, hashes, block_tokens, now_s)
             entry = Entry(candidate, prompt_tokens, cell, now_s, now_s, estimate_s)
             if cached is not None and self._prefixes is not None:
@@ -197,6 +202,7 @@ class GatewayState:
         hashes: Sequence[int] = (),
         block_tokens: float | None = None,
         prompt: str | None = None,
+        session: str = "",
     ) -> View:
         """What is known for the next decision; counts as one, and as an arrival if it is the request's first.
 
@@ -214,6 +220,7 @@ class GatewayState:
             block_tokens: tokens per block of this prompt; None: the usual number.
             prompt: text to predict P(good) from, in place of the prior and of `difficulty_signal`, if the bundle has a
                 predictor; it is not kept.
+            session: conversation or agent run; empty: none.
 
         Raises:
             InputError: a class or task that the bundle does not know.
@@ -236,6 +243,8 @@ class GatewayState:
             held_tokens = self._cached_tokens(prompt_tokens, hashes, block_tokens, now_s)
             if held_tokens is not None:
                 signals[v.CACHED_TOKENS] = held_tokens
+            if (last := self._sessions.find(session)) is not None:
+                signals[v.SESSION_IDLE_S, last[0]] = now_s - last[1]
             sequence = self._sequence
             self._sequence += 1
         request = self._terms[cell[0]].copy()
@@ -248,6 +257,7 @@ class GatewayState:
             deadline_left_s,
             arrival_rate_per_s,
             sequence,
+            *(0.0, 0.0, 0.0, 0.0),
         )
         if "hold" in self._can:
             signals[v.HELD] = np.maximum(signals[v.IN_FLIGHT] - signals[v.IN_FLIGHT_CAP], 0.0)
@@ -270,6 +280,7 @@ class GatewayState:
             classes = _places(self.layout.class_names, old.layout.class_names)
             tasks = _places(self.layout.task_names, old.layout.task_names)
             self._counters.take_over(old._counters, candidates, classes, tasks)
+            self._sessions.take_over(old._sessions, candidates)
             for theirs, c in candidates.items():
                 self._scraped_at_s[c] = old._scraped_at_s[theirs]
                 if self._prefixes and old._prefixes and self._block_tokens == old._block_tokens:

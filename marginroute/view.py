@@ -42,7 +42,6 @@ SIGNALS = (
     ("prefix_capacity_tokens", "prompt tokens that the gateway remembers to have sent there; 0: no prefix cache"),
     ("prefix_ttl_s", "s after its last use that a cached prefix is gone"),
     ("p_good_prior", "P(good answer) by the public prior of the tier"),
-    ("tried", "1: its model has given this request an answer that was turned down"),
     ("session_idle_s", "s since a call of this session was last sent there; unlimited elsewhere"),
     ("in_flight", "requests sent there by this gateway and not completed, held ones included"),
     ("in_flight_cap", "requests that may be at the engine at once; more wait in the gateway"),
@@ -61,6 +60,7 @@ SIGNALS = (
     ("pending_prefill_tokens", "prompt tokens in flight without a first token yet, less those expected to be cached"),
     ("waiting", "scraped: requests waiting in the engine"),
     ("telemetry_age_s", "s since the last scrape"),
+    ("tried", "1: its model has given this request an answer that was turned down"),
 )
 SIGNAL_NAMES = tuple(name for name, _ in SIGNALS)
 (
@@ -80,7 +80,6 @@ SIGNAL_NAMES = tuple(name for name, _ in SIGNALS)
     PREFIX_CAPACITY_TOKENS,
     PREFIX_TTL_S,
     P_GOOD_PRIOR,
-    TRIED,
     SESSION_IDLE_S,
     IN_FLIGHT,
     IN_FLIGHT_CAP,
@@ -99,6 +98,7 @@ SIGNAL_NAMES = tuple(name for name, _ in SIGNALS)
     PENDING_PREFILL_TOKENS,
     WAITING,
     TELEMETRY_AGE_S,
+    TRIED,
 ) = range(len(SIGNALS))
 N_STATIC_SIGNALS = P_GOOD_PRIOR
 

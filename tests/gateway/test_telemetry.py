@@ -15,6 +15,7 @@ from marginroute import view as v
 from marginroute.counters import COUNTERS
 from marginroute.errors import InputError
 from marginroute.response_cache import Hit, p_reuse
+from marginroute.session_map import SessionMap
 from marginroute.telemetry import GatewayState
 
 IDS = st.sampled_from([f"r{i}" for i in range(6)])
@@ -293,3 +294,24 @@ def test_without_caches_or_hashes_nothing_is_remembered():
     assert not GatewayState(caching_bundle(), Clock()).hashes_prompts
     with pytest.raises(InputError, match="prefix_block_tokens = -1; legal is 0"):
         GatewayState(caching_bundle(), Clock(), prefix_block_tokens=-1)
+
+
+def test_a_session_is_remembered_where_it_was_sent():
+    """Its last call, by candidate and age; the least recently used session goes first."""
+    now = [0.0]
+    state = GatewayState(small_bundle(), clock=lambda: now[0])
+    state.begin("a", 1, 100, session="talk")
+    now[0] = 7.0
+    idle = state.view(100, session="talk").signals[v.SESSION_IDLE_S]
+    assert idle[1] == 7.0 and (np.delete(idle, 1) == v.UNLIMITED).all()
+    assert (state.view(100, session="other").signals[v.SESSION_IDLE_S] == v.UNLIMITED).all()
+    assert (state.view(100).signals[v.SESSION_IDLE_S] == v.UNLIMITED).all()
+    other = GatewayState(small_bundle(), clock=lambda: now[0])
+    other.take_over(state)
+    assert other.view(100, session="talk").signals[v.SESSION_IDLE_S, 1] == 7.0
+    known = SessionMap(most=2)
+    for i, name in enumerate(("a", "b", "a", "c")):
+        known.note(name, i, float(i))
+    assert (known.find("a"), known.find("b"), known.find("c"), len(known)) == ((2, 2.0), None, (3, 3.0), 2)
+    known.note("d", 0, 1e6)
+    assert known.find("a") is None and len(known) == 1

@@ -56,7 +56,7 @@ def scramble(worlds, rng):
     s[v.SIMILARITY], s[v.ENTRY_AGE_S] = rng.random(shape), some(0.5, rng.exponential(300.0, shape))
     s[v.HELD], s[v.WAITING] = some(0.4, rng.integers(0, 90, shape)), some(0.4, rng.integers(0, 90, shape))
     s[v.PENDING_PREFILL_TOKENS] = some(0.6, rng.integers(0, 60_000, shape))
-    s[v.TELEMETRY_AGE_S] = rng.exponential(2.0, shape)
+    s[v.TELEMETRY_AGE_S], s[v.TRIED] = rng.exponential(2.0, shape), some(0.2, 1.0)
     s[v.CALL_USD] = some(0.3, rng.random(shape) * 1e-3)
     s[v.CACHED_INPUT_USD] = static[v.INPUT_USD] * rng.random(shape)
     n = shape[0]
@@ -68,6 +68,7 @@ def scramble(worlds, rng):
     q[v.WAITED_S] = np.where(rng.random(n) < 0.5, 0.0, rng.exponential(10.0, n))
     q[v.DEADLINE_LEFT_S] = np.where(rng.random(n) < 0.5, np.inf, rng.normal(20.0, 30.0, n))
     q[v.ARRIVAL_RATE_PER_S] = rng.exponential(20.0, n)
+    q[v.TURNED_DOWN], q[v.VERIFIER_SCORE], q[v.TASK_VALUE_USD] = rng.integers(0, 3, n), rng.random(n), rng.random(n)
     for row, scale in ((v.INPUT_PRICE_USD, 1e-5), (v.OUTPUT_PRICE_USD, 4e-5), (v.REQUEST_VALUE_USD, 0.01)):
         q[row] = np.where(rng.random(n) < 0.3, 0.0, rng.random(n) * scale)
     for row in (v.SLO_TTFT_S, v.SLO_TPOT_S, v.SLO_E2E_S, v.PATIENCE_S):
