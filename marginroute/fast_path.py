@@ -140,8 +140,9 @@ def worker_of(name: str, fleet: Fleet, scorer: Scorer | None, max_age_s: float, 
             return None
         (
             p, o, class_index, task_index, difficulty, waited_s, deadline_left_s, arrival_rate_per_s, _, turned_down,
-            verifier_score, task_value_usd, _, input_usd, output_usd, request_usd, refund_share, bad_answer_usd, slo_ttft_s, slo_tpot_s, slo_e2e_s, patience_s,
-            ttft_share, tpot_share, e2e_share, unserved_share, unserved_call_usd,
+            verifier_score, task_value_usd, _, input_usd, output_usd, request_usd, refund_share, bad_answer_usd,
+            slo_ttft_s, slo_tpot_s, slo_e2e_s, patience_s, ttft_share, tpot_share, e2e_share, unserved_share,
+            unserved_call_usd,
         ) = view.request.tolist()  # fmt: skip
         k, j = int(class_index), int(task_index)
         usage_usd = p * input_usd + o * output_usd
