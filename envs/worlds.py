@@ -78,6 +78,7 @@ class Plant:
             signal_correlation=quality.signal_correlation,
             nobody_can_share=np.array(task_nobody) if quality.sees_task else quality.nobody_can_share,
             unseen_variance=quality.unseen_variance if quality.loadings else None,
+            shared_luck=self.shared_luck,
         )
         self.output_tokens = np.tile(scenario.expected_output_tokens, (len(scenario.class_names), 1))
 

@@ -9,6 +9,25 @@ from dataclasses import dataclass
 from marginroute.decision import Decision
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Answers to a request that a verifier has turned down; the last one is in hand and may be delivered.
+
+    Attributes:
+        tiers: who gave them, in order.
+        score: of the last, from 0 to 1 (`marginroute.verification`).
+        waited_s: since the request arrived.
+        age_s: since the last was looked at.
+        fresh_share: of questions put to the same model again, whose answer is drawn anew.
+    """
+
+    tiers: tuple[str, ...]
+    score: float
+    waited_s: float = 0.0
+    age_s: float = 0.0
+    fresh_share: float = 0.0
+
+
 @dataclass(slots=True)
 class Facts:
     """What an adapter knows of a request.
@@ -30,6 +49,7 @@ class Facts:
         block_tokens: tokens per block of this prompt; None: the usual number.
         traceparent: W3C trace context of the caller, for spans; empty: none.
         prompt: text for the bundle's quality predictor, if it has one; it is not kept.
+        trial: what a verifier has turned down, for a request that is decided again under a new id; None: nothing.
     """
 
     id: str
@@ -48,6 +68,7 @@ class Facts:
     block_tokens: float | None = None
     prompt: str | None = None
     traceparent: str = ""
+    trial: Trial | None = None
 
 
 @dataclass(frozen=True, slots=True)

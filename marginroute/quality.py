@@ -99,6 +99,7 @@ class QualityPrior:
         signal_correlation: of difficulty signal and difficulty, in (0, 1].
         nobody_can_share: share of prompts that no tier answers well; (J,) if it knows tasks.
         unseen_variance: (T,) variance of the probit from what the signal does not tell of; None: 0.
+        shared_luck: whether a model is taken to fail only where all of lower P(good) fail too.
     """
 
     ability: Array
@@ -106,6 +107,7 @@ class QualityPrior:
     signal_correlation: float
     nobody_can_share: float | Array
     unseen_variance: Array | None = None
+    shared_luck: bool = True
 
     def p_good(self, difficulty_signal: Array | float, task: int = 0) -> Array:
         """(..., T) probabilities for (...,) signals of prompts of one task."""
@@ -142,6 +144,7 @@ class QualityPrior:
             "signal_correlation": self.signal_correlation,
             "nobody_can_share": np.asarray(self.nobody_can_share).tolist(),
             "unseen_variance": None if self.unseen_variance is None else self.unseen_variance.tolist(),
+            "shared_luck": self.shared_luck,
         }
 
     @staticmethod
@@ -154,6 +157,7 @@ class QualityPrior:
             signal_correlation=float(data["signal_correlation"]),
             nobody_can_share=np.array(share, dtype=np.float64) if isinstance(share, list) else float(share),
             unseen_variance=None if unseen is None else np.array(unseen, dtype=np.float64),
+            shared_luck=bool(data.get("shared_luck", True)),
         )
 
 

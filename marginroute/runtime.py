@@ -68,7 +68,7 @@ def view_of(runtime: Runtime, facts: Facts, attempt: int, waited_s: float, tried
         facts.class_name,
         facts.task_name,
         facts.difficulty_signal,
-        waited_s=waited_s,
+        waited_s=waited_s if facts.trial is None else waited_s + facts.trial.waited_s,
         deadline_left_s=facts.deadline_left_s,
         attempt=attempt,
         available=None if names is None else [index[name] for name in names if name in index],
@@ -77,6 +77,7 @@ def view_of(runtime: Runtime, facts: Facts, attempt: int, waited_s: float, tried
         block_tokens=facts.block_tokens,
         prompt=facts.prompt,
         session=facts.session,
+        trial=facts.trial,
     )
 
 

@@ -14,11 +14,13 @@ from itertools import islice
 
 import numpy as np
 
+from marginroute import verification
 from marginroute import view as v
 from marginroute.bundle import Bundle
 from marginroute.capabilities import able
 from marginroute.counters import COUNTERS, Counters, Entry
 from marginroute.errors import InputError
+from marginroute.facts import Trial
 from marginroute.feedback import QualityPosterior, shifted
 from marginroute.latency import (
     PRIOR_LENGTHS,
@@ -203,6 +205,7 @@ class GatewayState:
         block_tokens: float | None = None,
         prompt: str | None = None,
         session: str = "",
+        trial: Trial | None = None,
     ) -> View:
         """What is known for the next decision; counts as one, and as an arrival if it is the request's first.
 
@@ -221,9 +224,10 @@ class GatewayState:
             prompt: text to predict P(good) from, in place of the prior and of `difficulty_signal`, if the bundle has a
                 predictor; it is not kept.
             session: conversation or agent run; empty: none.
+            trial: what a verifier has turned down; its last answer may be delivered in place of a stored one.
 
         Raises:
-            InputError: a class or task that the bundle does not know.
+            InputError: a class, task or tier that the bundle does not know.
         """
         cell = self._cell(class_name, task_name)
         p_good, difficulty_signal = self._quality(prompt, difficulty_signal, cell[1])
@@ -257,7 +261,8 @@ class GatewayState:
             deadline_left_s,
             arrival_rate_per_s,
             sequence,
-            *(0.0, 0.0, 0.0, 0.0),
+            *((0.0, 0.0) if trial is None else (len(trial.tiers), trial.score)),
+            *(0.0, 0.0),
         )
         if "hold" in self._can:
             signals[v.HELD] = np.maximum(signals[v.IN_FLIGHT] - signals[v.IN_FLIGHT_CAP], 0.0)
@@ -266,8 +271,21 @@ class GatewayState:
             c = self._serving
             signals[v.P_GOOD_PRIOR, c] = p_good[cached.tier] * p_reuse(cached.similarity, *self._reuse)
             signals[v.SIMILARITY, c], signals[v.ENTRY_AGE_S, c] = cached.similarity, cached.age_s
-        legal = self._legal(cell[0], deadline_left_s, available, cached is not None)
+        if trial is not None:
+            self._show_trial(trial, p_good, signals)
+        legal = self._legal(cell[0], deadline_left_s, available, cached is not None or trial is not None)
         return View(self.layout, signals, request, legal)
+
+    def _show_trial(self, trial: Trial, p_good: Array, signals: Array) -> None:
+        """What a verifier's score says of every candidate, and the answer in hand in the place of a stored one."""
+        tried = [_index(name, self.layout.tier_names, "tier") for name in trial.tiers]
+        c, prior = self._serving, p_good[tried[-1]]
+        in_hand = verification.p_in_hand(prior, trial.score)
+        known = verification.p_of_other(p_good, prior, in_hand, float(self._prior.shared_luck))
+        known[tried[-1]] = verification.p_again(prior, in_hand, trial.fresh_share)
+        signals[v.P_GOOD_PRIOR, :c], signals[v.P_GOOD_PRIOR, c] = known.take(self._tier), in_hand
+        signals[v.TRIED, :c] = np.isin(self._tier, tried)
+        signals[v.SIMILARITY, c], signals[v.ENTRY_AGE_S, c] = 1.0, trial.age_s
 
     def take_over(self, old: GatewayState) -> None:
         """Goes on where the state of an earlier bundle ends; candidates, classes and tasks are matched by name.

@@ -37,6 +37,7 @@ def decide_schema(layout: Layout) -> Schema:
                 -1.0, 1.0, "of this prompt and that of the stored answer; left out: 1, the same words"
             ),
             "entry_age_s": number(0.0, MOST_S, "seconds since the stored answer was given"),
+            "trial": _trial(layout),
             "difficulty_signal": number(-1e3, 1e3, "predictor of difficulty, standardised"),
             "deadline_left_s": number(0.0, MOST_S, "seconds until its deadline; left out: none"),
             "streamed": boolean("whether first token and progress will be reported"),
@@ -44,6 +45,18 @@ def decide_schema(layout: Layout) -> Schema:
             "wait_s": number(0.0, MOST_WAIT_S, "that the answer may be kept back while it is held; left out: 0"),
             "explain": boolean("whether to say why, in USD"),
         }
+    )
+
+
+def _trial(layout: Layout) -> Schema:
+    return fields(
+        {
+            "tiers": array(one_of(layout.tier_names, "a model"), 8, "whose answers a verifier turned down, in order"),
+            "score": number(0.0, 1.0, "of the last one, which is in hand: candidate `cache` delivers it"),
+            "waited_s": number(0.0, MOST_S, "since the request arrived; left out: 0"),
+            "age_s": number(0.0, MOST_S, "since the last one was looked at; left out: 0"),
+        },
+        required=("tiers", "score"),
     )
 
 

@@ -16,7 +16,7 @@ from marginroute.adapters import chat, http_api, metrics, schema
 from marginroute.adapters.desk import Desk
 from marginroute.control_loop import Report
 from marginroute.errors import InputError
-from marginroute.facts import Facts, Outcome, Verdict
+from marginroute.facts import Facts, Outcome, Trial, Verdict
 from marginroute.view import Layout
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -229,6 +229,7 @@ class App:
             deadline_left_s=float(asked.get("deadline_left_s", math.inf)),
             hashes=hashes,
             block_tokens=block_tokens,
+            trial=_trial(asked.get("trial")),
             prompt=chat.question(prompt) if texts and self._gateway.bundle.predictor is not None else None,
         )
 
@@ -286,6 +287,14 @@ class App:
         if figures["e2e_s"] is None and arrived_s is not None:
             figures["e2e_s"] = max(time.time() - arrived_s, 0.0)
         self._gateway.finished(id, Outcome(event["status"], event.get("served_by", ""), **figures))
+
+
+def _trial(asked: Mapping[str, Any] | None) -> Trial | None:
+    """What a verifier has turned down, if anything."""
+    if asked is None or not asked["tiers"]:
+        return None
+    waited_s, age_s = float(asked.get("waited_s", 0.0)), float(asked.get("age_s", 0.0))
+    return Trial(tuple(asked["tiers"]), float(asked["score"]), waited_s, age_s)
 
 
 def _resolve(turn: asyncio.Future[None]) -> None:
