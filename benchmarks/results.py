@@ -1,0 +1,91 @@
+"""What training brings: several seeds per scenario against the best tuned heuristic and against what gateways ship.
+
+Every scenario is trained once per seed with train.py's defaults; runs that are finished are not repeated. The bundles,
+whatever their gates exported, then play the held-out episodes of the scenario and of its held-out conditions beside all
+tuned heuristics. A gain is the mean over training seeds, paired by episode; p-values are adjusted over every row of the
+table (Holm). The table goes to --out as Markdown.
+
+Try:
+  python -m benchmarks.results --seeds 0,1,2 --out docs/results.md
+  python -m benchmarks.results quickstart shaky --steps 1000000
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from marginroute.cli import main_guard
+from marginroute.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parser() -> Any:
+    """The command line."""
+    parse = common.parser(__doc__)
+    parse.add_argument(
+        "scenarios", nargs="*", help="names in configs/scenarios (default: all that have tuned baselines)"
+    )
+    parse.add_argument("--seeds", default="0,1,2", metavar="A,B,...", help="training seeds (default: 0,1,2)")
+    parse.add_argument("--steps", type=int, metavar="N", help="decisions per training (default: configs/training)")
+    parse.add_argument("--episodes", type=int, default=32, metavar="N", help="held-out episodes per row (default: 32)")
+    parse.add_argument("--runs", type=Path, default=Path("runs/results"), metavar="DIR", help="run folders")
+    parse.add_argument("--out", type=Path, metavar="FILE.md", help="where the table goes (default: stderr)")
+    return parse
+
+
+@main_guard
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains what is missing, plays, prints the figures; --quick takes tiny trainings and few episodes."""
+    args = parser().parse_args(argv)
+    try:
+        seeds = [int(seed) for seed in args.seeds.split(",")]
+    except ValueError:
+        raise InputError(f"--seeds {args.seeds!r} is not legal; legal are whole numbers separated by commas") from None
+    from agents.baselines import find
+    from benchmarks import result_rows
+    from envs.scenario import load_scenario
+    from evaluation.suite import scenario_names
+
+    found, steps = [], 1024 if args.quick else args.steps
+    for name in args.scenarios or scenario_names():
+        scenario = load_scenario(name)
+        if find(scenario) is None and not args.scenarios:
+            common.note(f"{name} is left out: it has no tuned baselines")
+            continue
+        runs = [_trained(name, seed, steps, args.runs) for seed in seeds]
+        found += result_rows.rows(scenario, runs, 4 if args.quick else args.episodes)
+    result_rows.adjust(found)
+    text = result_rows.markdown(found, common.commit())
+    if args.out is None:
+        common.note(text)
+    else:
+        args.out.write_text(text)
+    common.emit("results", {"rows": found}, seeds=seeds, steps=steps)
+    return 0
+
+
+def _trained(name: str, seed: int, steps: int | None, runs: Path) -> Path:
+    """The folder of a finished run, trained if it is not there; an interrupted run goes on."""
+    folder = runs / f"{name}-{seed}"
+    if (folder / "bundle" / "manifest.json").is_file():
+        return folder
+    command = [sys.executable, "train.py", name, "--seed", str(seed), "--out", str(folder.resolve())]
+    if (folder / "run.json").is_file():
+        command = [sys.executable, "train.py", "--resume", str(folder.resolve())]
+    elif steps is not None:
+        command += ["-n", str(steps)]
+    common.note("+ " + " ".join(command[1:]))
+    done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr)
+    if done.returncode != 0:
+        raise InputError(f"training {folder} ended with exit code {done.returncode}; its own message stands above")
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""The table of training results, on a run that takes a second: its figures are those of the policies themselves."""
+
+import json
+
+import numpy as np
+import pytest
+
+from agents.run import load_policy
+from benchmarks import result_rows, results
+from evaluation.protocol import evaluate_policies
+
+EPISODES = 3
+
+
+@pytest.fixture(scope="module")
+def found(tiny_plant, finished_run):
+    rows = result_rows.rows(tiny_plant.scenario, [finished_run, finished_run], EPISODES)
+    result_rows.adjust(rows)
+    return rows
+
+
+def test_gains_are_differences_of_margins_on_the_same_episodes(tiny_plant, finished_run, found):
+    (row,) = found
+    played = evaluate_policies(tiny_plant.scenario, {"ours": load_policy(finished_run)}, EPISODES)["ours"]
+    calls = played.first_calls.sum()
+    assert row["margin_usd_per_1k"] == pytest.approx(1000.0 * played.margin_usd.sum() / calls)
+    assert row["gain_by_seed"][0] == row["gain_by_seed"][1] == pytest.approx(row["gain"]["usd_per_1k"])
+    if row["best_heuristic"] in row["chain_usd_per_1k"]:
+        best = row["chain_usd_per_1k"][row["best_heuristic"]]
+        assert row["gain"]["usd_per_1k"] == pytest.approx(row["margin_usd_per_1k"] - best, abs=1e-9)
+    assert row["gain"]["p_holm"] == row["gain"]["p"]  # one row: nothing to adjust for
+    assert len(row["exported"]) == 2
+
+
+def test_the_page_has_a_line_per_row_with_all_its_columns(found):
+    lines = result_rows.markdown(found, "abc").splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("| scenario, condition"))
+    assert {line.count("|") for line in lines[head : head + 2 + len(found)]} == {lines[head].count("|")}
+    assert any(line.startswith("| quickstart | ") for line in lines)
+
+
+def test_a_policy_that_is_the_heuristic_changes_no_class(found):
+    for row in found:
+        if not any(row["exported"]) and row["best_heuristic"] == "bid-price-fitted":
+            assert row["gain"]["usd_per_1k"] == pytest.approx(0.0, abs=1e-12)
+            assert not np.any(list(row["class_change"].values()))
+
+
+def test_seeds_that_are_no_numbers_are_refused(capsys):
+    assert results.main(["quickstart", "--seeds", "one"]) == 2
+    assert "--seeds 'one' is not legal" in capsys.readouterr().err
+
+
+def test_rows_are_plain_data(found):
+    assert json.loads(json.dumps(found)) == found
