@@ -20,6 +20,7 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 
@@ -353,6 +354,13 @@ class FastPath:
         self._fleet = Fleet(rule, layout, static)
         self._scorer = None if isinstance(policy, MarginRule) else scorer_of(policy, layout)
         self._static = static.astype(np.float64).tobytes()
+        self._threads = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: part for name, part in vars(self).items() if name != "_threads"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
         self._threads = threading.local()
 
     def decide(self, view: View) -> Decision | None:

@@ -1,5 +1,6 @@
 """The prepared decision of one fleet is the general one: same candidate, same reason in USD, on whatever view."""
 
+import pickle
 import threading
 from dataclasses import replace
 
@@ -229,6 +230,15 @@ def test_what_it_does_not_cover_has_none(ready, monkeypatch):
         assert GuardedPolicy(policy, general.fallback, GuardLimits()).prepared(layout, static).fast is None
     monkeypatch.setattr(features, "FEATURE_VERSION", features.FEATURE_VERSION + 1)
     assert general.prepared(layout, static).fast is None
+
+
+def test_it_goes_to_another_process_with_its_policy(ready):
+    """evaluate.py pickles policies for its workers."""
+    rng, _, guarded, layout, static = ready
+    view = view_of(rng, layout, static)
+    guarded.decide(view)
+    copy, copied_view = pickle.loads(pickle.dumps((guarded, view)))
+    assert copy.fast is not None and copy.decide(view) == guarded.decide(view) == copy.decide(copied_view)
 
 
 def test_threads_do_not_disturb_each_other(ready):
