@@ -35,7 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--speed", type=float, default=0.5, help="the fleet's seconds per second: slow motion spares a busy machine"
     )
+    parser.add_argument("--workers", type=int, default=1, help="of each proxy in the closed loop (default: 1)")
     arguments = parser.parse_args(argv)
+    if not 1 <= arguments.workers <= 64:
+        raise InputError(f"--workers {arguments.workers}; legal is 1 to 64")
     for name in ("horizon", "speed"):
         value = getattr(arguments, name)
         if value is not None and not value > 0.0:
@@ -66,11 +69,11 @@ def main(argv: list[str] | None = None) -> int:
             unknown = next((name for name in strategies if name not in gateway_loop.STRATEGIES), None)
             if unknown is not None:
                 raise InputError(f"--strategies {unknown!r}; legal: {', '.join(gateway_loop.STRATEGIES)}")
-            table = gateway_loop.measured(python, folder, horizon_s, arguments.speed, strategies)
+            table = gateway_loop.measured(python, folder, horizon_s, arguments.speed, strategies, arguments.workers)
             world, ours = (table[name]["margin_usd_per_1k"] for name in ("world", "marginroute"))
             figures["closed_loop"] = table
             figures["closed_loop_margin_error_pct"] = 100.0 * (ours - world) / abs(world)
-    common.emit("gateway", figures, speed=arguments.speed)
+    common.emit("gateway", figures, speed=arguments.speed, workers=arguments.workers)
     return 0
 
 

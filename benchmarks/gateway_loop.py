@@ -41,6 +41,7 @@ WITHOUT = {"fleet.response_cache": None, "fleet.batch_queue": None, "workload.di
 LOAD_SCALE = 2.0
 SEED = 1
 SCRAPE_S = 2.0
+SHARED_S = 0.2
 STRATEGIES = ("simple-shuffle", "least-busy", "latency-based-routing", "cost-based-routing")
 
 
@@ -149,14 +150,23 @@ def _deployments(plant: Plant, base_url: str) -> list[dict[str, Any]]:
 
 
 def measured(
-    python: str, folder: Path, horizon_s: float, speed: float, strategies: Sequence[str] = STRATEGIES
+    python: str,
+    folder: Path,
+    horizon_s: float,
+    speed: float,
+    strategies: Sequence[str] = STRATEGIES,
+    workers: int = 1,
 ) -> dict[str, Any]:
-    """The table: the bundle in the world and in the proxy, and LiteLLM's own strategies, all at the same time."""
+    """The table: the bundle in the world and in the proxy, and LiteLLM's own strategies, all at the same time.
+
+    Several `workers` of a proxy share their counters through Redis, as often in the fleet's time as in an operator's.
+    """
     plant = plant_of(folder, horizon_s)
     workload, bundle = plant.scenario.generate(SEED, "heldout"), bundle_of(plant)
     bundles.save(bundle, folder / "bundle")
     common.note(f"{len(workload.arrived_at_s)} requests in {horizon_s / speed:.0f} s")
     table, running, urls = {"world": predicted(plant, workload, bundle)}, [], {}
+    server, shared = gateway_processes.redis(folder) if workers > 1 else (None, "")
     try:
         for strategy in ("marginroute", *strategies):
             where = folder / strategy
@@ -169,6 +179,8 @@ def measured(
                 "telemetry": pages, "telemetry_s": SCRAPE_S / speed, "telemetry_timeout_s": SCRAPE_S / speed,
                 "rollback": dict.fromkeys(("error_rate", "slo_attainment", "margin_loss", "guard_share")),
             }  # fmt: skip
+            if shared:
+                ours |= {"shared": shared, "shared_s": SHARED_S / speed}
             acts = strategy == "marginroute"
             process, urls[strategy] = gateway_processes.proxy(
                 python,
@@ -178,12 +190,13 @@ def measured(
                 "benchmarks.gateway_callback.router" if acts else None,
                 ours,
                 {"LOOP_SPEED": str(speed)},
+                workers,
             )
             running.append(process)
         for process in running:
             process.wait()
         common.note("playing")
-        for strategy, seen in asyncio.run(_all(urls, workload, plant, speed)).items():
+        for strategy, seen in asyncio.run(_all(urls, workload, plant, speed, workers)).items():
             ledger, index = Ledger(plant, workload), {name: c for c, name in enumerate(plant.layout.names)}
             done = [index.get(s.served_by) if s.e2e_s is not None else None for s in seen]
             usd = [ledger.request_usd(i, c, seen[i].ttft_s, seen[i].e2e_s) for i, c in enumerate(done)]
@@ -191,13 +204,21 @@ def measured(
     finally:
         for process in running:
             process.stop()
+        if server is not None:
+            server.kill()
+            server.wait()
     return table
 
 
-async def _all(urls: dict[str, str], workload: Workload, plant: Plant, speed: float) -> dict[str, list[Seen]]:
+async def _all(
+    urls: dict[str, str], workload: Workload, plant: Plant, speed: float, workers: int
+) -> dict[str, list[Seen]]:
     """The episode through every gateway at once."""
     short = chat_body("warm-up ", 16, 2, plant.scenario.task_names[0])
-    for url in urls.values():  # the first request of a proxy is slow
-        await ask(url, short, f"sk-{plant.scenario.class_names[0]}", LONGEST_S, speed)
+    key = f"sk-{plant.scenario.class_names[0]}"
+    for url in urls.values():  # the first request of a worker is slow
+        await asyncio.gather(
+            *(ask(url, short, key, LONGEST_S, speed) for _ in range(4 * workers if workers > 1 else 1))
+        )
     seen = await asyncio.gather(*(play(url, workload, plant.scenario, speed) for url in urls.values()))
     return dict(zip(urls, seen, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -104,6 +105,26 @@ def upstream(folder: Path) -> tuple[Process, str]:
     return Process(command, folder, os.environ, f"{url}/v1/models"), url
 
 
+def redis(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """A redis-server on a Unix socket, and its URL.
+
+    Raises:
+        InputError: there is none on this machine, or it does not start.
+    """
+    server = shutil.which("redis-server")
+    if server is None:
+        raise InputError("redis-server is not installed; several workers share their counters through it")
+    path = folder / "redis.sock"
+    words = [server, "--port", "0", "--unixsocket", str(path), "--save", "", "--appendonly", "no"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    until_s = time.monotonic() + START_S
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > until_s:
+            raise InputError(f"redis-server does not start on {path}")
+        time.sleep(0.05)
+    return process, f"unix://{path}"
+
+
 def proxy(
     python: str,
     folder: Path,
@@ -112,6 +133,7 @@ def proxy(
     callback: str | None = None,
     settings: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
+    workers: int = 1,
 ) -> tuple[Process, str]:
     """A LiteLLM proxy, and its base URL.
 
@@ -123,6 +145,7 @@ def proxy(
         callback: module and object; None: none.
         settings: of marginroute.
         environ: more of its environment.
+        workers: processes of it.
     """
     folder.mkdir(parents=True)
     port = free_port()
@@ -140,6 +163,7 @@ def proxy(
     (folder / "settings.yaml").write_text(json.dumps(settings or {}))
     code = "import sys; from litellm import run_server; sys.exit(run_server())"
     flags = ["--config", "config.yaml", "--host", "127.0.0.1", "--port", str(port)]
+    flags += ["--num_workers", str(workers)] if workers > 1 else []
     kept = {k: x for k, x in os.environ.items() if not k.startswith(("MARGINROUTE", "LITELLM", "PYTHON"))}
     more = {
         "PYTHONPATH": str(folder / "path"),
