@@ -10,6 +10,7 @@ import time
 
 import pytest
 from bundles import small_bundle
+from envoy_process import until
 from test_http_server import TOKEN, Server, post, read
 
 pytest.importorskip("uvicorn", reason="pip install 'marginroute[http]'")
@@ -91,8 +92,9 @@ def test_killed_while_callers_wait(folder, tmp_path):
         assert [status for status, _ in answers].count(0) >= 3
     for line in server.log.read_text().splitlines():
         assert json.loads(line)["status"] == "completed"
-    again = Server(folder, tmp_path / "s", **HOLD).wait()
+    again = Server(folder, tmp_path / "s", **HOLD)
     try:
+        until(lambda: decide(again, "w3")[0], what="the sidecar")
         answer = decide(again, "w3")[1]  # nothing of the dead one's counts against it
         assert not answer["held"] and answer["attempt"] == 1
         assert decide(again, "w4")[1]["held"]
