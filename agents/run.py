@@ -74,7 +74,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.folder} cannot be made ({error.strerror}); name a new folder with --out") from None
-        write_text(self.folder / "scenario.json", scenario.model_dump_json(indent=1) + "\n")
+        write_text(self.folder / "scenario.json", scenario.model_dump_json(indent=1, by_alias=True) + "\n")
         write_text(self.folder / "training.json", config.model_dump_json(indent=1) + "\n")
         self.update(
             command=command,

@@ -281,7 +281,7 @@ def train(
     first = FIRST_TRAINING_SEED * (seed + 2)
     source = plant.scenario if config.randomise else middle(plant.scenario)
     env = FleetVecEnv(
-        plant,
+        plant if source is plant.scenario else Plant(source),
         config.n_envs,
         workloads=lambda episode: source.generate(first + episode, "train"),
         advice=advice,

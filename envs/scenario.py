@@ -18,10 +18,12 @@ import numpy as np
 from pydantic import AfterValidator, Field, ValidationError
 
 from envs import scenario_checks, scenario_compile, scenario_faults, scenario_files, scenario_terms
+from envs.scenario_drift import DriftSection, drift_laws
 from envs.scenario_family import DRAWS, Range, check_family, drawn, under
 from envs.scenario_fleet import FleetSection, Name, NonNegative, Positive, Section
 from envs.scenario_plans import PlansSection
 from envs.scenario_workload import WorkloadSection
+from envs.workload.drift import draw_drifts
 from envs.workload.generator import generate
 from envs.workload.requests import Workload
 from envs.workload.spec import WorkloadSpec
@@ -39,6 +41,7 @@ SPLIT_CODE = {"train": 0, "validation": 1, "heldout": 2}
 _SEED_SALT = 0x6D617267  # "marg": keeps workload streams apart from anyone else's use of the same seed
 _FAMILY_SALT = 0x66616D69  # "fami"
 _FAULT_SALT = 0x6661756C  # "faul"
+_DRIFT_SALT = 0x64726966  # "drif"
 
 
 def _format(name: str) -> str:
@@ -87,6 +90,9 @@ class Scenario(Section):
         1.0, description="Multiplies arrivals per second; a trace is played that much faster than recorded."
     )
     trace: TraceSection | None = Field(None, description="Recorded requests; left out: the generator.")
+    drift: dict[Name, DriftSection] = Field(
+        default_factory=dict, description="What changes inside an episode without notice, by a name of its own."
+    )
     control: ControlSection | None = Field(
         None, description="The controller's clock; left out: replicas, caps and holding stay as they are."
     )
@@ -124,8 +130,12 @@ class Scenario(Section):
 
     @cached_property
     def hash(self) -> str:
-        """First 16 hex digits of the SHA-256 of the resolved scenario, names and prices replaced by content."""
-        text = json.dumps(self.resolved(), separators=(",", ":"), ensure_ascii=False, sort_keys=True)
+        """First 16 hex digits of the SHA-256 of the resolved scenario, names and prices replaced by content.
+
+        Conditions do not enter: nothing is tuned or trained under them, and each is a scenario with a hash of its own.
+        """
+        data = {key: value for key, value in self.resolved().items() if key != "conditions"}
+        text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def resolved(self) -> dict[str, Any]:
@@ -180,8 +190,10 @@ class Scenario(Section):
             given = window(
                 member.recorded, SPLIT_CODE[split], member.horizon_s, rng, member.class_names, member.load_scale
             )
-        faults = scenario_faults.faults(member, (SPLIT_CODE[split], int(seed), _SEED_SALT, _FAULT_SALT))
-        return generate(member.workload_spec, rng, given, variant=variant, faults=faults)
+        entropy = (SPLIT_CODE[split], int(seed), _SEED_SALT)
+        drifts = draw_drifts(drift_laws(member), (*entropy, _DRIFT_SALT))
+        faults = scenario_faults.faults(member, (*entropy, _FAULT_SALT), drifts)
+        return generate(member.workload_spec, rng, given, drifts, variant=variant, faults=faults)
 
     def stream(self, seed: int, split: Split) -> tuple[int, np.random.Generator]:
         """Which of `variants` an episode plays in, and the generator that its workload is drawn with."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import TYPE_CHECKING
 
+from envs import scenario_drift
 from marginroute.errors import suggestion
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ def problems(scenario: Scenario) -> Iterator[Problem]:
     yield from _plans(scenario)
     yield from _workload(scenario)
     yield from _memory(scenario)
+    for path, word, legal in scenario_drift.named(scenario):
+        yield from _unknown(path, word, legal)
 
 
 def _unknown(path: str, word: str, names: Iterable[str]) -> Iterator[Problem]:

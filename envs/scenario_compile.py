@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from envs.workload.spec import WorkloadSpec
 from marginroute.errors import InputError, nearest
 
 if TYPE_CHECKING:
+    from envs.fleet.profile import Profile
     from envs.fleet.state import FleetSpec
     from envs.scenario import Scenario
 
@@ -94,9 +97,16 @@ def _profile_gpus(profile: Mapping[str, Any]) -> int:
     return gpus if isinstance(gpus, int) else 1
 
 
+@lru_cache(maxsize=64)
+def _compact(name: str, content: str) -> Profile:
+    """An engine profile from its content as JSON; once for all members of a family."""
+    from envs.fleet.profile import compact_profile
+
+    return compact_profile(name, json.loads(content))
+
+
 def fleet_spec(scenario: Scenario) -> FleetSpec:
     """The engine's fleet."""
-    from envs.fleet.profile import compact_profile
     from envs.fleet.speculation import Speculation
     from envs.fleet.state import NO_CAP, FleetSpec, PoolSpec, ProviderSpec
 
@@ -104,7 +114,7 @@ def fleet_spec(scenario: Scenario) -> FleetSpec:
     pools = tuple(
         PoolSpec(
             name=name,
-            profile=compact_profile(pool.profile, fleet.profiles[pool.profile]),
+            profile=_compact(pool.profile, json.dumps(fleet.profiles[pool.profile])),
             replicas=pool.replicas,
             tier=tiers.index(pool.tier),
             kv_blocks=pool.kv_blocks,

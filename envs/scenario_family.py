@@ -100,7 +100,7 @@ def changed(scenario: Scenario, values: Mapping[str, Any], section: str) -> Scen
     """A copy without ranges and conditions in which some keys have other values; `section` names them in errors."""
     from envs import scenario_checks
 
-    data = scenario.model_dump(exclude={"ranges", "conditions"})
+    data = scenario.model_dump(exclude={"ranges", "conditions"}, by_alias=True)
     try:
         data = scenario_files.apply_overrides(type(scenario), data, values)
         copy = type(scenario).model_validate(data)

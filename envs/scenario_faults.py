@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from envs.workload.drift import Drift, as_faults
 from envs.workload.faults import OF_PROVIDER, OF_REPLICA, FaultLaw, draw_faults, fault, in_order, no_faults
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def certain_faults(scenario: Scenario) -> Array:
     return np.concatenate(rows)
 
 
-def faults(scenario: Scenario, entropy: tuple[int, ...]) -> Array:
-    """(F,) `FAULT` of one episode, ordered by start: the certain ones and those that are drawn."""
+def faults(scenario: Scenario, entropy: tuple[int, ...], drifts: Sequence[Drift] = ()) -> Array:
+    """(F,) `FAULT` of one episode, ordered by start: certain ones, drawn ones, and what drifts come to."""
     drawn = draw_faults(fault_laws(scenario), scenario.horizon_s, entropy)
-    return in_order(np.concatenate([certain_faults(scenario), drawn]))
+    return in_order(np.concatenate([certain_faults(scenario), drawn, as_faults(drifts)]))

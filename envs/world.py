@@ -13,6 +13,8 @@ unserved), so that nothing is gained by parking work at the end.
 
 Everything here is compiled and takes record arrays with the world as leading axis; the same functions serve one world
 and thousands. Shapes: N worlds, M requests, R replicas, V providers, C candidates, T tiers, K classes, J tasks.
+`begin` and `step` take the constants of every member of a family of scenarios, one row each (`worlds.Family`), and pass
+on those of the member that a world plays.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
@@ -88,6 +90,7 @@ def _post_finished(
             cost_usd = books.answer_usd(
                 prompt_tokens, cached_tokens, 0, static[v.INPUT_USD, c], static[v.CACHED_INPUT_USD, c], 0.0
             )
+            cost_usd *= load.price_times
         _post_unserved(terms, follow, lengths, loads, ledger_usd, counts, w, i, count, account, cost_usd)
         return
     tpot_s = (request.completed_at_s - request.first_token_at_s) / max(load.output_tokens - 1, 1)
@@ -103,6 +106,8 @@ def _post_finished(
         load.prompt_tokens, cached_tokens, load.output_tokens,
         static[v.INPUT_USD, c], static[v.CACHED_INPUT_USD, c], static[v.OUTPUT_USD, c],
     )  # fmt: skip
+    if c >= config[0].n_replicas:
+        cost_usd *= load.price_times
     answer = good[w, i, tiers[c]]
     if load.verified > 0:
         answer = tasks.outcome(follow, loads, truth, good, w, i, tiers[c])
@@ -243,7 +248,7 @@ def _buy_out(
         return
     c = config[0].n_replicas + p
     ttft_s, tpot_s = _provider_latency(static, sigmas, load, c, p)
-    load.answered_by, load.cached_tokens = c, 0
+    load.answered_by, load.cached_tokens, load.price_times = c, 0, own[w, c].price_times
     sessions.sent(desks[w], load, own[w, c])
     request.status, request.dispatched_at_s = COMPLETED, desks[w].now_s
     request.first_token_at_s = desks[w].now_s + ttft_s
@@ -344,7 +349,7 @@ def _go_on(
             elastic.post_gpu_hours(pools, replicas, desks, own, ledger_usd, w)
         if last or next_s < pause_s:
             break
-        elastic.apply_changes(pools, tables, worlds, replicas, slots, providers, requests, desks, changes, w)
+        elastic.apply_changes(pools, tables, worlds, replicas, slots, providers, requests, desks, own, changes, w)
     desk.elapsed_s = until_s - begun_s
     if last:
         _settle(
@@ -464,11 +469,13 @@ def _show(
 
 @kernel
 def begin(
-    config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
+    configs, all_terms, statics, all_sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, index, prior, truth, good, own, entries, follow, lengths, ledger_usd, counts, changes, actions,
     signals, request_view, legal, p_true, w,
 ):  # fmt: skip
     """Takes a freshly loaded world `w` to its first decision; what is posted on the way enters the first reward."""
+    member = desks[w].variant
+    config, terms, static, sigmas = configs[member], all_terms[member], statics[member], all_sigmas[member]
     _go_on(
         config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
         desks, loads, truth, good, own, entries, follow, lengths, ledger_usd, counts, changes, w,
@@ -505,7 +512,7 @@ def _account(desks, ledger_usd, w):
 
 @kernel
 def step(
-    config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
+    configs, all_terms, statics, all_sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, index, prior, truth, good, own, entries, follow, lengths, ledger_usd, counts, changes, actions,
     signals, request_view, legal, p_true, choices,
 ):  # fmt: skip
@@ -517,9 +524,12 @@ def step(
             _account(desks, ledger_usd, w)  # nothing, unless the episode ended before its first decision
             desks[w].elapsed_s = 0.0
             continue
+        member = desks[w].variant
+        config, terms, static, sigmas = configs[member], all_terms[member], statics[member], all_sigmas[member]
         c = choices[w]
         if 0 <= c < kinds.shape[0] and kinds[c] <= v.PROVIDER and legal[w, c]:
             sessions.sent(desks[w], loads[w, desks[w].current], own[w, c])
+            loads[w, desks[w].current].price_times = own[w, c].price_times
             tasks.note_send(follow, desks, loads, w, c)
             if desks[w].prefix_block_tokens > 0:
                 prefix_kernel.note_send(index, desks, loads, requests, signals, w, c)

@@ -20,7 +20,7 @@ from envs.fleet import engine, scaling
 from envs.fleet.faults import lose_requests, slow_replica
 from envs.fleet.state import ACTIVE, DRAINING
 from envs.kernels import kernel
-from envs.workload.faults import OF_REPLICA
+from envs.workload.faults import OF_PRICE, OF_REPLICA
 from marginroute import latency
 
 recent_errors = kernel(latency.recent_errors, inline="always")
@@ -82,8 +82,8 @@ def next_change_s(worlds, desks, changes, w):
 
 
 @kernel
-def apply_changes(pools, tables, worlds, replicas, slots, providers, requests, desks, changes, w):
-    """Carries out the faults that are due now."""
+def apply_changes(pools, tables, worlds, replicas, slots, providers, requests, desks, own, changes, w):
+    """Carries out the faults that are due now, and what drifts come to."""
     desk = desks[w]
     while desk.change < desk.n_changes and changes[w, desk.change].at_s <= desk.now_s:
         change = changes[w, desk.change]
@@ -96,6 +96,8 @@ def apply_changes(pools, tables, worlds, replicas, slots, providers, requests, d
                 )
             else:
                 slow_replica(pools, tables, worlds, replicas, slots, providers, requests, w, i, change.slowdown, now_s)
+        elif change.kind == OF_PRICE:
+            own[w, replicas.shape[1] + i].price_times = change.slowdown
         elif change.down >= 0:
             providers[w, i].down = change.down
         else:

@@ -27,6 +27,7 @@ LOAD = np.dtype(
         ("cached_tokens", "i4"),  # of its prompt, expected there
         ("prefix_at", "i4"),  # where its block hashes begin
         ("prefix_count", "i4"),  # its full blocks that have one; 0: nobody looks
+        ("price_times", "f8"),  # factor on the price of the provider that it was last sent to
         ("attempts", "i4"),  # that faults have ended
         # Feedback, see world_feedback.py
         ("judged", "i4"),  # 1: the gateway will hear whether the answer was good
@@ -70,6 +71,7 @@ DESK = np.dtype(
         ("session_station", "i4"),  # candidate that the View shows the session at, -1: none
         ("tried", "i4"),  # 1: the View shows an answer in hand
         ("n_requests", "i4"),
+        ("variant", "i4"),  # member of the scenario's family: row of its constants
         ("prefix_block_tokens", "i4"),  # 0: prompts are not hashed, or nothing is cached
         ("cursor", "i4"),  # next arrival of one that follows no other
         ("current", "i4"),  # request being decided
@@ -128,6 +130,7 @@ OWN = np.dtype(
         ("error_share", "f8"),  # of recent calls, as of error_at_s
         ("error_at_s", "f8"),
         ("gpu_usd_per_s", "f8"),  # price of a replica while it is paid
+        ("price_times", "f8"),  # what a provider bills over its list price; not for gateways
         ("paid_s", "f8"),  # posted so far, if the world is elastic
         ("busy_s", "f8"),  # of a replica within the horizon, filled in at its end; not for gateways
         ("powered_s", "f8"),  # paid, the same

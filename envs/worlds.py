@@ -6,9 +6,10 @@ nothing of Gymnasium or Stable-Baselines3; `fleet_env` and `vector_env` are face
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,10 +30,35 @@ from envs.world_sessions import load_sessions
 from envs.world_state import CONFIG, DESK, LOAD, MEAN, OWN
 from marginroute import latency
 from marginroute import view as v
+from marginroute.errors import InputError
 from marginroute.policy import Policy
 from marginroute.prefix_index import PROVIDER_TOKENS
 from marginroute.quality import QualityPrior
 from marginroute.view import Array, Layout, View
+
+SHARED = re.compile(
+    r"fleet\.(pools\.[^.]+\.(?!gpu|reserved_gpu|energy_|faults)|response_cache\.(semantic|shared)|telemetry|"
+    r"providers\.[^.]+\.prompt_cache_ttl_s)|plans\.classes\.[^.]+\.entitlements"
+)
+"""Keys of a scenario that all worlds of a `FleetWorlds` have in common."""
+
+
+def check_ranges(scenario: Scenario) -> None:
+    """Raises InputError if members of a family differ in what their worlds share."""
+    for key in filter(SHARED.match, scenario.ranges):
+        raise InputError(
+            f"scenario {scenario.name!r}, ranges: {key} would change engines, what is cached or who may answer; legal "
+            "are keys of money, contracts, providers, faults, drift and workload"
+        )
+
+
+class Family(NamedTuple):
+    """Constants of every member of a family of scenarios, one row each; F members."""
+
+    config: Array  # (F, 1) CONFIG
+    terms: Array  # (F, K)
+    static_signals: Array  # (F, S_static, C)
+    sigmas: Array  # (F, max(V, 1), 2)
 
 
 class Plant:
@@ -81,6 +107,24 @@ class Plant:
             shared_luck=self.shared_luck,
         )
         self.output_tokens = np.tile(scenario.expected_output_tokens, (len(scenario.class_names), 1))
+
+    @cached_property
+    def members(self) -> tuple[Plant, ...]:
+        """A plant for each of the scenario's variants, with the same candidates and engines."""
+        if not self.scenario.ranges:
+            return (self,)
+        return tuple(Plant(variant) for variant in self.scenario.variants)
+
+    @cached_property
+    def family(self) -> Family:
+        """The members' constants."""
+        members = self.members
+        config = record_array((len(members), 1), CONFIG)
+        terms = record_array((len(members), len(self.terms)), self.terms.dtype)
+        for i, member in enumerate(members):
+            config[i], terms[i] = member.config, member.terms
+        static = np.stack([member.static_signals for member in members])
+        return Family(config, terms, static, np.stack([member.sigmas for member in members]))
 
     def _layout(self) -> Layout:
         names, kind, station, tier = [], [], [], []
@@ -190,6 +234,7 @@ class FleetWorlds:
 
     def __init__(self, scenario: Scenario | Plant, n_worlds: int, max_requests: int = 1) -> None:
         self.plant = scenario if isinstance(scenario, Plant) else Plant(scenario)
+        check_ranges(self.plant.scenario)
         self.n_worlds = n_worlds
         layout, terms = self.plant.layout, self.plant.terms
         n, c, k = n_worlds, layout.n_candidates, len(terms)
@@ -242,10 +287,7 @@ class FleetWorlds:
     def _arguments(self) -> tuple[Any, ...]:
         plant = self.plant
         return (
-            plant.config,
-            plant.terms.view(np.recarray) if isinstance(self.desks, np.recarray) else plant.terms,
-            plant.static_signals,
-            plant.sigmas,
+            *plant.family,
             plant.layout.kind,
             plant.layout.tier,
             *self.fleet.arrays,
@@ -276,7 +318,7 @@ class FleetWorlds:
 
     def load(self, w: int, workload: Workload) -> None:
         """Puts a new episode into world `w` and takes it to its first decision."""
-        m = workload.n_requests
+        m, member = workload.n_requests, self.plant.members[workload.variant]
         hashes = hashes_of(workload, self.plant.spec)
         self._make_room([workload])
         load = self.loads[w, :m]
@@ -293,7 +335,7 @@ class FleetWorlds:
         self.prior[w, :m], self.truth[w, :m], self.good[w, :m] = workload.p_good_prior, workload.p_good, workload.good
         requests = self.fleet.requests[w, :m]
         requests["prompt_tokens"], requests["output_tokens"] = workload.prompt_tokens, workload.output_tokens
-        requests["priority"] = self.plant.priority[workload.class_index]
+        requests["priority"] = member.priority[workload.class_index]
         requests["patience_until_s"] = workload.arrived_at_s + workload.patience_s - embed_s
         requests["expected_cached_tokens"] = 0
         load_hashes(self.fleet, w, hashes, check=False)
@@ -304,22 +346,25 @@ class FleetWorlds:
         for queue in ("held", "judged", "lru"):
             desk[f"{queue}_head"] = desk[f"{queue}_tail"] = -1
         desk["retry_head"] = desk["current"] = -1
-        desk["n_requests"], desk["horizon_s"] = m, workload.horizon_s
+        desk["n_requests"], desk["horizon_s"], desk["variant"] = m, workload.horizon_s, workload.variant
         desk["prefix_block_tokens"] = workload.prefix_block_tokens if self.prefixes.wants(workload) else 0
         self._load_faults(w, workload)
         load_sessions(workload, desk, load)
         self.books.load(w, workload, desk, load)
-        static = self.plant.static_signals
-        stations = self.own.shape[1]
+        static, stations = member.static_signals, self.own.shape[1]
+        self.signals[: v.N_STATIC_SIGNALS, w] = static
+        self.own["gpu_usd_per_s"][w, : self.plant.spec.n_replicas] = member.gpu_usd_per_s
         self.own["recent_ttft_s"][w] = static[v.FIXED_TTFT_S, :stations]
         self.own["recent_tpot_s"][w] = static[v.FIXED_TPOT_S, :stations] + static[v.BASE_S, :stations]
         for name in ("weight", "leading", "error_share", "error_at_s", "paid_s"):
             self.own[name][w] = 0.0
+        self.own["price_times"][w] = 1.0
         k = len(self.plant.terms)
         self.lengths[w] = np.zeros((), dtype=MEAN)
-        self.lengths["value"][w, :k], self.lengths["weight"][w, :k] = self.plant.output_tokens, latency.PRIOR_LENGTHS
+        self.lengths["value"][w, :k], self.lengths["weight"][w, :k] = member.output_tokens, latency.PRIOR_LENGTHS
         for array in (self.ledger_usd, self.counts, self.action_counts):
             array[w] = 0
+        state.limit_providers(self.fleet.providers[w], member.spec)
         engine.reset_world(*self.fleet.arrays, w)
         self.fleet.replicas["in_flight_cap"][w] = self._caps[w]
         kernel.begin(*self._arguments, w)

@@ -11,8 +11,9 @@ the operator's favour:
 - the mean output length that prices an unserved request is the lowest that the gateway's counter could have reached;
 - a stored answer is never evicted or outdated (`evaluation.bound_reuse`);
 - a prompt's cached blocks are all those that anyone could have left;
-- pools run as many replicas as they may and pay for no more than they must; nothing fails, but where faults are due a
-  request may be sent again at any time;
+- pools run as many replicas as they may and pay for no more than they must; nothing fails or is slow, but where
+  failures are due a request may be sent again at any time;
+- an API is as fast and as cheap as at the best moment at which the request may be sent;
 - a follow-up of a session may come as early as its user allows, as late as one likes, or not at all.
 """
 
@@ -25,6 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.workload.drift import least_factor
+from envs.workload.faults import OF_PRICE, OF_PROVIDER
 from envs.workload.requests import Workload
 from envs.worlds import Plant
 from evaluation import bound_reuse
@@ -81,13 +84,18 @@ class Options:
 
 
 def observed_p_good(plant: Plant, workload: Workload) -> Floats:
-    """(M, T) P(good answer) given all that a gateway could know of a request: its task and what predicts difficulty."""
+    """(M, T) P(good answer) given all that a gateway could know of a request: its task and what predicts difficulty.
+
+    What drifts is known, too: no gateway can infer more of it from what it sees.
+    """
     quality = plant.scenario.workload_spec.quality
-    if quality.sees_task:
+    drifts = workload.ability_shift.shape[1] > 0
+    if quality.sees_task and not drifts:
         return np.asarray(workload.p_good_prior)  # the predictor's figure follows from all its signals by Bayes' rule
+    ability = np.array(quality.ability).T[workload.task_index]
     return np.asarray(
         prior_p_good(
-            np.array(quality.ability).T[workload.task_index],
+            ability + workload.ability_shift if drifts else ability,
             np.array(quality.slope),
             workload.difficulty_signal,
             quality.signal_correlation,
@@ -107,6 +115,8 @@ def make_options(plant: Plant, workload: Workload, p_good: Floats | None = None)
     """
     good = workload.good.astype(np.float64) if p_good is None else p_good
     money = _Money(plant, workload, good)
+    group = bound_reuse.groups(plant, workload)
+    stored = bound_reuse.best_stored(workload, group, good)
     pools, providers = plant.spec.pools, plant.spec.providers
     columns: list[dict[str, Any]] = []
     for station, (pool, hull) in enumerate(zip(pools, hulls(plant, workload), strict=True)):
@@ -123,11 +133,11 @@ def make_options(plant: Plant, workload: Workload, p_good: Floats | None = None)
         **flat,
         unserved_usd=np.where(workload.parent_index >= 0, 0.0, -money.unserved_usd),
         cached_usd=(
-            bound_reuse.cached_usd(plant, workload, good, p_good is None)
+            bound_reuse.cached_usd(plant, workload, stored, p_good is None)
             if bound_reuse.is_near(plant, workload)
-            else money.revenue_usd[:, None] - money.refund_usd
+            else money.revenue_usd[:, None] - (1.0 - stored) * money.bad_usd[:, None]
         ),
-        group=bound_reuse.groups(plant, workload),
+        group=group,
         shared_usd=float(plant.terms["seat_usd_per_s"].sum()) * workload.horizon_s
         + gpu_usd
         - bound_reuse.lookups_usd(plant, workload),
@@ -158,6 +168,11 @@ def earliest_s(workload: Workload) -> Floats:
     return np.asarray(from_s)
 
 
+def fails(workload: Workload) -> bool:
+    """Whether anything goes down in the episode, so that requests are sent again."""
+    return bool(np.isinf(workload.faults["slowdown"]).any())
+
+
 class _Money:
     """USD of each request by outcome; (M,) or (M, T)."""
 
@@ -167,8 +182,8 @@ class _Money:
         self.term = term
         self.revenue_usd = pricing.tokens_usd(prompt, output, term["input_usd_per_token"], term["output_usd_per_token"])
         self.value_usd = self.revenue_usd + term["request_value_usd"]
-        bad_usd = pricing.refund_usd(self.value_usd, term["refund_share"], term["bad_answer_usd"])
-        self.refund_usd = (1.0 - good) * bad_usd[:, None]
+        self.bad_usd = pricing.refund_usd(self.value_usd, term["refund_share"], term["bad_answer_usd"])
+        self.refund_usd = (1.0 - good) * self.bad_usd[:, None]
         least_tokens = least_mean_tokens(plant, workload)[workload.class_index, workload.task_index]
         least_usd = pricing.tokens_usd(prompt, least_tokens, term["input_usd_per_token"], term["output_usd_per_token"])
         self.unserved_usd = pricing.unserved_credit_usd(
@@ -179,7 +194,9 @@ class _Money:
             stored = (workload.prompt_key >= 0) & (plant.cache_access["allowed"][workload.class_index] == 1)
             self.stored_usd = stored * float(plant.config[0]["cache_entry_usd"])
 
-    def answered_usd(self, plant: Plant, workload: Workload, candidate: int, tier: int, cached: Floats) -> Floats:
+    def answered_usd(
+        self, plant: Plant, workload: Workload, candidate: int, tier: int, cached: Floats, price_times: Floats | float
+    ) -> Floats:
         """(M,) value of an answer by a candidate that keeps every SLO and has `cached` (M,) prompt tokens."""
         static = plant.static_signals[:, candidate]
         cost_usd = static[v.CALL_USD] + pricing.answer_usd(
@@ -190,7 +207,7 @@ class _Money:
             np.minimum(static[v.CACHED_INPUT_USD], static[v.INPUT_USD]),
             static[v.OUTPUT_USD],
         )
-        return np.asarray(self.revenue_usd - self.refund_usd[:, tier] - cost_usd - self.stored_usd)
+        return np.asarray(self.revenue_usd - self.refund_usd[:, tier] - price_times * cost_usd - self.stored_usd)
 
     def credit_usd(self, kept: tuple[Any, Any, Any]) -> Floats:
         """(M,) credits if the SLOs of TTFT, TPOT and E2E are kept or not (booleans, or arrays of them)."""
@@ -232,7 +249,7 @@ def _pool_options(
     ttft_s, gaps = hull.least_ttft_s(prompt, cached), output - 1.0
     decoding_s = gaps * hull.least_decode_s
     saved = prompt if caching else np.zeros(len(prompt))  # a restart may find all of its own prompt
-    value_usd = money.answered_usd(plant, workload, candidate, tier, saved)
+    value_usd = money.answered_usd(plant, workload, candidate, tier, saved, 1.0)
     columns = []
     for kept in product((True, False), (True, False), (True, False)):
         useful = _has_credit(money, kept)
@@ -276,7 +293,7 @@ def _most_cached_tokens(workload: Workload) -> Floats:
 
 def _least_gpu_usd_per_s(plant: Plant, workload: Workload) -> float:
     """What GPUs cost at least: as many as are paid from the start, or the reserved ones where replicas come and go."""
-    if not plant.config[0]["elastic"] and not len(workload.faults):
+    if not plant.config[0]["elastic"] and not fails(workload):
         return float(plant.config[0]["gpu_usd_per_s"])
     rows = np.concatenate([np.arange(pool.rows) < pool.reserved_replicas for pool in plant.spec.pools])
     return float(plant.gpu_usd_per_s[rows].sum())
@@ -288,34 +305,39 @@ def _provider_options(plant: Plant, workload: Workload, money: _Money, p: int, t
     candidate = plant.spec.n_replicas + p
     static, sigma = plant.static_signals[:, candidate], plant.sigmas[p]
     noise = workload.provider_noise
-    ttft_s = static[v.FIXED_TTFT_S] * np.exp(sigma[0] * noise[:, 0])
-    tpot_s = static[v.FIXED_TPOT_S] * np.exp(sigma[1] * noise[:, 1])
-    answer_s = ttft_s + tpot_s * (workload.output_tokens - 1.0)
-    tpot_ok = (tpot_s <= money.term["slo_tpot_s"] + TOLERANCE_S) | (workload.output_tokens == 1)
+    best_ttft_s = static[v.FIXED_TTFT_S] * np.exp(sigma[0] * noise[:, 0])
+    best_tpot_s = static[v.FIXED_TPOT_S] * np.exp(sigma[1] * noise[:, 1])
     tolerant = money.term["delay_tolerant"] > 0.0
     follows = workload.parent_index >= 0
-    again = follows | bool(len(workload.faults))
+    again = follows | fails(workload)
     latest_s = np.where(again, np.inf, np.where(tolerant, workload.deadline_s, 0.0))
+    from_s = earliest_s(workload)
+    slow, dear = (least_factor(workload.faults, kind, p, from_s, from_s + latest_s) for kind in (OF_PROVIDER, OF_PRICE))
     caching = static[v.PREFIX_CAPACITY_TOKENS] > 0.0
     cached = _most_cached_tokens(workload) if caching else np.zeros(workload.n_requests)
-    value_usd = money.answered_usd(plant, workload, candidate, tier, cached)
+    value_usd = money.answered_usd(plant, workload, candidate, tier, cached, dear)
     columns = []
     settled = again | (tolerant & (workload.arrived_at_s + workload.deadline_s >= workload.horizon_s))
     settled &= p == plant.config[0]["last_provider"]
     waits_s = np.where(follows, 0.0, workload.horizon_s - workload.arrived_at_s)
-    for ttft_kept, e2e_kept in product((True, False), repeat=2):
-        by_ttft_s = np.where(ttft_kept, money.term["slo_ttft_s"], np.inf) - ttft_s
-        by_e2e_s = np.where(e2e_kept, money.term["slo_e2e_s"], np.inf) - answer_s
-        wait_s = np.minimum(np.minimum(latest_s, workload.patience_s - ttft_s), np.minimum(by_ttft_s, by_e2e_s))
-        useful = _has_credit(money, (ttft_kept, True, e2e_kept))
-        usd = value_usd - money.credit_usd((ttft_kept, tpot_ok, e2e_kept))
-        one, none = np.ones(workload.n_requests), np.zeros(workload.n_requests)
-        possible = useful & (wait_s >= -TOLERANCE_S)
-        wait_s = np.maximum(wait_s, 0.0)
-        columns.append(_column(workload, possible, station, tier, usd, one, none, wait_s, wait_s))
-        # At the horizon the batch queue is bought out, beside the rate limit.
-        late = settled & useful & (np.minimum(by_ttft_s, by_e2e_s) >= waits_s - TOLERANCE_S)
-        columns.append(_column(workload, late, station, tier, usd, none, none, wait_s, wait_s))
+    one, none = np.ones(workload.n_requests), np.zeros(workload.n_requests)
+    # At the horizon the batch queue is bought out, beside the rate limit and however slow the API is.
+    for late, times in ((False, slow), (True, 1.0)) if settled.any() else ((False, slow),):
+        ttft_s, tpot_s = best_ttft_s * times, best_tpot_s * times
+        answer_s = ttft_s + tpot_s * (workload.output_tokens - 1.0)
+        tpot_ok = (tpot_s <= money.term["slo_tpot_s"] + TOLERANCE_S) | (workload.output_tokens == 1)
+        for ttft_kept, e2e_kept in product((True, False), repeat=2):
+            by_ttft_s = np.where(ttft_kept, money.term["slo_ttft_s"], np.inf) - ttft_s
+            by_e2e_s = np.where(e2e_kept, money.term["slo_e2e_s"], np.inf) - answer_s
+            within_s = np.minimum(by_ttft_s, by_e2e_s)
+            wait_s = np.minimum(np.minimum(latest_s, workload.patience_s - ttft_s), within_s)
+            possible = settled & (within_s >= waits_s - TOLERANCE_S) if late else wait_s >= -TOLERANCE_S
+            possible &= _has_credit(money, (ttft_kept, True, e2e_kept))
+            usd = value_usd - money.credit_usd((ttft_kept, tpot_ok, e2e_kept))
+            wait_s = np.maximum(wait_s, 0.0)
+            columns.append(
+                _column(workload, possible, station, tier, usd, none if late else one, none, wait_s, wait_s)
+            )
     return columns
 
 

@@ -43,6 +43,19 @@ def groups(plant: Plant, workload: Workload) -> Ints:
     return group
 
 
+def best_stored(workload: Workload, group: Ints, good: Floats) -> Floats:
+    """(M, T) outcomes, or their probabilities, of the best answer of each tier that a request's group may have stored.
+
+    Those of a prompt are all alike, unless a model's ability drifts.
+    """
+    if not workload.ability_shift.shape[1]:
+        return good
+    best = np.full((int(group.max(initial=-1)) + 1, good.shape[1]), -np.inf)
+    rows = group >= 0
+    np.maximum.at(best, group[rows], good[rows])
+    return np.where(rows[:, None], best[group], good) if len(best) else good
+
+
 def lookups_usd(plant: Plant, workload: Workload) -> float:
     """USD that embedding and looking up every request costs, whatever is decided."""
     if not plant.config[0]["cache_semantic"]:

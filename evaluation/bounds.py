@@ -95,6 +95,9 @@ def uncovered(plant: Plant) -> list[str]:
             if name == "cached_input_usd_per_token" and value <= row["input_usd_per_token"]:
                 continue
             found.append(f"{kind} {name}")
+    quality = plant.scenario.workload_spec.quality
+    if quality.sees_task and quality.loadings and any(item.tier for item in plant.scenario.drift.values()):
+        found.append("drift of ability beside a predictor of several factors")
     return list(dict.fromkeys(found))
 
 
@@ -104,6 +107,7 @@ def episode_bounds(plant: Plant, seed: int, split: Split = "heldout") -> tuple[i
     from evaluation.bound_options import make_options, observed_p_good
 
     workload = plant.scenario.generate(seed, split)
+    plant = plant.members[workload.variant]
     options = make_options(plant, workload)
     same = make_options(plant, workload, observed_p_good(plant, workload))
     return seed, DualBound(options).search().bound_usd, DualBound(same).search().bound_usd, options.gpu_usd

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,7 @@ def _seconds(
     )
 
 
+@lru_cache(maxsize=64)
 def linear_coefficients(profile: Profile, speculation: Speculation | None = None) -> tuple[float, float, float, float]:
     """The best linear description of an iteration, which is what a gateway may know of an engine.
 

@@ -549,11 +549,16 @@ def allocate(spec: FleetSpec, n_worlds: int, max_requests: int, max_hashes: int 
         max_hashes=max_hashes,
     )
     _place_replicas(fleet, slots)
+    limit_providers(fleet.providers, spec)
+    return fleet
+
+
+def limit_providers(records: Any, spec: FleetSpec) -> None:
+    """Sets rate limits and times to an error in (..., V) records."""
     for v, provider in enumerate(spec.providers):
         rate, token_rate = provider.requests_per_minute / 60.0, provider.tokens_per_minute / 60.0
-        fleet.providers["requests_per_s"][:, v] = rate
-        fleet.providers["bucket_size"][:, v] = provider.burst_requests or max(1.0, 10.0 * rate)
-        fleet.providers["tokens_per_s"][:, v] = token_rate
-        fleet.providers["token_bucket_size"][:, v] = provider.burst_tokens or 10.0 * token_rate
-        fleet.providers["error_after_s"][:, v] = provider.error_after_s
-    return fleet
+        records["requests_per_s"][..., v] = rate
+        records["bucket_size"][..., v] = provider.burst_requests or max(1.0, 10.0 * rate)
+        records["tokens_per_s"][..., v] = token_rate
+        records["token_bucket_size"][..., v] = provider.burst_tokens or 10.0 * token_rate
+        records["error_after_s"][..., v] = provider.error_after_s

@@ -20,15 +20,15 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-OF_REPLICA, OF_PROVIDER = 0, 1
+OF_REPLICA, OF_PROVIDER, OF_PRICE = 0, 1, 2
 
 FAULT = np.dtype(
     [
-        ("kind", "i4"),  # OF_REPLICA or OF_PROVIDER
+        ("kind", "i4"),  # OF_REPLICA, OF_PROVIDER, or OF_PRICE of a provider
         ("index", "i4"),  # of the replica over all pools, or of the provider
         ("starts_at_s", "f8"),
         ("ends_at_s", "f8"),
-        ("slowdown", "f8"),  # factor on its latency; inf: down
+        ("slowdown", "f8"),  # factor on its latency, or on its price; inf: down
     ]
 )
 

@@ -7,6 +7,7 @@ intents (`envs.workload.intents`) task, difficulty and outcome are drawn once pe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from envs.workload.draws import (
     draw_tenants,
     given_recurrences,
 )
+from envs.workload.drift import Drift, ability_shift
 from envs.workload.intents import draw_intents, draw_reuse
 from envs.workload.quality import draw_quality
 from envs.workload.requests import Workload
@@ -36,10 +38,15 @@ _LINKS = (
 
 
 def generate(
-    spec: WorkloadSpec, rng: np.random.Generator, given: GivenRequests | None = None, **beside: Any
+    spec: WorkloadSpec,
+    rng: np.random.Generator,
+    given: GivenRequests | None = None,
+    drifts: Sequence[Drift] = (),
+    **beside: Any,
 ) -> Workload:
     """One episode's workload; with `given`, arrivals and lengths are those of a trace.
 
+    `drifts` move abilities by the time of arrival, also between recurrences of a prompt.
     `beside`: fields of `Workload` that are not about requests: variant, faults.
     """
     if given is None and spec.composition is not None:
@@ -73,7 +80,8 @@ def generate(
     output_tokens = draw_lengths(spec.output_lengths, rng, task_index, source)
     if given is not None:
         prompt_tokens, output_tokens = given.prompt_tokens[source], given.output_tokens[source]
-    quality = draw_quality(spec.quality, rng, task_index, first)
+    shift = ability_shift(drifts, arrived_at_s, task_index, len(spec.quality.slope))
+    quality = draw_quality(spec.quality, rng, task_index, first, shift)
     if near:
         near["needed_similarity"], near["valid_for_s"] = draw_reuse(spec.reuse, rng.spawn(1)[0], task_index)
     judged = rng.spawn(1)[0].random(size) < spec.judged_share if spec.judged_share > 0.0 else None
@@ -94,6 +102,7 @@ def generate(
         p_good=quality.p_good,
         good=spec.quality.good(task_index, quality.p_good, rng.random(size)[first], quality.luck),
         provider_noise=rng.standard_normal((size, 2)),
+        ability_shift=shift,
         horizon_s=spec.horizon_s if given is None else given.horizon_s,
         judged=judged,  # type: ignore[arg-type]
         **({} if given is None else {name: getattr(given, name) for name in _LINKS}),

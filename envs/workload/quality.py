@@ -71,9 +71,11 @@ class QualityTruth:
         """Share of prompts that nobody can answer: (M, 1) by task, or one figure."""
         return np.array(self.task_nobody_can)[task_index][:, None] if self.task_nobody_can else self.nobody_can_share
 
-    def p_good(self, task_index: Array, difficulty: Array, others: Array | None = None) -> Array:
-        """(M, T) true P(good answer) from (M,) tasks, (M,) difficulties and (M, K - 1) other factors."""
-        ability = np.array(self.ability).T[task_index]
+    def p_good(
+        self, task_index: Array, difficulty: Array, others: Array | None = None, shift: Array | None = None
+    ) -> Array:
+        """(M, T) true P(good answer) from (M,) tasks, (M,) difficulties, (M, K - 1) other factors, (M, T) drift."""
+        ability = np.array(self.ability).T[task_index] + (0.0 if shift is None else shift)
         probit = ability - np.array(self.slope) * difficulty[:, None]
         if others is not None:
             probit -= others @ np.array(self.loadings).T
@@ -123,8 +125,10 @@ class QualityDraw:
     luck: Array | None
 
 
-def draw_quality(truth: QualityTruth, rng: np.random.Generator, task_index: Array, source: Array) -> QualityDraw:
-    """Draws factors and signals; row i copies its prompt from row `source[i]`.
+def draw_quality(
+    truth: QualityTruth, rng: np.random.Generator, task_index: Array, source: Array, shift: Array | None = None
+) -> QualityDraw:
+    """Draws factors and signals; row i copies its prompt from row `source[i]`, but for what (M, T) drifts add.
 
     Whatever a one-factor world does not need comes from a generator of its own, so that its draws stay what they are.
     """
@@ -140,7 +144,10 @@ def draw_quality(truth: QualityTruth, rng: np.random.Generator, task_index: Arra
         if truth.independent_luck:
             luck = extra.random((size, len(truth.slope)))[source]
     return QualityDraw(
-        signal, truth.observed(task_index, signal, other_signals), truth.p_good(task_index, normal[0], others), luck
+        signal,
+        truth.observed(task_index, signal, other_signals),
+        truth.p_good(task_index, normal[0], others, shift),
+        luck,
     )
 
 

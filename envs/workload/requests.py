@@ -30,8 +30,8 @@ class Workload:
     prompt is its parent's hashes and more, and long enough, is taken to repeat the parent's answer.
 
     M requests, T tiers. Requests with the same `prompt_key` are the same prompt: equal lengths, task, quality and
-    outcome, whoever asks. Fields named in `hidden` are truths of the future or of the request: the engine and the
-    ledger read them, a View never does.
+    outcome, whoever asks, but for what drifts in between. Fields named in `hidden` are truths of the future or of the
+    request: the engine and the ledger read them, a View never does.
 
     Attributes:
         arrived_at_s: (M,) f8, in [0, horizon_s), ascending over roots; of a follow-up only a nominal time.
@@ -67,6 +67,7 @@ class Workload:
         attempt_luck: (M, A, 3) f8, for each answer of a request that a verifier may look at: a standard normal number
             behind its score, a uniform one behind an answer that is drawn anew, one behind the user's leaving. Default
             none, A = 0. Hidden.
+        ability_shift: (M, T) f8, what drifts add to abilities in probits. Default none, (M, 0). Hidden.
         faults: (F,) `faults.FAULT`, what fails when, ordered by start. Hidden.
     """
 
@@ -100,11 +101,12 @@ class Workload:
     workflow_index: Array = None  # type: ignore[assignment]
     task_calls: Array = None  # type: ignore[assignment]
     attempt_luck: Array = None  # type: ignore[assignment]
+    ability_shift: Array = None  # type: ignore[assignment]
     faults: Array = field(default_factory=no_faults)
 
     hidden: ClassVar[tuple[str, ...]] = (
         *("output_tokens", "patience_s", "p_good", "good", "provider_noise", "think_s"),
-        *("needed_similarity", "valid_for_s", "judged", "task_calls", "attempt_luck"),
+        *("needed_similarity", "valid_for_s", "judged", "task_calls", "attempt_luck", "ability_shift"),
     )
     scalars: ClassVar[tuple[str, ...]] = ("horizon_s", "prefix_block_tokens", "variant")
 
@@ -124,6 +126,7 @@ class Workload:
             ("workflow_index", -1, m, np.int32),
             ("task_calls", 1, m, np.int32),
             ("attempt_luck", 0, (m, 0, 3), np.float64),
+            ("ability_shift", 0, (m, 0), np.float64),
         ):
             given = getattr(self, name)
             array = np.full(size, fill, kind) if given is None else np.ascontiguousarray(given, kind)

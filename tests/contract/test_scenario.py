@@ -40,6 +40,7 @@ def test_workload_shapes_and_types(scenario):
     size, tiers = workload.n_requests, len(scenario.tier_names)
     shapes = {name: (size, tiers) for name in ("p_good", "p_good_prior", "good")} | {"provider_noise": (size, 2)}
     shapes |= {"prefix_hash": (workload.prefix_count.sum(),), "embedding": (size, 0), "attempt_luck": (size, 0, 3)}
+    shapes |= {"ability_shift": (size, 0)}
     integers = ("class_index", "task_index", "tenant_index", "prompt_tokens", "output_tokens", "prompt_key")
     kinds = dict.fromkeys(
         (*integers, "prefix_count", "session_index", "parent_index", "workflow_index", "task_calls"), "i4"
@@ -60,7 +61,8 @@ def test_workload_shapes_and_types(scenario):
 
 def test_hidden_and_visible_fields_part_the_workload():
     hidden = {"output_tokens", "patience_s", "p_good", "good", "provider_noise", "think_s"}
-    assert set(Workload.hidden) == hidden | {"needed_similarity", "valid_for_s", "judged", "task_calls", "attempt_luck"}
+    hidden |= {"needed_similarity", "valid_for_s", "judged", "task_calls", "attempt_luck", "ability_shift"}
+    assert set(Workload.hidden) == hidden
     assert set(Workload.hidden) | set(Workload.visible()) == set(Workload.array_names())
     assert not set(Workload.hidden) & set(Workload.visible())
 

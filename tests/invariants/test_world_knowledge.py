@@ -49,6 +49,7 @@ def other_truths(episode, rows, rng):
         "judged": rng.integers(0, 2, m),
         "task_calls": rng.integers(1, 9, m),
         "attempt_luck": rng.random(episode.attempt_luck.shape),
+        "ability_shift": np.zeros((m, 0)),
     }
     assert set(drawn) == set(Workload.hidden)
     changed = {}

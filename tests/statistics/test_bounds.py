@@ -39,7 +39,16 @@ def every_choice(plant, workload):
     return worlds.ledger_usd.sum(axis=(1, 2))
 
 
-@pytest.mark.parametrize("extra", [{}, TIGHT], ids=["roomy", "tight"])
+DRIFTS = {
+    "drift": {
+        "worse": {"tier": "large", "after_s": [0, 3], "ability_by": [-1.0, 2.0]},
+        "slower": {"provider": "api", "after_s": [0, 2, 4], "latency_times": [1, 4, 1], "starts_at_s": 1.0},
+        "dearer": {"provider": "api", "price_times": [3.0], "starts_at_s": 2.0},
+    }
+}
+
+
+@pytest.mark.parametrize("extra", [{}, TIGHT, DRIFTS], ids=["roomy", "tight", "drifting"])
 @pytest.mark.parametrize("seed", range(4))
 def test_no_sequence_of_choices_earns_more(seed, extra):
     plant = Plant(load_scenario("quickstart", {**TINY, "fleet.batch_queue.hold_s": 2.0, **extra}))
