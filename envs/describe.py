@@ -1,7 +1,7 @@
 """`python -m envs describe TRACE|SCENARIO [--against ...]`: what matters about requests, as a table and as plots.
 
-A scenario is drawn for as long as the other stream lasts, or for `--duration-s`. Where one side was recorded on a
-coarse clock, dispersion is measured with both sides rounded to it.
+A scenario, or a workload alone, is drawn for as long as the other stream lasts, or for `--duration-s`. Where one side
+was recorded on a coarse clock, dispersion is measured with both sides rounded to it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from envs import scenario_files
 from envs.describe_page import page
 from envs.scenario import Scenario, load_scenario
 from envs.tables import write_whole
@@ -52,11 +53,24 @@ def _streams(names: list[str], arguments: argparse.Namespace) -> list[Trace]:
         if _is_trace(name, arguments):
             found[place] = _trace(name, arguments)
         else:
-            scenarios[place] = load_scenario(name)
+            scenarios[place] = _generator(name)
     lasting = max((stream.span_s for stream in found.values()), default=_DEFAULT_S)
     for place, scenario in scenarios.items():
         found[place] = drawn(scenario, arguments.duration_s or lasting, arguments.seed)
     return [found[place] for place in range(len(names))]
+
+
+def _generator(name: str) -> Scenario:
+    """A scenario, or a workload (its file, or a name in configs/workloads) behind a fleet that any request fits."""
+    path = Path(name)
+    if not path.exists():
+        path = scenario_files.CONFIGS / "workloads" / f"{name}.yaml"
+        if (scenario_files.CONFIGS / "scenarios" / path.name).exists() or not path.exists():
+            return load_scenario(name)
+    if "arrivals" not in scenario_files.read_yaml(path):
+        return load_scenario(name)
+    roomy = {f"fleet.pools.{pool}.kv_blocks": 1_000_000 for pool in ("small", "medium", "large")}
+    return load_scenario("azure_conversation", {"workload": name, "load_scale": 1.0, "conditions": {}, **roomy})
 
 
 def _is_trace(name: str, arguments: argparse.Namespace) -> bool:

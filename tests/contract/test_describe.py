@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from envs.__main__ import main
+from envs.scenario_files import CONFIGS
 
 
 @pytest.fixture
@@ -54,3 +55,11 @@ def test_what_is_wrong_is_one_sentence(chats, tmp_path, capsys):
         assert main(["describe", *words]) == 2
         error = capsys.readouterr().err
         assert "legal is" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", ["coding_agents", str(CONFIGS / "workloads" / "coding_agents.yaml")])
+def test_a_trace_beside_a_workload_without_a_scenario(chats, capsys, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["describe", str(chats), "--against", name]) == 0
+    out = capsys.readouterr().out
+    assert "coding_agents" in out and "prompt tokens KS" in out
