@@ -94,7 +94,7 @@ def story(scenario: Scenario) -> str:
     """The comment at the top of a scenario's file."""
     lines = scenario_files.locate(scenario.name, "scenario").read_text().splitlines()
     head = [line.removeprefix("#").strip() for line in lines[: _first(lines)]]
-    return " ".join(head)
+    return " ".join(line for line in head if "yaml-language-server" not in line)
 
 
 def _first(lines: Sequence[str]) -> int:
