@@ -38,7 +38,7 @@ from marginroute.view import Array, Layout, View
 
 SHARED = re.compile(
     r"fleet\.(pools\.[^.]+\.(?!gpu|reserved_gpu|energy_|faults)|response_cache\.(semantic|shared)|telemetry|"
-    r"providers\.[^.]+\.prompt_cache_ttl_s)|plans\.classes\.[^.]+\.entitlements"
+    r"verifiers|providers\.[^.]+\.prompt_cache_ttl_s)|plans\.(workflows|classes\.[^.]+\.entitlements)"
 )
 """Keys of a scenario that all worlds of a `FleetWorlds` have in common."""
 
