@@ -44,13 +44,17 @@ class HttpSettings(DeskSettings):
     request_timeout_s: float = 10.0
 
 
-def _protocol(request_timeout_s: float) -> type[Any]:
-    """Uvicorn's parser with limits that it lacks: size of the headers, and time for a request to arrive."""
+def _protocol(app: App, request_timeout_s: float) -> type[Any]:
+    """Uvicorn's parser with limits that it lacks: size of the headers, and time for a request to arrive.
+
+    A call that can be answered at once is, without ASGI in between, if no other is under way on its connection.
+    """
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     class Limited(HttpToolsProtocol):
         _timer: asyncio.TimerHandle | None = None
         _header_bytes = 0
+        _body: bytearray | None = None  # of a call that is answered at once
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -73,9 +77,37 @@ def _protocol(request_timeout_s: float) -> type[Any]:
             self._count(len(name) + len(value))
             super().on_header(name, value)
 
+        def on_headers_complete(self) -> None:
+            free = self.cycle is None or self.cycle.response_complete
+            free = free and len(self.connections) < MOST_CONNECTIONS
+            plain = not self.expect_100_continue and not self.parser.should_upgrade()
+            lasting = self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive()
+            if (
+                free
+                and plain
+                and lasting
+                and self.parser.get_method() == b"POST"
+                and app.at_once(self.url, self.headers)
+            ):
+                self._body = bytearray()
+            else:
+                super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            if self._body is None:
+                super().on_body(body)
+            else:
+                self._body += body
+
         def on_message_complete(self) -> None:
             self._wait(None)
-            super().on_message_complete()
+            if self._body is None:
+                super().on_message_complete()
+                return
+            data, self._body = bytes(self._body), None
+            if not self.transport.is_closing():
+                self.transport.write(app.answer_at_once(self.url, data))
+                self.on_response_complete()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
@@ -149,7 +181,7 @@ async def _serve(app: App, listen: Listen, request_timeout_s: float) -> None:
                 tls |= {"ssl_ca_certs": ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
         config = uvicorn.Config(
             app,
-            http=_protocol(request_timeout_s),
+            http=_protocol(app, request_timeout_s),
             lifespan="off",
             access_log=False,
             log_config=None,

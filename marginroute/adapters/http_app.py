@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from marginroute.adapters import chat, http_api, metrics, schema
@@ -25,6 +26,9 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 JSON, TEXT = b"application/json", b"text/plain; version=0.0.4; charset=utf-8"
 OUTCOME = ("ttft_s", "e2e_s", "attempt_ttft_s", "attempt_e2e_s", "prompt_tokens", "output_tokens", "cost_usd")
 MOST_FORGOTTEN = 1000  # prompts whose request is not under way any more, before their lengths are dropped
+
+
+PHRASES = {status: HTTPStatus(status).phrase.encode() for status in (200, 400, 422, 500)}
 
 
 class TooLargeError(Exception):
@@ -94,18 +98,7 @@ class App:
             return 401, JSON, error("the token is missing or wrong"), [(b"www-authenticate", b"Bearer")]
         post = self._posts.get(path)
         if post is not None and method == "POST":
-            data = await self._body(scope["headers"], receive)
-            try:
-                value = schema.parse(data)
-            except InputError as problem:
-                return 400, JSON, error(str(problem)), []
-            try:
-                answer = post(value)
-                if answer.get("held"):
-                    answer = await self._turn(value, answer, receive)
-            except InputError as problem:
-                return 422, JSON, error(str(problem)), []
-            return 200, JSON, json.dumps(answer, separators=(",", ":")).encode(), []
+            return await self._posted(post, await self._body(scope["headers"], receive), receive)
         get = self._gets.get(path) or self._open.get(path)
         if get is not None and method in ("GET", "HEAD"):
             return *get(), []
@@ -113,6 +106,44 @@ class App:
             return 404, JSON, error("there is no such path; /openapi.json lists them"), []
         allowed = b"POST" if post is not None else b"GET, HEAD"
         return 405, JSON, error("this path takes another method"), [(b"allow", allowed)]
+
+    async def _posted(
+        self, post: Callable[[Any], dict[str, Any]], data: bytes, receive: Receive
+    ) -> tuple[int, bytes, bytes, list[Any]]:
+        try:
+            value = schema.parse(data)
+        except InputError as problem:
+            return 400, JSON, error(str(problem)), []
+        try:
+            answer = post(value)
+            if answer.get("held"):
+                answer = await self._turn(value, answer, receive)
+        except InputError as problem:
+            return 422, JSON, error(str(problem)), []
+        return 200, JSON, json.dumps(answer, separators=(",", ":")).encode(), []
+
+    def at_once(self, path: bytes, headers: list[tuple[bytes, bytes]]) -> bool:
+        """Whether the answer of a POST needs nobody to wait: `answer_at_once` may be called then.
+
+        That saves a server the task and the messages of ASGI, which cost as much as a decision.
+        """
+        if self._gateway.holding is not None or path.decode("latin-1") not in self._posts:
+            return False
+        sizes = [int(value) for name, value in headers if name == b"content-length" and value.isdigit()]
+        return len(sizes) == 1 and sizes[0] <= self._max_body_bytes and (not self._bearer or self._may_enter(headers))
+
+    def answer_at_once(self, path: bytes, data: bytes) -> bytes:
+        """The whole HTTP response to a POST."""
+        try:
+            # A coroutine that waits for nothing is over at its first step.
+            self._posted(self._posts[path.decode("latin-1")], data, _nothing).send(None)
+        except StopIteration as done:
+            status, kind, body, _ = done.value
+        except Exception as exception:  # the caller has its own fallback
+            self.desk.failed(f"call of {path.decode('latin-1')}", exception)
+            status, kind, body = 500, JSON, error("the decision failed; route as without us")
+        head = b"HTTP/1.1 %d %b\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n"
+        return head % (status, PHRASES[status], kind, len(body)) + body
 
     def _schemas(self) -> tuple[schema.Schema, schema.Schema]:
         """What the two calls take, for the bundle that decides now."""
@@ -295,6 +326,10 @@ def _trial(asked: Mapping[str, Any] | None) -> Trial | None:
         return None
     waited_s, age_s = float(asked.get("waited_s", 0.0)), float(asked.get("age_s", 0.0))
     return Trial(tuple(asked["tiers"]), float(asked["score"]), waited_s, age_s)
+
+
+async def _nothing() -> dict[str, Any]:
+    raise RuntimeError("nothing is received of a call that is answered at once")
 
 
 def _resolve(turn: asyncio.Future[None]) -> None:

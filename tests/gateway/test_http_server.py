@@ -284,7 +284,7 @@ def test_what_is_not_safe_or_not_possible_is_refused(bundle_folder, tmp_path, ce
         ("mode: alive", "'alive'; legal: shadow"),
         ("mood: good", "unknown key 'mood'"),
         ("max_body_bytes: lots", "max_body_bytes = 'lots' is of the wrong kind"),
-        ("can: [fly]", "'fly' is unknown"),
+        ("can: [fly]", "'fly' is nothing that http can do"),
         ("- a list", "must map settings to values"),
         ("a: [", "not YAML"),
         ("rollback: {error_rate: 7}", "legal is 0 to 1"),
@@ -323,7 +323,7 @@ def test_it_keeps_its_own_document_under_fuzzing(bundle_folder, tmp_path):
     try:
         url, shown = f"http://127.0.0.1:{port}/openapi.json", f"Authorization: Bearer {TOKEN}"
         words = [SCHEMATHESIS, "run", url, "-H", shown, "--seed", "1", "--max-examples", "20", "--no-color"]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=120.0, cwd=tmp_path)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=600.0, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-5000:]
     finally:
         server.stop()
