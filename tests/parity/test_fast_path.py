@@ -124,6 +124,10 @@ def view_of(rng, layout, static):
     s[v.CACHED_TOKENS, :serving] = np.floor(rng.random(serving) * rng.choice([0.0, 1.0]) * (q[v.PROMPT_TOKENS] - 1))
     q[v.CLASS_INDEX], q[v.TASK_INDEX] = rng.integers(0, 3), rng.integers(0, 2)
     q[v.DIFFICULTY_SIGNAL], q[v.WAITED_S] = rng.normal(), rng.choice([0.0, rng.exponential(2.0)])
+    if rng.random() < 0.3:
+        s[v.TRIED, :serving] = rng.random(serving) < 0.5
+        q[v.TURNED_DOWN], q[v.VERIFIER_SCORE] = rng.integers(1, 3), rng.random()
+    q[v.TASK_VALUE_USD], q[v.TASK_CALL] = rng.choice([0.0, 2.5]), rng.integers(0, 9)
     q[v.DEADLINE_LEFT_S] = rng.choice([np.inf, rng.uniform(1.0, 1e5)])
     q[v.ARRIVAL_RATE_PER_S], q[v.SEQUENCE] = rng.exponential(10.0), rng.integers(0, 1000)
     q[v.INPUT_PRICE_USD : v.OUTPUT_PRICE_USD + 1] = rng.uniform(0.0, 4e-5, 2)
@@ -241,18 +245,20 @@ def test_it_goes_to_another_process_with_its_policy(ready):
     assert copy.fast is not None and copy.decide(view) == guarded.decide(view) == copy.decide(copied_view)
 
 
-def test_threads_do_not_disturb_each_other(ready):
-    rng, _, guarded, layout, static = ready
+def test_threads_and_reloads_do_not_disturb_each_other(ready):
+    rng, general, guarded, layout, static = ready
     views = [view_of(rng, layout, static) for _ in range(40)]
     alone = [guarded.decide(view) for view in views]
-    found = {}
+    in_force, found = [guarded], {}
 
     def decide(thread):
-        found[thread] = [guarded.decide(view) for _ in range(5) for view in views]
+        found[thread] = [in_force[0].decide(view) for _ in range(10) for view in views]
 
     threads = [threading.Thread(target=decide, args=(i,)) for i in range(8)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(decisions == alone * 5 for decisions in found.values()) and len(found) == 8
+    reloads = 0
+    while any(thread.is_alive() for thread in threads):
+        in_force[0] = general.prepared(layout, static)  # as the gateway does with a new bundle
+        reloads += 1
+    assert reloads > 1 and len(found) == 8 and all(decisions == alone * 10 for decisions in found.values())
