@@ -78,6 +78,7 @@ class Gateway:
     Attributes:
         decided: decisions by candidate, kind, guard, and whether they are acted on.
         limits: what has been used of each.
+        workers: that share their counters, this one included.
 
     Raises:
         InputError: exploration is asked of a bundle without a margin rule, or the posterior is of another bundle.
@@ -112,7 +113,7 @@ class Gateway:
         self._lock = threading.RLock()
         self._count = 0
         self.decided: dict[tuple[str, str, str, bool], int] = {}
-        self.limits = LimitBook(limits)
+        self.limits, self.workers = LimitBook(limits), 1
         self._companions: list[Companion] = []
         self.holding: Holding | None = None
         if bundle.controller is not None or {"defer", "hold"} & self._can:
@@ -446,6 +447,7 @@ class Gateway:
             "pending": self.pending,
             "in_flight": self.state.in_flight,
             "decisions": self._count,
+            "workers": self.workers,
             **({} if self.holding is None else self.holding.status()),
         }
 

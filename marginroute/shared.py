@@ -129,7 +129,7 @@ class SharedCounters:
                 self._redis.hdel(f"{self._prefix}:workers", worker)
             else:
                 others.append(told)
-        self.workers = 1 + len(others)
+        self.workers = self._gateway.workers = 1 + len(others)
         self._gateway.shared(_sum(others), totals)
 
     def _key(self, name: str) -> str:
@@ -153,7 +153,7 @@ class SharedCounters:
             kind = type(error).__name__  # its text may hold the URL
             log.warning("marginroute: %s fails (%s); this worker goes on with its own counters", self._where, kind)
         if self._failing * self._every_s >= self.lease_s:
-            self.workers = 1
+            self.workers = self._gateway.workers = 1
             self._gateway.shared({}, {})
 
 

@@ -78,6 +78,7 @@ class _Collector:
         yield in_flight
         yield core.GaugeMetricFamily("marginroute_pending", "Decided and not finished", value=status["pending"])
         yield core.GaugeMetricFamily("marginroute_share", "Of requests that are acted on", value=status["share"])
+        yield core.GaugeMetricFamily("marginroute_workers", "That share their counters", value=status["workers"])
         yield core.CounterMetricFamily("marginroute_rollbacks", "Returns to shadow mode", value=status["rollbacks"])
         yield from _guards(core, gateway)
         yield from _levers(core, status, gateway.replicas_wanted() is not None)

@@ -112,7 +112,7 @@ def test_every_worker_sees_what_all_have_in_flight(workers):
         pairs[3][0].finished(f"3-{i}", ANSWER)
     exchange(pairs)
     assert pairs[0][0].state.view(10).signals[v.IN_FLIGHT, :2].tolist() == [2.0, 1.0]
-    assert pairs[0][0].state.in_flight == 0
+    assert pairs[0][0].state.in_flight == 0 and pairs[0][0].status()["workers"] == 4
 
 
 def test_arrivals_add_up(workers):
