@@ -26,6 +26,7 @@ PSI_LIMIT, KS_LIMIT = 0.25, 0.3
 BINS = 10
 WINDOW = 512  # requests that are looked back on
 FEWEST = 256
+EVERY_S = 0.5
 JUDGE_EVERY = 32
 FLOOR = 1e-3  # share of a bin that nobody is in
 OF_REQUEST = ("difficulty_signal", "prompt_tokens", "expected_output_tokens", "value_usd")
@@ -119,6 +120,7 @@ class DriftMonitor:
         blind: features that this gateway cannot see, which say nothing here.
 
     Attributes:
+        every_s: seconds between two requests that are looked at, at least: a look costs as much as a decision.
         drifted: whether a feature is beyond a limit; `worst`: its name; `psi`, `ks`: (M,) as last judged.
     """
 
@@ -128,9 +130,17 @@ class DriftMonitor:
         self._rows = np.arange(len(histograms.names))
         self._ring = np.zeros((WINDOW, len(histograms.names)), dtype=np.int64)
         self._counts = np.zeros_like(histograms.shares)
-        self._n = 0
+        self._n, self._due_s = 0, -np.inf
+        self.every_s = EVERY_S
         self.drifted, self.worst = False, ""
         self.psi, self.ks = np.zeros(len(self._rows)), np.zeros(len(self._rows))
+
+    def wants(self, now_s: float) -> bool:
+        """Whether a request at this time is to be looked at."""
+        if now_s < self._due_s:
+            return False
+        self._due_s = now_s + self.every_s
+        return True
 
     def saw(self, context: Array) -> None:
         """A request with context features (G,)."""

@@ -46,7 +46,7 @@ from marginroute.telemetry import GatewayState
 log = logging.getLogger("marginroute.gateway")
 
 MOST_ANSWERED = 10_000  # answers that may still be judged
-COMPARE_EVERY = 4  # requests between two whose fallback is put a value on, and that drift is judged by
+COMPARE_EVERY = 4  # requests between two whose fallback is put a value on
 LONGEST_RETRY_S = 3600.0  # that a request beyond a limit is told to stay away
 
 
@@ -175,9 +175,10 @@ class Gateway:
             acting, attempt = True, earlier.verdict.attempt + 1
             waited_s = self._clock() - earlier.began_s
         view = view_of(runtime, facts, attempt, waited_s, earlier.tried if earlier else set())
-        if compared and earlier is None and runtime.drift is not None:
+        if runtime.drift is not None and earlier is None:
             with self._lock:
-                runtime.saw(view)
+                if runtime.drift.wants(self._clock()):
+                    runtime.saw(view)
         drifted = runtime.drift is not None and runtime.drift.drifted
         reason = "drift" if drifted else "" if view.legal[: view.layout.n_answering].any() else "missing"
         refused = breach is not None and breach.refuse
