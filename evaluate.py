@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ def parser() -> Parser:
     complete_scenarios(scenario)
     parse.add_argument("--policy", nargs="+", default=[], action="extend", metavar="RUN", help="run folders or bundles")
     parse.add_argument("--baselines", default="all", help="all, none, or names separated by commas (default: all)")
-    parse.add_argument("--episodes", type=int, help="held-out episodes (default: 32; with --until-ci at most 4096)")
+    parse.add_argument("--episodes", type=int, help="held-out episodes (default: 32, with a controller 8)")
     parse.add_argument("--seed", type=int, default=0, help="first held-out seed (default: 0)")
     parse.add_argument("--trace", metavar="FILE", help="recorded requests in place of generated ones")
     parse.add_argument("--trace-format", metavar="NAME", help="layout of the trace (default: told from it)")
@@ -74,13 +75,13 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the comparison and prints it; bad input exits 2."""
     args = parser().parse_args(argv)
     check_flags(args)
-    from evaluation.contest import MOST_EPISODES, Play, enter, hold
+    from evaluation.contest import EPISODES, MOST_EPISODES, Play, enter, hold, usual_episodes
     from evaluation.document import check_target
 
     for target in (args.json, args.report, args.render):
         if target is not None:
             check_target(target)
-    episodes = args.episodes or (MOST_EPISODES if args.until_ci is not None else 32)
+    episodes = args.episodes or (MOST_EPISODES if args.until_ci is not None else EPISODES)
     play = Play(episodes, args.seed, args.workers, not args.no_cache, args.until_ci)
     settings = planned(args)
     if args.suite:
@@ -95,6 +96,10 @@ def main(argv: list[str] | None = None) -> int:
             backtest(args, load(args, {}))
         return 0
     scenario = load(args, {})
+    if scenario.control is not None:
+        check_controlled(args)
+        if args.episodes is None and args.until_ci is None:
+            play = replace(play, episodes=usual_episodes(scenario))
     entrants = enter(scenario, args.policy, args.baselines)
     if args.explain is not None:
         explain(scenario, entrants, play, args.explain)
@@ -111,6 +116,17 @@ def main(argv: list[str] | None = None) -> int:
 
         compare(args, scenario, hold(scenario, entrants, play), play)
     return 0
+
+
+def check_controlled(args: argparse.Namespace) -> None:
+    """Refuses what plays one router alone, in a scenario with a controller."""
+    from evaluation.compare import check_report
+
+    check_report(args.report, load(args, {}))
+    for mode in ("explain", "render", "bound"):
+        value = getattr(args, mode)
+        if value or (value == 0 and value is not False):
+            raise InputError(f"--{mode} does not know controllers; legal in this scenario are comparisons without it")
 
 
 def suite(args: argparse.Namespace, play: Play) -> None:

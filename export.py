@@ -37,8 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     from agents.export import export
     from agents.network import ScorerPolicy
     from agents.run import Run
-    from agents.train import load_archive
+    from agents.train import load_archive, router_scenario
     from envs.worlds import Plant
+    from marginroute.control_policy import learned_of
     from marginroute.features import FeatureSpec
     from marginroute.predictor import load as load_predictor
 
@@ -57,22 +58,29 @@ def main(argv: list[str] | None = None) -> int:
             "note: the policy was trained on a prior that does not know the task; for a gateway that predicts from the "
             "prompt, train with workload.difficulty.signal_auc = the predictor's AUC (docs/quality.md)"
         )
-    learned = load_archive(run.policy_path, None)
-    assert isinstance(learned.policy, ScorerPolicy)
+    levers, learned = None, load_archive(run.policy_path, None) if info["gate"]["learned"] else None
+    assert learned is None or isinstance(learned.policy, ScorerPolicy)
+    if "controller" in info:
+        from agents.control_run import exported_levers
+        from envs.control_plant import ControlPlant
+
+        levers = exported_levers(run, ControlPlant(scenario))
+        evaluation["controller_gate"] = info["controller"]["gate"]
     bundle = export(
-        Plant(scenario),
-        learned.policy if info["gate"]["learned"] else None,
+        Plant(router_scenario(scenario)),
+        None if learned is None else learned.policy,
         advice,
-        FeatureSpec.from_dict(learned.policy_kwargs["spec"]),
+        None if learned is None else FeatureSpec.from_dict(learned.policy_kwargs["spec"]),
         fallback,
         args.out,
         evaluation,
         {key: info[key] for key in ("command", "seed", "versions")},
         predictor,
+        levers,
     )
-    print(
-        f"{args.out}: policy {bundle.policy.name}, learned: {bundle.learned}; read it: marginroute inspect {args.out}"
-    )
+    controller = "" if bundle.controller is None else f"; controller learned: {learned_of(bundle.controller)}"
+    found = f"policy {bundle.policy.name}, learned: {bundle.learned}{controller}"
+    print(f"{args.out}: {found}; read it: marginroute inspect {args.out}")
     return 0
 
 

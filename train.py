@@ -9,6 +9,7 @@ Try:
   python train.py --optimize 40 -n 300000 --out runs/search   search the training's settings, then print the command
   python train.py --log decisions.jsonl --out runs/mine   learn who answers what well from a gateway's own log
   python train.py --resume runs/mine                  go on after an interruption
+  python train.py day_night                           a scenario with a controller: both deciders in turn
   python train.py --list                              scenarios that ship
 """
 
@@ -26,6 +27,7 @@ from marginroute.cli import Parser, main_guard, note
 from marginroute.errors import InputError
 
 ADVICE, FALLBACK = "bid-price-fitted", "bid-price"  # what the network corrects, and what the guard hands over to
+NOT_TRAINED = {"learned": False, "refused": ["not trained (training.deciders)"]}
 STARTED_S = time.monotonic()
 MAX_SEED = 400_000  # training seeds take 10,000 episodes each, out of the 2**32 that a split has
 
@@ -182,12 +184,13 @@ def search(run: Run, scenario: Scenario, config: TrainingConfig, seed: int, tria
     """Searches the training's settings, new or resumed, and says how to train with what was found."""
     from agents import baselines
     from agents.optimize import optimize
+    from agents.train import router_scenario
     from envs import announce_compilation
     from envs.worlds import Plant
     from evaluation.progress import progress_bar
 
     announce_compilation()
-    plant = Plant(scenario)
+    plant = Plant(router_scenario(scenario))
     advice = baselines.advice_and_fallback(tuned_baselines(run, plant, whole=False), config.fitted)[0]
     with progress_bar("searching (trainings)") as progress:
         found = optimize(plant, advice, config, run, seed, trials, progress)
@@ -225,15 +228,14 @@ def finish(
     from agents.export import export
     from agents.floors import keep_floors
     from agents.floors import parse as parse_floors
-    from agents.train import Parity, train
+    from agents.train import router_scenario
     from envs import announce_compilation
     from envs.worlds import Plant
-    from evaluation.gate import gate
     from evaluation.log_training import judge, judged_line
     from evaluation.progress import progress_bar
 
     announce_compilation()
-    plant = Plant(scenario)
+    plant = Plant(router_scenario(scenario))
     floors = parse_floors(run.info().get("floors", ()), scenario.class_names)
     rules = tuned_baselines(run, plant, whole=bool(floors))  # floors change what is tuned: all of it comes before
     kept = None
@@ -246,13 +248,10 @@ def finish(
         kept = held[ADVICE if config.fitted else FALLBACK]
     advice, fallback = baselines.advice_and_fallback(rules, config.fitted)
     log = tracker(run, scenario, seed) if args.track else lambda _: None
-    with progress_bar("training (decisions)") as progress:
-        parity = Parity(fallback, STARTED_S)
-        policy, spec = train(
-            plant, advice, config, run, seed, resume=resume, progress=progress, log=log, kept=kept, parity=parity
-        )
-    with progress_bar("gate (validation episodes)") as progress:
-        verdict = gate(scenario, policy, advice, spec, config, progress, floors)
+    if scenario.control is not None and config.deciders == "controller":
+        policy, spec, verdict = None, None, dict(NOT_TRAINED)
+    else:
+        policy, spec, verdict = router_stage(run, plant, (advice, fallback, kept), config, seed, resume, log, floors)
     run.update(gate=verdict)
     if not verdict["learned"] and verdict.get("heuristic_breaks"):
         run.update(status="floor out of reach")
@@ -264,18 +263,89 @@ def finish(
         )
     provenance = {key: run.info()[key] for key in ("command", "seed", "versions")}
     chosen = policy if verdict["learned"] else None
-    exported = export(plant, chosen, advice, spec, fallback, run.bundle_path, {"gate": verdict}, provenance)
-    tuned_baselines(run, plant, whole=True)
+    judged_by, levers = {"gate": verdict}, None
+    if scenario.control is not None:
+        levers = controller_stage(run, scenario, config, seed, resume, log)
+        judged_by["controller_gate"] = run.info()["controller"]["gate"]
+    exported = export(plant, chosen, advice, spec, fallback, run.bundle_path, judged_by, provenance, levers=levers)
+    tuned_baselines(run, plant, whole=scenario.control is None)
     if log_file := run.info().get("log"):
         with progress_bar("off-policy (bytes)") as progress:
             judged = judge(Path(log_file), exported, progress)
         run.update(off_policy=judged)
         print(judged_line(judged))
     run.update(status="finished")
-    print(parity_line(run.info()))
-    print(verdict_line(verdict, advice.name))
+    if policy is not None:
+        print(parity_line(run.info()))
+        print(verdict_line(verdict, advice.name))
+    if levers is not None:
+        print(controller_line(run.info()["controller"]))
     print(f"run folder {run.folder}; compare it: {compare_command(run)}")
     return 0
+
+
+def router_stage(
+    run: Run,
+    plant: Any,
+    rules: tuple[Any, Any, Any],
+    config: TrainingConfig,
+    seed: int,
+    resume: bool,
+    log: Any,
+    floors: Any,
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Trains the router: the policy that was best on validation, its feature spec, and the gate's verdict."""
+    from agents.train import Parity, train
+    from evaluation.gate import gate
+    from evaluation.progress import progress_bar
+
+    advice, fallback, kept = rules
+    with progress_bar("training (decisions)") as progress:
+        parity = Parity(fallback, STARTED_S)
+        policy, spec = train(
+            plant, advice, config, run, seed, resume=resume, progress=progress, log=log, kept=kept, parity=parity
+        )
+    with progress_bar("gate (validation episodes)") as progress:
+        return policy, spec, gate(plant.scenario, policy, advice, spec, config, progress, floors)
+
+
+def controller_stage(run: Run, scenario: Scenario, config: TrainingConfig, seed: int, resume: bool, log: Any) -> Any:
+    """Tunes the heuristic controllers, trains one, and asks the engine: what the bundle holds beside its router."""
+    from agents import control_run
+    from agents.control_train import train_controller
+    from envs.control_plant import ControlPlant
+    from evaluation.control_gate import choose, control_gate
+    from evaluation.progress import progress_bar
+
+    plant, settings = ControlPlant(scenario), config.controller
+    with progress_bar(f"tuning the controllers ({settings.tuning_ticks:,} ticks per restart)") as progress:
+        rules, best = control_run.tuned_rules(run, plant, progress)
+    rule = rules[best]
+    if config.deciders == "router":
+        control_run.keep(run, best, None, {"gate": dict(NOT_TRAINED)})
+        return control_run.exported_levers(run, plant)
+    with progress_bar("training the controller (ticks)") as progress:
+        candidates = train_controller(plant, rule, settings, run, seed, resume=resume, progress=progress, log=log)
+    with progress_bar("choosing on the engine (validation days)") as progress:
+        chosen, gains = choose(scenario, candidates, rule, None, settings.choice_episodes, progress)
+    with progress_bar("gate on the engine (validation days)") as progress:
+        verdict = control_gate(scenario, candidates[chosen], rule, None, settings, progress)
+    control_run.keep(run, best, chosen, {"gains_usd_per_1k": {str(k): x for k, x in gains.items()}, "gate": verdict})
+    return control_run.exported_levers(run, plant)
+
+
+def controller_line(controller: dict[str, Any]) -> str:
+    """What the engine said of the controller, in one line."""
+    verdict, rule = controller["gate"], controller["rule"]
+    if "vs" not in verdict:
+        return f"controller: {rule} (learned: none; not trained)"
+    interval = "none" if verdict["ci95"] is None else "[{:+.4f}, {:+.4f}]".format(*verdict["ci95"])
+    exported = "the learned controller" if verdict["learned"] else f"{rule} (learned: none)"
+    why = f"; refused: {'; '.join(verdict['refused'])}" if verdict["refused"] else ""
+    return (
+        f"controller gate: learned minus {rule} = {verdict['delta_usd_per_1k']:+.4f} USD per 1k requests of "
+        f"{verdict['episodes']} validation days on the engine, 95 % {interval}; exported: {exported}{why}"
+    )
 
 
 def parity_line(info: dict[str, Any]) -> str:
@@ -323,7 +393,7 @@ def tuned_baselines(run: Run, plant: Any, whole: bool) -> Path:
     from agents.tuning import Budget, tune_margin_rules, tune_others
     from evaluation.progress import progress_bar
 
-    scenario, target = plant.scenario, run.folder / baselines.FILE
+    scenario, target = run.scenario(), run.folder / baselines.FILE
     budget, command = Budget(requests=run.config().tuning_requests), run.info()["command"]
     if not target.is_file():
         found = None if run.info().get("retune") else baselines.find(scenario)

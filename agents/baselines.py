@@ -162,17 +162,9 @@ def baselines_for(scenario: Scenario, run_dir: Path | None = None) -> dict[str, 
     """Tuned baselines of a scenario: a run's own if it is of this scenario, else cached or shipped ones.
 
     Raises:
-        InputError: none were tuned for this scenario, or the run's do not fit its fleet.
+        InputError: as `file_for`, or they do not fit the scenario's fleet.
     """
-    path = find(scenario)
-    if run_dir is not None and (run_dir / FILE).is_file():
-        own = run_dir / FILE
-        path = own if scenario_files.read_yaml(own).get("scenario_hash") == scenario.hash else path
-    if path is None:
-        raise InputError(
-            f"no tuned baselines for scenario {scenario.name!r} (hash {scenario.hash}); "
-            "tune them with train.py on the same scenario, trace and --set values"
-        )
+    path = file_for(scenario, run_dir)
     plant = Plant(scenario)
     rules = load(path)[1]
     rules |= {name: rule for name, rule in untuned(plant).items() if name not in rules and "shipped" in rules}
@@ -184,3 +176,21 @@ def baselines_for(scenario: Scenario, run_dir: Path | None = None) -> dict[str, 
                 f"scenario {scenario.name!r} has {stations}; tune again with train.py --retune"
             )
     return rules
+
+
+def file_for(scenario: Scenario, run_dir: Path | None = None) -> Path:
+    """The file of tuned baselines of a scenario: a run's own if it is of this scenario, else a cached or shipped one.
+
+    Raises:
+        InputError: none were tuned for this scenario.
+    """
+    path = find(scenario)
+    if run_dir is not None and (run_dir / FILE).is_file():
+        own = run_dir / FILE
+        path = own if scenario_files.read_yaml(own).get("scenario_hash") == scenario.hash else path
+    if path is None:
+        raise InputError(
+            f"no tuned baselines for scenario {scenario.name!r} (hash {scenario.hash}); "
+            "tune them with train.py on the same scenario, trace and --set values"
+        )
+    return path

@@ -15,6 +15,33 @@ Count = Annotated[int, Field(ge=1)]
 PREFIX = "training."
 
 
+class ControllerConfig(Section):
+    """Settings of the controller's PPO, where a scenario has a controller; one step is one control tick."""
+
+    steps: Count = Field(description="Ticks to learn from, over all worlds.")
+    groups: Count = Field(description="Traces that are played side by side.")
+    group_size: Count = Field(description="Worlds on one trace, beside the twin that plays the rule.")
+    rollout_ticks: Count = Field(description="Ticks of each world between two updates.")
+    epochs: Count = Field(description="Passes over a rollout.")
+    minibatch: Count = Field(description="Ticks per gradient step.")
+    learning_rate: Positive = Field(description="Adam's step size at the start; it falls linearly to a tenth.")
+    gae_lambda: Annotated[float, Field(ge=0.0, le=1.0)] = Field(description="Lambda of the advantage estimate.")
+    tau_s: Positive = Field(description="Time constant of the discount in seconds.")
+    clip_range: Positive = Field(description="PPO's clip range.")
+    target_kl: Positive | None = Field(description="KL at which an update stops early; null: never.")
+    width: Count = Field(description="Hidden units of the network.")
+    load_spread: NonNegative = Field(description="Training loads are e^-x to e^x times the scenario's.")
+    tuning_ticks: Count = Field(description="Ticks for one restart of one heuristic controller, where it is tuned.")
+    validations: Count = Field(description="How often during training the policy is validated on the surrogate.")
+    validation_episodes: Count = Field(description="Surrogate episodes of a validation.")
+    choice_episodes: Annotated[int, Field(ge=2)] = Field(
+        description="Validation episodes on the engine that choose among the validated policies."
+    )
+    gate_episodes: Annotated[int, Field(ge=2)] = Field(
+        description="Further validation episodes on the engine that decide the export."
+    )
+
+
 class TrainingConfig(Section):
     """Settings of PPO and of the choice of what is exported."""
 
@@ -48,6 +75,10 @@ class TrainingConfig(Section):
     )
     shadow_price: bool = Field(True, description="Charge the own margin for the capacity that a decision takes.")
     stagger: bool = Field(True, description="Start the worlds at different points of an episode.")
+    deciders: Literal["both", "router", "controller"] = Field(
+        "both", description="What is learned in a scenario with a controller; the other decider stays a tuned rule."
+    )
+    controller: ControllerConfig = Field(description="Settings of the controller's training.")
     randomise: bool = Field(True, description="Train on the scenario's ranges; false: on its middle alone.")
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ import torch
 
 from agents.network import ScorerPolicy, to_numpy
 from agents.onnx_graph import to_onnx
+from envs.scenario import Scenario
 from envs.vector_env import ObservedWorlds
 from envs.worlds import Plant
 from marginroute import bundle
 from marginroute.bundle import Bundle
+from marginroute.control_rules import Controller
 from marginroute.drift import histograms_of
 from marginroute.features import FeatureSpec, split
 from marginroute.guard import GuardLimits
@@ -27,6 +29,21 @@ NAME = "marginroute"  # the exported policy's name in tables, learned or not
 PARITY_SAMPLES = 64
 HISTOGRAM_SAMPLES = 4096  # requests whose distribution a gateway judges drift by
 STALE_SCRAPES = 10.0  # scrape intervals after which telemetry is stale
+
+
+@dataclass(frozen=True, eq=False)
+class Levers:
+    """The controller of a bundle.
+
+    Attributes:
+        scenario: that both deciders are for; the router's plant holds stretches of it.
+        controller: the rule, or the network that corrects it.
+        parity: `inputs` and `correction` of a learned one.
+    """
+
+    scenario: Scenario
+    controller: Controller
+    parity: dict[str, Array] | None = None
 
 
 def residual_policy(policy: ScorerPolicy, advice: MarginRule, spec: FeatureSpec) -> ResidualPolicy:
@@ -60,9 +77,10 @@ def make_bundle(
     evaluation: dict[str, Any],
     provenance: dict[str, Any],
     predictor: QualityPredictor | None = None,
+    levers: Levers | None = None,
 ) -> Bundle:
     """A bundle for a scenario's fleet and contracts."""
-    scenario, terms = plant.scenario, plant.terms
+    scenario, terms = plant.scenario if levers is None else levers.scenario, plant.terms
     assert terms.dtype.names is not None
     return Bundle(
         policy=policy,
@@ -81,6 +99,7 @@ def make_bundle(
         evaluation=evaluation,
         provenance=provenance,
         predictor=predictor,
+        controller=None if levers is None else levers.controller,
     )
 
 
@@ -94,18 +113,23 @@ def export(
     evaluation: dict[str, Any],
     provenance: dict[str, Any],
     predictor: QualityPredictor | None = None,
+    levers: Levers | None = None,
 ) -> Bundle:
-    """Writes a bundle: the learned policy, or the advice itself where the gate refused it (`learned` None)."""
+    """Writes a bundle: the learned policy, or the advice itself where the gate refused it (`learned` None).
+
+    `levers` is the controller beside it, where the scenario has one.
+    """
+    control_parity = None if levers is None else levers.parity
     if learned is None or spec is None:
-        made = make_bundle(plant, replace(advice, name=NAME), fallback, evaluation, provenance, predictor)
-        bundle.save(made, folder)
+        made = make_bundle(plant, replace(advice, name=NAME), fallback, evaluation, provenance, predictor, levers)
+        bundle.save(made, folder, control_parity=control_parity)
         return made
     policy = residual_policy(learned, advice, spec)
-    made = make_bundle(plant, policy, fallback, evaluation, provenance, predictor)
+    made = make_bundle(plant, policy, fallback, evaluation, provenance, predictor, levers)
     observation = sample_observations(plant, advice, spec, HISTOGRAM_SAMPLES)
     context = split(observation, plant.layout.n_candidates, spec)[1]
     made = replace(made, histograms=histograms_of(context, spec))
     observation = observation[:: max(len(observation) // PARITY_SAMPLES, 1)][:PARITY_SAMPLES]
     parity = {"observation": observation, "logits": torch_logits(learned, observation)}
-    bundle.save(made, folder, parity, to_onnx(policy.network, spec))
+    bundle.save(made, folder, parity, to_onnx(policy.network, spec), control_parity)
     return made

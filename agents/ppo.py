@@ -39,10 +39,10 @@ class ElapsedRolloutBuffer(RolloutBuffer):
     def add_step(
         self, obs: Array, action: Array, signal: Array, start: Array, value: Array, log_prob: Array, discount: Array
     ) -> None:
-        """Stores one step of all worlds; every argument is (N,), observations (N, D)."""
+        """Stores one step of all worlds; every argument is (N,), observations (N, D), actions of levers (N, A)."""
         t = self.pos
         self.observations[t] = obs
-        self.actions[t, :, 0] = action
+        self.actions[t] = action.reshape(self.n_envs, -1)
         self.rewards[t] = signal
         self.episode_starts[t] = start
         self.values[t] = value
@@ -55,8 +55,8 @@ class ElapsedRolloutBuffer(RolloutBuffer):
         """Minibatches of the whole rollout in random order, all in the same memory: take one before the next."""
         total = self.buffer_size * self.n_envs
         size = min(batch_size or total, total)
-        flat = [self.observations.reshape(total, -1)]
-        flat += [x.reshape(total) for x in (self.actions, self.values, self.log_probs, self.advantages, self.returns)]
+        flat = [self.observations.reshape(total, -1), self.actions.reshape(total, -1)]
+        flat += [x.reshape(total) for x in (self.values, self.log_probs, self.advantages, self.returns)]
         if self._batch is None or len(self._batch[0]) != size:
             self._batch = [np.empty((size, *x.shape[1:]), dtype=x.dtype) for x in flat]
         order = torch.randperm(total).numpy()
@@ -89,9 +89,11 @@ class MarginPPO(PPO):
         **kwargs: as Stable-Baselines3's PPO.
     """
 
+    buffer_class: type[ElapsedRolloutBuffer] = ElapsedRolloutBuffer
+
     def __init__(self, *args: Any, tau_s: float = 5.0, **kwargs: Any) -> None:
         self.tau_s = tau_s
-        super().__init__(*args, rollout_buffer_class=ElapsedRolloutBuffer, **kwargs)
+        super().__init__(*args, rollout_buffer_class=self.buffer_class, **kwargs)
 
     def discount(self, elapsed_s: Array) -> Array:
         """exp(-dt / tau) of each world's last step, (N,)."""

@@ -6,6 +6,7 @@
 - baselines.yaml: tuned baselines
 - policy.zip: Stable-Baselines3's archive of the policy chosen on validation
 - checkpoints/: archives of the training, the newest is what --resume continues from
+- controller.zip, controllers/: the same of the controller, where the scenario has one
 - tb/: TensorBoard
 - bundle/: the export, as the gate decided
 """
@@ -56,6 +57,19 @@ class Run:
     def policy_path(self) -> Path:
         """The archive of the chosen policy."""
         return self.folder / "policy.zip"
+
+    @property
+    def controller_path(self) -> Path:
+        """The archive of the controller that was best on the engine."""
+        return self.folder / "controller.zip"
+
+    def controller_checkpoint(self, steps: int) -> Path:
+        """The archive of the controller's training after so many ticks."""
+        return self.folder / "controllers" / f"step_{steps:010d}.zip"
+
+    def newest_controller(self) -> Path | None:
+        """The archive that the controller's training goes on from; None: it has not got as far as a first one."""
+        return max((self.folder / "controllers").glob("step_*.zip"), default=None)
 
     @property
     def bundle_path(self) -> Path:

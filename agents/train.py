@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import VecEnv
 
 from agents.config import TrainingConfig
 from agents.export import residual_policy
@@ -27,6 +29,7 @@ from agents.network import ScorerPolicy
 from agents.ppo import MarginPPO
 from agents.run import Run, check_archive
 from agents.tuning import Exploring, Objective, Rule
+from envs.scenario import Scenario
 from envs.scenario_family import middle
 from envs.vector_env import FleetVecEnv, ObservedWorlds
 from envs.worlds import Plant
@@ -36,10 +39,26 @@ from marginroute.heuristics import MarginRule
 from marginroute.policy import Policy
 
 Progress = Callable[[int, int], None]
+Algorithm = TypeVar("Algorithm", bound=MarginPPO)
 PARITY = 0.005  # share of a rule's margin within which the policy is taken to have reached it
 MIN_SIGNAL_USD = 1e-9  # unit of the learning signal where nothing is worth anything
 EPISODES_PER_ASCENT = 8  # that end between two steps of the floors' multipliers, at least
+STRETCH_S = 600.0  # of a scenario with a controller, on which its router is tuned and trained
 FIRST_TRAINING_SEED = 10_000  # episodes before it belong to tuning and to the fit of P(good)
+
+
+def router_scenario(scenario: Scenario) -> Scenario:
+    """What a router learns in: the scenario; where it has a controller, `STRETCH_S` at any hour, with levers at rest.
+
+    Days are for controllers. A router's decision is over in seconds, and a day of them would be one episode.
+    """
+    if scenario.control is None:
+        return scenario
+    workload = scenario.workload
+    if workload.season is not None:
+        workload = workload.model_copy(update={"season": workload.season.model_copy(update={"start_h": None})})
+    horizon_s = min(scenario.horizon_s, STRETCH_S)
+    return scenario.model_copy(update={"control": None, "horizon_s": horizon_s, "workload": workload})
 
 
 def fit_normaliser(plant: Plant, advice: MarginRule, config: TrainingConfig) -> tuple[FeatureSpec, float]:
@@ -312,6 +331,11 @@ def train(
 
 
 def load_archive(path: Path, env: FleetVecEnv | None) -> MarginPPO:
+    """Loads the router's archive; raises InputError as `load_with`."""
+    return load_with(MarginPPO, path, env)
+
+
+def load_with(algorithm: type[Algorithm], path: Path, env: VecEnv | None) -> Algorithm:
     """Loads Stable-Baselines3's archive.
 
     Raises:
@@ -319,7 +343,7 @@ def load_archive(path: Path, env: FleetVecEnv | None) -> MarginPPO:
     """
     check_archive(path)
     try:
-        return MarginPPO.load(path, env=env, device="cpu")
+        return algorithm.load(path, env=env, device="cpu")
     except (ValueError, RuntimeError, KeyError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0][:120]
         raise InputError(f"{path} cannot be loaded for this scenario ({reason}); train again") from None

@@ -20,6 +20,8 @@ from marginroute.policy import Policy
 MAX_VALIDATION_EPISODES = 16
 BATCH_EPISODES = 16
 MOST_EPISODES = 4096
+EPISODES, EPISODES_CONTROLLED = 32, 8
+"""Held-out episodes where none are asked for; those of a controller are whole days."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,13 @@ class Entrants:
         examined: of run folders and bundles.
         heuristics: tuned for the scenario.
         controls: names of the content-blind controls that take part.
+        best: the best heuristic, where its tuning has said so already; None: chosen on validation episodes.
     """
 
     examined: Mapping[str, Policy]
     heuristics: Mapping[str, Policy]
     controls: tuple[str, ...] = ()
+    best: str | None = None
 
     @property
     def all(self) -> dict[str, Policy]:
@@ -91,6 +95,11 @@ class Play:
     until_usd: float | None = None
 
 
+def usual_episodes(scenario: Scenario) -> int:
+    """Held-out episodes where none are asked for."""
+    return EPISODES if scenario.control is None else EPISODES_CONTROLLED
+
+
 def load_policies(runs: list[str], scenario: Scenario) -> dict[str, Policy]:
     """Policies of run folders or bundles by name; runs whose policies share a name are told apart by folder."""
     if not runs:
@@ -115,6 +124,10 @@ def enter(scenario: Scenario, runs: list[str], baselines: str) -> Entrants:
     Raises:
         InputError: an unknown name, or nobody.
     """
+    if scenario.control is not None:
+        from evaluation.controlled import enter_controlled
+
+        return Entrants(*enter_controlled(scenario, runs, baselines))
     examined = load_policies(runs, scenario)
     heuristics, controls = _baselines(scenario, baselines, runs)
     if not examined and not heuristics:
@@ -124,7 +137,7 @@ def enter(scenario: Scenario, runs: list[str], baselines: str) -> Entrants:
 
 def hold(scenario: Scenario, entrants: Entrants, play: Play, best: str | None = None) -> Contest:
     """Chooses the best heuristic on validation episodes, unless it is given; then plays everybody on held-out ones."""
-    best = choose_best(scenario, entrants.heuristics, play) if best is None else best
+    best = best or entrants.best or choose_best(scenario, entrants.heuristics, play)
     if play.until_usd is None:
         with progress_bar("held-out episodes") as progress:
             results = cached_play(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.deciders import Deciders
 from evaluation.latency import BINS, METRICS, histogram
 from evaluation.progress import Progress, silent
 from evaluation.results import EpisodeResults, check_paired, concatenate
@@ -140,7 +141,10 @@ def play(
 
     worlds = FleetWorlds(plant, len(workloads))
     worlds.load_all(workloads)
-    worlds.run(policy, max_steps)
+    if isinstance(policy, Deciders):
+        policy.run(worlds, max_steps)
+    else:
+        worlds.run(policy, max_steps)
     replicas_of = np.bincount(plant.spec.pool_of_replica, minlength=len(plant.spec.pools))
     return EpisodeResults(
         policy=name,

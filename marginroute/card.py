@@ -54,7 +54,7 @@ def model_card(folder: str | Path) -> str:
             lines += ["", title, *evaluation_lines(data)]
             data, title = data.get("gate"), "Gate, on validation episodes"
         if name == "controller" and data:
-            data = _controller(data)
+            data = _controller(data) | {"gate": manifest["evaluation"].get("controller_gate")}
         lines += ["", title, *(_tree(data, "  ") or ["  (none)"])]
     return "\n".join(lines) + "\n"
 

@@ -1,0 +1,88 @@
+"""Entrants of a scenario with a controller: every one is a router and a controller together.
+
+The chain that a learned bundle is judged by, all on the same days:
+
+    tuned router + tuned rules      one entrant per heuristic controller; the best on the surrogate is the reference
+    router network + best rule      what the router learned
+    tuned router + control network  what the controller learned
+    router network + control network  both, as the bundle ships them
+
+What was not learned (`learned: none`) is left out: it would be the reference again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evaluation.deciders import Deciders
+from marginroute.bundle import Bundle
+from marginroute.control_policy import LearnedController, rule_of
+from marginroute.control_rules import RuleController
+from marginroute.errors import InputError
+from marginroute.policy import Policy, ResidualPolicy
+
+if TYPE_CHECKING:
+    from envs.scenario import Scenario
+
+Names = dict[str, Policy]
+
+
+def enter_controlled(scenario: Scenario, runs: list[str], baselines: str) -> tuple[Names, Names, tuple[()], str | None]:
+    """Examined deciders, tuned ones, no content-blind controls, and the name of the best tuned ones.
+
+    Args:
+        scenario: the world.
+        runs: run folders or bundles.
+        baselines: "all", "none", or names of controllers separated by commas.
+
+    Raises:
+        InputError: an unknown name, a bundle without a controller, nothing tuned, or nobody.
+    """
+    from agents.run import load_bundle
+
+    bundles = {run: load_bundle(Path(run), scenario) for run in runs}
+    for run, bundle in bundles.items():
+        if bundle.controller is None:
+            raise InputError(f"{run} has no controller, scenario {scenario.name!r} has one; train on it again")
+    rules, best, router = _tuned(scenario, Path(runs[0]) if runs else None)
+    tuned = {name: Deciders(rule, router) for name, rule in rules.items()}
+    wanted = {"all": list(rules), "none": []}.get(baselines) or [x.strip() for x in baselines.split(",") if x != "none"]
+    for name in wanted:
+        if name not in rules:
+            raise InputError(f"--baselines {name!r} is no controller; legal are all, none, {', '.join(rules)}")
+    heuristics: Names = {tuned[name].name: tuned[name] for name in wanted}
+    examined: Names = {}
+    for run, bundle in bundles.items():
+        suffix = "" if len(bundles) == 1 else f":{run}"
+        examined |= {f"{pair.name}{suffix}": pair for pair in _chain(bundle, router)}
+    if not examined and not heuristics:
+        raise InputError("nothing to compare: give at least one --policy or one of --baselines")
+    reference = tuned[best].name if best in wanted else None
+    return examined, heuristics, (), reference
+
+
+def _chain(bundle: Bundle, tuned_router: Policy) -> list[Deciders]:
+    """What a bundle learned: both deciders, then each alone beside what was tuned."""
+    assert bundle.controller is not None
+    rule, both = rule_of(bundle.controller), Deciders(bundle.controller, bundle.guarded())
+    chain = [both]
+    learned_controller = isinstance(bundle.controller, LearnedController)
+    if isinstance(bundle.policy, ResidualPolicy):
+        if learned_controller:
+            chain += [Deciders(rule, bundle.guarded()), Deciders(bundle.controller, tuned_router)]
+    elif learned_controller:
+        chain = [Deciders(bundle.controller, tuned_router)]
+    return chain
+
+
+def _tuned(scenario: Scenario, run: Path | None) -> tuple[dict[str, RuleController], str, Policy]:
+    """Tuned controllers by name, the best one's name, and the tuned router."""
+    from agents import baselines
+    from envs.control_plant import ControlPlant
+
+    path = baselines.file_for(scenario, run)
+    rules, best = baselines.load_controllers(path, ControlPlant(scenario).layout)
+    if not rules:
+        raise InputError(f"{path} holds no tuned controllers; tune them with train.py on the same scenario")
+    return rules, best, baselines.advice_and_fallback(path)[0]

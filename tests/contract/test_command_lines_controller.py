@@ -1,0 +1,150 @@
+"""train.py, export.py and evaluate.py in a scenario with a controller: both deciders in one run and one bundle."""
+
+import json
+
+import numpy as np
+import pytest
+from sizes import TINY_TRAINING
+
+import evaluate
+import export
+import train
+from agents import baselines
+from agents.run import Run
+from envs.control_plant import ControlPlant
+from envs.control_worlds import EngineControl
+from envs.scenario import load_scenario
+from envs.worlds import FleetWorlds, Plant
+from evaluation.deciders import Deciders
+from evaluation.protocol import evaluate_policies
+from marginroute import bundle
+from marginroute.card import model_card
+from marginroute.control_policy import learned_of, rule_of
+
+MINUTES = {
+    "horizon_s": 240.0,
+    "control.tick_s": 20.0,
+    "plans.classes.batch.delay_tolerant.deadline_s": 120.0,
+    "fleet.pools.main.provision_s": 20.0,
+    "fleet.pools.main.load_s": 20.0,
+}
+CONTROLLER = {
+    **{"steps": 480, "groups": 2, "group_size": 2, "rollout_ticks": 12, "epochs": 1, "minibatch": 48, "width": 8},
+    **{"tuning_ticks": 1, "validations": 2, "validation_episodes": 2, "choice_episodes": 2, "gate_episodes": 2},
+}
+SETS = [f"{key}={x}" for key, x in MINUTES.items()]
+TRAINING = [f"training.{key}={x}" for key, x in TINY_TRAINING.items()]
+TRAINING += [f"training.controller.{key}={x}" for key, x in CONTROLLER.items()]
+
+
+@pytest.fixture(scope="module")
+def scenario():
+    return load_scenario("day_night", MINUTES)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, scenario):
+    """Margin rules of the scenario, tuned with next to no budget, where tuned baselines are looked for."""
+    from agents.train import router_scenario
+    from agents.tuning import Budget, tune_margin_rules
+
+    folder = tmp_path_factory.mktemp("baselines")
+    budget = Budget(requests=1, episodes=2, population=4, restarts=2, validation_episodes=2)
+    tuned = tune_margin_rules(Plant(router_scenario(scenario)), budget)
+    baselines.save(folder / f"{scenario.hash}.yaml", scenario, tuned, budget, "a test")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "CACHE", folder)
+        patch.setattr(baselines, "SHIPPED", folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+    """A run of train.py with both deciders."""
+    run = tmp_path_factory.mktemp("runs") / "minutes"
+    assert train.main(["day_night", "--out", str(run), "--set", *SETS, *TRAINING]) == 0
+    return run
+
+
+def test_a_run_holds_both_deciders(finished, scenario):
+    info = Run(finished).info()
+    assert info["status"] == "finished" and {"gate", "controller", "history", "controller_history"} <= info.keys()
+    assert np.isfinite(info["controller"]["gate"]["ci95"]).all() and info["controller"]["gate"]["episodes"] == 2
+    read = bundle.load(finished / "bundle")
+    assert read.scenario == {"name": "day_night", "hash": scenario.hash}
+    assert (learned_of(read.controller) == "residual") == info["controller"]["gate"]["learned"]
+    assert rule_of(read.controller).name == info["controller"]["rule"]
+    rules, best = baselines.load_controllers(finished / "baselines.yaml", ControlPlant(scenario).layout)
+    assert len(rules) == 8 and best == info["controller"]["rule"]
+    assert rule_of(read.controller).to_dict() == rules[best].to_dict()
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_export_writes_what_the_gates_said(finished, tmp_path, learned, capsys):
+    run = Run(finished)
+    before = run.info()
+    try:
+        run.update(
+            gate=before["gate"] | {"learned": learned},
+            controller=before["controller"] | {"gate": before["controller"]["gate"] | {"learned": learned}},
+        )
+        assert export.main([str(finished), "--out", str(tmp_path / "bundle")]) == 0
+    finally:
+        run.update(gate=before["gate"], controller=before["controller"])
+    word = "residual" if learned else "none"
+    assert f"learned: {word}; controller learned: {word}" in capsys.readouterr().out
+    read = bundle.load(tmp_path / "bundle")
+    assert (read.learned, learned_of(read.controller)) == (word, word)
+    assert "Controller\n  policy: " in model_card(tmp_path / "bundle")
+    worlds = EngineControl(FleetWorlds(run.scenario(), 1), read.controller.layout)
+    worlds.load_seed(0, 0, "validation")
+    levers = read.controller.anew().decide(worlds.view())
+    assert levers.replicas.shape == (1, 1) and 1.0 <= levers.replicas[0, 0] <= 8.0
+
+
+def test_evaluate_plays_the_chain_and_every_controller(finished, tmp_path, capsys):
+    target = tmp_path / "report.json"
+    arguments = ["day_night", "--policy", str(finished), "--episodes", "2", "--no-cache", "--set", *SETS]
+    assert evaluate.main([*arguments, "--json", str(target)]) == 0
+    document = json.loads(target.read_text())
+    rule = Run(finished).info()["controller"]["rule"]
+    assert document["best_heuristic"] == f"bid-price-fitted + {rule}"
+    assert {f"bid-price-fitted + {name}" for name in ("static", "hpa", "keda", "predictive-edf")} <= set(
+        document["policies"]
+    )
+    assert any(name.startswith("marginroute + ") for name in document["policies"])
+    assert set(document["policies"][document["best_heuristic"]]["shed"]) == {"enterprise", "team", "batch"}
+    capsys.readouterr()
+    for flags, words in (
+        (["--baselines", "bid-price"], "is no controller; legal are all, none, static"),
+        (["--explain", "3"], "--explain does not know controllers"),
+        (["--report", str(tmp_path / "page.html")], r"legal is a file that ends in .md"),
+    ):
+        assert evaluate.main([*arguments, *flags]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_reports_of_controllers_are_sums_of_their_rewards(scenario, finished):
+    """Margin of the examiner = sum of the rewards of the ticks, with a router and with the plain gateway."""
+    controller = bundle.load(finished / "bundle").controller
+    router = bundle.load(finished / "bundle").guarded()
+    for decider in (None, router):
+        pair = Deciders(controller, decider)
+        [results] = evaluate_policies(scenario, {pair.name: pair}, 2, workers=1).values()
+        worlds = EngineControl(FleetWorlds(scenario, 2), controller.layout, decider)
+        for w in range(2):
+            worlds.load_seed(w, w, "heldout")
+        total, ours = np.zeros(2), controller.anew()
+        while not worlds.done.all():
+            worlds.step(ours.act(worlds.view()))
+            total += worlds.rewards_usd
+        np.testing.assert_allclose(results.margin_usd, total, rtol=0.0, atol=1e-9)
+
+
+def test_one_decider_alone(tmp_path, cache, capsys):
+    run = tmp_path / "controller"
+    deciders = "training.deciders=controller"
+    assert train.main(["day_night", "--out", str(run), "--set", *SETS, *TRAINING, deciders]) == 0
+    assert "controller gate: learned minus" in capsys.readouterr().out
+    assert not (run / "policy.zip").exists() and bundle.load(run / "bundle").learned == "none"
+    assert export.main([str(run), "--out", str(tmp_path / "bundle")]) == 0
