@@ -196,7 +196,7 @@ def _limit(row: Any, place: str) -> Limit:
     what = [name for name in WHAT if name in row]
     if len(what) != 1:
         raise InputError(f"{place} must name one of {', '.join(WHAT)}")
-    most, per = row[what[0]], row.get("per")
+    most, per = row[what[0]], row.get("per", "")
     if isinstance(most, bool) or not isinstance(most, int | float) or not 0.0 <= most < 1e15:
         raise InputError(f"{place}.{what[0]} = {most!r}; legal is a number from 0 up")
     number = isinstance(per, int | float) and not isinstance(per, bool) and 1.0 <= per < 1e9

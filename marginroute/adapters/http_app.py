@@ -198,7 +198,8 @@ class App:
             while answer["held"] and loop.time() < until_s:
                 turn: asyncio.Future[None] = loop.create_future()
                 if self._gateway.on_line(id, partial(loop.call_soon_threadsafe, _resolve, turn)):
-                    await asyncio.wait({turn, gone}, timeout=until_s - loop.time(), return_when=asyncio.FIRST_COMPLETED)
+                    either: set[asyncio.Future[Any]] = {turn, gone}
+                    await asyncio.wait(either, timeout=until_s - loop.time(), return_when=asyncio.FIRST_COMPLETED)
                     waits = self._gateway.on_line(id, None)
                     if gone.done():
                         if not waits:  # its turn has come too late

@@ -94,8 +94,8 @@ def _guards(core: Any, gateway: Gateway) -> Iterator[Any]:
         if guard:
             handed[guard] = handed.get(guard, 0.0) + count
     family = core.CounterMetricFamily("marginroute_guard", "Decisions of the guard, by reason", labels=("guard",))
-    for guard, count in handed.items():
-        family.add_metric((guard,), count)
+    for guard, number in handed.items():
+        family.add_metric((guard,), number)
     yield family
     monitor = gateway.drift
     if monitor is not None:
