@@ -10,7 +10,7 @@ from envs.scenario_sessions import ClientsSection, JobsSection, PrefixSection, S
 from envs.workload.clients import Client
 from envs.workload.draws import choose
 from envs.workload.prefixes import PrefixSpec
-from envs.workload.sessions import MAX_CALLS, SessionKind, Step, SubAgents
+from envs.workload.sessions import MAX_CALLS, SessionKind, Step, SubAgents, Tool
 from envs.workload.spec import Composition, JobSpec
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def _session(scenario: Scenario, name: str, kind: SessionSection) -> SessionKind
             step.edit_share,
             step.edit_keep,
             (step.from_call, step.to_call or MAX_CALLS),
+            Tool(step.tool.keys, step.tool.zipf_exponent, step.tool.usd, step.tool.shared) if step.tool else None,
         )
         for step in kind.steps.values()
     )

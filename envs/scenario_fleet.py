@@ -250,6 +250,13 @@ class Provider(Section):
         return self
 
 
+class ResultCache(Section):
+    """Cache of results of tools and retrieval, by key: a hit skips the wait and the cost of a call."""
+
+    ttl_s: Positive = Field(description="Seconds after which a result is stale.")
+    lookup_s: Annotated[float, Field(ge=0.001)] = Field(0.001, description="Seconds that a result from it takes.")
+
+
 class SemanticSearch(Section):
     """Look-ups by nearness of meaning: every prompt is embedded before it is decided on."""
 
@@ -324,6 +331,7 @@ class FleetSection(Section):
     pools: dict[Name, Pool] = Field(min_length=1, description="Self-hosted replicas by pool name.")
     providers: dict[Name, Provider] = Field(default_factory=dict, description="Third-party APIs by name.")
     response_cache: ResponseCache | None = Field(None, description="Response cache; left out: none.")
+    result_cache: ResultCache | None = Field(None, description="Results of tools; left out: tools are called.")
     telemetry: Telemetry = Field(Telemetry(scrape_interval_s=1.0), description="Freshness of engine metrics.")
     batch_queue: BatchQueue | None = Field(None, description="Batch queue; left out: nothing can be deferred.")
     verifiers: dict[Name, Verifier] = Field(

@@ -54,6 +54,15 @@ class ClientsSection(Section):
         return self
 
 
+class ToolSection(Section):
+    """A tool or a retrieval whose results have keys, so that they can be kept (fleet.result_cache)."""
+
+    keys: Annotated[int, Field(ge=1)] = Field(description="Different results that a tenant asks for.")
+    zipf_exponent: NonNegative = Field(1.0, description="Popularity of the i-th falls like i ** -exponent.")
+    usd: NonNegative = Field(0.0, description="USD per call of the tool.")
+    shared: bool = Field(False, description="Whether results are the same for all tenants, and may be shared.")
+
+
 class StepSection(Section):
     """What may come after an answered call: a user, a tool, retrieval, a retry."""
 
@@ -65,6 +74,7 @@ class StepSection(Section):
     edit_keep: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.5, description="Mean share that an edit keeps.")
     from_call: Annotated[int, Field(ge=1)] = Field(1, description="First call after which it may come.")
     to_call: Annotated[int, Field(ge=1)] | None = Field(None, description="Last one; left out: any.")
+    tool: ToolSection | None = Field(None, description="That think_s waits for; left out: nobody knows its results.")
 
 
 class SubAgentSection(Section):

@@ -70,13 +70,15 @@ class TaskBooks:
         table: (K, J) `VERIFIER`.
         paid: (W,) `WORKFLOW`.
         shared_luck: whether one luck decides for all models.
+        lookup_s: of a tool's result that is kept; inf: none is.
         n_worlds: N.
 
     Attributes:
         arrays: what the kernels take.
     """
 
-    def __init__(self, table: Array, paid: Array, shared_luck: bool, n_worlds: int) -> None:
+    def __init__(self, table: Array, paid: Array, shared_luck: bool, lookup_s: float, n_worlds: int) -> None:
+        self.lookup_s = lookup_s
         self.verified, self.attempts = table["max_attempts"], int(table["max_attempts"].max(initial=0))
         self.least_verify_s = float(table["verify_s"][self.verified > 0].min(initial=np.inf))
         self.arrays = TaskArrays(
@@ -89,13 +91,18 @@ class TaskBooks:
             counts=np.zeros((n_worlds, len(WORKFLOW_COUNTS), len(paid))),
             before=np.zeros((n_worlds, len(ACCOUNTS))),
             shared_luck=np.array([float(shared_luck)]),
+            results=np.full((n_worlds, 0), -np.inf),
         )
 
     def make_room(self, workload: Workload) -> bool:
         """Grows the arrays for an episode; running ones survive. True if anything changed."""
         old, n = self.arrays, len(self.arrays.before)
-        has = (old.trials.shape[1], old.tasks.shape[1])
-        wanted = (workload.n_requests if self.attempts else 0, int(workload.session_index.max(initial=-1)) + 1)
+        has = (old.trials.shape[1], old.tasks.shape[1], old.results.shape[1])
+        wanted = (
+            workload.n_requests if self.attempts else 0,
+            int(workload.session_index.max(initial=-1)) + 1,
+            int(workload.tool_key.max(initial=-1)) + 1,
+        )
         size = tuple(max(pair) for pair in zip(has, wanted, strict=True))
         if size == has:
             return False
@@ -103,7 +110,9 @@ class TaskBooks:
             trials=record_array((n, size[0]), TRIAL),
             luck=np.zeros((n, size[0], self.attempts, 3)),
             tasks=record_array((n, size[1]), TASK),
+            results=np.full((n, size[2]), -np.inf),
         )
+        new.results[:, : has[2]] = old.results
         new.trials[:, : has[0]], new.luck[:, : has[0]], new.tasks[:, : has[1]] = old.trials, old.luck, old.tasks
         self.arrays = new
         return True
@@ -119,6 +128,10 @@ class TaskBooks:
         """
         books, m = self.arrays, workload.n_requests
         books.usd[w] = books.counts[w] = 0.0
+        books.results[w] = -np.inf
+        load["tool_key"], load["tool_usd"] = workload.tool_key, workload.tool_usd
+        if self.lookup_s < np.inf and (workload.tool_key >= 0).any():
+            desk["least_think_s"] = np.minimum(desk["least_think_s"], self.lookup_s)
         load["turned_down"], load["session"], load["workflow"] = 0, workload.session_index, workload.workflow_index
         load["verified"] = self.verified[workload.class_index, workload.task_index] if self.attempts else 0
         load["leads"] = (load["first_child"] >= 0) | (load["verified"] > 0)

@@ -128,7 +128,7 @@ def _post_finished(
         account, cost_usd,
     )  # fmt: skip
     if load.first_child >= 0:
-        sessions.answered(desks[w], loads, w, i, request.completed_at_s)
+        sessions.answered(config, follow.results, desks[w], loads, ledger_usd, counts, w, i, request.completed_at_s)
     tasks.note_answer(follow, ledger_usd, loads, w, i, answer)
     if load.judged == 1:
         feedback.answered(config, desks, loads, w, i, tiers[c], answer, request.completed_at_s)
@@ -140,7 +140,7 @@ def _post_finished(
 def _deliver_in_hand(config, terms, requests, desks, loads, entries, follow, ledger_usd, counts, w, i):
     """Request `i` gets the answer that was turned down last."""
     trial = follow.trials[w, i]
-    tasks.deliver_in_hand(terms, follow, requests, desks, loads, ledger_usd, counts, w, i)
+    tasks.deliver_in_hand(config, terms, follow, requests, desks, loads, ledger_usd, counts, w, i)
     tasks.note_answer(follow, ledger_usd, loads, w, i, trial.good)
     if loads[w, i].prompt_key >= 0 and config[0].cache_capacity > 0:
         answers.store(config, desks, entries, loads, ledger_usd, w, i, trial.tier, trial.good, desks[w].now_s)
@@ -193,7 +193,9 @@ def _act(
         if load.turned_down > 0:
             _deliver_in_hand(config, terms, requests, desks, loads, entries, follow, ledger_usd, counts, w, i)
         else:
-            good = answers.serve(config, terms, desks, loads, entries, ledger_usd, counts, w, i)
+            good, at_s = answers.serve(config, terms, desks, loads, entries, ledger_usd, counts, w, i)
+            if load.first_child >= 0:
+                sessions.answered(config, follow.results, desk, loads, ledger_usd, counts, w, i, at_s)
             tasks.note_answer(follow, ledger_usd, loads, w, i, np.uint8(good))
         tasks.book(follow, ledger_usd, loads, w, i)
     elif kind == v.DEFER:

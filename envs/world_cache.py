@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from envs import world_sessions as sessions
 from envs.economics import ledger as books
 from envs.fleet.response_cache import append, unlink
 from envs.kernels import kernel
@@ -170,7 +169,11 @@ def store(config, desks, cache, loads, ledger_usd, w, i, tier, good, now_s):
 
 @kernel
 def serve(config, terms, desks, loads, cache, ledger_usd, counts, w, i):
-    """Answers request `i` from the response cache; the entry is the most recently used one now. True if it is good."""
+    """Answers request `i` from the response cache; the entry is the most recently used one now.
+
+    Returns:
+        Whether the answer is good, and when it is there.
+    """
     load, desk, key = loads[w, i], desks[w], int(cache.found[w].key)
     entry = cache.entries[w, key]
     right = _right(config, desks, cache, w, i)
@@ -180,11 +183,10 @@ def serve(config, terms, desks, loads, cache, ledger_usd, counts, w, i):
     ttft_s = desk.now_s + config[0].cache_lookup_s - load.arrived_at_s
     counts[w, books.CACHE_HITS, load.class_index] += 1
     counts[w, books.WRONG_HITS, load.class_index] += not right
-    if load.first_child >= 0:
-        sessions.answered(desk, loads, w, i, load.arrived_at_s + ttft_s)
+    answered_at_s = load.arrived_at_s + ttft_s
     ttft_s += embedding_s(cache, load)
     books.post_served(
         ledger_usd, counts, terms, w, load.class_index, load.prompt_tokens, entry.output_tokens, ttft_s, 0.0, ttft_s,
         right and entry.good == 1, books.CACHE, 0.0,
     )  # fmt: skip
-    return right and entry.good == 1
+    return right and entry.good == 1, answered_at_s

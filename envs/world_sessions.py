@@ -102,11 +102,27 @@ def pop_ready(desk, loads, w):
 
 
 @kernel
-def answered(desk, loads, w, i, at_s):
+def _use_tool(config, results, load, ledger_usd, counts, w, at_s):
+    """A follow-up's tool is asked for a result at `at_s`: a fresh one is at hand, or the tool is called."""
+    kept_at_s = results[w, load.tool_key]
+    if kept_at_s <= at_s and at_s - kept_at_s <= config[0].result_ttl_s:
+        load.arrived_at_s = at_s + config[0].result_lookup_s
+        counts[w, books.TOOL_HITS, load.class_index] += 1
+        return
+    counts[w, books.TOOL_CALLS, load.class_index] += 1
+    books.post(ledger_usd, w, books.TOOLS, load.class_index, -load.tool_usd)
+    if not kept_at_s > at_s:  # else another call will be back with it first
+        results[w, load.tool_key] = load.arrived_at_s
+
+
+@kernel
+def answered(config, results, desk, loads, ledger_usd, counts, w, i, at_s):
     """Request `i` was answered completely at `at_s`: those that follow it get ready."""
     child = int(loads[w, i].first_child)
     while child >= 0:
         loads[w, child].arrived_at_s = at_s + loads[w, child].think_s
+        if loads[w, child].tool_key >= 0:
+            _use_tool(config, results, loads[w, child], ledger_usd, counts, w, at_s)
         _push_ready(desk, loads, w, child)
         child = int(loads[w, child].next_sibling)
 

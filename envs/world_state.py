@@ -44,6 +44,8 @@ LOAD = np.dtype(
         ("session", "i4"),  # -1: none
         ("workflow", "i4"),  # -1: not a call of a task that pays
         ("leads", "i4"),  # 1: its end may bring a decision
+        ("tool_key", "i4"),  # result that is asked for before it, -1: none
+        ("tool_usd", "f8"),
         # Sessions, see world_sessions.py
         ("follows", "i4"),  # 1: arrives after another request
         ("arrival", "i4"),
@@ -105,6 +107,8 @@ CONFIG = np.dtype(
         ("backoff_s", "f8"),
         ("hold_s", "f8"),
         ("feedback_delay_s", "f8"),
+        ("result_ttl_s", "f8"),  # of tools, -1: none is kept
+        ("result_lookup_s", "f8"),
         ("cache_capacity", "i4"),
         ("cache_ttl_s", "f8"),
         ("cache_lookup_s", "f8"),

@@ -116,6 +116,7 @@ class TaskArrays(NamedTuple):
     counts: Any  # (N, 5, W)
     before: Any  # (N, A) scratch: a class's accounts before a posting
     shared_luck: Any  # (1,) 1.0 or 0.0
+    results: Any  # (N, T) when the latest result of a tool's key came in, -inf: never
 
 
 @kernel
@@ -171,7 +172,7 @@ def turn_down(follow, requests, desks, loads, ledger_usd, counts, w, i, tier, an
 
 
 @kernel
-def deliver_in_hand(terms, follow, requests, desks, loads, ledger_usd, counts, w, i):
+def deliver_in_hand(config, terms, follow, requests, desks, loads, ledger_usd, counts, w, i):
     """Request `i` gets the answer that it has in hand, now."""
     load, request, trial = loads[w, i], requests[w, i], follow.trials[w, i]
     now_s = desks[w].now_s
@@ -182,7 +183,7 @@ def deliver_in_hand(terms, follow, requests, desks, loads, ledger_usd, counts, w
         (now_s - trial.first_token_at_s) / gaps, now_s - load.arrived_at_s, trial.good == 1, books.CACHE, 0.0,
     )  # fmt: skip
     if load.first_child >= 0:
-        sessions.answered(desks[w], loads, w, i, now_s)
+        sessions.answered(config, follow.results, desks[w], loads, ledger_usd, counts, w, i, now_s)
 
 
 @kernel

@@ -165,6 +165,8 @@ class Plant:
         judged = self.scenario.workload.feedback
         row["feedback_delay_s"] = judged.delay_s if judged else -1.0
         row["hold_s"] = fleet.batch_queue.hold_s if fleet.batch_queue else np.inf
+        row["result_ttl_s"] = fleet.result_cache.ttl_s if fleet.result_cache else -1.0
+        row["result_lookup_s"] = fleet.result_cache.lookup_s if fleet.result_cache else 0.0
         if fleet.response_cache is not None:
             row["cache_capacity"] = fleet.response_cache.capacity_entries
             row["cache_ttl_s"] = fleet.response_cache.ttl_s
@@ -256,11 +258,16 @@ class FleetWorlds:
         self.desks["done"] = 1
         self._rows = 0
         self.answers = CachedAnswers(self.plant.cache_access, self.plant.config[0], n)
-        self.books = TaskBooks(self.plant.verifiers, self.plant.workflows, self.plant.shared_luck, n)
+        self.books = TaskBooks(self.plant.verifiers, self.plant.workflows, self.plant.shared_luck, self._lookup_s(), n)
         sends = int(self.plant.config[0]["max_attempts"]) + max(self.books.attempts - 1, 0)
         self.prefixes = GatewayPrefixes(self.plant.static_signals, stations, n, sends)
         self._allocate(max_requests, 0)
         self._caps = self._per_replica(None)
+
+    def _lookup_s(self) -> float:
+        """Seconds that a tool's result takes which is kept; inf: none is."""
+        config = self.plant.config[0]
+        return float(config["result_lookup_s"]) if config["result_ttl_s"] >= 0.0 else np.inf
 
     def _allocate(self, rows: int, hashes: int) -> None:
         """Makes room for requests and engine block hashes of a world; running episodes survive."""

@@ -7,7 +7,8 @@ shape (N, len(COUNTS), K). All functions are compiled and take one world `w`; qu
 Counts are of requests by class unless they say tokens. `calls` have arrived: `first_calls`, which come whatever
 happens, and follow-ups of sessions. `lost_calls` never will, since a request before them got no answer. `cache_hits`
 were answered from the response cache; `wrong_hits` are those of them whose answer was to another question.
-`turned_down` counts answers that failed before a verifier.
+`turned_down` counts answers that failed before a verifier; `tool_calls` and `tool_hits` what was asked of tools, and
+what was answered from the cache of their results instead.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ ACCOUNTS = (
     "cache",
     "task_revenue",
     "verification",
+    "tools",
 )
 (
     USAGE_REVENUE,
@@ -42,7 +44,8 @@ ACCOUNTS = (
     CACHE,
     TASK_REVENUE,
     VERIFICATION,
-) = range(11)
+    TOOLS,
+) = range(12)
 REVENUE_ACCOUNTS = ("usage_revenue", "seat_revenue", "task_revenue")
 FIXED_COST_ACCOUNTS = ("gpu_hours",)
 
@@ -67,6 +70,8 @@ COUNTS = (
     "cache_hits",
     "wrong_hits",
     "turned_down",
+    "tool_calls",
+    "tool_hits",
 )
 (
     FIRST_CALLS,
@@ -89,7 +94,9 @@ COUNTS = (
     CACHE_HITS,
     WRONG_HITS,
     TURNED_DOWN,
-) = range(20)
+    TOOL_CALLS,
+    TOOL_HITS,
+) = range(22)
 
 tokens_usd = kernel(pricing.tokens_usd, inline="always")
 answer_usd = kernel(pricing.answer_usd, inline="always")

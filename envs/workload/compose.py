@@ -77,6 +77,8 @@ def compose(spec: WorkloadSpec, composition: Composition, rng: np.random.Generat
         )
         hashed = {"prefix_count": count, "prefix_hash": hashes}
         hashed["prefix_block_tokens"] = composition.prefixes.block_tokens
+    if any(step.tool is not None for item in composition.sessions for step in item.steps):
+        near["tool_key"], near["tool_usd"] = _tool_keys(composition, rng.spawn(1)[0], kind, calls.step, tenant_index)
     return GivenRequests(
         arrived_at_s=at_s[rows],
         prompt_tokens=calls.prompt_tokens.astype(np.int32),
@@ -95,6 +97,27 @@ def compose(spec: WorkloadSpec, composition: Composition, rng: np.random.Generat
         **hashed,
         **near,
     )
+
+
+def _tool_keys(
+    composition: Composition, rng: np.random.Generator, kind: Array, step: Array, tenant_index: Array
+) -> tuple[Array, Array]:
+    """(M,) result that the tool before each call is asked for, dense from 0, -1: none; and what asking costs."""
+    names = np.full((len(kind), 4), -1, dtype=np.int64)
+    usd = np.zeros(len(kind))
+    for index, item in enumerate(composition.sessions):
+        for number, its in enumerate(item.steps):
+            rows = np.flatnonzero((kind == index) & (step == number))
+            if its.tool is None or not len(rows):
+                continue
+            asked = choose(rng, np.arange(1, its.tool.keys + 1) ** -its.tool.exponent, len(rows))
+            tenant = np.zeros(len(rows)) if its.tool.shared else tenant_index[rows]
+            names[rows] = np.stack([np.full(len(rows), index), np.full(len(rows), number), tenant, asked], axis=1)
+            usd[rows] = its.tool.usd
+    key = np.full(len(kind), -1, dtype=np.int32)
+    rows = np.flatnonzero(names[:, 0] >= 0)
+    key[rows] = np.unique(names[rows], axis=0, return_inverse=True)[1].reshape(-1)
+    return key, usd
 
 
 def _spread(asked: Asked, lone: Array, size: int) -> dict[str, Array]:
@@ -174,7 +197,7 @@ def _calls(
     lone = np.flatnonzero(kind_of < 0)
     size = len(lone)
     none, zero = np.full(size, -1), np.zeros(size, dtype=np.int64)
-    parts = [Calls(lone, np.zeros(size), zero, zero, none, np.zeros(size), none, zero, zero)]
+    parts = [Calls(lone, np.zeros(size), zero, zero, none, np.zeros(size), none, zero, zero, none)]
     for index, kind in enumerate(composition.sessions):
         parts.append(draw_sessions(kind, rng, np.flatnonzero(kind_of == index)))
     numbers = [np.full(len(part.root), index - 1) for index, part in enumerate(parts)]

@@ -34,6 +34,7 @@ Array = np.ndarray[Any, Any]
 _LINKS = (
     *("prefix_block_tokens", "prefix_count", "prefix_hash"),
     *("session_index", "parent_index", "think_s", "workflow_index", "task_calls"),
+    *("tool_key", "tool_usd"),
 )
 
 

@@ -64,6 +64,9 @@ class Workload:
         workflow_index: (M,) i4, kind of task that pays when it succeeds and that a request is a call of; -1: none.
             Default -1.
         task_calls: (M,) i4, calls of its whole task, those outside the episode included. Default 1. Hidden.
+        tool_key: (M,) i4, result that the tool before a follow-up is asked for, dense from 0; -1: none. Default -1.
+            Hidden.
+        tool_usd: (M,) f8, what that costs. Default 0. Hidden.
         attempt_luck: (M, A, 3) f8, for each answer of a request that a verifier may look at: a standard normal number
             behind its score, a uniform one behind an answer that is drawn anew, one behind the user's leaving. Default
             none, A = 0. Hidden.
@@ -100,6 +103,8 @@ class Workload:
     judged: Array = None  # type: ignore[assignment]
     workflow_index: Array = None  # type: ignore[assignment]
     task_calls: Array = None  # type: ignore[assignment]
+    tool_key: Array = None  # type: ignore[assignment]
+    tool_usd: Array = None  # type: ignore[assignment]
     attempt_luck: Array = None  # type: ignore[assignment]
     ability_shift: Array = None  # type: ignore[assignment]
     faults: Array = field(default_factory=no_faults)
@@ -107,6 +112,7 @@ class Workload:
     hidden: ClassVar[tuple[str, ...]] = (
         *("output_tokens", "patience_s", "p_good", "good", "provider_noise", "think_s"),
         *("needed_similarity", "valid_for_s", "judged", "task_calls", "attempt_luck", "ability_shift"),
+        *("tool_key", "tool_usd"),
     )
     scalars: ClassVar[tuple[str, ...]] = ("horizon_s", "prefix_block_tokens", "variant")
 
@@ -125,6 +131,8 @@ class Workload:
             ("judged", 0, m, np.uint8),
             ("workflow_index", -1, m, np.int32),
             ("task_calls", 1, m, np.int32),
+            ("tool_key", -1, m, np.int32),
+            ("tool_usd", 0.0, m, np.float64),
             ("attempt_luck", 0, (m, 0, 3), np.float64),
             ("ability_shift", 0, (m, 0), np.float64),
         ):

@@ -29,6 +29,23 @@ MAX_CALLS = 100_000  # of one session; a guard against follow shares of 1
 
 
 @dataclass(frozen=True)
+class Tool:
+    """A tool or a retrieval behind a step, whose results have keys.
+
+    Attributes:
+        keys: different results that are asked for.
+        exponent: popularity of the i-th falls like i ** -exponent.
+        usd: cost of a call.
+        shared: whether all tenants ask for the same results.
+    """
+
+    keys: int
+    exponent: float
+    usd: float
+    shared: bool
+
+
+@dataclass(frozen=True)
 class Step:
     """What may come after an answered call.
 
@@ -40,6 +57,7 @@ class Step:
         edit_share: of such steps that rewrite the conversation from some point on.
         edit_keep: mean share of the conversation before that point; single ones are 0.5 to 1.5 times that.
         calls: first and last number of the answered call after which it may come.
+        tool: that is called meanwhile; None: none whose results are known by key.
     """
 
     weight: float
@@ -49,6 +67,7 @@ class Step:
     edit_share: float = 0.0
     edit_keep: float = 0.5
     calls: tuple[int, int] = (1, MAX_CALLS)
+    tool: Tool | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +138,7 @@ class Calls:
         source: (C,) i8, row here of the call whose prompt it continues, -1: none.
         kept_tokens: (C,) i8, tokens at the beginning that it shares with its source; without one, 0.
         level: (C,) i8, a number that is larger than the source's.
+        step: (C,) i8, of its kind, that it came by; -1: it is a first call.
     """
 
     root: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -130,6 +150,7 @@ class Calls:
     source: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     kept_tokens: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     level: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    step: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
 def joined(parts: list[Calls]) -> Calls:
@@ -221,6 +242,7 @@ def _threads(
         "think_s": np.zeros(size),
         "source": np.full(size, -1),
         "kept_tokens": np.zeros(size, dtype=np.int64),
+        "step": np.full(size, -1),
         "pace": np.exp(kind.pace_sigma * rng.standard_normal(size)) if kind.pace_sigma else np.ones(size),
     }
     while size and number < MAX_CALLS:
@@ -267,6 +289,7 @@ def _next(
         "think_s": think_s,
         "source": row,
         "kept_tokens": np.where(reset, 0, kept),
+        "step": chosen,
         "pace": now["pace"],
     }
 

@@ -126,6 +126,7 @@ class GivenRequests:
         deadline_s: (M,) f8, nan for the class's own, or None for all.
         family_index, embedding: as in `Workload`, or None where nobody asks the same in other words.
         workflow_index, task_calls: as in `Workload`, or None where no task is paid for.
+        tool_key, tool_usd: as in `Workload`, or None where no tool is called.
         prefix_block_tokens, prefix_count, prefix_hash, session_index, parent_index, think_s: as in `Workload`; None
             where the trace has neither hashes nor sessions.
     """
@@ -149,3 +150,5 @@ class GivenRequests:
     embedding: Array | None = None
     workflow_index: Array | None = None
     task_calls: Array | None = None
+    tool_key: Array | None = None
+    tool_usd: Array | None = None

@@ -376,3 +376,57 @@ def test_everything_adds_up_at_random(tmp_path):
     assert (books.counts[:, DONE] > 0).all()
     assert (books.counts[:, DONE] + books.counts[:, LOST] <= books.counts[:, BEGUN] + 1e-9).all()
     assert (worlds.desks["leading"] == 0).all() and (worlds.own["leading"] == 0).all()
+
+
+TOOLS = [{}, {"think_s": 2.0}, {"think_s": 3.0}, {"think_s": 3.0}]
+
+
+@pytest.mark.parametrize(
+    ("ttl_s", "keys", "waits_s", "hits"),
+    [
+        (None, [0, 0, 0], [2.0, 3.0, 3.0], 0),  # nobody keeps results
+        (10.0, [0, 0, 0], [2.0, 0.05, 0.05], 2),
+        (10.0, [0, 1, 0], [2.0, 3.0, 0.05], 1),
+        (0.1, [0, 0, 0], [2.0, 3.0, 3.0], 0),  # 0.11 s old by the next answer
+        (0.2, [0, 0, 0], [2.0, 0.05, 3.0], 1),  # 0.11 s, then 0.27 s old
+    ],
+)
+def test_a_result_that_is_kept_skips_the_tool(tmp_path, ttl_s, keys, waits_s, hits):
+    """The wait and the cost of a call; a result is there once the tool has come back with it."""
+    kept = {} if ttl_s is None else {"fleet.result_cache": {"ttl_s": ttl_s, "lookup_s": 0.05}}
+    world = scenario(tmp_path, kept)
+    rows = [row | {"session_index": 0} | ({"parent_index": i - 1} if i else {}) for i, row in enumerate(TOOLS)]
+    made = dataclasses.replace(episode(world, rows), tool_key=[-1, *keys], tool_usd=[0.0, 0.003, 0.003, 0.003])
+    played, times = play(world, made, [ONE] * 4)
+    assert np.diff(times) == pytest.approx(0.11 + np.array(waits_s))
+    assert (played.count("tool_hits"), played.count("tool_calls")) == (hits, 3 - hits)
+    assert played.usd("tools") == pytest.approx(-0.003 * (3 - hits))
+
+
+def test_results_that_are_on_their_way_are_not_there(tmp_path):
+    """Two sessions ask for the same result a second apart; the tool takes five seconds."""
+    world = scenario(tmp_path, {"fleet.result_cache": {"ttl_s": 100.0, "lookup_s": 0.05}})
+    rows = [{"session_index": 0}, {"session_index": 1, "arrived_at_s": 1.0}]
+    rows += [{"session_index": i, "parent_index": i, "think_s": 5.0} for i in range(2)]
+    made = dataclasses.replace(episode(world, rows), tool_key=[-1, -1, 0, 0], tool_usd=np.full(4, 0.003))
+    played, times = play(world, made, [ONE] * 4)
+    assert times == pytest.approx([0.0, 1.0, 5.11, 6.11])
+    assert played.count("tool_calls") == 2
+
+
+def test_generated_steps_ask_for_results_of_their_tenant(tmp_path):
+    tool = {"keys": 3, "zipf_exponent": 1.0, "usd": 0.002}
+    made = {}
+    for shared in (False, True):
+        kind = SESSION | {"share": 0.8, "follow_share": {1: 0.8}}
+        kind["steps"] = {"next": SESSION["steps"]["next"] | {"tool": tool | {"shared": shared}}}
+        overrides = {"workload.sessions": {"fix": kind}, "requests_per_episode": None, "load_scale": 5.0}
+        made[shared] = scenario(tmp_path, overrides).generate(0)
+    for shared, workload_ in made.items():
+        asked = workload_.tool_key >= 0
+        np.testing.assert_array_equal(asked, workload_.parent_index >= 0)
+        assert asked.sum() > 50 and (workload_.tool_usd[asked] == 0.002).all() and not workload_.tool_usd[~asked].any()
+        pairs = set(zip(workload_.tool_key[asked].tolist(), workload_.tenant_index[asked].tolist(), strict=True))
+        tenants_of_a_key = np.bincount([key for key, _ in pairs])
+        assert tenants_of_a_key.max() == 1 if not shared else len(tenants_of_a_key) == 3
+    np.testing.assert_array_equal(made[False].prompt_tokens, made[True].prompt_tokens)

@@ -43,7 +43,7 @@ def test_workload_shapes_and_types(scenario):
     shapes |= {"ability_shift": (size, 0)}
     integers = ("class_index", "task_index", "tenant_index", "prompt_tokens", "output_tokens", "prompt_key")
     kinds = dict.fromkeys(
-        (*integers, "prefix_count", "session_index", "parent_index", "workflow_index", "task_calls"), "i4"
+        (*integers, "prefix_count", "session_index", "parent_index", "workflow_index", "task_calls", "tool_key"), "i4"
     )
     kinds |= {"good": "u1", "judged": "u1", "prefix_hash": "i8", "family_index": "i4", "embedding": "f4"}
     for name in Workload.array_names():
@@ -60,7 +60,7 @@ def test_workload_shapes_and_types(scenario):
 
 
 def test_hidden_and_visible_fields_part_the_workload():
-    hidden = {"output_tokens", "patience_s", "p_good", "good", "provider_noise", "think_s"}
+    hidden = {"output_tokens", "patience_s", "p_good", "good", "provider_noise", "think_s", "tool_key", "tool_usd"}
     hidden |= {"needed_similarity", "valid_for_s", "judged", "task_calls", "attempt_luck", "ability_shift"}
     assert set(Workload.hidden) == hidden
     assert set(Workload.hidden) | set(Workload.visible()) == set(Workload.array_names())

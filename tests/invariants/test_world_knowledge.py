@@ -48,6 +48,8 @@ def other_truths(episode, rows, rng):
         "valid_for_s": rng.choice([0.1, 5.0, np.inf], m),
         "judged": rng.integers(0, 2, m),
         "task_calls": rng.integers(1, 9, m),
+        "tool_key": rng.integers(-1, 3, m),
+        "tool_usd": rng.random(m),
         "attempt_luck": rng.random(episode.attempt_luck.shape),
         "ability_shift": np.zeros((m, 0)),
     }
