@@ -101,6 +101,9 @@ def _contracts(scenario: Scenario) -> list[Assumption]:
         owed = f"bad answer: refund {remedies.refund_share:g} + {remedies.bad_answer_usd:g} USD"
         plan = scenario.plans.plans[item.plan]
         found.append(Assumption(f"contract of {name}", "; ".join([f"{plan.kind} plan", *promises, owed]), ASSUMED))
+    for name, workflow in scenario.plans.workflows.items():
+        rule = f"{workflow.good_share:.0%} of its answers good" + (", the last one too" if workflow.final_good else "")
+        found.append(Assumption(f"task {name}", f"{workflow.value_usd:g} USD if it succeeds: {rule}", ASSUMED))
     return found
 
 
@@ -111,7 +114,12 @@ def _quality(scenario: Scenario) -> list[Assumption]:
         if difficulty.signal_auc is not None
         else f"signal of difficulty with correlation {difficulty.signal_correlation:g}"
     )
+    looks = [
+        Assumption(f"verifier {name}", f"sensitivity {item.sensitivity:g}, specificity {item.specificity:g}", ASSUMED)
+        for name, item in scenario.fleet.verifiers.items()
+    ]
     return [
+        *looks,
         Assumption("who answers what well", f"abilities of {', '.join(scenario.tier_names)} by task", ASSUMED),
         Assumption("what is known of it beforehand", signal, ASSUMED),
     ]

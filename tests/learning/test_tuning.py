@@ -2,16 +2,19 @@
 
 import numpy as np
 import pytest
+from sizes import TINY
 
 from agents import baselines
 from agents.quality import fit_quality
-from agents.tuning import Budget, Objective, tune_baselines
+from agents.tuning import Budget, Objective, cascades, tier_prices, tune_baselines, tune_others, untuned
+from envs.scenario import load_scenario
+from envs.worlds import Plant
 from marginroute.errors import InputError
 from marginroute.gateway_rules import REPLICA_RULES, TIER_RULES
-from marginroute.heuristics import DifficultyThreshold, MarginParameters, MarginRule, from_dict, to_dict
+from marginroute.heuristics import Cascade, DifficultyThreshold, MarginParameters, MarginRule, from_dict, to_dict
 from marginroute.quality import normal_cdf
 
-NAMES = ("random", "round-robin", "least-in-flight", "difficulty-threshold", "expected-margin", "bid-price")
+NAMES = ("random", "round-robin", "least-in-flight", "difficulty-threshold", "cascade", "expected-margin", "bid-price")
 
 
 def test_every_named_baseline_is_tuned(tiny_plant, tiny_tuned):
@@ -36,6 +39,33 @@ def test_every_search_gets_the_same_budget(tiny_tuned):
         best, second = tuned[name].restarts_usd_per_1k
         assert best == tuned[name].validation_usd_per_1k >= second
         assert tuned[name].spread_pct == pytest.approx(100.0 * (best - second) / abs(best))
+
+
+def test_a_cascade_is_tuned_where_somebody_looks(tiny_tuned):
+    """Cheapest first, at most three models, a threshold for each but the last; without a verifier it is the cheapest."""
+    verifier = {"sensitivity": 0.9, "specificity": 0.8, "max_attempts": 3, "verify_s": 0.01}
+    plant = Plant(load_scenario("quickstart", TINY | {"fleet.verifiers": {"judge": verifier}}))
+    _, budget = tiny_tuned
+    rule = tune_others(plant, budget)["cascade"].policy
+    prices = tier_prices(plant)
+    assert isinstance(rule, Cascade) and 1 <= len(rule.order) <= 3 and len(rule.thresholds) == len(rule.order) - 1
+    assert (np.diff(prices[list(rule.order)]) >= 0.0).all() and all(0.0 <= x <= 1.0 for x in rule.thresholds)
+    objective = Objective(plant, "train", range(budget.episodes))
+    lists = cascades(plant)
+    assert len(lists) == 4 + 6 + 4
+    best = max(lists, key=lambda x: float(objective([x])[0]))
+    assert best.order == rule.order
+    pair = [Cascade("cascade", (0, 3), (x,)) for x in (0.0, 0.9)]
+    together = objective(list(pair))
+    np.testing.assert_array_equal(together, [objective([x])[0] for x in pair])
+    assert together[0] != together[1]
+    assert "cascade" not in untuned(plant)
+
+
+def test_rules_without_parameters_are_there_in_old_files_too(tiny_plant):
+    rules = untuned(tiny_plant)
+    assert set(rules) == {"session-affinity", "cascade"}
+    assert rules["cascade"].order == (int(np.argmin(tier_prices(tiny_plant))),)
 
 
 def test_tuning_is_reproducible(tiny_plant, tiny_tuned):
