@@ -42,7 +42,7 @@ def test_every_search_gets_the_same_budget(tiny_tuned):
 
 
 def test_a_cascade_is_tuned_where_somebody_looks(tiny_tuned):
-    """Cheapest first, at most three models, a threshold for each but the last; without a verifier it is the cheapest."""
+    """Cheapest first, at most three models, a threshold for each but the last."""
     verifier = {"sensitivity": 0.9, "specificity": 0.8, "max_attempts": 3, "verify_s": 0.01}
     plant = Plant(load_scenario("quickstart", TINY | {"fleet.verifiers": {"judge": verifier}}))
     _, budget = tiny_tuned
