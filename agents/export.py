@@ -93,6 +93,7 @@ def make_bundle(
             name: {key: float(terms[k][key]) for key in terms.dtype.names}
             for k, name in enumerate(scenario.class_names)
         },
+        allowed=plant.agreed.allowed,
         output_tokens=plant.output_tokens,
         prior=plant.prior,
         scenario={"name": scenario.name, "hash": scenario.hash},

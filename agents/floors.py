@@ -73,7 +73,8 @@ class Floor:
 
     def share(self, counts: Array) -> float:
         """The share that counts (len(COUNTS), K), summed over episodes, come to; NaN for a class without calls."""
-        served, calls = counts[books.SERVED, self.class_index], counts[books.CALLS, self.class_index]
+        served = counts[books.SERVED, self.class_index]
+        calls = counts[books.CALLS, self.class_index] - counts[books.REFUSED, self.class_index]
         top, bottom = {
             "slo": (counts[books.SLO_OK, self.class_index], calls),
             "quality": (counts[books.GOOD, self.class_index], served),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from envs.economics import ledger as books
+from envs.economics.accounts import expected_value_usd
 from envs.economics.plans import TERMS
 from envs.fleet.engine import advance, busy_seconds, pop_finished, reset_world, set_in_flight_cap, submit
 from envs.fleet.fluid_curves import E2E_S, Curves, calibrate
@@ -21,6 +22,7 @@ from envs.fluid_money import ANSWER, PRICE, step
 from envs.kernels import kernel
 from envs.scenario_files import locate, read_yaml
 from marginroute import pricing
+from marginroute.contracts import WITHIN
 
 Array = np.ndarray[Any, Any]
 
@@ -194,17 +196,19 @@ def _post_requests(ledger_usd, counts, terms, requests, class_index, good, arriv
         row, k = requests[0, i], class_index[i]
         if not row.completed_at_s <= horizon_s:
             continue
+        value_usd = expected_value_usd(terms, k, WITHIN, row.prompt_tokens, row.output_tokens)
         if row.status == COMPLETED:
             tail_s = row.completed_at_s - row.first_token_at_s
             ttft_s = row.first_token_at_s - arrived_at_s[i]
+            usage_usd = value_usd - terms[k].request_value_usd
             books.post_served(
-                ledger_usd, counts, terms, 0, k, row.prompt_tokens, row.output_tokens, ttft_s,
-                tail_s / max(row.output_tokens - 1, 1), ttft_s + tail_s, good[i], books.ENERGY, 0.0,
+                ledger_usd, counts, terms, 0, k, books.USAGE_REVENUE, usage_usd, value_usd, True, row.prompt_tokens,
+                row.output_tokens, ttft_s, tail_s / max(row.output_tokens - 1, 1), ttft_s + tail_s, good[i],
+                books.ENERGY, 0.0,
             )  # fmt: skip
         elif row.status == ABANDONED:
             books.post_unserved(
-                ledger_usd, counts, terms, 0, k, books.ABANDONED, row.prompt_tokens, row.output_tokens, books.ENERGY,
-                0.0,
+                ledger_usd, counts, terms, 0, k, books.ABANDONED, value_usd, True, books.ENERGY, 0.0,
             )  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def settle(
 ):  # fmt: skip
     """Ends world w at its horizon as the engine does: what is in the fleet is served, what is held is bought.
 
-    Held work is bought from provider `last_provider`, or goes unserved without one (-1); requests whose users would
+    Held work is bought from provider `last_provider` (K,), or goes unserved without one (-1); those whose users would
     have left leave; `rewards_usd` is the change of the ledger.
     """
     for p in range(flows.shape[1]):
@@ -135,12 +135,12 @@ def settle(
                 answer.output_tokens,
             )  # fmt: skip
             left = held[w, p, k].sum()
-            if last_provider < 0:
+            if last_provider[k] < 0:
                 books.post_unserved_amount(
                     ledger_usd, counts, terms, w, k, books.SHED, left, answer.prompt_tokens, answer.output_tokens
                 )
             else:
-                bought = answers[flows.shape[1] + last_provider, k]
+                bought = answers[flows.shape[1] + last_provider[k], k]
                 books.post_served_amount(
                     ledger_usd, counts, terms, w, k, left, bought.prompt_tokens, bought.output_tokens, 0.0,
                     bought.p_good, books.API_SPEND, left * bought.cost_usd,

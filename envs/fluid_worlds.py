@@ -26,12 +26,25 @@ from envs.workload.requests import Workload
 from envs.worlds import Plant
 from marginroute import pricing
 from marginroute.errors import InputError
+from marginroute.view import PROVIDER
 
 Array = np.ndarray[Any, Any]
 
 IN_FLIGHT_CAP, REPLICA_TARGET, RELEASE_PER_S = range(3)  # columns of the levers of a pool
 SHED_SHARE, SPILL_SHARE = range(2)  # columns of the levers of a class
 _EPISODES = 8  # training episodes whose requests are the sample
+_UNKNOWN_TERMS = {
+    "request_usd": 0.0,
+    "quota_requests": math.inf,
+    "prepaid_usd": math.inf,
+    "committed_usd": 0.0,
+    "rate_per_s": math.inf,
+    "context_tokens": math.inf,
+    "window_s": math.inf,
+    "bad_lifetime_usd": 0.0,
+    "missed_lifetime_usd": 0.0,
+    "unserved_lifetime_usd": 0.0,
+}
 _CURVES: dict[tuple[Any, ...], Curves] = {}
 
 
@@ -86,6 +99,26 @@ def bin_arrivals(workload: Workload, tick_s: float, share: Array) -> Array:
     return counts[:, None, :] * share
 
 
+def check_modelled(plant: Plant) -> None:
+    """Refuses what amounts of requests per class cannot tell.
+
+    Raises:
+        InputError: a class is entitled to some stations only, or its contract has terms about single customers,
+            requests or windows.
+    """
+    serving = plant.agreed.allowed[:, plant.layout.kind <= PROVIDER]
+    for name, may, term in zip(plant.layout.class_names, serving, plant.terms, strict=True):
+        found = [key for key, off in _UNKNOWN_TERMS.items() if term[key] != off]
+        if term["cached_input_usd_per_token"] != term["input_usd_per_token"]:
+            found.append("cached_input_usd_per_token")
+        found += [] if may.all() else ["entitlements"]
+        if found:
+            raise InputError(
+                f"scenario {plant.scenario.name!r}: class {name} has {found[0]}, which the fluid surrogate of the "
+                "controller does not know; legal there is a class without"
+            )
+
+
 class FluidWorlds:
     """N independent fluid worlds of a scenario.
 
@@ -93,6 +126,9 @@ class FluidWorlds:
         scenario: what is simulated (or its `Plant`).
         n_worlds: N.
         workloads: episodes whose requests stand for all others; None: training episodes of the scenario.
+
+    Raises:
+        InputError: the scenario uses something that the surrogate does not model.
 
     Attributes:
         fluid: state and figures of the last tick, `envs.fleet.fluid_state`.
@@ -105,6 +141,7 @@ class FluidWorlds:
         self.plant = scenario if isinstance(scenario, Plant) else Plant(scenario)
         self.n_worlds = n_worlds
         plant = self.plant
+        check_modelled(plant)
         if workloads is None:
             workloads = [plant.scenario.generate(seed, "train") for seed in range(_EPISODES)]
         self.sample = sample_of(plant.terms, workloads)
@@ -210,7 +247,7 @@ class FluidWorlds:
 
     def settle(self, w: int) -> None:
         """Ends world `w` as the engine does: the fleet runs dry, held work is bought; posted as one more reward."""
-        fluid_money.settle(*self._arguments, int(self.plant.config[0]["last_provider"]), w)
+        fluid_money.settle(*self._arguments, self.plant.agreed.last_provider, w)
 
     @property
     def _arguments(self) -> tuple[Any, ...]:

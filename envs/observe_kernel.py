@@ -164,7 +164,8 @@ def _candidates(rule, s, q, legal, w, value_usd, usage_usd, unserved_usd, row, n
     task, n = int(q[v.TASK_INDEX, w]), len(rule.kind)
     slo_ttft_s, slo_tpot_s, per_value = q[v.SLO_TTFT_S, w], q[v.SLO_TPOT_S, w], 1.0 / max(value_usd, 1e-9)
     sharpness, best_usd, later_usd, later_good = numbers.sharpness, -np.inf, -np.inf, 0.0
-    k = int(q[v.CLASS_INDEX, w])
+    k, miss_usd = int(q[v.CLASS_INDEX, w]), q[v.MISS_USD, w]
+    discount_usd = q[v.INPUT_PRICE_USD, w] - q[v.CACHED_INPUT_PRICE_USD, w]
     for c in range(n):
         p_good = _fitted(rule, s, q, w, c, task) if numbers.fitted == 1 else s[v.P_GOOD_PRIOR, w, c]
         ttft_s, tpot_s, work_s = _latency(s, w, c, prompt_tokens, output_tokens)
@@ -183,7 +184,10 @@ def _candidates(rule, s, q, legal, w, value_usd, usage_usd, unserved_usd, row, n
             prompt_tokens, s[v.CACHED_TOKENS, w, c], output_tokens,
             s[v.INPUT_USD, w, c], s[v.CACHED_INPUT_USD, w, c], s[v.OUTPUT_USD, w, c],
         )  # fmt: skip
+        cost_usd += s[v.CACHED_TOKENS, w, c] * discount_usd
         credit_usd, refunds_usd, congestion_usd = stay * value_usd * min(share, 1.0), bad_share * bad_usd, 0.0
+        if miss_usd > 0.0:
+            credit_usd += stay * (1.0 - (1.0 - late) * (1.0 - slow) * (1.0 - long)) * miss_usd
         if rule.price_usd_per_s[c] != 0.0:
             congestion_usd = rule.price_usd_per_s[c] * work_s * min(fill, MAX_FILL) ** numbers.fill_power
         margin_usd = stay * (usage_usd + unserved_usd) - unserved_usd - (cost_usd + credit_usd + refunds_usd)
@@ -267,6 +271,7 @@ def observe(rule, s, q, legal, n_features, n_context, seen):
         row = seen.observation[w]
         prompt_tokens, output_tokens = q[v.PROMPT_TOKENS, w], q[v.EXPECTED_OUTPUT_TOKENS, w]
         usage_usd = tokens_usd(prompt_tokens, output_tokens, q[v.INPUT_PRICE_USD, w], q[v.OUTPUT_PRICE_USD, w])
+        usage_usd += q[v.REQUEST_USD, w]
         value_usd = usage_usd + q[v.REQUEST_VALUE_USD, w]
         unserved_usd = unserved_credit_usd(value_usd, q[v.UNSERVED_CREDIT_SHARE, w], q[v.UNSERVED_CREDIT_USD, w])
         best_usd = _candidates(rule, s, q, legal, w, value_usd, usage_usd, unserved_usd, row, n_features, seen)

@@ -40,6 +40,7 @@ Split = Literal["train", "validation", "heldout"]
 SPLIT_CODE = {"train": 0, "validation": 1, "heldout": 2}
 _SEED_SALT = 0x6D617267  # "marg": keeps workload streams apart from anyone else's use of the same seed
 _FAMILY_SALT = 0x66616D69  # "fami"
+_BILLING_SALT = 0x62696C6C  # "bill"
 _FAULT_SALT = 0x6661756C  # "faul"
 _DRIFT_SALT = 0x64726966  # "drif"
 
@@ -92,6 +93,9 @@ class Scenario(Section):
     trace: TraceSection | None = Field(None, description="Recorded requests; left out: the generator.")
     drift: dict[Name, DriftSection] = Field(
         default_factory=dict, description="What changes inside an episode without notice, by a name of its own."
+    )
+    objective: Literal["margin", "margin_and_lifetime"] = Field(
+        "margin", description="What rewards add up to: margin, or margin less lifetime value lost (retention)."
     )
     control: ControlSection | None = Field(
         None, description="The controller's clock; left out: replicas, caps and holding stay as they are."
@@ -193,7 +197,8 @@ class Scenario(Section):
         entropy = (SPLIT_CODE[split], int(seed), _SEED_SALT)
         drifts = draw_drifts(drift_laws(member), (*entropy, _DRIFT_SALT))
         faults = scenario_faults.faults(member, (*entropy, _FAULT_SALT), drifts)
-        return generate(member.workload_spec, rng, given, drifts, variant=variant, faults=faults)
+        billing = scenario_terms.billing(member, (*entropy, _BILLING_SALT))
+        return generate(member.workload_spec, rng, given, drifts, variant=variant, faults=faults, billing=billing)
 
     def stream(self, seed: int, split: Split) -> tuple[int, np.random.Generator]:
         """Which of `variants` an episode plays in, and the generator that its workload is drawn with."""

@@ -110,6 +110,7 @@ def _plans(scenario: Scenario) -> Iterator[Problem]:
             legal = ", ".join(plans.classes)
             yield "workload.class_share", f"has no share for class {name}; legal is one for each of {legal}"
         yield from _entitlements(scenario, name)
+        yield from _allowances(scenario, name)
     tolerant = [name for name, customer in plans.classes.items() if customer.delay_tolerant is not None]
     if scenario.fleet.batch_queue is not None and not tolerant:
         yield "fleet.batch_queue", "is there but no class may wait; legal is a class with delay_tolerant, or no queue"
@@ -140,6 +141,16 @@ def _entitlements(scenario: Scenario, name: str) -> Iterator[Problem]:
     ]
     if not allowed:
         yield path, "leave no pool or provider; legal is at least one that may answer"
+
+
+def _allowances(scenario: Scenario, name: str) -> Iterator[Problem]:
+    """What is used at the start, and who has something to use."""
+    customer = scenario.plans.classes[name]
+    low, high = customer.used_at_start
+    if high < low:
+        yield f"plans.classes.{name}.used_at_start", f"[{low:g}, {high:g}] falls; legal is a second number no lower"
+    if customer.limits.burst_requests is not None and customer.limits.requests_per_minute is None:
+        yield f"plans.classes.{name}.limits.burst_requests", "has no rate; legal is requests_per_minute with it"
 
 
 def _workload(scenario: Scenario) -> Iterator[Problem]:

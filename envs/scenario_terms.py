@@ -18,6 +18,7 @@ Array = np.ndarray[Any, Any]
 _MTOK = 1e-6
 BURST_S = 10.0  # seconds of a rate limit that may come at once, where the plan does not say
 
+_LIFETIME = ("bad_lifetime_usd", "missed_lifetime_usd", "unserved_lifetime_usd")
 _NO_LIMIT = {
     "period_s": math.inf,
     "quota_requests": math.inf,
@@ -47,11 +48,35 @@ def terms(scenario: Scenario) -> Array:
             _fill_window(record, slo.window)
         for name in ("refund_share", "bad_answer_usd", "unserved_credit_share", "unserved_credit_usd"):
             record[name] = getattr(remedies, name)
-        if customer.retention is not None:
-            _fill_retention(record, customer.retention)
+        if customer.retention is not None and scenario.objective == "margin_and_lifetime":
+            for name, usd in zip(_LIFETIME, lifetime_usd(customer.retention), strict=True):
+                record[name] = usd
         record["patience_s"] = math.inf if customer.patience is None else customer.patience.median_s
         record["delay_tolerant"] = float(customer.delay_tolerant is not None)
     return table
+
+
+def billing(scenario: Scenario, entropy: tuple[int, ...]) -> Array:
+    """(G, 2) where each customer's billing period stands at the start of an episode, and what it has used (shares)."""
+    customers = scenario.plans.classes.values()
+    rng = np.random.default_rng(entropy)
+    low, high = np.repeat([c.used_at_start for c in customers], [c.tenants for c in customers], axis=0).T
+    shares = rng.random((len(low), 2))
+    shares[:, 1] = low + (high - low) * shares[:, 1]
+    return shares
+
+
+def lifetime_usd(retention: Retention | None) -> tuple[float, float, float]:
+    """USD of lifetime value that a bad answer, a missed SLO and no answer cost in expectation."""
+    if retention is None:
+        return 0.0, 0.0, 0.0
+    usd = retention.lifetime_value_usd
+    return usd * retention.hazard_bad_answer, usd * retention.hazard_missed_slo, usd * retention.hazard_unserved
+
+
+def hazard_usd(scenario: Scenario) -> Array:
+    """(3, K) of `lifetime_usd`, whatever the objective."""
+    return np.array([lifetime_usd(customer.retention) for customer in scenario.plans.classes.values()]).T
 
 
 def _fill_price(record: Any, scenario: Scenario, customer: CustomerClass) -> None:
@@ -100,12 +125,3 @@ def _fill_window(record: Any, window: SloWindow) -> None:
     record["window_s"], record["window_target"], record["window_share"] = window.length_s, first.below, first.share
     if last is not first:
         record["window_low_target"], record["window_low_share"] = last.below, last.share
-
-
-def _fill_retention(record: Any, retention: Retention) -> None:
-    for name, hazard in (
-        ("bad", retention.hazard_bad_answer),
-        ("missed", retention.hazard_missed_slo),
-        ("unserved", retention.hazard_unserved),
-    ):
-        record[f"{name}_lifetime_usd"] = hazard * retention.lifetime_value_usd

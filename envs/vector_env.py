@@ -110,7 +110,7 @@ class ObservedWorlds(FleetWorlds):
     def summary(self, w: int) -> dict[str, float]:
         """What an episode of world `w` came to, for logs."""
         counts, layout = self.counts[w], self.plant.layout
-        first_calls, calls = counts[books.FIRST_CALLS], np.maximum(counts[books.CALLS], 1)
+        first_calls, calls = counts[books.FIRST_CALLS], np.maximum(counts[books.CALLS] - counts[books.REFUSED], 1)
         actions = self.action_counts[w] / max(self.action_counts[w].sum(), 1)
         result = {"margin_usd_per_1k": float(self.ledger_usd[w].sum() / max(first_calls.sum(), 1) * 1000.0)}
         for k, name in enumerate(layout.class_names):

@@ -12,9 +12,9 @@ fleet runs dry without new arrivals, and jobs still in the batch queue are bough
 unserved), so that nothing is gained by parking work at the end.
 
 Everything here is compiled and takes record arrays with the world as leading axis; the same functions serve one world
-and thousands. Shapes: N worlds, M requests, R replicas, V providers, C candidates, T tiers, K classes, J tasks.
-`begin` and `step` take the constants of every member of a family of scenarios, one row each (`worlds.Family`), and pass
-on those of the member that a world plays.
+and thousands; `terms` is `envs.world_terms.Terms`. Shapes: N worlds, M requests, R replicas, V providers, C candidates,
+T tiers, K classes, J tasks. `begin` and `step` take the constants of every member of a family of scenarios, one row
+each (`worlds.Family`), and pass on those of the member that a world plays.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
@@ -25,6 +25,7 @@ import math
 import numpy as np
 
 from envs import prefix_kernel
+from envs import world_accounts as contracts
 from envs import world_cache as answers
 from envs import world_elastic as elastic
 from envs import world_feedback as feedback
@@ -36,6 +37,7 @@ from envs.fleet import engine, scaling
 from envs.fleet.provider import provider_available, submit_provider
 from envs.fleet.state import ABANDONED, COMPLETED, FAILED, LOST
 from envs.kernels import kernel
+from envs.world_terms import of_member
 from marginroute import latency
 from marginroute import view as v
 
@@ -45,12 +47,9 @@ running_mean = kernel(latency.running_mean, inline="always")
 
 
 @kernel
-def _post_unserved(terms, follow, lengths, loads, ledger_usd, counts, w, i, count, account, cost_usd):
-    load = loads[w, i]
-    k = load.class_index
-    expected = lengths[w, k, load.task_index].value
-    books.post_unserved(ledger_usd, counts, terms, w, k, count, load.prompt_tokens, expected, account, cost_usd)
-    if load.first_child >= 0:
+def _post_unserved(terms, follow, lengths, desks, loads, ledger_usd, counts, w, i, count, account, cost_usd):
+    contracts.post_no_answer(terms, lengths, loads, ledger_usd, counts, w, i, count, account, cost_usd, desks[w].now_s)
+    if loads[w, i].first_child >= 0:
         sessions.not_answered(loads, counts, w, i)
     tasks.note_lost(follow, loads, w, i)
 
@@ -78,7 +77,9 @@ def _post_finished(
             )  # fmt: skip
         if not elastic.try_again(config, requests, desks, loads, ledger_usd, counts, w, i, account, cost_usd):
             request.status = FAILED
-            _post_unserved(terms, follow, lengths, loads, ledger_usd, counts, w, i, books.FAILED, account, cost_usd)
+            _post_unserved(
+                terms, follow, lengths, desks, loads, ledger_usd, counts, w, i, books.FAILED, account, cost_usd
+            )
         return
     if request.status != COMPLETED:
         count = books.ABANDONED if request.status == ABANDONED else books.FAILED
@@ -91,7 +92,7 @@ def _post_finished(
                 prompt_tokens, cached_tokens, 0, static[v.INPUT_USD, c], static[v.CACHED_INPUT_USD, c], 0.0
             )
             cost_usd *= load.price_times
-        _post_unserved(terms, follow, lengths, loads, ledger_usd, counts, w, i, count, account, cost_usd)
+        _post_unserved(terms, follow, lengths, desks, loads, ledger_usd, counts, w, i, count, account, cost_usd)
         return
     tpot_s = (request.completed_at_s - request.first_token_at_s) / max(load.output_tokens - 1, 1)
     mine = own[w, c]
@@ -117,15 +118,15 @@ def _post_finished(
             ):
                 request.status = ABANDONED
                 _post_unserved(
-                    terms, follow, lengths, loads, ledger_usd, counts, w, i, books.ABANDONED, account, cost_usd
+                    terms, follow, lengths, desks, loads, ledger_usd, counts, w, i, books.ABANDONED, account, cost_usd
                 )
             return
     arrived_at_s = load.arrived_at_s - answers.embedding_s(entries, load)
     ttft_s = request.first_token_at_s - arrived_at_s
     e2e_s = request.completed_at_s - arrived_at_s
-    books.post_served(
-        ledger_usd, counts, terms, w, k, load.prompt_tokens, load.output_tokens, ttft_s, tpot_s, e2e_s, answer == 1,
-        account, cost_usd,
+    contracts.post_answer(
+        terms, loads, ledger_usd, counts, w, i, cached_tokens, load.output_tokens, ttft_s, tpot_s, e2e_s, answer == 1,
+        account, cost_usd, request.completed_at_s,
     )  # fmt: skip
     if load.first_child >= 0:
         sessions.answered(config, follow.results, desks[w], loads, ledger_usd, counts, w, i, request.completed_at_s)
@@ -206,7 +207,7 @@ def _act(
             _hold(config, desks, loads, w, i)
     else:
         tasks.mark(follow, ledger_usd, loads, w, i)
-        _post_unserved(terms, follow, lengths, loads, ledger_usd, counts, w, i, books.SHED, books.CACHE, 0.0)
+        _post_unserved(terms, follow, lengths, desks, loads, ledger_usd, counts, w, i, books.SHED, books.CACHE, 0.0)
         tasks.book(follow, ledger_usd, loads, w, i)
 
 
@@ -232,12 +233,12 @@ def _buy_out(
     config, terms, static, sigmas, tiers, requests, desks, loads, truth, good, own, entries, follow, lengths,
     ledger_usd, counts, w, i, count,
 ):  # fmt: skip
-    """Has request `i` answered by the dearest provider after the horizon; without one it goes unserved as `count`.
+    """After the horizon: the dearest provider that may answers request `i`; else it goes unserved as `count`.
 
     A request with an answer in hand gets that.
     """
-    p = config[0].last_provider
     load, request = loads[w, i], requests[w, i]
+    p = terms.last_provider[load.class_index]
     tasks.mark(follow, ledger_usd, loads, w, i)
     if load.turned_down > 0:
         _deliver_in_hand(config, terms, requests, desks, loads, entries, follow, ledger_usd, counts, w, i)
@@ -245,7 +246,7 @@ def _buy_out(
         return
     if p < 0:
         request.status = FAILED if count == books.FAILED else request.status
-        _post_unserved(terms, follow, lengths, loads, ledger_usd, counts, w, i, count, books.CACHE, 0.0)
+        _post_unserved(terms, follow, lengths, desks, loads, ledger_usd, counts, w, i, count, books.CACHE, 0.0)
         tasks.book(follow, ledger_usd, loads, w, i)
         return
     c = config[0].n_replicas + p
@@ -295,6 +296,8 @@ def _settle(
         )  # fmt: skip
     if follow.workflows.shape[0] > 0:
         tasks.end_episode(follow, ledger_usd, w)
+    if desk.window_closes_s < np.inf:
+        contracts.close_windows(terms, desk, ledger_usd, w, np.inf)
     desk.done = 1
 
 
@@ -307,6 +310,21 @@ def _note_arrival(desk, load, counts, w):
     desk.arrival_gap_s, _ = running_mean(desk.arrival_gap_s, desk.arrivals, gap_s, latency.RECENT_ARRIVALS)
     desk.arrivals += 1
     desk.last_arrival_s = desk.now_s
+
+
+@kernel
+def _next_arrival(requests, desk, loads, counts, w, follows, now_s):
+    """Takes the request that arrives now: a follow-up, or the next of those that follow no other."""
+    if follows:
+        i = sessions.pop_ready(desk, loads, w)
+        requests[w, i].patience_until_s = now_s + loads[w, i].patience_s
+        return i
+    i = int(desk.cursor)
+    desk.cursor += 1
+    while desk.cursor < desk.n_requests and loads[w, desk.cursor].follows == 1:
+        desk.cursor += 1
+    counts[w, books.FIRST_CALLS, loads[w, i].class_index] += 1
+    return i
 
 
 @kernel
@@ -333,7 +351,7 @@ def _go_on(
         retry_s = loads[w, desk.retry_head].offer_at_s if desk.retry_head >= 0 else np.inf
         ready_s = sessions.ready_s(desk, loads, w)
         next_s = min(arrival_s, offer_s, retry_s, ready_s)
-        pause_s = min(change_s, sessions.safe_until_s(worlds, replicas, desk, own, w))
+        pause_s = min(change_s, desk.window_closes_s, sessions.safe_until_s(worlds, replicas, desk, own, w))
         last = min(next_s, pause_s) >= desk.horizon_s
         until_s = desk.horizon_s if last else min(next_s, pause_s)
         if desk.elastic == 1:
@@ -345,45 +363,45 @@ def _go_on(
             ledger_usd, counts, w,
         )  # fmt: skip
         gpu_usd_per_s = config[0].gpu_usd_per_s if desk.elastic == 0 else 0.0
-        books.post_time(ledger_usd, terms, w, gpu_usd_per_s, until_s - desk.now_s)
+        books.post_time(ledger_usd, terms.by_class, w, gpu_usd_per_s, until_s - desk.now_s)
         desk.now_s = until_s
         if desk.elastic == 1:
             elastic.post_gpu_hours(pools, replicas, desks, own, ledger_usd, w)
-        if last or next_s < pause_s:
-            break
-        elastic.apply_changes(pools, tables, worlds, replicas, slots, providers, requests, desks, own, changes, w)
-    desk.elapsed_s = until_s - begun_s
-    if last:
-        _settle(
-            config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-            desks, loads, truth, good, own, entries, follow, lengths, ledger_usd, counts, w,
-        )  # fmt: skip
-        return
-    if retry_s == next_s:
-        i = elastic.pop_retry(desks, loads, w)
-    elif offer_s == next_s:
-        i = desk.held_head
-        desk.held_head = loads[w, i].next_held
-        if desk.held_head < 0:
-            desk.held_tail = -1
-        if desk.gated == 1:
-            held_queue.note_offer(desk, loads, w, i, next_s)
-    else:
-        if ready_s < arrival_s:
-            i = sessions.pop_ready(desk, loads, w)
-            requests[w, i].patience_until_s = next_s + loads[w, i].patience_s
-        else:
-            i = desk.cursor
-            desk.cursor += 1
-            while desk.cursor < desk.n_requests and loads[w, desk.cursor].follows == 1:
-                desk.cursor += 1
-            counts[w, books.FIRST_CALLS, loads[w, i].class_index] += 1
+        if not last and next_s >= pause_s:
+            elastic.apply_changes(pools, tables, worlds, replicas, slots, providers, requests, desks, own, changes, w)
+            if desk.window_closes_s <= desk.now_s:
+                contracts.close_windows(terms, desk, ledger_usd, w, desk.now_s)
+            continue
+        desk.elapsed_s = until_s - begun_s
+        if last:
+            _settle(
+                config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
+                desks, loads, truth, good, own, entries, follow, lengths, ledger_usd, counts, w,
+            )  # fmt: skip
+            return
+        if retry_s == next_s:
+            desk.current = elastic.pop_retry(desks, loads, w)
+            return
+        if offer_s == next_s:
+            desk.current = desk.held_head
+            desk.held_head = loads[w, desk.current].next_held
+            if desk.held_head < 0:
+                desk.held_tail = -1
+            if desk.gated == 1:
+                held_queue.note_offer(desk, loads, w, desk.current, next_s)
+            return
+        i = _next_arrival(requests, desk, loads, counts, w, ready_s < arrival_s, next_s)
         _note_arrival(desk, loads[w, i], counts, w)
         tasks.note_arrival(follow, loads, w, i)
-        if config[0].cache_semantic == 1:
-            tasks.mark(follow, ledger_usd, loads, w, i)
-            answers.charge(entries, loads, ledger_usd, w, i)
-            tasks.book(follow, ledger_usd, loads, w, i)
+        if config[0].keeps_accounts == 0 or contracts.arrive(terms, loads, counts, w, i, next_s):
+            break
+        if loads[w, i].first_child >= 0:
+            sessions.not_answered(loads, counts, w, i)
+        tasks.note_lost(follow, loads, w, i)
+    if config[0].cache_semantic == 1:
+        tasks.mark(follow, ledger_usd, loads, w, i)
+        answers.charge(entries, loads, ledger_usd, w, i)
+        tasks.book(follow, ledger_usd, loads, w, i)
     desk.current = i
 
 
@@ -396,6 +414,7 @@ def _show(
     desk = desks[w]
     i = desk.current
     load = loads[w, i]
+    allowed = terms.allowed[load.class_index]
     n_replicas, n_providers = config[0].n_replicas, config[0].n_providers
     for c in range(n_replicas + n_providers):
         mine = own[w, c]
@@ -411,11 +430,11 @@ def _show(
             signals[v.RUNNING, w, c] = replica.scraped_running
             signals[v.KV_USAGE, w, c] = replica.scraped_kv_usage
             signals[v.TELEMETRY_AGE_S, w, c] = desk.now_s - replica.scraped_at_s
-            legal[w, c] = scaling.takes_requests(replica)
+            legal[w, c] = allowed[c] and scaling.takes_requests(replica)
         else:
             p = c - n_replicas
             signals[v.IN_FLIGHT, w, c] = providers[w, p].in_flight
-            legal[w, c] = provider_available(providers, w, p, desk.now_s, load.prompt_tokens)
+            legal[w, c] = allowed[c] and provider_available(providers, w, p, desk.now_s, load.prompt_tokens)
         signals[v.RECENT_ERRORS, w, c] = 0.0
         if mine.error_share > 0.0:
             signals[v.RECENT_ERRORS, w, c] = elastic.recent_errors(mine.error_share, desk.now_s - mine.error_at_s)
@@ -424,20 +443,20 @@ def _show(
         signals[v.P_GOOD_PRIOR, w, c] = prior[w, i, tiers[c]]
         p_true[w, c] = truth[w, i, tiers[c]]
     c = n_replicas + n_providers
-    legal[w, c] = answers.find(config, desks, entries, loads, w, i)
+    legal[w, c] = answers.find(config, terms, desks, entries, loads, w, i)
     if legal[w, c]:
         answers.show(config, desks, entries, prior, signals, p_true, w, c, i)
     else:
         answers.show_nothing(signals, p_true, w, c)
     if config[0].feedback_delay_s >= 0.0:
-        feedback.hear(desks, loads, prior, lengths, terms.shape[0], w)
-        feedback.show(config, tiers, lengths, signals, terms.shape[0], w, load.task_index)
+        feedback.hear(desks, loads, prior, lengths, terms.by_class.shape[0], w)
+        feedback.show(config, tiers, lengths, signals, terms.by_class.shape[0], w, load.task_index)
     if load.turned_down > 0:
         tasks.show_trial(follow, desks, loads, tiers, prior, truth, good, signals, request_view, legal, p_true, w, c)
     elif desk.tried == 1:
         tasks.show_nothing(signals, request_view, w)
         desk.tried = 0
-    term = terms[load.class_index]
+    term = terms.by_class[load.class_index]
     deadline_left_s = load.arrived_at_s + load.deadline_s - desk.now_s
     legal[w, c + 1] = term.delay_tolerant > 0.0 and deadline_left_s > 2.0 * config[0].hold_s
     legal[w, c + 2] = True
@@ -455,7 +474,7 @@ def _show(
     request_view[v.OUTPUT_PRICE_USD, w] = term.output_usd_per_token
     request_view[v.REQUEST_VALUE_USD, w] = term.request_value_usd
     request_view[v.REFUND_SHARE, w] = term.refund_share
-    request_view[v.BAD_ANSWER_USD, w] = term.bad_answer_usd
+    request_view[v.BAD_ANSWER_USD, w] = term.bad_answer_usd + term.bad_lifetime_usd
     request_view[v.SLO_TTFT_S, w] = term.slo_ttft_s
     request_view[v.SLO_TPOT_S, w] = term.slo_tpot_s
     request_view[v.SLO_E2E_S, w] = term.slo_e2e_s
@@ -463,8 +482,9 @@ def _show(
     request_view[v.TPOT_CREDIT_SHARE, w] = term.tpot_credit_share
     request_view[v.E2E_CREDIT_SHARE, w] = term.e2e_credit_share
     request_view[v.UNSERVED_CREDIT_SHARE, w] = term.unserved_credit_share
-    request_view[v.UNSERVED_CREDIT_USD, w] = term.unserved_credit_usd
+    request_view[v.UNSERVED_CREDIT_USD, w] = term.unserved_credit_usd + term.unserved_lifetime_usd
     request_view[v.PATIENCE_S, w] = term.patience_s
+    contracts.show(config, terms, loads, request_view, w, i, desk.now_s)
     if follow.tasks.shape[1] > 0:
         tasks.show_session(follow, desks, loads, signals, request_view, w)
 
@@ -477,7 +497,7 @@ def begin(
 ):  # fmt: skip
     """Takes a freshly loaded world `w` to its first decision; what is posted on the way enters the first reward."""
     member = desks[w].variant
-    config, terms, static, sigmas = configs[member], all_terms[member], statics[member], all_sigmas[member]
+    config, terms, static, sigmas = configs[member], of_member(all_terms, member), statics[member], all_sigmas[member]
     _go_on(
         config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
         desks, loads, truth, good, own, entries, follow, lengths, ledger_usd, counts, changes, w,
@@ -527,7 +547,12 @@ def step(
             desks[w].elapsed_s = 0.0
             continue
         member = desks[w].variant
-        config, terms, static, sigmas = configs[member], all_terms[member], statics[member], all_sigmas[member]
+        config, terms, static, sigmas = (
+            configs[member],
+            of_member(all_terms, member),
+            statics[member],
+            all_sigmas[member],
+        )
         c = choices[w]
         if 0 <= c < kinds.shape[0] and kinds[c] <= v.PROVIDER and legal[w, c]:
             sessions.sent(desks[w], loads[w, desks[w].current], own[w, c])

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from envs import world_accounts as contracts
 from envs.economics import ledger as books
 from envs.fleet.response_cache import append, unlink
 from envs.kernels import kernel
@@ -62,14 +63,15 @@ def charge(cache, loads, ledger_usd, w, i):
 
 
 @kernel
-def _usable(config, entry, load, now_s):
-    """Whether a stored answer is fresh and this tenant's to have."""
+def _usable(config, terms, entry, load, now_s):
+    """Whether a stored answer is fresh, this tenant's to have, and of a model that its class is entitled to."""
     fresh = entry.stored_at_s + config[0].cache_ttl_s >= now_s
+    fresh = fresh and terms.models[load.class_index, entry.tier]
     return fresh and (config[0].cache_shared == 1 or entry.tenant_index == load.tenant_index)
 
 
 @kernel
-def find(config, desks, cache, loads, w, i):
+def find(config, terms, desks, cache, loads, w, i):
     """Looks request `i` up; True if the gateway may answer it from the cache, with `found[w]`."""
     load, found = loads[w, i], cache.found[w]
     found.key, found.similarity = -1, 0.0
@@ -77,7 +79,7 @@ def find(config, desks, cache, loads, w, i):
     if key < 0 or config[0].cache_capacity == 0 or cache.access[load.class_index].allowed == 0:
         return False
     now_s = desks[w].now_s
-    if _usable(config, cache.entries[w, key], load, now_s):
+    if _usable(config, terms, cache.entries[w, key], load, now_s):
         found.key, found.similarity = key, 1.0
         return True
     if config[0].cache_semantic == 0:
@@ -88,7 +90,7 @@ def find(config, desks, cache, loads, w, i):
     best = config[0].cache_min_similarity
     other = int(cache.heads[w, family])
     while other >= 0:
-        if _usable(config, cache.entries[w, other], load, now_s):
+        if _usable(config, terms, cache.entries[w, other], load, now_s):
             similarity = 0.0
             for d in range(cache.points.shape[2]):
                 similarity += cache.points[w, key, d] * cache.points[w, other, d]
@@ -185,8 +187,8 @@ def serve(config, terms, desks, loads, cache, ledger_usd, counts, w, i):
     counts[w, books.WRONG_HITS, load.class_index] += not right
     answered_at_s = load.arrived_at_s + ttft_s
     ttft_s += embedding_s(cache, load)
-    books.post_served(
-        ledger_usd, counts, terms, w, load.class_index, load.prompt_tokens, entry.output_tokens, ttft_s, 0.0, ttft_s,
-        right and entry.good == 1, books.CACHE, 0.0,
+    contracts.post_answer(
+        terms, loads, ledger_usd, counts, w, i, 0, entry.output_tokens, ttft_s, 0.0, ttft_s,
+        right and entry.good == 1, books.CACHE, 0.0, desk.now_s,
     )  # fmt: skip
     return right and entry.good == 1, answered_at_s

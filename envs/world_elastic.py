@@ -126,8 +126,13 @@ def lose_hanging(pools, worlds, replicas, slots, requests, w, now_s):
 
 
 @kernel
-def set_replicas(pools, tables, worlds, replicas, slots, providers, requests, desks, own, legal, targets):
-    """Scales every pool of every world that is under way, `targets` (N, P), and says in `legal` who takes requests."""
+def set_replicas(
+    pools, tables, worlds, replicas, slots, providers, requests, desks, loads, own, allowed, legal, targets
+):  # fmt: skip
+    """Scales every pool of every world that is under way, `targets` (N, P), and says in `legal` who takes requests.
+
+    `allowed` (K, C) bool: who may answer a class.
+    """
     for w in range(targets.shape[0]):
         desk = desks[w]
         if desk.done == 1:
@@ -141,4 +146,5 @@ def set_replicas(pools, tables, worlds, replicas, slots, providers, requests, de
                 pools, tables, worlds, replicas, slots, providers, requests, w, p, targets[w, p], desk.now_s
             )
         for r in range(replicas.shape[1]):
-            legal[w, r] = scaling.takes_requests(replicas[w, r])
+            may = allowed[loads[w, desk.current].class_index, r]
+            legal[w, r] = may and scaling.takes_requests(replicas[w, r])

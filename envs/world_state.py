@@ -23,6 +23,8 @@ LOAD = np.dtype(
         ("prompt_tokens", "i4"),
         ("output_tokens", "i4"),
         ("prompt_key", "i4"),
+        ("account", "i4"),  # of its customer, see world_accounts.py
+        ("standing", "i4"),  # index into marginroute.contracts.STANDINGS
         ("answered_by", "i4"),  # candidate that the request was last sent to
         ("cached_tokens", "i4"),  # of its prompt, expected there
         ("prefix_at", "i4"),  # where its block hashes begin
@@ -66,6 +68,7 @@ DESK = np.dtype(
         ("arrival_gap_s", "f8"),  # moving mean
         ("last_arrival_s", "f8"),
         ("arrivals", "i4"),
+        ("window_closes_s", "f8"),  # next end of an SLO window; inf: there is none
         ("least_think_s", "f8"),
         ("n_roots", "i4"),  # requests that follow no other: at least so many decisions
         ("ready", "i4"),  # follow-ups on their way
@@ -118,9 +121,9 @@ CONFIG = np.dtype(
         ("cache_min_similarity", "f8"),
         ("cache_half", "f8"),  # what the operator takes for the curve of response_cache.p_reuse
         ("cache_width", "f8"),
+        ("keeps_accounts", "i4"),  # 1: some class has an allowance, a rate limit or a longest prompt
         ("n_replicas", "i4"),
         ("n_providers", "i4"),
-        ("last_provider", "i4"),  # settles the batch queue at the horizon; -1: no provider
     ]
 )
 """What holds for all worlds of a scenario, `(1,)`."""

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from envs import world_accounts as contracts
 from envs import world_elastic as elastic
 from envs import world_sessions as sessions
 from envs.economics import ledger as books
@@ -178,9 +179,9 @@ def deliver_in_hand(config, terms, follow, requests, desks, loads, ledger_usd, c
     now_s = desks[w].now_s
     request.status, request.first_token_at_s, request.completed_at_s = COMPLETED, trial.first_token_at_s, now_s
     ttft_s, gaps = trial.first_token_at_s - load.arrived_at_s, max(load.output_tokens - 1, 1)
-    books.post_served(
-        ledger_usd, counts, terms, w, load.class_index, load.prompt_tokens, load.output_tokens, ttft_s,
-        (now_s - trial.first_token_at_s) / gaps, now_s - load.arrived_at_s, trial.good == 1, books.CACHE, 0.0,
+    contracts.post_answer(
+        terms, loads, ledger_usd, counts, w, i, 0, load.output_tokens, ttft_s,
+        (now_s - trial.first_token_at_s) / gaps, now_s - load.arrived_at_s, trial.good == 1, books.CACHE, 0.0, now_s,
     )  # fmt: skip
     if load.first_child >= 0:
         sessions.answered(config, follow.results, desks[w], loads, ledger_usd, counts, w, i, now_s)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from envs import scenario_terms, world_elastic
 from envs import world as kernel
-from envs import world_elastic
 from envs.cached_answers import CachedAnswers, cache_access
 from envs.economics.ledger import ACCOUNTS, COUNTS
 from envs.fleet import engine, state
@@ -26,8 +26,10 @@ from envs.scenario import Scenario
 from envs.task_books import TaskBooks, verifiers, workflows
 from envs.workload.faults import CHANGE, changes
 from envs.workload.requests import Workload
+from envs.world_accounts import CustomerAccounts
 from envs.world_sessions import load_sessions
 from envs.world_state import CONFIG, DESK, LOAD, MEAN, OWN
+from envs.world_terms import Terms, terms_of
 from marginroute import latency
 from marginroute import view as v
 from marginroute.errors import InputError
@@ -67,6 +69,7 @@ class Plant:
     Attributes:
         layout: the candidates.
         config: (1,) `world_state.CONFIG`.
+        agreed: contracts and entitlements of the classes.
         terms: (K,) contracts.
         cache_access: (K,) who may be answered from the response cache.
         verifiers: (K, J) who looks at answers.
@@ -75,6 +78,7 @@ class Plant:
         static_signals: (S_static, C) first rows of the View's signals.
         sigmas: (max(V, 1), 2) spread of ln TTFT and ln TPOT of providers.
         gpu_usd_per_s: (R,) price of each replica while it is paid.
+        hazard_usd: (3, K) lifetime value that a bad answer, a missed SLO and no answer cost in expectation.
         priority: (K,) of the classes, where a pool schedules by it.
         slots: (P,) sequence slots of a replica of each pool.
         output_tokens: (K, J) the operator's prior mean of output tokens.
@@ -85,7 +89,8 @@ class Plant:
         self.scenario = scenario
         self.spec = scenario.fleet_spec()
         self.layout = self._layout()
-        self.terms = scenario.terms()
+        self.agreed = terms_of(scenario, self.layout)
+        self.terms = self.agreed.by_class
         self.cache_access = cache_access(scenario)
         self.verifiers, self.workflows = verifiers(scenario), workflows(scenario)
         self.config = self._config()
@@ -93,6 +98,7 @@ class Plant:
         sigmas = [(p.ttft_sigma, p.tpot_sigma) for p in self.spec.providers]
         self.sigmas = np.array(sigmas or [(0.0, 0.0)], dtype=np.float64)
         self.gpu_usd_per_s = self._gpu_usd_per_s()
+        self.hazard_usd = scenario_terms.hazard_usd(scenario)
         self.priority = np.array([customer.priority for customer in scenario.plans.classes.values()], dtype=np.int64)
         self.slots = np.array([float(p.max_num_seqs) for p in self.spec.pools])
         quality = scenario.workload_spec.quality
@@ -177,9 +183,8 @@ class Plant:
             if search is not None:
                 row["cache_semantic"], row["cache_min_similarity"] = 1, search.min_similarity
                 row["cache_half"], row["cache_width"] = search.half_similarity, search.width
+        row["keeps_accounts"] = CustomerAccounts([self.terms], 0).kept
         row["n_replicas"], row["n_providers"] = self.spec.n_replicas, len(self.spec.providers)
-        prices = [(p.input_usd_per_mtok or 0.0) + (p.output_usd_per_mtok or 0.0) for p in fleet.providers.values()]
-        row["last_provider"] = int(np.argmax(prices)) if prices else -1
         return config
 
     def _gpu_usd_per_s(self) -> Array:
@@ -257,6 +262,7 @@ class FleetWorlds:
         self.p_true = np.zeros((n, c))
         self.desks["done"] = 1
         self._rows = 0
+        self.customers = CustomerAccounts([member.terms for member in self.plant.members], n)
         self.answers = CachedAnswers(self.plant.cache_access, self.plant.config[0], n)
         self.books = TaskBooks(self.plant.verifiers, self.plant.workflows, self.plant.shared_luck, self._lookup_s(), n)
         sends = int(self.plant.config[0]["max_attempts"]) + max(self.books.attempts - 1, 0)
@@ -292,9 +298,12 @@ class FleetWorlds:
 
     @cached_property
     def _arguments(self) -> tuple[Any, ...]:
-        plant = self.plant
+        plant, family = self.plant, self.plant.family
         return (
-            *plant.family,
+            family.config,
+            self._terms(),
+            family.static_signals,
+            family.sigmas,
             plant.layout.kind,
             plant.layout.tier,
             *self.fleet.arrays,
@@ -316,6 +325,13 @@ class FleetWorlds:
             self.request,
             self.legal,
             self.p_true,
+        )
+
+    def _terms(self) -> Terms:
+        agreed, customers = self.plant.agreed, self.customers
+        last = np.stack([member.agreed.last_provider for member in self.plant.members])
+        return Terms(
+            self.plant.family.terms, agreed.allowed, agreed.models, last, customers.accounts, customers.windows
         )
 
     @property
@@ -358,6 +374,7 @@ class FleetWorlds:
         self._load_faults(w, workload)
         load_sessions(workload, desk, load)
         self.books.load(w, workload, desk, load)
+        desk["window_closes_s"] = self.customers.load(w, workload, load, self._arguments[1].by_class[workload.variant])
         static, stations = member.static_signals, self.own.shape[1]
         self.signals[: v.N_STATIC_SIGNALS, w] = static
         self.own["gpu_usd_per_s"][w, : self.plant.spec.n_replicas] = member.gpu_usd_per_s
@@ -382,7 +399,7 @@ class FleetWorlds:
             max(x.n_requests for x in workloads),
             max(len(hashes_of(x, self.plant.spec)[1]) for x in workloads),
         )
-        rooms = (self.prefixes, self.answers, self.books)
+        rooms = (self.prefixes, self.answers, self.books, self.customers)
         if any([room.make_room(x) for x in workloads for room in rooms]):
             self.__dict__.pop("_arguments", None)
 
@@ -418,7 +435,8 @@ class FleetWorlds:
         spec = self.plant.spec
         wanted = np.array([pool.replicas for pool in spec.pools]) if targets is None else np.asarray(targets)
         wanted = np.ascontiguousarray(np.broadcast_to(wanted, (self.n_worlds, len(spec.pools))), dtype=np.int64)
-        world_elastic.set_replicas(*self.fleet.arrays, self.desks, self.own, self.legal, wanted)
+        allowed = self.plant.agreed.allowed
+        world_elastic.set_replicas(*self.fleet.arrays, self.desks, self.loads, self.own, allowed, self.legal, wanted)
 
     def _per_replica(self, caps: Array | None) -> Array:
         """(N, R) caps from (P,) or (N, P) ones, or the configured ones."""

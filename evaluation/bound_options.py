@@ -14,6 +14,7 @@ the operator's favour:
 - pools run as many replicas as they may and pay for no more than they must; nothing fails or is slow, but where
   failures are due a request may be sent again at any time;
 - an API is as fast and as cheap as at the best moment at which the request may be sent;
+- what contracts keep beside single requests is taken as `evaluation.bound_terms` says;
 - a follow-up of a session may come as early as its user allows, as late as one likes, or not at all.
 """
 
@@ -31,6 +32,7 @@ from envs.workload.faults import OF_PRICE, OF_PROVIDER
 from envs.workload.requests import Workload
 from envs.worlds import Plant
 from evaluation import bound_reuse
+from evaluation.bound_terms import relaxed
 from evaluation.hull import Hull, pool_hull
 from marginroute import latency, pricing
 from marginroute import view as v
@@ -138,7 +140,8 @@ def make_options(plant: Plant, workload: Workload, p_good: Floats | None = None)
             else money.revenue_usd[:, None] - (1.0 - stored) * money.bad_usd[:, None]
         ),
         group=group,
-        shared_usd=float(plant.terms["seat_usd_per_s"].sum()) * workload.horizon_s
+        shared_usd=float((plant.terms["seat_usd_per_s"] + plant.terms["commitment_usd_per_s"]).sum())
+        * workload.horizon_s
         + gpu_usd
         - bound_reuse.lookups_usd(plant, workload),
         capacity_s=np.array([float(pool.rows) for pool in pools] + rate),
@@ -177,15 +180,16 @@ class _Money:
     """USD of each request by outcome; (M,) or (M, T)."""
 
     def __init__(self, plant: Plant, workload: Workload, good: Floats) -> None:
-        term = plant.terms[workload.class_index]
+        term = relaxed(plant.terms)[workload.class_index]
         prompt, output = workload.prompt_tokens, workload.output_tokens
         self.term = term
-        self.revenue_usd = pricing.tokens_usd(prompt, output, term["input_usd_per_token"], term["output_usd_per_token"])
+        prices = term["input_usd_per_token"], term["output_usd_per_token"]
+        self.revenue_usd = term["request_usd"] + pricing.tokens_usd(prompt, output, *prices)
         self.value_usd = self.revenue_usd + term["request_value_usd"]
         self.bad_usd = pricing.refund_usd(self.value_usd, term["refund_share"], term["bad_answer_usd"])
         self.refund_usd = (1.0 - good) * self.bad_usd[:, None]
         least_tokens = least_mean_tokens(plant, workload)[workload.class_index, workload.task_index]
-        least_usd = pricing.tokens_usd(prompt, least_tokens, term["input_usd_per_token"], term["output_usd_per_token"])
+        least_usd = term["request_usd"] + pricing.tokens_usd(prompt, least_tokens, *prices)
         self.unserved_usd = pricing.unserved_credit_usd(
             least_usd + term["request_value_usd"], term["unserved_credit_share"], term["unserved_credit_usd"]
         )
@@ -263,7 +267,7 @@ def _pool_options(
         columns.append(
             _column(
                 workload,
-                possible,
+                possible & plant.agreed.allowed[workload.class_index, candidate],
                 station,
                 tier,
                 value_usd - money.credit_usd(kept),
@@ -318,8 +322,9 @@ def _provider_options(plant: Plant, workload: Workload, money: _Money, p: int, t
     value_usd = money.answered_usd(plant, workload, candidate, tier, cached, dear)
     columns = []
     settled = again | (tolerant & (workload.arrived_at_s + workload.deadline_s >= workload.horizon_s))
-    settled &= p == plant.config[0]["last_provider"]
+    settled &= p == plant.agreed.last_provider[workload.class_index]
     waits_s = np.where(follows, 0.0, workload.horizon_s - workload.arrived_at_s)
+    may = plant.agreed.allowed[workload.class_index, candidate]
     one, none = np.ones(workload.n_requests), np.zeros(workload.n_requests)
     # At the horizon the batch queue is bought out, beside the rate limit and however slow the API is.
     for late, times in ((False, slow), (True, 1.0)) if settled.any() else ((False, slow),):
@@ -332,12 +337,10 @@ def _provider_options(plant: Plant, workload: Workload, money: _Money, p: int, t
             within_s = np.minimum(by_ttft_s, by_e2e_s)
             wait_s = np.minimum(np.minimum(latest_s, workload.patience_s - ttft_s), within_s)
             possible = settled & (within_s >= waits_s - TOLERANCE_S) if late else wait_s >= -TOLERANCE_S
-            possible &= _has_credit(money, (ttft_kept, True, e2e_kept))
+            possible &= may & _has_credit(money, (ttft_kept, True, e2e_kept))
             usd = value_usd - money.credit_usd((ttft_kept, tpot_ok, e2e_kept))
             wait_s = np.maximum(wait_s, 0.0)
-            columns.append(
-                _column(workload, possible, station, tier, usd, none if late else one, none, wait_s, wait_s)
-            )
+            columns.append(_column(workload, possible, station, tier, usd, none if late else one, none, wait_s, wait_s))
     return columns
 
 

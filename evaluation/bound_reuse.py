@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from envs.workload.requests import Workload
 from envs.worlds import Plant
+from evaluation.bound_terms import relaxed
 from marginroute import pricing
 from marginroute.response_cache import p_reuse
 
@@ -75,10 +76,12 @@ def cached_usd(plant: Plant, workload: Workload, good: Floats, known: bool) -> F
         known: whether it is known for which requests an answer is right, too.
     """
     right, right_tokens, most_tokens = _best_reuse(plant, workload, known)
-    term, prompt = plant.terms[workload.class_index], workload.prompt_tokens
+    term, prompt = relaxed(plant.terms)[workload.class_index], workload.prompt_tokens
 
     def worth(output_tokens: Floats, share_good: Floats) -> Floats:
-        usage_usd = pricing.tokens_usd(prompt, output_tokens, term["input_usd_per_token"], term["output_usd_per_token"])
+        usage_usd = term["request_usd"] + pricing.tokens_usd(
+            prompt, output_tokens, term["input_usd_per_token"], term["output_usd_per_token"]
+        )
         bad_usd = pricing.refund_usd(
             usage_usd + term["request_value_usd"], term["refund_share"], term["bad_answer_usd"]
         )

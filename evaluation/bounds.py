@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-INF = float("inf")
 MODELLED = frozenset(
     """
     input_usd_per_token output_usd_per_token seat_usd_per_s request_value_usd refund_share
@@ -34,31 +33,19 @@ MODELLED = frozenset(
     profile replicas tier kv_blocks block_size_tokens max_num_seqs max_num_batched_tokens scheduler
     watermark_share vidur_quirks skip_iterations prefix_caching ttft_s ttft_sigma tpot_s tpot_sigma
     requests_per_minute burst_requests max_replicas reserved_replicas speculation
+    request_usd commitment_usd_per_s committed_usd quota_requests beyond overage_usd beyond_factor prepaid_usd
+    rate_per_s context_tokens
     """.split()  # noqa: SIM905
 )
 """Contract terms and settings of pools and providers that the options are made of."""
 HARMLESS = frozenset(
     """
-    period_s beyond overage_usd beyond_factor rate_burst window_target window_share
-    window_low_target window_low_share in_flight_cap min_replicas provision_s load_s paid_from_load
-    detect_s connection_errors scheduling_policy tokens_per_minute burst_tokens error_after_s
+    period_s rate_burst window_s window_target window_share window_low_target window_low_share
+    bad_lifetime_usd missed_lifetime_usd unserved_lifetime_usd in_flight_cap min_replicas provision_s load_s
+    paid_from_load detect_s connection_errors scheduling_policy tokens_per_minute burst_tokens error_after_s
     """.split()  # noqa: SIM905
 )
-"""Those that can only lower what is earned, or mean nothing without one of the next."""
-WITHOUT = {
-    "request_usd": 0.0,
-    "quota_requests": INF,
-    "prepaid_usd": INF,
-    "committed_usd": 0.0,
-    "commitment_usd_per_s": 0.0,
-    "rate_per_s": INF,
-    "context_tokens": INF,
-    "window_s": INF,
-    "bad_lifetime_usd": 0.0,
-    "missed_lifetime_usd": 0.0,
-    "unserved_lifetime_usd": 0.0,
-}
-"""Value at which something that is not modelled is switched off."""
+"""Those that can only lower what is earned."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +77,7 @@ def uncovered(plant: Plant) -> list[str]:
     found = [name for name, used in parts if used]
     for kind, row in rows:
         for name, value in row.items():
-            if name in MODELLED or name in HARMLESS or (name in WITHOUT and value == WITHOUT[name]):
+            if name in MODELLED or name in HARMLESS:
                 continue
             if name == "cached_input_usd_per_token" and value <= row["input_usd_per_token"]:
                 continue

@@ -15,7 +15,7 @@ import polars as pl
 
 from evaluation.log_lines import LineLog, is_number
 from evaluation.progress import Progress, silent
-from marginroute import pricing
+from marginroute import earnings
 from marginroute import view as v
 from marginroute.bundle import Bundle
 from marginroute.features import FEATURE_VERSION
@@ -71,27 +71,9 @@ class Decisions:
         """(n,) own margin of each decision by its contract; P(good) (n,) stands in where nobody said if it was good."""
         request = self.view.request
         ttft_s, e2e_s, prompt_tokens, output_tokens, cost_usd = self.numbers
-        prices = request[v.INPUT_PRICE_USD], request[v.OUTPUT_PRICE_USD]
-        usage_usd = pricing.tokens_usd(prompt_tokens, output_tokens, *prices)
-        value_usd = usage_usd + request[v.REQUEST_VALUE_USD]
-        tpot_s = (e2e_s - ttft_s) / np.maximum(output_tokens - 1.0, 1.0)
-        share = sum(
-            request[credit] * (seen > request[slo])
-            for credit, slo, seen in (
-                (v.TTFT_CREDIT_SHARE, v.SLO_TTFT_S, ttft_s),
-                (v.TPOT_CREDIT_SHARE, v.SLO_TPOT_S, tpot_s),
-                (v.E2E_CREDIT_SHARE, v.SLO_E2E_S, e2e_s),
-            )
-        )
-        bad = np.where(np.isnan(self.good), 1.0 - p_good, 1.0 - self.good)
-        refund_usd = bad * pricing.refund_usd(value_usd, request[v.REFUND_SHARE], request[v.BAD_ANSWER_USD])
-        answered_usd = usage_usd - pricing.service_credit_usd(value_usd, share) - refund_usd
-        expected_usd = pricing.tokens_usd(request[v.PROMPT_TOKENS], request[v.EXPECTED_OUTPUT_TOKENS], *prices)
-        unserved_usd = -pricing.unserved_credit_usd(
-            expected_usd + request[v.REQUEST_VALUE_USD],
-            request[v.UNSERVED_CREDIT_SHARE],
-            request[v.UNSERVED_CREDIT_USD],
-        )
+        p_good = np.where(np.isnan(self.good), p_good, self.good)
+        answered_usd = earnings.answered_usd(request, ttft_s, e2e_s, prompt_tokens, output_tokens, p_good)
+        unserved_usd = earnings.unserved_usd(request)
         earned_usd: Array = np.where(self.completed, answered_usd, unserved_usd) - np.nan_to_num(cost_usd)
         return earned_usd
 

@@ -116,6 +116,8 @@ def _policy_document(report: Report, name: str) -> dict[str, Any]:
         "margin_usd_per_1k_requests": _estimate_document(margin),
         "margin_usd_per_hour": _estimate_document(report.margin_usd_per_hour[name]),
         "contribution_margin_usd_per_1k_requests": _estimate_document(report.contribution_usd_per_1k[name]),
+        "cash_margin_usd_per_1k_requests": float(ratio_of_sums(results.cash_usd, results.first_calls, PER_1K)),
+        "lifetime_usd_per_1k_requests": float(ratio_of_sums(results.lifetime_usd, results.first_calls, PER_1K)),
         "interquartile_mean_usd_per_1k_requests": report.iqm_usd_per_1k(name),
         "untuned_usd_per_1k_requests": report.untuned_usd_per_1k(name),
         "router_usd_per_1k_requests": router_usd_per_1k(results),
@@ -124,6 +126,7 @@ def _policy_document(report: Report, name: str) -> dict[str, Any]:
         "slo_attainment": _by_class(results, results.share("slo_ok")),
         "quality": _by_class(results, results.share("good", "served")),
         "shed": _by_class(results, shed_shares(results)),
+        "refused": _by_class(results, results.share("refused")),
         "actions": action_shares(results),
         "utilisation": float(np.average(utilisation, weights=results.pool_replicas)),
         "utilisation_by_pool": dict(zip(results.pool_names, utilisation.tolist(), strict=True)),
@@ -151,6 +154,7 @@ def _class_document(results: EpisodeResults, k: int) -> dict[str, Any]:
         "shed_by_decision": float(results.share("shed")[k]),
         "abandoned": float(results.share("abandoned")[k]),
         "failed": float(results.share("failed")[k]),
+        "refused": float(results.share("refused")[k]),
         "deferred": float(results.share("deferred")[k]),
         **{
             f"{metric}_s": {f"p{q}": float(results.latency_s(metric, q / 100.0)[k]) for q in LATENCY_PERCENTILES}

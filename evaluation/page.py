@@ -138,7 +138,8 @@ def comparison_section(report: Report, shown: str, title: str = "All policies") 
     note = (
         "* best heuristic, chosen on other episodes. USD per 1,000 requests; contribution is before GPU-hours; delta is"
         " paired with *, its p-value adjusted for the number of policies (Holm); IQM: interquartile mean over episodes."
-        f" SLO, good and lost (shed, abandoned or failed) by customer class: {', '.join(first.class_names)}."
+        f" SLO, good and lost (shed, abandoned or failed; refused calls apart) by customer class:"
+        f" {', '.join(first.class_names)}."
         f" {router_words(first)}."
     )
     return section(title, table(heads, _rows(report), {shown}), paragraph(note, "note"))

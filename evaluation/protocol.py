@@ -162,6 +162,7 @@ def play(
         workflow_usd=worlds.books.arrays.usd,
         workflow_counts=worlds.books.arrays.counts,
         workflow_names=tuple(plant.scenario.plans.workflows),
+        hazard_usd=plant.hazard_usd,
     )
 
 

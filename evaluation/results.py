@@ -52,6 +52,7 @@ class EpisodeResults:
         workflow_usd: (E, A, W) what the calls and successes of each kind of task were posted with.
         workflow_counts: (E, 5, W), in the order of `envs.world_tasks.WORKFLOW_COUNTS`.
         workflow_names: W kinds of task that pay when they succeed.
+        hazard_usd: (3, K) lifetime value that a bad answer, a missed SLO and no answer cost in expectation; None: none.
     """
 
     policy: str
@@ -66,6 +67,7 @@ class EpisodeResults:
     utilisation: Floats
     horizon_s: Floats
     latency_histogram: Ints
+    hazard_usd: Floats | None = None
     workflow_usd: Floats = None  # type: ignore[assignment]
     workflow_counts: Floats = None  # type: ignore[assignment]
     workflow_names: tuple[str, ...] = ()
@@ -92,8 +94,22 @@ class EpisodeResults:
 
     @property
     def revenue_usd(self) -> Floats:
-        """(E,) usage and seats, before credits and refunds."""
+        """(E,) usage, seats, commitments and overage, before credits and refunds."""
         return np.asarray(self.accounts_usd(REVENUE_ACCOUNTS).sum(axis=-1))
+
+    @property
+    def lifetime_usd(self) -> Floats:
+        """(E,) change of customer lifetime value, at most 0, whether or not the objective counts it."""
+        if self.hazard_usd is None:
+            return np.zeros(len(self.seeds))
+        lost = self.count("shed") + self.count("abandoned") + self.count("failed")
+        bad, late = self.count("served") - self.count("good"), self.count("served") - self.count("slo_ok")
+        return -np.asarray(sum(n @ usd for n, usd in zip((bad, late, lost), self.hazard_usd, strict=True)))
+
+    @property
+    def cash_usd(self) -> Floats:
+        """(E,) margin without lifetime value."""
+        return np.asarray(self.margin_usd - self.accounts_usd(("lifetime_value",)).sum(axis=-1))
 
     @property
     def contribution_usd(self) -> Floats:
@@ -115,9 +131,15 @@ class EpisodeResults:
         return np.asarray(self.counts[:, COUNTS.index(name)])
 
     def share(self, numerator: str, denominator: str = "calls") -> Floats:
-        """(K,) ratio of two counts over all episodes; NaN for a class without any."""
+        """(K,) ratio of two counts over all episodes; NaN for a class without any.
+
+        Calls that a contract refused promise nothing: only the share of these is one of all calls.
+        """
+        below = self.count(denominator).sum(axis=0)
+        if denominator == "calls" and numerator != "refused":
+            below = below - self.count("refused").sum(axis=0)
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.asarray(self.count(numerator).sum(axis=0) / self.count(denominator).sum(axis=0))
+            return np.asarray(self.count(numerator).sum(axis=0) / below)
 
     def latency_s(self, metric: str, q: float) -> Floats:
         """(K,) quantile of `ttft`, `tpot` or `e2e` over the answered requests of all episodes."""

@@ -15,10 +15,10 @@ from rich.table import Table
 from envs.economics.ledger import ACCOUNTS
 from evaluation.calibration import verdict_words
 from evaluation.controls import CONTROLS, MATCHED_COST, SHUFFLED_MIX
-from evaluation.report import Paired, Report, accounts_usd_per_1k, action_shares, shed_shares
+from evaluation.report import PER_1K, Paired, Report, accounts_usd_per_1k, action_shares, shed_shares
 from evaluation.results import EpisodeResults, Floats
 from evaluation.router_cost import router_words
-from evaluation.statistics import Estimate
+from evaluation.statistics import Estimate, ratio_of_sums
 from evaluation.workflows import workflow_documents
 
 PIPE_COLUMNS = 100
@@ -99,6 +99,11 @@ def _note(report: Report, first: EpisodeResults) -> str:
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
         note = f"{note}. Inputs: {counts} (--json and --report list them)"
     note = f"{note}. IQM: interquartile mean over episodes. {router_words(first)}"
+    if any(results.lifetime_usd.any() for results in report.results.values()):
+        counted = any((r.cash_usd != r.margin_usd).any() for r in report.results.values())
+        note = f"{note}. lifetime: customer lifetime value lost, {'part of' if counted else 'beside'} the margin"
+    if any(results.count("refused").any() for results in report.results.values()):
+        note = f"{note}. refused: turned away by contract (429), of all calls; the other shares are of the rest"
     return f"{note}. SLO: answered inside every SLO of the class; lost: shed, abandoned or failed."
 
 
@@ -148,6 +153,12 @@ def _money_groups(report: Report) -> list[Group]:
     if report.paired:
         rows = [_paired_cells(report.paired.get(name), digits + 1) for name in names]
         groups.append(make_group("", ["delta", "[95 % CI]", "%", "p"], rows))
+    if any(report.results[n].lifetime_usd.any() for n in names):
+        parts = [
+            (report.results[n].cash_usd, report.results[n].lifetime_usd, report.results[n].first_calls) for n in names
+        ]
+        cells = [[_usd(float(ratio_of_sums(usd, r[2], PER_1K)), digits) for usd in r[:2]] for r in parts]
+        groups.append(make_group("", ["cash", "lifetime"], cells))
     groups.append(make_group("", ["contrib."], [[_usd(contribution[n].mean, digits)] for n in names]))
     groups.append(make_group("", ["IQM"], [[_usd(report.iqm_usd_per_1k(n), digits)] for n in names]))
     if any(report.untuned_usd_per_1k(name) is not None for name in names):
@@ -182,10 +193,14 @@ def _optional(usd: float | None, digits: int) -> str:
 def _service_groups(report: Report) -> list[Group]:
     results = [report.results[name] for name in report.ranking]
     heads = results[0].class_names
+    refused = []
+    if any(r.count("refused").any() for r in results):
+        refused = [make_group("refused %", heads, [_percents(r.share("refused")) for r in results])]
     return [
         make_group("SLO %", heads, [_percents(r.share("slo_ok")) for r in results]),
         make_group("quality %", heads, [_percents(r.share("good", "served")) for r in results]),
         make_group("lost %", heads, [_percents(shed_shares(r)) for r in results]),
+        *refused,
         make_group("actions %", list(ACTION_TITLES.values()), [_percents(action_shares(r).values()) for r in results]),
         make_group("busy %", results[0].pool_names, [_percents(r.utilisation.mean(axis=0)) for r in results]),
     ]

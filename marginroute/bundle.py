@@ -67,6 +67,7 @@ class Bundle:
         static_signals: (S_static, C) candidate constants, first rows of `View.signals`.
         slots: (P,) sequence slots of a replica of each pool.
         terms: contract terms by class name and term name.
+        allowed: (K, C) bool, candidates that each class is entitled to.
         output_tokens: expected output tokens by class and task, (K, J).
         prior: public prior of P(good) by tier.
         scenario: name and hash of the scenario that it was trained for.
@@ -85,6 +86,7 @@ class Bundle:
     static_signals: Array
     slots: Array
     terms: dict[str, dict[str, float]]
+    allowed: Array
     output_tokens: Array
     prior: QualityPrior
     scenario: dict[str, str]
@@ -226,6 +228,10 @@ def save(
             "static_signals": bundle.static_signals.tolist(),
             "slots": bundle.slots.tolist(),
             "terms": bundle.terms,
+            "allowed": {
+                name: [c for c, may in zip(bundle.layout.names, row, strict=True) if may]
+                for name, row in zip(bundle.layout.class_names, bundle.allowed, strict=True)
+            },
             "output_tokens": bundle.output_tokens.tolist(),
             "prior": bundle.prior.to_dict(),
             "quality": None if bundle.predictor is None else _described(bundle.predictor),
@@ -366,14 +372,16 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Bundle:
     histograms = None
     if manifest.get("drift") is not None and isinstance(policy, ResidualPolicy):
         histograms = Histograms.from_dict(manifest["drift"], policy.spec)
+    layout = Layout.from_dict(manifest["layout"])
     return Bundle(
         policy=policy,
         fallback=heuristics.from_dict(manifest["fallback"]),
         limits=GuardLimits(**manifest["guard"]),
-        layout=Layout.from_dict(manifest["layout"]),
+        layout=layout,
         static_signals=np.array([[_number(x) for x in row] for row in manifest["static_signals"]]),
         slots=np.array(manifest["slots"], dtype=np.float64),
         terms={k: {name: _number(x) for name, x in row.items()} for k, row in manifest["terms"].items()},
+        allowed=np.array([np.isin(layout.names, manifest["allowed"][name]) for name in layout.class_names]),
         output_tokens=np.array(manifest["output_tokens"], dtype=np.float64),
         prior=QualityPrior.from_dict(manifest["prior"]),
         scenario=manifest["scenario"],

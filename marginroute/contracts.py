@@ -20,11 +20,17 @@ from __future__ import annotations
 
 import math
 
+from marginroute import view as v
+from marginroute.view import Array
+
 WITHIN, BEST_EFFORT, OVERAGE, REFUSED = range(4)
 STANDINGS = ("within", "best_effort", "overage", "refused")
 SERVE, CHARGE, REFUSE = range(3)
 BEYOND = ("serve", "overage", "refuse")
 """What a plan does beyond the allowance: answer without owing anything, charge per request, or refuse."""
+
+RECENT_OUTCOMES = 200.0  # requests over which a class's miss rate, value and pace are averaged
+PRIOR_MISS_RATE, PRIOR_OUTCOMES = 0.02, 20.0  # what is assumed of a class beside what was seen
 
 
 def standing(
@@ -112,3 +118,39 @@ def window_miss_usd(
             ways = math.lgamma(to_come + 1.0) - math.lgamma(more + 1.0) - math.lgamma(to_come - more + 1.0)
             usd += step * math.exp(ways + more * math.log(miss_rate) + (to_come - more) * math.log1p(-miss_rate))
     return usd * value_usd
+
+
+def show_standing(
+    q: Array,
+    stands: int,
+    covered: float,
+    beyond_factor: float,
+    overage_usd: float,
+    bad_lifetime_usd: float,
+    unserved_lifetime_usd: float,
+) -> None:
+    """Turns a request's signals `q` (Q,), at list prices, into what its answer brings as it stands.
+
+    Args:
+        q: request signals, changed in place.
+        stands: index into `STANDINGS`.
+        covered: share of its price that a commitment has paid for: value without further revenue.
+        beyond_factor: multiplies the rest of the price.
+        overage_usd: price of a request beyond the quota.
+        bad_lifetime_usd: what a bad answer costs even where nothing is owed.
+        unserved_lifetime_usd: the same for no answer.
+    """
+    if stands == WITHIN:
+        listed_usd = q[v.PROMPT_TOKENS] * q[v.INPUT_PRICE_USD] + q[v.REQUEST_USD]
+        listed_usd += q[v.EXPECTED_OUTPUT_TOKENS] * q[v.OUTPUT_PRICE_USD]
+        q[v.REQUEST_VALUE_USD] += covered * listed_usd
+        factor = (1.0 - covered) * beyond_factor
+        q[v.INPUT_PRICE_USD] *= factor
+        q[v.CACHED_INPUT_PRICE_USD] *= factor
+        q[v.OUTPUT_PRICE_USD] *= factor
+        q[v.REQUEST_USD] *= factor
+        return
+    q[v.INPUT_PRICE_USD] = q[v.CACHED_INPUT_PRICE_USD] = q[v.OUTPUT_PRICE_USD] = q[v.REQUEST_VALUE_USD] = 0.0
+    q[v.REQUEST_USD] = overage_usd if stands == OVERAGE else 0.0
+    if stands == BEST_EFFORT:
+        q[v.BAD_ANSWER_USD], q[v.UNSERVED_CREDIT_USD] = bad_lifetime_usd, unserved_lifetime_usd

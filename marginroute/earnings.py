@@ -42,15 +42,18 @@ def answered_usd(
         prompt_tokens: as counted by who answered.
         output_tokens: the same.
         p_good: 1 for a good answer, 0 for a bad one, or the probability.
+
+    Prompt tokens count at the price of those that are not cached.
     """
-    usage_usd = pricing.tokens_usd(
-        prompt_tokens, output_tokens, request[v.INPUT_PRICE_USD], request[v.OUTPUT_PRICE_USD]
-    )
+    prices = request[v.INPUT_PRICE_USD], request[v.OUTPUT_PRICE_USD]
+    usage_usd = request[v.REQUEST_USD] + pricing.tokens_usd(prompt_tokens, output_tokens, *prices)
     value_usd = usage_usd + request[v.REQUEST_VALUE_USD]
     seen_s = latencies_s(ttft_s, e2e_s, output_tokens)
-    share = sum(request[credit] * (s > request[slo]) for (slo, credit), s in zip(SLOS, seen_s, strict=True))
+    missed = [s > request[slo] for (slo, _), s in zip(SLOS, seen_s, strict=True)]
+    share = sum(request[credit] * miss for (_, credit), miss in zip(SLOS, missed, strict=True))
+    miss_usd = request[v.MISS_USD] * np.logical_or.reduce(missed)
     refund_usd = (1.0 - p_good) * pricing.refund_usd(value_usd, request[v.REFUND_SHARE], request[v.BAD_ANSWER_USD])
-    return usage_usd - pricing.service_credit_usd(value_usd, share) - refund_usd
+    return usage_usd - pricing.service_credit_usd(value_usd, share) - miss_usd - refund_usd
 
 
 def unserved_usd(request: Array) -> Number:
@@ -58,7 +61,7 @@ def unserved_usd(request: Array) -> Number:
     prices = request[v.INPUT_PRICE_USD], request[v.OUTPUT_PRICE_USD]
     expected_usd = pricing.tokens_usd(request[v.PROMPT_TOKENS], request[v.EXPECTED_OUTPUT_TOKENS], *prices)
     return -pricing.unserved_credit_usd(
-        expected_usd + request[v.REQUEST_VALUE_USD],
+        expected_usd + request[v.REQUEST_USD] + request[v.REQUEST_VALUE_USD],
         request[v.UNSERVED_CREDIT_SHARE],
         request[v.UNSERVED_CREDIT_USD],
     )

@@ -45,6 +45,8 @@ class Facts:
         entry_age_s: since the stored answer was given.
         difficulty_signal: standardised predictor of difficulty.
         deadline_left_s: seconds until its deadline.
+        standing: with its customer's account, one of `contracts.STANDINGS`, where a billing system says.
+        quota_left: share of its customer's allowance that is left.
         hashes: of the prompt's blocks (`prefix_index.block_hashes`).
         block_tokens: tokens per block of this prompt; None: the usual number.
         traceparent: W3C trace context of the caller, for spans; empty: none.
@@ -64,6 +66,8 @@ class Facts:
     entry_age_s: float = 0.0
     difficulty_signal: float = 0.0
     deadline_left_s: float = math.inf
+    standing: str = "within"
+    quota_left: float = 1.0
     hashes: Sequence[int] = ()
     block_tokens: float | None = None
     prompt: str | None = None

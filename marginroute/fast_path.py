@@ -11,7 +11,8 @@ a single decision:
   and that a sum of rows, weighted by numbers of the request, is one product of a vector and a matrix.
 
 A fast path says None wherever it does not apply (other constants, stale telemetry, drift, a number that is not
-finite): then the general path decides. A property test holds the two to each other.
+finite, a price of cached prompt tokens, a cost of missing any SLO): then the general path decides. A property test
+holds the two to each other.
 """
 
 from __future__ import annotations
@@ -143,10 +144,12 @@ def worker_of(name: str, fleet: Fleet, scorer: Scorer | None, max_age_s: float, 
             p, o, class_index, task_index, difficulty, waited_s, deadline_left_s, arrival_rate_per_s, _, turned_down,
             verifier_score, task_value_usd, _, input_usd, output_usd, request_usd, refund_share, bad_answer_usd,
             slo_ttft_s, slo_tpot_s, slo_e2e_s, patience_s, ttft_share, tpot_share, e2e_share, unserved_share,
-            unserved_call_usd,
+            unserved_call_usd, cached_input_usd, per_call_usd, miss_usd, _, _,
         ) = view.request.tolist()  # fmt: skip
+        if miss_usd != 0.0 or cached_input_usd != input_usd:
+            return None
         k, j = int(class_index), int(task_index)
-        usage_usd = p * input_usd + o * output_usd
+        usage_usd = per_call_usd + (p * input_usd + o * output_usd)
         value_usd = usage_usd + request_usd
         unserved_usd = unserved_share * value_usd + unserved_call_usd
         bad_usd = refund_share * value_usd + bad_answer_usd

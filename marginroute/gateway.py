@@ -39,7 +39,7 @@ from marginroute.modes import ModeSettings, ModeSwitch
 from marginroute.record import changing_rows
 from marginroute.record_log import RecordLog
 from marginroute.runtime import Runtime, decision_of, retry_after_s, view_of
-from marginroute.settling import Pending, cost_usd_of, record_pending, result_of
+from marginroute.settling import Pending, cost_usd_of, outcome_of, record_pending, result_of
 from marginroute.spans import TracedRecords
 from marginroute.telemetry import GatewayState
 
@@ -347,6 +347,9 @@ class Gateway:
                 self._settle_spend(pending, record.cost_usd or 0.0)
         result = result_of(pending, outcome, record.cost_usd)
         self.switch.finished(pending.verdict.acting, result)
+        counted = outcome_of(pending, outcome, result.slos_met)
+        if counted is not None:
+            runtime.state.settled(pending.facts.class_name, *counted)
         if self.holding is not None:
             with self._lock:
                 self.holding.ended(pending.facts, outcome.status, result.slos_met)

@@ -60,11 +60,11 @@ class Assessment:
             *shed*.
         fill: in-flight requests per sequence slot.
         value_usd: (..., 1) value of the request when answered, the base of refunds and credits.
-        usage_usd: (..., 1) what the customer pays for it.
+        usage_usd: (..., 1) what the customer pays for it, at the price of prompt tokens that are not cached.
         unserved_usd: (..., 1) credit if it gets no answer.
         bad_usd: loss by a bad answer, times `stay`.
-        parts_usd: (4, ..., C) cost of the answer, expected service credits, expected refunds, and congestion (the
-            price of the capacity taken; not a cash flow).
+        parts_usd: (4, ..., C) cost of the answer with what cached prompt tokens are cheaper to the customer, expected
+            service credits, expected refunds, and congestion (the price of the capacity taken; not a cash flow).
         margin_usd: expected cash; what *defer* is worth by the rule's own estimate.
         score_usd: margin minus congestion, plus what floors add; what the rule ranks by.
         best_usd: (..., 1) highest score of a legal candidate.
@@ -205,7 +205,8 @@ def assess(view: View, parameters: MarginParameters, quality: FittedQuality | No
     latency_s, work_s = latency.estimate(view)
     prompt_tokens, output_tokens = asked(v.PROMPT_TOKENS), asked(v.EXPECTED_OUTPUT_TOKENS)
     usage_usd = np.asarray(
-        pricing.tokens_usd(prompt_tokens, output_tokens, asked(v.INPUT_PRICE_USD), asked(v.OUTPUT_PRICE_USD))
+        asked(v.REQUEST_USD)
+        + pricing.tokens_usd(prompt_tokens, output_tokens, asked(v.INPUT_PRICE_USD), asked(v.OUTPUT_PRICE_USD))
     )
     value_usd = np.asarray(usage_usd + asked(v.REQUEST_VALUE_USD))
     unserved_usd = np.asarray(
@@ -229,9 +230,13 @@ def assess(view: View, parameters: MarginParameters, quality: FittedQuality | No
         prompt_tokens, s[v.CACHED_TOKENS], output_tokens, s[v.INPUT_USD], s[v.CACHED_INPUT_USD], s[v.OUTPUT_USD]
     )
     np.add(paid_usd, s[v.CALL_USD], out=cost_usd)
+    cost_usd += s[v.CACHED_TOKENS] * np.asarray(asked(v.INPUT_PRICE_USD) - asked(v.CACHED_INPUT_PRICE_USD))
     credited_share = missed[0] * asked(v.TTFT_CREDIT_SHARE) + missed[1] * asked(v.TPOT_CREDIT_SHARE)
     credited_share += missed[2] * asked(v.E2E_CREDIT_SHARE)
     np.multiply(stay, pricing.service_credit_usd(value_usd, credited_share), out=credit_usd)
+    if view.request[v.MISS_USD].any():
+        met = (_ONE - missed[0]) * (_ONE - missed[1]) * (_ONE - missed[2])
+        credit_usd += stay * (_ONE - met) * asked(v.MISS_USD)
     bad_share = _ONE - p_good
     np.multiply(bad_share, bad_usd, out=refund_usd)
     rise = np.power(np.minimum(fill, _MAX_FILL), parameters.fill_power)

@@ -138,7 +138,10 @@ def _decide(piece: list[Parsed], bundle: Bundle, result: Replay) -> None:
     signals = np.empty((len(SIGNALS), n, layout.n_candidates))
     signals[:N_STATIC_SIGNALS] = bundle.static_signals[:, None, :]
     signals[N_STATIC_SIGNALS:] = np.stack([changing for _, changing, _, _ in piece], axis=1)
-    view = View(layout, signals, np.stack([p[0] for p in piece], axis=1), np.stack([p[2] for p in piece]))
+    request = np.stack([p[0] for p in piece], axis=1)
+    legal = np.stack([p[2] for p in piece]) & bundle.allowed[request[CLASS_INDEX].astype(np.int64)]
+    legal[:, -1] |= ~legal.any(axis=1)
+    view = View(layout, signals, request, legal)
     policy, old = bundle.guarded(), np.array([p[3] for p in piece])
     new = policy.decide_batch(view)
     result.handed_over += int(policy.objects(view).sum())

@@ -75,6 +75,8 @@ def view_of(runtime: Runtime, facts: Facts, attempt: int, waited_s: float, tried
         cached=cached,
         hashes=facts.hashes,
         block_tokens=facts.block_tokens,
+        standing=facts.standing,
+        quota_left=facts.quota_left,
         prompt=facts.prompt,
         session=facts.session,
         trial=facts.trial,

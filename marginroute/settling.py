@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from marginroute import earnings, pricing
+from marginroute import contracts, earnings, pricing
 from marginroute import view as v
 from marginroute.facts import Facts, Outcome, Verdict
 from marginroute.modes import Result
@@ -77,6 +77,20 @@ def cost_usd_of(pending: Pending, outcome: Outcome) -> float | None:
     return float(static[v.CALL_USD] + pricing.answer_usd(*tokens, *prices))
 
 
+def outcome_of(pending: Pending, outcome: Outcome, slos_met: bool | None) -> tuple[bool, float] | None:
+    """Whether a request met its SLOs and what its answer was worth, as its SLO window counts it; None: not at all."""
+    request = pending.request
+    if int(request[v.STANDING]) not in (contracts.WITHIN, contracts.OVERAGE):
+        return None
+    if outcome.status != "completed":
+        return (False, 0.0) if outcome.status in ("failed", "shed", "abandoned") else None
+    if slos_met is None or outcome.prompt_tokens is None or outcome.output_tokens is None:
+        return None
+    prices = request[v.INPUT_PRICE_USD], request[v.OUTPUT_PRICE_USD]
+    usage_usd = pricing.tokens_usd(outcome.prompt_tokens, outcome.output_tokens, *prices)
+    return slos_met, float(usage_usd + request[v.REQUEST_USD] + request[v.REQUEST_VALUE_USD])
+
+
 def result_of(pending: Pending, outcome: Outcome, cost_usd: float | None) -> Result:
     """What the limits of a rollback ask of an outcome."""
     result, request = Result(outcome.status == "failed"), pending.request
@@ -100,5 +114,5 @@ def result_of(pending: Pending, outcome: Outcome, cost_usd: float | None) -> Res
     prices = request[v.INPUT_PRICE_USD], request[v.OUTPUT_PRICE_USD]
     usage_usd = pricing.tokens_usd(request[v.PROMPT_TOKENS], request[v.EXPECTED_OUTPUT_TOKENS], *prices)
     result.surplus_usd = float(earned_usd - (cost_usd or 0.0) - fallback_usd)
-    result.value_usd = float(usage_usd + request[v.REQUEST_VALUE_USD])
+    result.value_usd = float(usage_usd + request[v.REQUEST_USD] + request[v.REQUEST_VALUE_USD])
     return result

@@ -14,7 +14,7 @@ from itertools import islice
 
 import numpy as np
 
-from marginroute import verification
+from marginroute import contracts, verification
 from marginroute import view as v
 from marginroute.bundle import Bundle
 from marginroute.capabilities import able
@@ -33,9 +33,10 @@ from marginroute.latency import (
 from marginroute.prefix_index import MAX_BLOCKS, PrefixIndex
 from marginroute.response_cache import PUBLIC_HALF, PUBLIC_WIDTH, Hit, p_reuse
 from marginroute.session_map import SessionMap
+from marginroute.slo_windows import SloWindows
 from marginroute.view import Array, Layout, View
 
-CONTRACT = v.REQUEST_NAMES[v.INPUT_PRICE_USD :]  # request signals that the contract of a class fixes
+CONTRACT = v.REQUEST_NAMES[v.INPUT_PRICE_USD : v.MISS_USD]  # request signals that the contract of a class fixes
 
 
 class GatewayState:
@@ -85,6 +86,9 @@ class GatewayState:
         self._sessions = SessionMap()
         self._scraped_at_s = np.full(self.layout.n_candidates, np.nan)
         self._terms = np.array([_contract(bundle, name) for name in self.layout.class_names])
+        self._contracts = [bundle.terms[name] for name in self.layout.class_names]
+        self._windows = SloWindows(self._contracts, clock())
+        self._allowed, self._models = bundle.allowed, v.answering_tiers(self.layout, bundle.allowed)
         self._delay_tolerant = [bundle.terms[name].get("delay_tolerant", 0.0) > 0.0 for name in self.layout.class_names]
         self._lengths = bundle.output_tokens.copy()
         self._lengths_weight = np.full_like(self._lengths, PRIOR_LENGTHS)
@@ -183,6 +187,12 @@ class GatewayState:
             mean, answers = self._surprise[:, tier, task]
             self._surprise[:, tier, task] = running_mean(mean, answers, surprise, RECENT_JUDGED)
 
+    def settled(self, class_name: str | None, met: bool, value_usd: float) -> None:
+        """A request met every SLO or did not (no answer: with a value of 0); its class's SLO window counts it."""
+        k = 0 if class_name is None else self.layout.class_names.index(class_name)
+        with self._lock:
+            self._windows.note(k, met, value_usd, self._clock())
+
     def scraped(self, candidate: int, waiting: float, running: float, kv_usage: float, age_s: float = 0.0) -> None:
         """An engine's metrics page said so `age_s` seconds ago."""
         with self._lock:
@@ -203,6 +213,8 @@ class GatewayState:
         cached: Hit | None = None,
         hashes: Sequence[int] = (),
         block_tokens: float | None = None,
+        standing: str = "within",
+        quota_left: float = 1.0,
         prompt: str | None = None,
         session: str = "",
         trial: Trial | None = None,
@@ -221,6 +233,9 @@ class GatewayState:
             cached: the stored answer that the gateway has for this request, if any.
             hashes: of the prompt's blocks, as in `begin`.
             block_tokens: tokens per block of this prompt; None: the usual number.
+            standing: of the request with its customer's account, one of `contracts.STANDINGS`; a prompt longer than its
+                class may send is refused, whatever is said here.
+            quota_left: share of its customer's allowance that is left.
             prompt: text to predict P(good) from, in place of the prior and of `difficulty_signal`, if the bundle has a
                 predictor; it is not kept.
             session: conversation or agent run; empty: none.
@@ -244,6 +259,7 @@ class GatewayState:
             np.fmax(now_s - self._scraped_at_s, 0.0, out=signals[v.TELEMETRY_AGE_S])  # 0: there is nothing to scrape
             output_tokens, arrival_rate_per_s = self._lengths.item(cell), 1.0 / max(self._gap_s, 1e-6)
             arrival_rate_per_s += self._elsewhere_per_s
+            miss_usd = self._windows.miss_usd(cell[0], now_s) if standing in ("within", "overage") else 0.0
             held_tokens = self._cached_tokens(prompt_tokens, hashes, block_tokens, now_s)
             if held_tokens is not None:
                 signals[v.CACHED_TOKENS] = held_tokens
@@ -273,7 +289,12 @@ class GatewayState:
             signals[v.SIMILARITY, c], signals[v.ENTRY_AGE_S, c] = cached.similarity, cached.age_s
         if trial is not None:
             self._show_trial(trial, p_good, signals)
-        legal = self._legal(cell[0], deadline_left_s, available, cached is not None or trial is not None)
+        refused = self._stand(cell[0], request, standing, quota_left)
+        request[[v.MISS_USD, v.UNSERVED_CREDIT_USD]] += miss_usd
+        usable = cached is not None and bool(self._models[cell[0], cached.tier])
+        legal = self._legal(cell[0], deadline_left_s, available, usable, trial is not None)
+        if refused:
+            legal[:] = np.arange(len(legal)) == len(legal) - 1
         return View(self.layout, signals, request, legal)
 
     def _show_trial(self, trial: Trial, p_good: Array, signals: Array) -> None:
@@ -311,6 +332,7 @@ class GatewayState:
                 for j_old, j in tasks.items():
                     self._surprise[:, t, j] = old._surprise[:, t_old, j_old]
             self._judged = old._judged
+            self._windows.take_over(old._windows, classes)
             self._arrivals, self._sequence = old._arrivals, old._sequence
             self._gap_s, self._last_arrival_s = old._gap_s, old._last_arrival_s
 
@@ -394,8 +416,12 @@ class GatewayState:
             p_good[self._predicted] = predicted[self._model]
         return shifted(p_good, self._shift[:, task]) if self._shifts else p_good, difficulty_signal
 
-    def _legal(self, k: int, deadline_left_s: float, available: Collection[int] | None, cached: bool) -> Array:
-        """(C,) bool: what this gateway could carry out now; shedding is the last resort even where it has no way to."""
+    def _legal(
+        self, k: int, deadline_left_s: float, available: Collection[int] | None, cached: bool, in_hand: bool
+    ) -> Array:
+        """(C,) bool: what this gateway could carry out now and the class is entitled to; shedding is the last resort
+        even where there is no way to. An answer in hand is one from where the class is entitled to.
+        """
         legal = self._all.copy()
         if available is not None:
             legal[:] = False
@@ -407,9 +433,33 @@ class GatewayState:
             elif kind == v.DEFER:
                 may = may and self._delay_tolerant[k] and deadline_left_s > 2.0 * self._hold_s
             legal[c] = may
+        legal &= self._allowed[k]
+        if in_hand:
+            legal[self._serving] = bool(self._able[self._serving])
         if not legal.any():
             legal[-1] = True
         return legal
+
+    def _stand(self, k: int, request: Array, standing: str, quota_left: float) -> bool:
+        """Writes what an answer brings as the request stands; True if its contract refuses it."""
+        terms, stands = self._contracts[k], _index(standing, contracts.STANDINGS, "standing")
+        if request[v.PROMPT_TOKENS] > terms.get("context_tokens", math.inf):
+            stands = contracts.REFUSED
+        request[[v.STANDING, v.QUOTA_LEFT]] = stands, quota_left
+        committed = terms.get("committed_usd", 0.0) > 0.0
+        if stands == contracts.REFUSED:
+            return True
+        if stands != contracts.WITHIN or committed:
+            contracts.show_standing(
+                request,
+                stands,
+                float(committed and quota_left > 0.0),
+                terms.get("beyond_factor", 1.0),
+                terms.get("overage_usd", 0.0),
+                terms.get("bad_lifetime_usd", 0.0),
+                terms.get("unserved_lifetime_usd", 0.0),
+            )
+        return False
 
     def _arrive(self, now_s: float) -> None:
         self._arrivals += 1
@@ -463,4 +513,8 @@ def _contract(bundle: Bundle, class_name: str) -> Array:
     missing = [name for name in CONTRACT if name not in terms]
     if missing:
         raise InputError(f"the bundle has no {missing[0]} for class {class_name!r}; export the policy again")
-    return np.array([terms[name] if name in CONTRACT else 0.0 for name in v.REQUEST_NAMES])
+    request = np.array([terms[name] if name in CONTRACT else 0.0 for name in v.REQUEST_NAMES])
+    request[v.BAD_ANSWER_USD] += terms.get("bad_lifetime_usd", 0.0)
+    request[v.UNSERVED_CREDIT_USD] += terms.get("unserved_lifetime_usd", 0.0)
+    request[v.MISS_USD] = terms.get("missed_lifetime_usd", 0.0)
+    return request

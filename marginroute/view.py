@@ -119,7 +119,7 @@ REQUEST = (
     ("task_call", "number of calls of the task that have been answered"),
     ("input_usd_per_token", "USD, price to the customer"),
     ("output_usd_per_token", "USD, price to the customer"),
-    ("request_value_usd", "USD, seat price per included request"),
+    ("request_value_usd", "USD, value beside the prices: seat price per included request, what a commitment has paid"),
     ("refund_share", "of the value, for a bad answer"),
     ("bad_answer_usd", "USD per bad answer, what it may lose of the task included"),
     ("slo_ttft_s", "s; inf: none"),
@@ -130,7 +130,12 @@ REQUEST = (
     ("tpot_credit_share", "of the value, when missed"),
     ("e2e_credit_share", "of the value, when missed"),
     ("unserved_credit_share", "of the value, when not answered"),
-    ("unserved_credit_usd", "USD, when not answered, the value of the task included"),
+    ("unserved_credit_usd", "USD, when not answered, with the task's value and what it adds to an SLO window's credit"),
+    ("cached_input_usd_per_token", "USD, price to the customer of a prompt token that is cached"),
+    ("request_usd", "USD, price to the customer besides tokens"),
+    ("miss_usd", "USD that an answer costs, in expectation, that misses any SLO, besides credits per request"),
+    ("standing", "index into contracts.STANDINGS: within the allowance, best effort beyond it, overage, refused"),
+    ("quota_left", "share of the allowance of the billing period that its customer has left; 1: none is kept"),
 )
 REQUEST_NAMES = tuple(name for name, _ in REQUEST)
 (
@@ -161,6 +166,11 @@ REQUEST_NAMES = tuple(name for name, _ in REQUEST)
     E2E_CREDIT_SHARE,
     UNSERVED_CREDIT_SHARE,
     UNSERVED_CREDIT_USD,
+    CACHED_INPUT_PRICE_USD,
+    REQUEST_USD,
+    MISS_USD,
+    STANDING,
+    QUOTA_LEFT,
 ) = range(len(REQUEST))
 
 
@@ -247,6 +257,14 @@ class Layout:
             class_names=tuple(data["class_names"]),
             task_names=tuple(data["task_names"]),
         )
+
+
+def answering_tiers(layout: Layout, allowed: Array) -> Array:
+    """(K, T) bool: tiers of which a class is entitled to some candidate, by `allowed` (K, C)."""
+    models = np.zeros((len(allowed), len(layout.tier_names)), dtype=np.bool_)
+    for c in np.flatnonzero(layout.kind <= PROVIDER):
+        models[:, layout.tier[c]] |= allowed[:, c]
+    return models
 
 
 @dataclass

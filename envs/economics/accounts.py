@@ -7,7 +7,7 @@ numbered over all classes. Records, beside the contract of their class (`TERMS`)
     windows (N, K)    the open window of each class, and running means of what is usual there
 
 A billing period renews quota, credits and commitment. It is longer than an episode as a rule, so an episode begins
-somewhere in it, with as much used as its workload says. A window is closed at the gateway's first event after its end.
+somewhere in it, with as much used as its workload says.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
@@ -19,6 +19,8 @@ import numpy as np
 
 from envs.kernels import kernel
 from marginroute import contracts, pricing
+from marginroute import view as v
+from marginroute.contracts import PRIOR_MISS_RATE, PRIOR_OUTCOMES, RECENT_OUTCOMES
 from marginroute.latency import running_mean as _running_mean
 
 ACCOUNT = np.dtype(
@@ -48,11 +50,9 @@ WINDOW = np.dtype(
 )
 """The open SLO window of a class, `(N, K)`."""
 
-RECENT_OUTCOMES = 200.0  # requests over which a class's miss rate, value and pace are averaged
-PRIOR_MISS_RATE, PRIOR_OUTCOMES = 0.02, 20.0  # what is assumed of a class beside what was seen
-
 standing = kernel(contracts.standing, inline="always")
 refilled = kernel(contracts.refilled, inline="always")
+show_standing = kernel(contracts.show_standing)
 window_credit_share = kernel(contracts.window_credit_share)
 window_miss_usd = kernel(contracts.window_miss_usd)
 running_mean = kernel(_running_mean, inline="always")
@@ -111,10 +111,8 @@ def bill(terms, accounts, w, k, g, stands, prompt_tokens, cached_tokens, output_
         Revenue that it brings now, and its value, the base of refunds and credits; both USD.
     """
     term, account = terms[k], accounts[w, g]
-    listed_usd = tokens_usd(
-        prompt_tokens - cached_tokens, output_tokens, term.input_usd_per_token, term.output_usd_per_token
-    )
-    listed_usd += cached_tokens * term.cached_input_usd_per_token + term.request_usd
+    listed_usd = tokens_usd(prompt_tokens, output_tokens, term.input_usd_per_token, term.output_usd_per_token)
+    listed_usd += term.request_usd - cached_tokens * (term.input_usd_per_token - term.cached_input_usd_per_token)
     if term.quota_requests < math.inf:
         if stands == contracts.BEST_EFFORT:
             return 0.0, 0.0
@@ -133,6 +131,48 @@ def bill(terms, accounts, w, k, g, stands, prompt_tokens, cached_tokens, output_
 
 
 @kernel
+def expected_value_usd(terms, k, stands, prompt_tokens, output_tokens):
+    """USD that an answer of the expected length would have been worth."""
+    term = terms[k]
+    if stands == contracts.BEST_EFFORT:
+        return 0.0
+    if stands == contracts.OVERAGE:
+        return term.overage_usd
+    listed_usd = tokens_usd(prompt_tokens, output_tokens, term.input_usd_per_token, term.output_usd_per_token)
+    return listed_usd + term.request_usd + term.request_value_usd
+
+
+@kernel
+def quota_left(term, account):
+    """Share of the allowance that a customer has left; 1: it has none that could end."""
+    left = 1.0
+    if term.quota_requests < math.inf:
+        left = account.requests_left / term.quota_requests
+    elif term.prepaid_usd < math.inf:
+        left = account.balance_usd / term.prepaid_usd
+    elif term.committed_usd > 0.0:
+        left = account.committed_left_usd / term.committed_usd
+    return max(left, 0.0)
+
+
+@kernel
+def show(terms, accounts, request_view, w, k, g, stands):
+    """Turns the request's signals `request_view` (Q, N) of world w into what its answer brings as it stands."""
+    term, account = terms[k], accounts[w, g]
+    request_view[v.QUOTA_LEFT, w] = quota_left(term, account)
+    if stands == contracts.WITHIN and term.committed_usd == 0.0:
+        return
+    q = request_view[:, w]
+    listed_usd = q[v.REQUEST_USD] + tokens_usd(
+        q[v.PROMPT_TOKENS], q[v.EXPECTED_OUTPUT_TOKENS], q[v.INPUT_PRICE_USD], q[v.OUTPUT_PRICE_USD]
+    )
+    covered = min(account.committed_left_usd / max(listed_usd, 1e-12), 1.0)
+    show_standing(
+        q, stands, covered, term.beyond_factor, term.overage_usd, term.bad_lifetime_usd, term.unserved_lifetime_usd
+    )
+
+
+@kernel
 def note_outcome(terms, windows, w, k, met, value_usd, now_s):
     """Books the outcome of a request into the open window of its class; `value_usd` is 0 if it got no answer."""
     if terms[k].window_s == math.inf:
@@ -144,7 +184,7 @@ def note_outcome(terms, windows, w, k, met, value_usd, now_s):
     weight = window.outcomes
     window.miss_rate, after = running_mean(window.miss_rate, weight, 0.0 if met else 1.0, RECENT_OUTCOMES)
     window.mean_value_usd, after = running_mean(window.mean_value_usd, weight, value_usd, RECENT_OUTCOMES)
-    window.gap_s, after = running_mean(window.gap_s, weight, now_s - window.last_at_s, RECENT_OUTCOMES)
+    window.gap_s, after = running_mean(window.gap_s, weight, max(now_s - window.last_at_s, 0.0), RECENT_OUTCOMES)
     window.outcomes, window.last_at_s = after, now_s
 
 
@@ -152,7 +192,7 @@ def note_outcome(terms, windows, w, k, met, value_usd, now_s):
 def close_window(terms, windows, w, k, now_s):
     """Closes the window of a class if its end has come; returns the credit in USD that it owes."""
     window, term = windows[w, k], terms[k]
-    if now_s < window.closes_at_s:
+    if now_s < window.closes_at_s or term.window_s == math.inf:
         return 0.0
     share = window_credit_share(
         window.decided - window.missed, window.decided, term.window_target, term.window_share, term.window_low_target,
@@ -160,7 +200,7 @@ def close_window(terms, windows, w, k, now_s):
     )  # fmt: skip
     credit_usd = share * window.value_usd
     window.decided = window.missed = window.value_usd = 0.0
-    while window.closes_at_s <= now_s:
+    while window.closes_at_s <= now_s < math.inf:
         window.closes_at_s += term.window_s
     return credit_usd
 

@@ -8,7 +8,10 @@ Counts are of requests by class unless they say tokens. `calls` have arrived: `f
 happens, and follow-ups of sessions. `lost_calls` never will, since a request before them got no answer. `cache_hits`
 were answered from the response cache; `wrong_hits` are those of them whose answer was to another question.
 `turned_down` counts answers that failed before a verifier; `tool_calls` and `tool_hits` what was asked of tools, and
-what was answered from the cache of their results instead.
+what was answered from the cache of their results instead. `refused` were turned away by their contract (429), with
+nothing owed.
+
+*Owed*: whether a request's contract owes anything for it; nothing is paid back for one beyond a fair-use quota.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from marginroute import pricing
 ACCOUNTS = (
     "usage_revenue",
     "seat_revenue",
+    "commitment_revenue",
+    "overage_revenue",
     "slo_credits",
     "unserved_credits",
     "refunds",
@@ -31,10 +36,13 @@ ACCOUNTS = (
     "task_revenue",
     "verification",
     "tools",
+    "lifetime_value",
 )
 (
     USAGE_REVENUE,
     SEAT_REVENUE,
+    COMMITMENT_REVENUE,
+    OVERAGE_REVENUE,
     SLO_CREDITS,
     UNSERVED_CREDITS,
     REFUNDS,
@@ -45,8 +53,9 @@ ACCOUNTS = (
     TASK_REVENUE,
     VERIFICATION,
     TOOLS,
-) = range(12)
-REVENUE_ACCOUNTS = ("usage_revenue", "seat_revenue", "task_revenue")
+    LIFETIME_VALUE,
+) = range(15)
+REVENUE_ACCOUNTS = ("usage_revenue", "seat_revenue", "commitment_revenue", "overage_revenue", "task_revenue")
 FIXED_COST_ACCOUNTS = ("gpu_hours",)
 
 COUNTS = (
@@ -72,6 +81,7 @@ COUNTS = (
     "turned_down",
     "tool_calls",
     "tool_hits",
+    "refused",
 )
 (
     FIRST_CALLS,
@@ -96,7 +106,8 @@ COUNTS = (
     TURNED_DOWN,
     TOOL_CALLS,
     TOOL_HITS,
-) = range(22)
+    REFUSED,
+) = range(23)
 
 tokens_usd = kernel(pricing.tokens_usd, inline="always")
 answer_usd = kernel(pricing.answer_usd, inline="always")
@@ -113,10 +124,11 @@ def post(ledger_usd: np.ndarray, w: int, account: int, k: int, usd: float) -> No
 
 @kernel
 def post_time(ledger_usd: np.ndarray, terms: np.ndarray, w: int, gpu_usd_per_s: float, elapsed_s: float) -> None:
-    """Posts what time alone brings: seat revenue of every class, and GPUs held, busy or idle."""
+    """Posts what time alone brings: seats and commitments of every class, and GPUs held, busy or idle."""
     classes = terms.shape[0]
     for k in range(classes):
         post(ledger_usd, w, SEAT_REVENUE, k, terms[k].seat_usd_per_s * elapsed_s)
+        post(ledger_usd, w, COMMITMENT_REVENUE, k, terms[k].commitment_usd_per_s * elapsed_s)
     post(ledger_usd, w, GPU_HOURS, classes, -gpu_usd_per_s * elapsed_s)
 
 
@@ -127,6 +139,10 @@ def post_served(
     terms: np.ndarray,
     w: int,
     k: int,
+    revenue_account: int,
+    revenue_usd: float,
+    value_usd: float,
+    owed: bool,
     prompt_tokens: int,
     output_tokens: int,
     ttft_s: float,
@@ -135,11 +151,13 @@ def post_served(
     good: bool,
     cost_account: int,
     cost_usd: float,
-) -> None:
-    """Posts an answered request: revenue, cost of the answer, refund if it was bad, credits for missed SLOs."""
+) -> bool:
+    """Posts an answered request: revenue, cost of the answer, refund if it was bad, credits for missed SLOs.
+
+    Returns:
+        Whether it met every SLO.
+    """
     term = terms[k]
-    revenue_usd = tokens_usd(prompt_tokens, output_tokens, term.input_usd_per_token, term.output_usd_per_token)
-    value_usd = revenue_usd + term.request_value_usd
     ttft_ok = ttft_s <= term.slo_ttft_s
     tpot_ok = tpot_s <= term.slo_tpot_s
     e2e_ok = e2e_s <= term.slo_e2e_s
@@ -148,21 +166,27 @@ def post_served(
         + (0.0 if tpot_ok else term.tpot_credit_share)
         + (0.0 if e2e_ok else term.e2e_credit_share)
     )
+    met = ttft_ok and tpot_ok and e2e_ok
     credit_usd = service_credit_usd(value_usd, credited_share)
-    post(ledger_usd, w, USAGE_REVENUE, k, revenue_usd)
+    post(ledger_usd, w, revenue_account, k, revenue_usd)
     post(ledger_usd, w, cost_account, k, -cost_usd)
     post(ledger_usd, w, SLO_CREDITS, k, -credit_usd)
     if good:
         counts[w, GOOD, k] += 1
     else:
-        post(ledger_usd, w, REFUNDS, k, -refund_usd(value_usd, term.refund_share, term.bad_answer_usd))
+        if owed:
+            post(ledger_usd, w, REFUNDS, k, -refund_usd(value_usd, term.refund_share, term.bad_answer_usd))
+        post(ledger_usd, w, LIFETIME_VALUE, k, -term.bad_lifetime_usd)
+    if not met:
+        post(ledger_usd, w, LIFETIME_VALUE, k, -term.missed_lifetime_usd)
     counts[w, SERVED, k] += 1
     counts[w, TTFT_OK, k] += ttft_ok
     counts[w, TPOT_OK, k] += tpot_ok
     counts[w, E2E_OK, k] += e2e_ok
-    counts[w, SLO_OK, k] += ttft_ok and tpot_ok and e2e_ok
+    counts[w, SLO_OK, k] += met
     counts[w, PROMPT_TOKENS, k] += prompt_tokens
     counts[w, OUTPUT_TOKENS, k] += output_tokens
+    return met
 
 
 @kernel
@@ -173,19 +197,20 @@ def post_unserved(
     w: int,
     k: int,
     count: int,
-    prompt_tokens: int,
-    expected_output_tokens: float,
+    value_usd: float,
+    owed: bool,
     cost_account: int,
     cost_usd: float,
 ) -> None:
-    """Posts a request without an answer (`count` is SHED, ABANDONED or FAILED): its credit, and what was spent."""
+    """Posts a request without an answer (`count` is SHED, ABANDONED or FAILED): its credit, and what was spent.
+
+    `value_usd` is what an answer of the expected length would have been worth.
+    """
     term = terms[k]
-    value_usd = (
-        tokens_usd(prompt_tokens, expected_output_tokens, term.input_usd_per_token, term.output_usd_per_token)
-        + term.request_value_usd
-    )
-    credit_usd = unserved_credit_usd(value_usd, term.unserved_credit_share, term.unserved_credit_usd)
-    post(ledger_usd, w, UNSERVED_CREDITS, k, -credit_usd)
+    if owed:
+        credit_usd = unserved_credit_usd(value_usd, term.unserved_credit_share, term.unserved_credit_usd)
+        post(ledger_usd, w, UNSERVED_CREDITS, k, -credit_usd)
+    post(ledger_usd, w, LIFETIME_VALUE, k, -term.unserved_lifetime_usd)
     post(ledger_usd, w, cost_account, k, -cost_usd)
     counts[w, count, k] += 1
 

@@ -48,7 +48,7 @@ def generate(
     """One episode's workload; with `given`, arrivals and lengths are those of a trace.
 
     `drifts` move abilities by the time of arrival, also between recurrences of a prompt.
-    `beside`: fields of `Workload` that are not about requests: variant, faults.
+    `beside`: fields of `Workload` that are not about requests: variant, faults, billing.
     """
     if given is None and spec.composition is not None:
         given = compose(spec, spec.composition, rng)

@@ -72,6 +72,8 @@ class Workload:
             none, A = 0. Hidden.
         ability_shift: (M, T) f8, what drifts add to abilities in probits. Default none, (M, 0). Hidden.
         faults: (F,) `faults.FAULT`, what fails when, ordered by start. Hidden.
+        billing: (G, 2) f8, by customer: share of its billing period that has passed at the start, and share of its
+            allowances that is used; none: 0 of both. A View shows what is left.
     """
 
     arrived_at_s: Array
@@ -108,6 +110,7 @@ class Workload:
     attempt_luck: Array = None  # type: ignore[assignment]
     ability_shift: Array = None  # type: ignore[assignment]
     faults: Array = field(default_factory=no_faults)
+    billing: Array = field(default_factory=lambda: np.zeros((0, 2)))
 
     hidden: ClassVar[tuple[str, ...]] = (
         *("output_tokens", "patience_s", "p_good", "good", "provider_noise", "think_s"),
@@ -115,6 +118,7 @@ class Workload:
         *("tool_key", "tool_usd"),
     )
     scalars: ClassVar[tuple[str, ...]] = ("horizon_s", "prefix_block_tokens", "variant")
+    beside: ClassVar[tuple[str, ...]] = ("faults", "billing")
 
     def __post_init__(self) -> None:
         m = self.n_requests
@@ -141,13 +145,13 @@ class Workload:
             object.__setattr__(self, name, array)
         _check_sessions(self)
         _check_prefixes(self)
-        for name in (*self.array_names(), "faults"):
+        for name in (*self.array_names(), *self.beside):
             getattr(self, name).flags.writeable = False
 
     @classmethod
     def array_names(cls) -> tuple[str, ...]:
-        """The fields that are arrays, in order of definition; not `faults`, which are not about requests."""
-        return tuple(item.name for item in fields(cls) if item.name not in (*cls.scalars, "faults"))
+        """The fields that are arrays, in order of definition; not those `beside` requests."""
+        return tuple(item.name for item in fields(cls) if item.name not in (*cls.scalars, *cls.beside))
 
     @classmethod
     def visible(cls) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from marginroute import __version__
 from marginroute.adapters.schema import Schema, array, boolean, either, fields, integer, number, one_of, string
+from marginroute.contracts import STANDINGS
 from marginroute.view import Layout
 
 MOST_TOKENS = 100_000_000
@@ -40,6 +41,8 @@ def decide_schema(layout: Layout) -> Schema:
             "trial": _trial(layout),
             "difficulty_signal": number(-1e3, 1e3, "predictor of difficulty, standardised"),
             "deadline_left_s": number(0.0, MOST_S, "seconds until its deadline; left out: none"),
+            "standing": one_of(STANDINGS, "with its customer's account; left out: within, refused leaves only shed"),
+            "quota_left": number(0.0, 1.0, "share of its customer's allowance that is left; left out: 1"),
             "streamed": boolean("whether first token and progress will be reported"),
             "sent": boolean("whether it leaves for the candidate at once, if acted on; left out: true"),
             "wait_s": number(0.0, MOST_WAIT_S, "that the answer may be kept back while it is held; left out: 0"),

@@ -259,6 +259,8 @@ class App:
             entry_age_s=float(asked.get("entry_age_s", 0.0)),
             difficulty_signal=float(asked.get("difficulty_signal", 0.0)),
             deadline_left_s=float(asked.get("deadline_left_s", math.inf)),
+            standing=asked.get("standing", "within"),
+            quota_left=float(asked.get("quota_left", 1.0)),
             hashes=hashes,
             block_tokens=block_tokens,
             trial=_trial(asked.get("trial")),

@@ -28,6 +28,8 @@ def test_one_good_answer_in_time(hand_env):
     assert accounts(played) == {
         "usage_revenue": exactly(0.21),
         "seat_revenue": exactly(60.0 * by_hand.SEAT_USD_PER_S),
+        "commitment_revenue": 0.0,
+        "overage_revenue": 0.0,
         "slo_credits": 0.0,
         "unserved_credits": 0.0,
         "refunds": 0.0,
@@ -35,6 +37,7 @@ def test_one_good_answer_in_time(hand_env):
         "gpu_hours": exactly(-60.0 * 0.005),
         "energy": exactly(-(100 * 10e-6 + 11 * 20e-6)),
         "cache": 0.0,
+        "lifetime_value": 0.0,
     }
     assert played.rewards == [exactly(0.21 + 60.0 * by_hand.SEAT_USD_PER_S - 0.3 - 0.00122)]
     done = {name: played.count(name, METERED) for name in ("first_calls", "served", "good", "slo_ok", "ttft_ok")}
@@ -188,10 +191,12 @@ def test_the_limit_itself_keeps_the_promise():
     terms = np.zeros(1, TERMS)
     for name in ("ttft", "tpot", "e2e"):
         terms[f"slo_{name}_s"], terms[f"{name}_credit_share"] = 1.0, 0.1
-    terms["request_value_usd"] = 1.0
     for at_s, credit_usd in ((1.0, 0.0), (np.nextafter(1.0, 2.0), -0.3)):
         ledger_usd, counts = np.zeros((1, len(ACCOUNTS), 2)), np.zeros((1, len(books.COUNTS), 1), dtype=np.int64)
-        books.post_served(ledger_usd, counts, terms, 0, 0, 5, 7, at_s, at_s, at_s, True, books.ENERGY, 0.0)
+        books.post_served(
+            ledger_usd, counts, terms, 0, 0, books.USAGE_REVENUE, 0.0, 1.0, True, 5, 7, at_s, at_s, at_s, True,
+            books.ENERGY, 0.0,
+        )  # fmt: skip
         assert ledger_usd[0, books.SLO_CREDITS, 0] == pytest.approx(credit_usd)
         assert counts[0, books.SLO_OK, 0] == (credit_usd == 0.0)
 

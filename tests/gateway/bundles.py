@@ -28,6 +28,8 @@ TERMS = {
     "unserved_credit_usd": 0.0,
     "patience_s": 10.0,
     "delay_tolerant": 0.0,
+    "cached_input_usd_per_token": 4e-6,
+    "request_usd": 0.0,
 }
 
 
@@ -60,9 +62,16 @@ def small_bundle() -> Bundle:
         slots=np.array([8.0, 8.0]),
         terms={
             "standard": TERMS,
-            "premium": TERMS | {"input_usd_per_token": 1e-5, "output_usd_per_token": 4e-5, "slo_ttft_s": 0.4},
+            "premium": TERMS
+            | {
+                "input_usd_per_token": 1e-5,
+                "cached_input_usd_per_token": 1e-5,
+                "output_usd_per_token": 4e-5,
+                "slo_ttft_s": 0.4,
+            },
             "batch": TERMS | {"delay_tolerant": 1.0, "slo_ttft_s": float("inf"), "patience_s": float("inf")},
         },
+        allowed=np.ones((3, 6), dtype=np.bool_),
         output_tokens=np.array([[120.0, 260.0], [150.0, 300.0], [400.0, 500.0]]),
         prior=QualityPrior(np.array([0.4, 1.4]), np.array([0.8, 0.6]), 0.7, 0.03),
         scenario={"name": "by hand", "hash": "0" * 16},

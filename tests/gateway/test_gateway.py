@@ -159,6 +159,7 @@ def test_a_swap_carries_what_is_in_flight_over_by_name(made, tmp_path):
         tier=layout.tier[order],
     )
     bundle = dataclasses.replace(old, layout=turned, static_signals=old.static_signals[:, order], digest="f" * 64)
+    bundle = dataclasses.replace(bundle, allowed=old.allowed[:, order])
     gateway.swap(bundle)
     after = gateway.state.view(10, "premium", "code")
     rows = [v.IN_FLIGHT, v.DECODING, v.PENDING_PREFILL_TOKENS, v.WAITING, v.RUNNING, v.KV_USAGE, v.RECENT_TTFT_S]

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -315,3 +316,33 @@ def test_a_session_is_remembered_where_it_was_sent():
     assert (known.find("a"), known.find("b"), known.find("c"), len(known)) == ((2, 2.0), None, (3, 3.0), 2)
     known.note("d", 0, 1e6)
     assert known.find("a") is None and len(known) == 1
+
+
+def test_a_request_is_shown_as_it_stands():
+    """List prices within; nothing beyond a quota; the overage price; all value and no revenue under a commitment."""
+    base = small_bundle()
+    more = {"overage_usd": 0.02, "committed_usd": 5.0, "beyond_factor": 2.0, "context_tokens": 500.0}
+    terms = base.terms | {"premium": base.terms["premium"] | more}
+    state = GatewayState(replace(base, terms=terms), can=("shed", "defer"))
+
+    def prices(view):
+        return view.request[[v.INPUT_PRICE_USD, v.REQUEST_USD, v.REQUEST_VALUE_USD]].tolist()
+
+    assert prices(state.view(100, "standard")) == [4e-6, 0.0, 0.0]
+    beyond = state.view(100, "standard", standing="best_effort", quota_left=0.0)
+    assert prices(beyond) == [0.0, 0.0, 0.0] and beyond.request[v.BAD_ANSWER_USD] == 0.0
+    assert beyond.request[[v.STANDING, v.QUOTA_LEFT]].tolist() == [1.0, 0.0]
+    assert prices(state.view(100, "premium", standing="overage")) == [0.0, 0.02, 0.0]
+    listed_usd = 100 * 1e-5 + 150.0 * 4e-5
+    assert prices(state.view(100, "premium")) == pytest.approx([0.0, 0.0, listed_usd])
+    assert prices(state.view(100, "premium", quota_left=0.0)) == pytest.approx([2e-5, 0.0, 0.0])
+
+
+@pytest.mark.parametrize(("tokens", "standing"), [(501, "within"), (100, "refused")])
+def test_a_request_that_its_contract_refuses_can_only_be_shed(tokens, standing):
+    base = small_bundle()
+    terms = {name: row | {"context_tokens": 500.0} for name, row in base.terms.items()}
+    state = GatewayState(replace(base, terms=terms), can=("shed", "defer"))
+    view = state.view(tokens, "batch", standing=standing)
+    assert view.legal.tolist() == [False] * 5 + [True]
+    assert state.view(500, "batch").legal[:3].all()

@@ -35,6 +35,7 @@ def bundle_of(plant):
         static_signals=plant.static_signals,
         slots=plant.slots,
         terms=terms,
+        allowed=plant.agreed.allowed,
         output_tokens=plant.output_tokens,
         prior=QualityPrior(
             np.array(quality.prior_ability),

@@ -131,6 +131,7 @@ def view_of(rng, layout, static):
     q[v.DEADLINE_LEFT_S] = rng.choice([np.inf, rng.uniform(1.0, 1e5)])
     q[v.ARRIVAL_RATE_PER_S], q[v.SEQUENCE] = rng.exponential(10.0), rng.integers(0, 1000)
     q[v.INPUT_PRICE_USD : v.OUTPUT_PRICE_USD + 1] = rng.uniform(0.0, 4e-5, 2)
+    q[v.CACHED_INPUT_PRICE_USD], q[v.REQUEST_USD] = q[v.INPUT_PRICE_USD], rng.choice([0.0, 0.003])
     q[v.REQUEST_VALUE_USD] = rng.choice([0.0, 0.01])
     q[v.REFUND_SHARE], q[v.BAD_ANSWER_USD] = rng.random(), rng.choice([0.0, 0.002])
     q[v.SLO_TTFT_S : v.PATIENCE_S + 1] = rng.uniform([0.1, 0.005, 1.0, 1.0], [2.0, 0.1, 60.0, 30.0])
@@ -262,3 +263,9 @@ def test_threads_and_reloads_do_not_disturb_each_other(ready):
         in_force[0] = general.prepared(layout, static)  # as the gateway does with a new bundle
         reloads += 1
     assert reloads > 1 and len(found) == 8 and all(decisions == alone * 10 for decisions in found.values())
+
+
+@pytest.mark.parametrize(("row", "usd"), [(v.MISS_USD, 0.01), (v.CACHED_INPUT_PRICE_USD, 0.0)])
+def test_terms_that_it_does_not_cover_go_the_general_way(ready, row, usd):
+    fast, slow = spoilt(ready, put(row, usd, "request"))
+    assert fast is None and slow.guard == ""

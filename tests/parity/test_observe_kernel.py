@@ -71,6 +71,8 @@ def scramble(worlds, rng):
     q[v.TURNED_DOWN], q[v.VERIFIER_SCORE], q[v.TASK_VALUE_USD] = rng.integers(0, 3, n), rng.random(n), rng.random(n)
     for row, scale in ((v.INPUT_PRICE_USD, 1e-5), (v.OUTPUT_PRICE_USD, 4e-5), (v.REQUEST_VALUE_USD, 0.01)):
         q[row] = np.where(rng.random(n) < 0.3, 0.0, rng.random(n) * scale)
+    q[v.CACHED_INPUT_PRICE_USD] = q[v.INPUT_PRICE_USD] * rng.choice([0.1, 1.0], n)
+    q[v.REQUEST_USD], q[v.MISS_USD] = (np.where(rng.random(n) < 0.5, 0.0, rng.random(n) * 0.01) for _ in range(2))
     for row in (v.SLO_TTFT_S, v.SLO_TPOT_S, v.SLO_E2E_S, v.PATIENCE_S):
         scale = 0.05 if row == v.SLO_TPOT_S else 5.0
         q[row] = np.where(rng.random(n) < 0.4, np.inf, 1e-3 + scale * rng.random(n))

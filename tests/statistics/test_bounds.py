@@ -72,6 +72,38 @@ def test_repeated_prompts_and_deferral_are_enumerated_too():
     assert repeated > 0
 
 
+TOKENS = {"input_usd_per_mtok": 3.0, "output_usd_per_mtok": 12.0}
+CONTRACTS = {
+    "entitlements": {"plans.classes.enterprise.entitlements": {"tiers": ["medium"], "cache": False}},
+    "limits": {"plans.classes.enterprise.limits": {"requests_per_minute": 60.0, "prompt_tokens": 600}},
+    "quota": {
+        "plans.plans.team.fair_use": {"requests_per_tenant": 1, "beyond": "overage", "overage_usd": 0.03},
+        "plans.classes.team.tenants": 1,
+    },
+    "prepaid": {"plans.plans.enterprise": {"kind": "prepaid", "credits_usd_per_tenant": 0.005, **TOKENS}},
+    "commit": {
+        "plans.plans.enterprise": {"kind": "commit", "committed_usd_per_tenant": 0.004, "beyond_factor": 2.0, **TOKENS}
+    },
+    "prices": {
+        "plans.plans.enterprise": {"kind": "usage", "cached_input_usd_per_mtok": 0.3, "request_usd": 0.002, **TOKENS}
+    },
+    "window": {
+        "plans.classes.enterprise.slo": {
+            "ttft_s": 2.0,
+            "window": {"length_s": 2.0, "credits": [{"below": 0.9, "share": 0.5}]},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("contract", CONTRACTS)
+def test_no_sequence_earns_more_under_any_contract(contract):
+    plant = Plant(load_scenario("quickstart", {**TINY, **CONTRACTS[contract]}))
+    workload = plant.scenario.generate(1, "heldout")
+    bound_usd = DualBound(make_options(plant, workload)).search().bound_usd
+    assert bound_usd >= every_choice(plant, workload).max() - 1e-9
+
+
 def policies(scenario):
     stations = len(scenario.pool_names) + len(scenario.provider_names)
     return {

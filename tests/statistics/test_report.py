@@ -49,6 +49,7 @@ class ClassModel(Strict):
     shed_by_decision: Share | None
     abandoned: Share | None
     failed: Share | None
+    refused: Share | None
     deferred: float | None
     ttft_s: Percentiles
     tpot_s: Percentiles
@@ -64,6 +65,8 @@ class PolicyModel(Strict):
     margin_usd_per_1k_requests: EstimateModel
     margin_usd_per_hour: EstimateModel
     contribution_margin_usd_per_1k_requests: EstimateModel
+    cash_margin_usd_per_1k_requests: float
+    lifetime_usd_per_1k_requests: float
     interquartile_mean_usd_per_1k_requests: float
     untuned_usd_per_1k_requests: float | None
     router_usd_per_1k_requests: float
@@ -72,6 +75,7 @@ class PolicyModel(Strict):
     slo_attainment: dict[str, Share | None]
     quality: dict[str, Share | None]
     shed: dict[str, Share | None]
+    refused: dict[str, Share | None]
     actions: dict[Literal[KINDS], Share]
     utilisation: float
     utilisation_by_pool: dict[str, float]
