@@ -13,7 +13,7 @@ layers:  ## who may import whom
 	$(PYTHON) -m pytest -q tests/layers -k "layer or offences or optional"
 
 lint:
-	$(PYTHON) -m ruff format --check . && $(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff check .
 
 types:
 	$(PYTHON) -m mypy marginroute envs/economics evaluation
@@ -24,7 +24,7 @@ coverage:  ## lines of Python; what Numba compiled does not count as run
 docs:  ## the site, in site/
 	$(PYTHON) -m mkdocs build --strict
 
-bench:  ## every figure of docs/benchmarks.md, on idle cores
+bench:  ## every benchmark, into docs/figures.md, on idle cores
 	$(PYTHON) -m benchmarks
 
 wheel:  ## what a gateway host installs, in dist/

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
+from marginroute.cli import main_guard
 
 WORLDS = 256
 TICKS_S = (5.0, 15.0, 60.0)
@@ -80,6 +81,7 @@ def error_table(plants: dict[str, Any], quick: bool) -> tuple[dict[str, Any], li
     return table, rows
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Measures and prints."""
     quick = common.parser(__doc__).parse_args(argv).quick

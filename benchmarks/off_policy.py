@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
+from marginroute.cli import main_guard
 
 LOADS = (0.3, 1.0, 2.0, 3.0)
 EXPLORE, LIMIT_USD = 0.3, 0.02
@@ -88,9 +89,10 @@ def records_per_cpu_s(log: Path, saved: Path, records: int) -> int:
     return round(records / (time.process_time() - start_s))
 
 
-def main() -> int:
-    parse = common.parser(__doc__)
-    args = parse.parse_args()
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Prints bias by load, and records per CPU-second."""
+    args = common.parser(__doc__).parse_args(argv)
     logs = 2 if args.quick else 12
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -49,9 +49,7 @@ def backtest(scenario: Scenario, log: Path, progress: Progress = silent) -> dict
         InputError: a line that cannot be used.
     """
     plant = Plant(scenario)
-    layout = plant.layout
-    served = tuple(name for name, kind in zip(layout.names, layout.kind, strict=True) if kind <= v.PROVIDER)
-    logged = read_requests(log, served, scenario.class_names, scenario.task_names)
+    layout, logged = plant.layout, requests_of(plant, log)
     known = np.flatnonzero(logged.candidate >= 0)
     predicted = replay(plant, logged, known, progress) if len(known) else {}
     stations: dict[str, dict[str, Any]] = {}
@@ -76,6 +74,13 @@ def backtest(scenario: Scenario, log: Path, progress: Progress = silent) -> dict
         "calibrated": judged > 0 and not outside,
         "outside": outside if judged else [f"no pool has {FEWEST} answers: the log is too short to judge by"],
     }
+
+
+def requests_of(plant: Plant, log: Path) -> LoggedRequests:
+    """The requests of a log that a scenario's replicas and providers were asked to answer."""
+    layout = plant.layout
+    served = tuple(name for name, kind in zip(layout.names, layout.kind, strict=True) if kind <= v.PROVIDER)
+    return read_requests(log, served, layout.class_names, layout.task_names)
 
 
 def replay(plant: Plant, logged: LoggedRequests, rows: Array, progress: Progress = silent) -> dict[str, Array]:

@@ -48,20 +48,25 @@ def off_policy(args: argparse.Namespace, scenario: Scenario | None) -> None:
 
 
 def backtest(args: argparse.Namespace, scenario: Scenario) -> None:
-    """Replays --log under its own choices in the world, prints predicted against logged, and keeps the verdict.
+    """Prints what --log has earned by class, and what the world predicts of it against what it says; keeps the verdict.
 
     Raises:
         InputError: a line of the log that cannot be used.
     """
+    from envs.worlds import Plant
     from evaluation import backtest as examiner
     from evaluation import calibration
     from evaluation.backtest_show import backtest_page, print_backtest
+    from evaluation.log_margin import margin_by_class, print_margin
 
+    plant = Plant(scenario)
+    earned = margin_by_class(plant, examiner.requests_of(plant, args.log))
     with progress_bar(f"replaying {args.log.name}") as progress:
         document = examiner.backtest(scenario, args.log, progress)
     calibration.remember(document)
     if args.json is not None:
-        write_json(args.json, {"schema": SCHEMA, "backtest": document})
+        write_json(args.json, {"schema": SCHEMA, "earned": earned, "backtest": document})
     if args.report is not None:
         write_text(args.report, backtest_page(document, command_line()))
+    print_margin(earned)
     print_backtest(document)

@@ -31,6 +31,7 @@ _COLUMNS: dict[str, Any] = {
     "served_by": pl.String,
     "status": pl.String,
     "request": pl.Struct(dict.fromkeys(_REQUEST, pl.Float64)),
+    "good": pl.Boolean,
     **dict.fromkeys(_NUMBERS, pl.Float64),
 }
 _NEEDED = ("id", "schema", "decided_at_s", "mode", "choice", "request", "status")
@@ -49,6 +50,7 @@ class LoggedRequests:
         prompt_tokens, output_tokens: (n,) as counted; what was expected where there was no answer.
         completed, abandoned: (n,) bool; neither: it failed.
         ttft_s, e2e_s, cost_usd: (n,) NaN where unknown.
+        good: (n,) 1 or 0 by the feedback, NaN where there is none.
         skipped: lines about requests that no candidate was asked for (shed, stored answers, no outcome).
     """
 
@@ -64,6 +66,7 @@ class LoggedRequests:
     ttft_s: Array
     e2e_s: Array
     cost_usd: Array
+    good: Array
     skipped: int
 
 
@@ -110,6 +113,7 @@ def read_requests(
         ttft_s=column("ttft_s"),
         e2e_s=column("e2e_s"),
         cost_usd=column("cost_usd"),
+        good=column("good"),
         skipped=reader.log.lines - table.height,
     )
 
@@ -150,6 +154,7 @@ class _Reader:
         wanted = (
             *("decided_at_s", "waited_s", "candidate", "class_index", "task_index", "completed", "abandoned"),
             *("asked_tokens", "expected_tokens", *_NUMBERS),
+            pl.col("good").cast(pl.Float64),
         )
         return rows.with_columns(pl.col("candidate").fill_null(-1)).select(wanted)
 

@@ -1,0 +1,134 @@
+"""What a gateway's log has earned, by customer class: the day-one figure, before anything is trained.
+
+Every request is priced by the contract of its class, the same sum as the ledger's (`marginroute.earnings`): usage, less
+service credits for the SLOs that its logged times missed, less refunds for bad answers, less what a provider charged.
+Where feedback says whether an answer was good, that counts; elsewhere P(good) of the model for the task stands in.
+Seats and GPU-hours go on by the hour, over the span of the log. Answers from a response cache are not in it: their
+records have no outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from envs.worlds import Plant
+from evaluation.logged_requests import Array, LoggedRequests
+from evaluation.table import stdout_console
+from marginroute import earnings
+from marginroute import view as v
+
+OF_TERMS = {
+    v.INPUT_PRICE_USD: "input_usd_per_token",
+    v.OUTPUT_PRICE_USD: "output_usd_per_token",
+    **{
+        getattr(v, name.upper()): name
+        for name in (
+            *("request_value_usd", "refund_share", "bad_answer_usd", "slo_ttft_s", "slo_tpot_s", "slo_e2e_s"),
+            *("ttft_credit_share", "tpot_credit_share", "e2e_credit_share"),
+            *("unserved_credit_share", "unserved_credit_usd"),
+        )
+    },
+}
+"""Signals of a request that its class's contract gives."""
+
+
+def request_signals(plant: Plant, logged: LoggedRequests) -> Array:
+    """(Q, n) what `earnings` reads of every request."""
+    request = np.zeros((len(v.REQUEST), len(logged.candidate)))
+    request[v.PROMPT_TOKENS] = logged.prompt_tokens
+    request[v.EXPECTED_OUTPUT_TOKENS] = logged.output_tokens
+    for signal, name in OF_TERMS.items():
+        request[signal] = plant.terms[name][logged.class_index]
+    return request
+
+
+def p_good(plant: Plant, logged: LoggedRequests) -> Array:
+    """(n,) the feedback, or the public prior of the model that answered."""
+    tiers = plant.layout.tier[logged.candidate]
+    prior = np.array([plant.prior.p_good(0.0, task) for task in range(len(plant.layout.task_names))])  # (J, T)
+    return np.where(np.isnan(logged.good), prior[logged.task_index, tiers], logged.good)
+
+
+def margin_by_class(plant: Plant, logged: LoggedRequests) -> dict[str, Any]:
+    """The log's margin.
+
+    Returns:
+        span_s, gpu_usd_per_hour, labelled: share of answers with feedback, classes: {name: {requests, answered,
+        slo: share of answers that met every SLO that can be judged, and in USD per 1k requests usage, seats, credits,
+        refunds, unserved, cost, margin: their sum, the contribution margin}}.
+    """
+    request, done = request_signals(plant, logged), logged.completed
+    span_s = max(float(np.ptp(logged.decided_at_s)), 1.0)
+    tokens = logged.prompt_tokens, logged.output_tokens
+    at_once = np.zeros(len(done))
+    usage_usd = earnings.answered_usd(request, at_once, at_once, *tokens, 1.0)
+    credited_usd = earnings.answered_usd(request, logged.ttft_s, logged.e2e_s, *tokens, 1.0)
+    net_usd = earnings.answered_usd(request, logged.ttft_s, logged.e2e_s, *tokens, p_good(plant, logged))
+    met = _met(request, logged)
+    parts = {
+        "usage": np.where(done, usage_usd, 0.0),
+        "credits": np.where(done, credited_usd - usage_usd, 0.0),
+        "refunds": np.where(done, net_usd - credited_usd, 0.0),
+        "unserved": np.where(done, 0.0, earnings.unserved_usd(request)),
+        "cost": -np.nan_to_num(logged.cost_usd),
+    }
+    classes: dict[str, Any] = {}
+    for k, name in enumerate(plant.layout.class_names):
+        rows = logged.class_index == k
+        n = max(int(rows.sum()), 1)
+        usd = {part: float(1e3 * x[rows].sum() / n) for part, x in parts.items()}
+        usd["seats"] = float(1e3 * plant.terms["seat_usd_per_s"][k] * span_s / n) if rows.any() else 0.0
+        classes[name] = {
+            "requests": int(rows.sum()),
+            "answered": float(done[rows].sum() / n),
+            "slo": float(met[rows & done].mean()) if (rows & done).any() else float("nan"),
+            **usd,
+            "margin": sum(usd.values()),
+        }
+    return {
+        "span_s": span_s,
+        "gpu_usd_per_hour": sum(pool.paid_usd_per_hour for pool in plant.scenario.fleet.pools.values()),
+        "labelled": float(np.mean(~np.isnan(logged.good[done]))) if done.any() else 0.0,
+        "classes": classes,
+    }
+
+
+def _met(request: Array, logged: LoggedRequests) -> Array:
+    """(n,) whether every SLO that could be judged was met."""
+    seen_s = earnings.latencies_s(logged.ttft_s, logged.e2e_s, logged.output_tokens)
+    return np.all([~(s > request[slo]) for (slo, _), s in zip(earnings.SLOS, seen_s, strict=True)], axis=0)
+
+
+HEADS = ("class", "requests", "answered", "in SLO", "usage", "seats", "credits", "refunds", "unserved", "API", "margin")
+PARTS = ("usage", "seats", "credits", "refunds", "unserved", "cost", "margin")
+
+
+def print_margin(found: Mapping[str, Any]) -> None:
+    """Prints the table, and the whole with GPU-hours."""
+    console = stdout_console()
+    console.print("[bold]What the log has earned[/bold], USD per 1,000 requests of the class\n")
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for i, head in enumerate(HEADS):
+        shown.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
+    for name, row in found["classes"].items():
+        shares = (f"{100.0 * row[key]:.1f} %" for key in ("answered", "slo"))
+        shown.add_row(name, f"{row['requests']:,}", *shares, *(f"{row[part]:.2f}" for part in PARTS))
+    console.print(shown)
+    console.print(f"\n{whole(found)}\n", markup=False)
+
+
+def whole(found: Mapping[str, Any]) -> str:
+    """Contribution margin, GPU-hours and net margin per hour, and what the refunds rest on."""
+    hours = found["span_s"] / 3600.0
+    usd_per_hour = sum(row["requests"] * row["margin"] / 1e3 for row in found["classes"].values()) / hours
+    gpu = found["gpu_usd_per_hour"]
+    return (
+        f"Contribution margin {usd_per_hour:.2f} USD per hour, GPU-hours {gpu:.2f}, net {usd_per_hour - gpu:.2f}."
+        f" Refunds rest on feedback for {100.0 * found['labelled']:.0f} % of the answers, on P(good) of model and task"
+        " elsewhere."
+    )
