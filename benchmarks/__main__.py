@@ -22,7 +22,7 @@ from marginroute.errors import InputError, suggestion
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = (
-    *("simulator", "fluid", "decision", "training", "ablations", "off_policy"),
+    *("simulator", "fluid", "decision", "training", "ablations", "results", "off_policy"),
     *("gateway", "fit_accuracy", "vidur_parity", "dynamo_replay"),
 )
 HEAD = """# Figures

@@ -71,7 +71,7 @@ def commands_in(text):
                 yield part, True
     rest = re.sub(r"```.*?```", "", text, flags=re.S)
     for line in re.findall(r"^    ((?:\.venv/bin/)?(?:python3?|marginroute|make|pip) .*)$", rest, re.M):
-        yield line, True
+        yield re.split(r"\s{3,}", line)[0], True  # what follows is said of it
     for line in re.findall(r"`((?:python3?|marginroute|make|pip) [^`]*)`", re.sub(r"\s*\n\s*", " ", rest)):
         yield line, False
 
