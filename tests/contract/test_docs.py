@@ -70,7 +70,7 @@ def commands_in(text):
             for part in re.split(r"\s*&&\s*|\s*;\s*", line.strip()):
                 yield part, True
     rest = re.sub(r"```.*?```", "", text, flags=re.S)
-    for line in re.findall(r"^    ((?:\.venv/bin/)?(?:python3?|marginroute|make|pip) .*)$", rest, re.M):
+    for line in re.findall(r"^    ((?:\.venv/bin/)?(?:(?:python3?|make|pip) |marginroute [a-z-]).*)$", rest, re.M):
         yield re.split(r"\s{3,}", line)[0], True  # what follows is said of it
     for line in re.findall(r"`((?:python3?|marginroute|make|pip) [^`]*)`", re.sub(r"\s*\n\s*", " ", rest)):
         yield line, False
