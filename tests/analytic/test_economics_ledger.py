@@ -37,6 +37,9 @@ def test_one_good_answer_in_time(hand_env):
         "gpu_hours": exactly(-60.0 * 0.005),
         "energy": exactly(-(100 * 10e-6 + 11 * 20e-6)),
         "cache": 0.0,
+        "tools": 0.0,
+        "verification": 0.0,
+        "task_revenue": 0.0,
         "lifetime_value": 0.0,
     }
     assert played.rewards == [exactly(0.21 + 60.0 * by_hand.SEAT_USD_PER_S - 0.3 - 0.00122)]
