@@ -42,6 +42,7 @@ from marginroute import latency
 from marginroute import view as v
 
 WAIT = np.iinfo(np.int64).min  # a choice that leaves its world where it is
+BEGIN = WAIT + 1  # takes a freshly loaded world to its first decision
 
 running_mean = kernel(latency.running_mean, inline="always")
 
@@ -490,28 +491,6 @@ def _show(
 
 
 @kernel
-def begin(
-    configs, all_terms, statics, all_sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-    desks, loads, index, prior, truth, good, own, entries, follow, lengths, ledger_usd, counts, changes, actions,
-    signals, request_view, legal, p_true, w,
-):  # fmt: skip
-    """Takes a freshly loaded world `w` to its first decision; what is posted on the way enters the first reward."""
-    member = desks[w].variant
-    config, terms, static, sigmas = configs[member], of_member(all_terms, member), statics[member], all_sigmas[member]
-    _go_on(
-        config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
-        desks, loads, truth, good, own, entries, follow, lengths, ledger_usd, counts, changes, w,
-    )  # fmt: skip
-    if desks[w].done == 0:
-        _show(
-            config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries, follow,
-            lengths, signals, request_view, legal, p_true, w,
-        )  # fmt: skip
-        if desks[w].prefix_block_tokens > 0:
-            prefix_kernel.show_cached(index, replicas, desks, loads, signals, legal, w)
-
-
-@kernel
 def set_in_flight_caps(pools, tables, worlds, replicas, slots, providers, requests, desks, caps):
     """Sets the in-flight cap of every replica, `caps` (N, R); held requests go through where it rose."""
     for w in range(caps.shape[0]):
@@ -538,9 +517,13 @@ def step(
     desks, loads, index, prior, truth, good, own, entries, follow, lengths, ledger_usd, counts, changes, actions,
     signals, request_view, legal, p_true, choices,
 ):  # fmt: skip
-    """Carries out one choice in every world, `choices` (N,), and takes each to its next decision; skips ended ones."""
+    """Carries out one choice in every world, `choices` (N,), and takes each to its next decision; skips ended ones.
+
+    What is posted on the way to the first decision enters the first reward.
+    """
     for w in range(desks.shape[0]):
-        if choices[w] == WAIT:
+        c = choices[w]
+        if c == WAIT:
             continue
         if desks[w].done == 1:
             _account(desks, ledger_usd, w)  # nothing, unless the episode ended before its first decision
@@ -553,23 +536,24 @@ def step(
             statics[member],
             all_sigmas[member],
         )
-        c = choices[w]
-        if 0 <= c < kinds.shape[0] and kinds[c] <= v.PROVIDER and legal[w, c]:
-            sessions.sent(desks[w], loads[w, desks[w].current], own[w, c])
-            loads[w, desks[w].current].price_times = own[w, c].price_times
-            tasks.note_send(follow, desks, loads, w, c)
-            if desks[w].prefix_block_tokens > 0:
-                prefix_kernel.note_send(index, desks, loads, requests, signals, w, c)
-        _act(
-            config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests,
-            desks, loads, entries, follow, lengths, ledger_usd, counts, actions, legal, w, c,
-        )  # fmt: skip
-        desks[w].sequence += 1
+        if c != BEGIN:
+            if 0 <= c < kinds.shape[0] and kinds[c] <= v.PROVIDER and legal[w, c]:
+                sessions.sent(desks[w], loads[w, desks[w].current], own[w, c])
+                loads[w, desks[w].current].price_times = own[w, c].price_times
+                tasks.note_send(follow, desks, loads, w, c)
+                if desks[w].prefix_block_tokens > 0:
+                    prefix_kernel.note_send(index, desks, loads, requests, signals, w, c)
+            _act(
+                config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests,
+                desks, loads, entries, follow, lengths, ledger_usd, counts, actions, legal, w, c,
+            )  # fmt: skip
+            desks[w].sequence += 1
         _go_on(
             config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
             desks, loads, truth, good, own, entries, follow, lengths, ledger_usd, counts, changes, w,
         )  # fmt: skip
-        _account(desks, ledger_usd, w)
+        if c != BEGIN:
+            _account(desks, ledger_usd, w)
         if desks[w].done == 0:
             _show(
                 config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries, follow,

@@ -14,16 +14,15 @@ per tier.
 # ruff: noqa: ANN001, ANN201 (Numba infers the types of kernels)
 from __future__ import annotations
 
-from numba import njit
-
+from envs.kernels import kernel
 from marginroute import latency
 from marginroute import view as v
 
-running_mean = njit(cache=True, inline="always")(latency.running_mean)
-recent_quality = njit(cache=True, inline="always")(latency.recent_quality)
+running_mean = kernel(latency.running_mean, inline="always")
+recent_quality = kernel(latency.recent_quality, inline="always")
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def answered(config, desks, loads, w, i, tier, good, now_s):
     """An answer whose user will judge it was completed; it joins the queue of judgements, which goes by time."""
     desk, load = desks[w], loads[w, i]
@@ -43,7 +42,7 @@ def answered(config, desks, loads, w, i, tier, good, now_s):
         desk.judged_tail = i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def hear(desks, loads, prior, lengths, n_classes, w):
     """Learns from every judgement that has come in by now."""
     desk = desks[w]
@@ -60,7 +59,7 @@ def hear(desks, loads, prior, lengths, n_classes, w):
         mean.value, mean.weight = running_mean(mean.value, mean.weight, surprise, latency.RECENT_JUDGED)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def show(config, tiers, lengths, signals, n_classes, w, task):
     """Writes `recent_quality` of the request's task into the View."""
     for c in range(config[0].n_replicas + config[0].n_providers):

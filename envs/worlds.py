@@ -391,7 +391,9 @@ class FleetWorlds:
         state.limit_providers(self.fleet.providers[w], member.spec)
         engine.reset_world(*self.fleet.arrays, w)
         self.fleet.replicas["in_flight_cap"][w] = self._caps[w]
-        kernel.begin(*self._arguments, w)
+        choices = np.full(self.n_worlds, kernel.WAIT)
+        choices[w] = kernel.BEGIN
+        kernel.step(*self._arguments, choices)
 
     def _make_room(self, workloads: Sequence[Workload]) -> None:
         """Grows every array that one of these episodes does not fit into."""
