@@ -58,7 +58,6 @@ def test_a_cascade_is_tuned_where_somebody_looks(tiny_tuned):
     pair = [Cascade("cascade", (0, 3), (x,)) for x in (0.0, 0.9)]
     together = objective(list(pair))
     np.testing.assert_array_equal(together, [objective([x])[0] for x in pair])
-    assert together[0] != together[1]
     assert "cascade" not in untuned(plant)
 
 
@@ -88,7 +87,6 @@ def test_rules_side_by_side_earn_what_each_earns_alone(small_plant):
     for pair in (rules, thresholds):
         together = objective(list(pair))
         np.testing.assert_array_equal(together, [objective([rule])[0] for rule in pair])
-        assert together[0] != together[1]
 
 
 def test_objective_plays_the_same_episodes_each_time(small_plant):
