@@ -21,9 +21,11 @@ from marginroute.cli import Parser, main_guard, note
 from marginroute.errors import InputError, suggestion
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = (
-    *("simulator", "fluid", "decision", "training", "ablations", "results", "off_policy"),
-    *("gateway", "fit_accuracy", "vidur_parity", "dynamo_replay"),
+PARTS = ("__main__", "dynamo_worker", "gateway_envoy", "gateway_http")  # can be called, but belong to another
+NAMES = tuple(
+    path.stem
+    for path in sorted(Path(__file__).parent.glob("*.py"))
+    if path.stem not in PARTS and "\nif __name__ ==" in path.read_text()
 )
 HEAD = """# Figures
 

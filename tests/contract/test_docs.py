@@ -72,7 +72,7 @@ def commands_in(text):
     rest = re.sub(r"```.*?```", "", text, flags=re.S)
     for line in re.findall(r"^    ((?:\.venv/bin/)?(?:(?:python3?|make|pip) |marginroute [a-z-]).*)$", rest, re.M):
         yield re.split(r"\s{3,}", line)[0], True  # what follows is said of it
-    for line in re.findall(r"`((?:python3?|marginroute|make|pip) [^`]*)`", re.sub(r"\s*\n\s*", " ", rest)):
+    for line in re.findall(r"`((?:(?:python3?|make|pip) |marginroute [a-z-])[^`]*)`", re.sub(r"\s*\n\s*", " ", rest)):
         yield line, False
 
 
