@@ -52,8 +52,9 @@ def write_pages(found: Mapping[str, tuple[Scenario, Measured | None]], episodes:
     """The page as Markdown."""
     parts = [
         "# Scenarios",
-        "Generated from `configs/scenarios` and from held-out episodes; do not edit.",
-        f"    {COMMAND}",
+        "Generated from `configs/scenarios` and from held-out episodes; do not edit. Margins, shares of the bounds and "
+        "ledgers stand here once they are measured; `--describe` leaves them out.",
+        f"    {COMMAND}" + ("" if any(m for _, m in found.values()) else " --describe"),
         "Each is a story with figures that have a source or are named as assumptions (in its file), a *training range* "
         "in whose worlds policies are trained and tuned, and *conditions* that nobody is trained for "
         "(`python evaluate.py NAME --condition all`). *Of the bound* is the contribution margin (before GPU-hours) of "
@@ -76,8 +77,13 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _overview(found: Mapping[str, tuple[Scenario, Measured | None]]) -> str:
     rows = []
+    if not any(measured for _, measured in found.values()):
+        for name, (scenario, _) in found.items():
+            counts = [str(len(scenario.ranges)), str(len(scenario.conditions))]
+            rows.append([f"[{name}](#{name})", scenario.description, *counts])
+        return table(["scenario", "story", "keys with a training range", "conditions"], rows)
     for name, (scenario, measured) in found.items():
-        margin = best = of = same = "not tuned"
+        margin = best = of = same = "not measured"
         if measured is not None:
             best, margin = measured.best, f"{measured.usd_per_1k[measured.best]:.2f}"
             of, same = (_pct(measured.shares.get(kind)) for kind in ("clairvoyant", "same_information"))
@@ -195,7 +201,7 @@ def _terms(customer: CustomerClass) -> str:
 
 def _measured(name: str, measured: Measured | None, episodes: int) -> list[str]:
     if measured is None:
-        return [f"Its baselines are not tuned yet: `python train.py {name}` does it first."]
+        return [f"Not measured yet; `python train.py {name}` tunes its baselines first, where none are."]
     ranked = sorted(measured.usd_per_1k.items(), key=lambda pair: -pair[1])
     parts = [
         f"`python evaluate.py {name} --episodes {episodes}`, margin in USD per 1k first calls: "

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.scenarios --out docs/scenarios.md` plays the tuned baselines of all shipped scenarios on held-out
 episodes, bounds them, adds up the ledger's accounts and writes the page; scenarios without tuned baselines are
-described and named as such.
+described and named as such, as all are with `--describe`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parse.add_argument("names", nargs="*", help="scenarios (default: all that ship)")
     parse.add_argument("--episodes", type=int, default=16, help="held-out episodes (default: 16)")
     parse.add_argument("--bounded", type=int, default=8, help="of those that are bounded (default: 8)")
+    parse.add_argument("--describe", action="store_true", help="play nothing, only describe")
     parse.add_argument("--out", type=Path, help="Markdown page to write")
     args = parse.parse_args(argv)
     from envs.scenario import load_scenario
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         common.note(name)
         scenario = load_scenario(name)
         try:
-            found[name] = scenario, measure(scenario, play, args.bounded)
+            found[name] = scenario, None if args.describe else measure(scenario, play, args.bounded)
         except InputError as error:
             common.note(f"{name}: {error}")
             found[name] = scenario, None
@@ -113,10 +114,10 @@ def seats(scenario: Scenario, policies: Any, play: Play) -> list[Seat]:
 def figures(measured: Measured | None) -> dict[str, Any]:
     """What the JSON object says of a scenario."""
     if measured is None:
-        return {"tuned": False}
+        return {"measured": False}
     best = measured.best
     return {
-        "tuned": True,
+        "measured": True,
         "best_heuristic": best,
         "margin_usd_per_1k": measured.usd_per_1k[best],
         "accounts_sum_usd_per_1k": sum(measured.accounts_usd_per_1k.values()),

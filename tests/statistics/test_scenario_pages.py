@@ -27,7 +27,7 @@ def test_the_page_tells_of_a_scenario_what_its_file_says():
 def test_a_scenario_without_tuned_baselines_says_so():
     scenario = load_scenario("quickstart")
     page = write_pages({"quickstart": (scenario, None)}, 16, 8)
-    assert "not tuned" in page and "python train.py quickstart" in page
+    assert "Not measured" in page and "python train.py quickstart" in page and "--describe" in page
 
 
 @pytest.mark.parametrize(
