@@ -64,7 +64,7 @@ def test_it_plays_under_every_condition_and_the_accounts_add_up(scenario):
         ledger, counts = worlds.ledger_usd[0], worlds.counts[0]
         assert ledger.shape[0] == len(ACCOUNTS) and np.isfinite(ledger).all()
         assert worlds.desks["margin_usd"][0] == pytest.approx(ledger.sum(), abs=1e-9), condition
-        ended = sum(counts[COUNTS.index(name)].sum() for name in ("served", "shed", "abandoned", "failed"))
+        ended = sum(counts[COUNTS.index(name)].sum() for name in ("served", "shed", "abandoned", "failed", "refused"))
         assert ended == counts[COUNTS.index("calls")].sum(), condition
         roots = int((episode.parent_index < 0).sum())
         assert counts[COUNTS.index("first_calls")].sum() <= roots and ended > 0, condition
