@@ -34,7 +34,15 @@ def ticks_per_cpu_s(plant: Any, replicas: int, tick_s: float, ticks: int) -> int
     for _ in range(5):
         start = time.process_time()
         for t in range(ticks):
-            step(*fluid.arrays, *arrays, arrivals[t], levers, np.zeros((WORLDS, 3, 2)), tick_s)
+            step(
+                *fluid.arrays,
+                *arrays,
+                arrivals[t],
+                levers,
+                np.zeros((WORLDS, 3, 2)),
+                tick_s,
+                np.ones(WORLDS, dtype=np.bool_),
+            )
         seconds.append(time.process_time() - start)
     return round(ticks * WORLDS / float(np.median(seconds[1:])))
 

@@ -266,7 +266,7 @@ def run_fluid(plant: Plant, case: Case) -> dict[str, Any]:
             levers[0, 0, 0] = case.new_cap or case.cap
             levers[0, 0, 1] = case.new_replicas
         arrays = (plant.terms, prices, answers, ledger_usd, counts, margins, rewards)
-        step(*fluid.arrays, *arrays, amounts[t][None, None], levers, class_levers, TICK_S)
+        step(*fluid.arrays, *arrays, amounts[t][None, None], levers, class_levers, TICK_S, np.ones(1, dtype=np.bool_))
         busy_s += float(fluid.stations["busy_share"][0, 0] * fluid.stations["ready"][0, 0]) * TICK_S
         latency_s += [fluid.flows[f"{name}_sum"].sum() for name in ("ttft", "tpot", "e2e")]
         stayed += float(fluid.flows["stayed"].sum())

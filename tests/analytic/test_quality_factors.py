@@ -232,6 +232,7 @@ def check_scenario(document):
     scenario = load_scenario(
         "quickstart",
         {
+            "conditions": {},
             "fleet.tiers": document["tiers"],
             "fleet.pools": pools,
             "fleet.providers": providers,
