@@ -48,7 +48,7 @@ def off_policy(args: argparse.Namespace, scenario: Scenario | None) -> None:
 
 
 def backtest(args: argparse.Namespace, scenario: Scenario) -> None:
-    """Prints what --log has earned by class, and what the world predicts of it against what it says; keeps the verdict.
+    """Prints what the world predicts of --log beside what it says, keeps the verdict; then what it has earned by class.
 
     Raises:
         InputError: a line of the log that cannot be used.
@@ -68,5 +68,5 @@ def backtest(args: argparse.Namespace, scenario: Scenario) -> None:
         write_json(args.json, {"schema": SCHEMA, "earned": earned, "backtest": document})
     if args.report is not None:
         write_text(args.report, backtest_page(document, command_line()))
-    print_margin(earned)
     print_backtest(document)
+    print_margin(earned)

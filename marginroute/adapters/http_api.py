@@ -165,7 +165,7 @@ def document(layout: Layout, token: bool) -> dict[str, Any]:
     ready["responses"]["503"] = _json(_ANYTHING, "it is stopping")
     pools = {"type": "object", "additionalProperties": fields({"replicas": integer(0, MOST_TOKENS, "wanted")})}
     scale = _call("How many replicas the controller wants.", None, fields({"pools": pools}, ("pools",)))
-    scale["responses"]["503"] = _json(ERROR, "there is no controller, or it may not act")
+    scale["responses"]["409"] = _json(ERROR, "there is no controller, or it may not act")
     secured = {
         "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{"token": []}],

@@ -146,7 +146,7 @@ def scale(gateway: Gateway) -> tuple[int, str, bytes]:
     wanted = gateway.replicas_wanted()
     if wanted is None:
         said = {"error": "nothing is to be scaled: there is no controller, or it may not act"}
-        return 503, "application/json", json.dumps(said).encode()
+        return 409, "application/json", json.dumps(said).encode()
     pools = {name: {"replicas": count} for name, count in wanted.items()}
     return 200, "application/json", json.dumps({"pools": pools}).encode()
 

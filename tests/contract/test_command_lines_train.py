@@ -97,7 +97,7 @@ def test_a_finished_run_can_be_resumed(finished_run, tmp_path, tuned_cache):
     assert (run / "bundle" / "manifest.json").read_bytes() == (finished_run / "bundle" / "manifest.json").read_bytes()
 
 
-LONG = 8192  # steps, long enough to be interrupted
+LONG = 65_536  # steps, long enough to be interrupted
 
 
 def interrupted_when(ready, main, words):

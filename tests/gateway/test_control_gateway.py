@@ -365,7 +365,7 @@ def test_batch_work_waits_for_its_release_and_scale_targets_can_be_read(app):
         told = {"event": "replicas", "pool": "small", "ready": 3}
         assert await ask(app, "/v1/events", {"events": [told]}) == (200, {"known": 1})
         app.desk.gateway.switch.roll_back("by hand")
-        assert (await ask(app, "/v1/scale"))[0] == 503
+        assert (await ask(app, "/v1/scale"))[0] == 409
 
     asyncio.run(play())
     text = metrics.exposition(app.desk).decode()

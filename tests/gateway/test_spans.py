@@ -111,7 +111,7 @@ def test_metrics_of_an_adapter_without_a_server():
             assert 'marginroute_guard_total{guard="missing"} 1.0' in text
             assert 'marginroute_errors_total{place="a hook"} 2.0' in text
             assert json.load(urllib.request.urlopen(f"{base}/v1/status", timeout=5))["decisions"] == 2
-            for path, status in (("/v1/scale", 503), ("/etc/passwd", 404)):
+            for path, status in (("/v1/scale", 409), ("/etc/passwd", 404)):
                 with pytest.raises(urllib.error.HTTPError) as refused:
                     urllib.request.urlopen(base + path, timeout=5)
                 assert refused.value.code == status
