@@ -95,7 +95,7 @@ class Picker(Process):
 
     def records(self, count: int) -> list[dict]:
         """Waits for so many new records, and looks that there is none too many."""
-        until(lambda: len(self._lines()) >= self._seen + count, 15.0, f"{count} records")
+        until(lambda: len(self._lines()) >= self._seen + count, 60.0, f"{count} records")
         time.sleep(0.1)
         records = [json.loads(line) for line in self._lines()[self._seen :]]
         assert len(records) == count

@@ -104,7 +104,7 @@ KEYS = ("standard", "premium", "batch", "unheard-of")
 
 
 def wait_for_records(log, count):
-    until = time.monotonic() + 10.0
+    until = time.monotonic() + 30.0
     while time.monotonic() < until and (not log.exists() or len(log.read_text().splitlines()) < count):
         time.sleep(0.1)
     time.sleep(0.5)  # any that are one too many

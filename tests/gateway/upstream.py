@@ -114,6 +114,7 @@ class Upstream:
                 send(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
                 time.sleep(GAP_S)
                 if broken:
+                    time.sleep(0.5)  # whoever reads has had the chunk by then, on a busy machine too
                     handler.close_connection = True
                     return
             send(head | {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
