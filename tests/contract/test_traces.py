@@ -50,7 +50,7 @@ PLAIN = HEADER + ROW + LATER
 @pytest.mark.parametrize("content", [PLAIN, PLAIN.replace("\n", "\r\n"), PLAIN + "\n\n"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_azure_2023(tmp_path, content, packed):
-    data = gzip.compress(content.encode()) if packed else content
+    data = gzip.compress(content.encode(), mtime=0) if packed else content
     trace = read_trace(write(tmp_path, data, "trace.csv.gz" if packed else "trace.csv"), "azure-llm")
     np.testing.assert_allclose(trace.arrived_at_s, [0.0, 4.314579], atol=1e-9)
     assert trace.prompt_tokens.tolist() == [374, 396] and trace.output_tokens.tolist() == [44, 109]
@@ -113,7 +113,7 @@ def failure(path, trace_format="azure-llm", columns=None):
         (HEADER + ROW.replace(",44", ",99999999999"), ["line 2", "'99999999999'"]),
         (HEADER + ROW.replace(",44", ""), ["line 2", "GeneratedTokens is nothing"]),
         (HEADER + ROW.replace(",44", ",44,9"), ["line 2", "4 fields"]),
-        (gzip.compress((HEADER + ROW * 500).encode())[:80], ["damaged gzip"]),
+        (gzip.compress((HEADER + ROW * 500).encode(), mtime=0)[:80], ["damaged gzip"]),
         (bytes(range(256)) * 8, ["line 1", "no column"]),
     ],
 )
@@ -150,7 +150,7 @@ def test_bad_csv(tmp_path, content, columns, parts):
         (lines({**CALL, "startTime": "noon"}), ["startTime is 'noon'"]),
         (lines({**CALL, "status": "failure"}), ["no answered call (1 skipped)"]),
         (b"\xff\xfe{}\n", ["line 1", "not JSON"]),
-        (gzip.compress(lines(*[CALL] * 200).encode())[:90], ["damaged gzip"]),
+        (gzip.compress(lines(*[CALL] * 200).encode(), mtime=0)[:90], ["damaged gzip"]),
     ],
 )
 def test_bad_litellm_log(tmp_path, content, parts):
