@@ -111,11 +111,14 @@ def interrupted_when(ready, main, words):
                 return
 
     thread = threading.Thread(target=wait, daemon=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in background
     thread.start()
-    code = main(words)
-    over.set()
-    thread.join()
-    return code
+    try:
+        return main(words)
+    finally:
+        over.set()
+        thread.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def first_validation(run):
