@@ -285,7 +285,7 @@ def load_scenario(
     if found:
         raise scenario_files.cross_error(found, files, overrides)
     scenario = _resolved(scenario, files, overrides)
-    check_family(scenario, conditions=all(key.startswith("conditions") for key in overrides))
+    check_family(scenario, conditions=not overrides or any(key.startswith("conditions") for key in overrides))
     return scenario
 
 
