@@ -4,7 +4,7 @@ PYTHON ?= .venv/bin/python
 .PHONY: test slow layers lint types coverage docs bench constraints wheel
 
 test:  ## everything but the slow tests, as the README says
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 slow:  ## tests of wall-clock time, on idle cores, and long ones
 	$(PYTHON) -m pytest -m slow

@@ -38,7 +38,9 @@ def parser() -> Parser:
     """The command line."""
     parse = Parser.from_doc("evaluate.py", __doc__)
     scenario = parse.add_argument(
-        "scenario", nargs="?", help="name in configs/scenarios or path of a YAML (default: quickstart)"
+        "scenario",
+        nargs="?",
+        help="name in configs/scenarios, or path of a YAML (default: what --policy was trained on)",
     )
     complete_scenarios(scenario)
     parse.add_argument("--policy", nargs="+", default=[], action="extend", metavar="RUN", help="run folders or bundles")
@@ -138,12 +140,16 @@ def suite(args: argparse.Namespace, play: Play) -> None:
 
 
 def load(args: argparse.Namespace, more: Mapping[str, str], name: str | None = None) -> Scenario:
-    """The scenario (or the named one) with the overrides of the command line, and more."""
+    """The scenario (or the named one) with the overrides of the command line, and more.
+
+    Where none is given, a policy's run folder brings the scenario that it was trained on, overrides included.
+    """
     from envs.scenario import load_scenario
     from evaluation.arguments import pairs
 
+    trained_on = Path(args.policy[0], "scenario.json") if args.policy else None
     return load_scenario(
-        name or args.scenario or DEFAULT_SCENARIO,
+        name or args.scenario or (trained_on if trained_on and trained_on.is_file() else DEFAULT_SCENARIO),
         overrides={**pairs(args.set, "--set"), **more},
         trace=args.trace,
         trace_format=args.trace_format,

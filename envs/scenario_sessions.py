@@ -10,7 +10,7 @@ from envs.scenario_arrivals import ArrivalSection
 from envs.scenario_fleet import Name, NonNegative, Positive, Section, Share
 from envs.scenario_lengths import LengthSection, SecondsSection, Weight
 
-FollowShare = dict[Annotated[int, Field(ge=1)], Share]
+FollowShare = dict[Annotated[int, Field(ge=1, strict=False)], Share]  # keys of JSON are words
 
 
 class ClientSection(Section):

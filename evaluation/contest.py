@@ -14,6 +14,8 @@ from evaluation.progress import progress_bar
 from evaluation.report import PER_1K
 from evaluation.results import EpisodeResults, concatenate
 from evaluation.statistics import confidence_sequence
+from marginroute.bundle import Bundle
+from marginroute.cli import note
 from marginroute.errors import InputError
 from marginroute.policy import Policy
 
@@ -104,13 +106,22 @@ def load_policies(runs: list[str], scenario: Scenario) -> dict[str, Policy]:
     """Policies of run folders or bundles by name; runs whose policies share a name are told apart by folder."""
     if not runs:
         return {}
-    from agents.run import load_policy
+    from agents.run import load_bundle
 
-    policies = [(Path(run), load_policy(Path(run), scenario)) for run in runs]
+    read = [(Path(run), load_bundle(Path(run), scenario)) for run in runs]
+    for run, found in read:
+        if found.scenario["hash"] != scenario.hash:
+            note(f"note: {run} was trained on {_described(found, scenario)}; it plays {scenario.name} as given here")
+    policies = [(run, found.guarded()) for run, found in read]
     names = [policy.name for _, policy in policies]
     return {
         policy.name if names.count(policy.name) == 1 else f"{policy.name}:{run}": policy for run, policy in policies
     }
+
+
+def _described(read: Bundle, scenario: Scenario) -> str:
+    name = read.scenario["name"]
+    return f"another {name}: other keys or overrides" if name == scenario.name else name
 
 
 def enter(scenario: Scenario, runs: list[str], baselines: str) -> Entrants:

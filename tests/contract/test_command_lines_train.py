@@ -90,6 +90,17 @@ def test_evaluation_takes_a_run_and_a_bundle(finished_run, tmp_path, capsys):
     assert bundle.load(tmp_path / "b").evaluation["policies"].keys() == document["policies"].keys()
 
 
+def test_evaluation_plays_what_a_run_was_trained_on(finished_run, capsys):
+    """Without a scenario its own is played, overrides included; another one is played, and said to be another."""
+    words = ["--policy", str(finished_run), "--baselines", "none", "--episodes", "2", "--workers", "1"]
+    trained_on = json.loads((finished_run / "scenario.json").read_text())
+    for more, note in (([], ""), (["--set", "horizon_s=7"], "another quickstart")):
+        assert evaluate.main([*words, *more]) == 0
+        out, err = capsys.readouterr()
+        assert f"{2 * trained_on['requests_per_episode']} requests" in out
+        assert note in err
+
+
 def test_a_finished_run_can_be_resumed(finished_run, tmp_path, tuned_cache):
     """Nothing is left to learn: gate and export are repeated, with the same result."""
     run = shutil.copytree(finished_run, tmp_path / "run")
