@@ -15,7 +15,7 @@ import math
 
 from envs import world
 from envs.fleet.provider import requests_left
-from envs.fleet.state import ACTIVE, DOWN, DRAINING, STARTING
+from envs.fleet.state import ACTIVE, DOWN, DRAINING, LEAVING, STARTING
 from envs.kernels import kernel
 from envs.world_hold import held_by_age
 from marginroute import control
@@ -117,7 +117,7 @@ def read_engine(replicas, providers, desks, loads, targets, pools_out, held_out,
                 left_s = max(rep.change_s - now_s, 0.0)
                 if out[control.NEXT_READY_S] == 0.0 or left_s < out[control.NEXT_READY_S]:
                     out[control.NEXT_READY_S] = left_s
-            elif rep.state == DRAINING:
+            elif rep.state == DRAINING or rep.state == LEAVING:
                 out[control.DRAINING] += 1.0
             out[control.IN_FLIGHT] += rep.in_flight - rep.held
             out[control.WAITING] += rep.held

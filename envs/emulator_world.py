@@ -21,7 +21,7 @@ import numpy.typing as npt
 from envs.fleet import engine, scaling
 from envs.fleet.faults import slow_replica
 from envs.fleet.provider import submit_provider
-from envs.fleet.state import ACTIVE, COMPLETED, DRAINING, FAILED, LOST, NO_CAP, Fleet, FleetSpec, allocate
+from envs.fleet.state import ACTIVE, COMPLETED, DRAINING, FAILED, LEAVING, LOST, NO_CAP, Fleet, FleetSpec, allocate
 from envs.fleet.streaming import next_change_s, streamed
 
 MOST_IN_FLIGHT = 8192  # over all replicas and providers
@@ -185,7 +185,7 @@ class LiveFleet:
         self.refresh()
         if station.provider is not None:
             return not self.fleet.providers[0][station.provider]["down"]
-        return self.fleet.replicas[0][station.replica]["state"] in (ACTIVE, DRAINING)
+        return self.fleet.replicas[0][station.replica]["state"] in (ACTIVE, DRAINING, LEAVING)
 
     def cause_fault(self, station: Station, duration_s: float, slowdown: float) -> None:
         """A fault from now on: `slowdown` is a factor on latency, or inf for down."""

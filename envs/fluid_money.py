@@ -19,6 +19,8 @@ PRICE = np.dtype(
         ("replica_usd_per_s", "f8"),
         ("reserved_usd_per_s", "f8"),  # of a reserved replica
         ("reserved_replicas", "f8"),  # paid whether they are held or not
+        ("on_demand_replicas", "f8"),  # most that are paid on demand
+        ("spot_usd_per_s", "f8"),  # of a spot replica
     ]
 )
 """Cost of a pool, `(P,)`."""
@@ -47,7 +49,9 @@ def _count_promises(counts, w, k, ttft_ok, tpot_ok, e2e_ok, slo_ok):
 def _post_pool(terms, prices, answers, stations, flows, ledger_usd, counts, w, p, tick_s):
     price, station = prices[p], stations[w, p]
     paid = price.reserved_usd_per_s * price.reserved_replicas
-    paid += price.replica_usd_per_s * max(station.paid_replicas - price.reserved_replicas, 0.0)
+    more = max(station.paid_replicas - price.reserved_replicas, 0.0)
+    on_demand = min(more, price.on_demand_replicas)
+    paid += price.replica_usd_per_s * on_demand + price.spot_usd_per_s * (more - on_demand)
     books.post(ledger_usd, w, books.GPU_HOURS, terms.shape[0], -paid * tick_s)
     for k in range(terms.shape[0]):
         flow, answer = flows[w, p, k], answers[p, k]

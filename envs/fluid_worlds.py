@@ -70,7 +70,7 @@ def sample_of(terms: Array, workloads: Sequence[Workload]) -> Sample:
 def curves_of(pool: PoolSpec, sample: Sample) -> Curves:
     """`calibrate`, remembered for pools and samples that are equal in all that it depends on."""
     profile = pool.profile
-    same = dataclasses.replace(pool, name="", tier=0, replicas=1, max_replicas=0, reserved_replicas=0)
+    same = dataclasses.replace(pool, name="", tier=0, replicas=1, max_replicas=0, reserved_replicas=0, spot_replicas=0)
     tables = (profile.token_s, profile.decode_base_s, profile.decode_slope_s, profile.prefill_s)
     arrays = [*tables, *(getattr(sample, field.name) for field in dataclasses.fields(sample))]
     numbers = (
@@ -171,6 +171,9 @@ class FluidWorlds:
             prices["replica_usd_per_s"][p] = pool.gpus_per_replica * pool.gpu_usd_per_hour / 3600.0
             prices["reserved_usd_per_s"][p] = pool.gpus_per_replica * pool.reserved_usd_per_hour / 3600.0
             prices["reserved_replicas"][p] = pool.reserved_replicas
+            prices["on_demand_replicas"][p] = pool.first_spot - pool.reserved_replicas
+            if pool.spot is not None:
+                prices["spot_usd_per_s"][p] = pool.gpus_per_replica * pool.spot.gpu_usd_per_hour / 3600.0
         return prices
 
     def _answers(self, workloads: Sequence[Workload]) -> Any:
@@ -197,7 +200,7 @@ class FluidWorlds:
             kept = promises_kept(Run(1.0, 0.0, np.arange(len(noise)), latency_s), patient, np.zeros(1))[0]
             for column, name in zip((*range(SLO_OK + 1), CREDITED), PROMISES, strict=True):
                 answers[name][v] = kept[:, column]
-            usd = ((prices.input_usd_per_mtok or 0.0) * 1e-6, (prices.output_usd_per_mtok or 0.0) * 1e-6)
+            usd = prices.usd_per_token()[::2]
             answers["cost_usd"][v] = pricing.tokens_usd(answers["prompt_tokens"][v], answers["output_tokens"][v], *usd)
         return answers
 

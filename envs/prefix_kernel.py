@@ -9,8 +9,8 @@ is older than its beginning. A send whose blocks are all walked leaves the line.
 Whatever evicts a block has evicted all that goes on from it before, so the blocks of a prompt that a candidate holds
 are its first ones, and their number is found by bisection.
 
-Shapes: N worlds, M requests, S replicas and providers, of which I have a prefix cache, D different hashes, L hashes of
-all requests of a world, E sends.
+Shapes: N worlds, G gateway instances (row g N + w is instance g of world w), M requests, S replicas and providers, of
+which I have a prefix cache, D different hashes, L hashes of all requests of a world, E sends.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
@@ -49,83 +49,87 @@ class PrefixArrays(NamedTuple):
     """The index of all worlds; inputs first."""
 
     ids: Any  # (N, L) i4 numbers of the hashes, one request after the other
-    stamps: Any  # (N, I, D) i4 send that used a block last, plus 1; 0: not held
-    marks: Any  # (N, S) MARK
-    sends: Any  # (N, E) SEND
-    free: Any  # (N,) i4 first free send
+    stamps: Any  # (G N, I, D) i4 send that used a block last, plus 1; 0: not held
+    marks: Any  # (G N, S) MARK
+    sends: Any  # (G N, E) SEND
+    free: Any  # (G N,) i4 first free send
 
 
 @kernel
-def reset(index, w):
-    """Empties the index of a world."""
-    index.stamps[w] = 0
+def reset(index, g):
+    """Empties the index of an instance."""
+    index.stamps[g] = 0
     for c in range(index.marks.shape[1]):
-        mark = index.marks[w, c]
+        mark = index.marks[g, c]
         mark.blocks = 0
         mark.head = mark.tail = -1
     size = index.sends.shape[1]
     for e in range(size):
-        index.sends[w, e].next = e + 1 if e + 1 < size else -1
-    index.free[w] = 0 if size > 0 else -1
+        index.sends[g, e].next = e + 1 if e + 1 < size else -1
+    index.free[g] = 0 if size > 0 else -1
 
 
 @kernel
-def _forget(index, loads, w, c, most_blocks, now_s):
+def _forget(index, loads, w, g, c, most_blocks, now_s):
     """Forgets what has expired, and then the oldest blocks beyond `most_blocks`."""
-    mark = index.marks[w, c]
+    mark = index.marks[g, c]
     while mark.head >= 0:
         e = int(mark.head)
-        send = index.sends[w, e]
+        send = index.sends[g, e]
         expired = send.at_s + mark.ttl_s < now_s
         at = loads[w, send.request].prefix_at
         while send.left > 0 and (expired or mark.blocks > most_blocks):
             send.left -= 1
             d = index.ids[w, at + send.left]
-            if index.stamps[w, mark.row, d] == e + 1:
-                index.stamps[w, mark.row, d] = 0
+            if index.stamps[g, mark.row, d] == e + 1:
+                index.stamps[g, mark.row, d] = 0
                 mark.blocks -= 1
         if send.left > 0:
             break
         mark.head = send.next
         if mark.head < 0:
             mark.tail = -1
-        send.next = index.free[w]
-        index.free[w] = e
+        send.next = index.free[g]
+        index.free[g] = e
 
 
 @kernel
 def insert(index, loads, w, c, i, now_s):
     """Notes that request `i` was sent to candidate `c`; nothing where it has no prefix cache."""
-    mark, load = index.marks[w, c], loads[w, i]
+    load = loads[w, i]
+    g = load.gateway
+    mark = index.marks[g, c]
     count = min(load.prefix_count, mark.capacity_blocks)
-    e = int(index.free[w])
+    e = int(index.free[g])
     if count <= 0 or e < 0:
         return
-    index.free[w] = index.sends[w, e].next
+    index.free[g] = index.sends[g, e].next
     for j in range(count):
         d = index.ids[w, load.prefix_at + j]
-        mark.blocks += index.stamps[w, mark.row, d] == 0
-        index.stamps[w, mark.row, d] = e + 1
-    send = index.sends[w, e]
+        mark.blocks += index.stamps[g, mark.row, d] == 0
+        index.stamps[g, mark.row, d] = e + 1
+    send = index.sends[g, e]
     send.at_s, send.request, send.left, send.next = now_s, i, count, -1
     if mark.tail >= 0:
-        index.sends[w, mark.tail].next = e
+        index.sends[g, mark.tail].next = e
     else:
         mark.head = e
     mark.tail = e
-    _forget(index, loads, w, c, mark.capacity_blocks, now_s)
+    _forget(index, loads, w, g, c, mark.capacity_blocks, now_s)
 
 
 @kernel
 def match(index, loads, w, c, i, now_s):
     """Blocks of request `i`, from the first one on, that candidate `c` has been sent."""
-    mark, load = index.marks[w, c], loads[w, i]
+    load = loads[w, i]
+    g = load.gateway
+    mark = index.marks[g, c]
     if mark.ttl_s < np.inf:
-        _forget(index, loads, w, c, mark.capacity_blocks, now_s)
+        _forget(index, loads, w, g, c, mark.capacity_blocks, now_s)
     low, high = 0, min(load.prefix_count, mark.capacity_blocks)
     while low < high:
         middle = (low + high + 1) >> 1
-        if index.stamps[w, mark.row, index.ids[w, load.prefix_at + middle - 1]] > 0:
+        if index.stamps[g, mark.row, index.ids[w, load.prefix_at + middle - 1]] > 0:
             low = middle
         else:
             high = middle - 1
@@ -133,9 +137,9 @@ def match(index, loads, w, c, i, now_s):
 
 
 @kernel
-def forget(index, loads, w, c):
-    """Empties the record of candidate `c`, as after a restart of its engine."""
-    _forget(index, loads, w, c, 0, -np.inf)
+def forget(index, loads, w, g, c):
+    """Empties the record that instance `g` has of candidate `c`, as after a restart of its engine."""
+    _forget(index, loads, w, g, c, 0, -np.inf)
 
 
 @kernel
@@ -159,8 +163,8 @@ def show_cached(index, replicas, desks, loads, signals, legal, w):
     i = desk.current
     load = loads[w, i]
     for c in range(index.marks.shape[1]):
-        if index.marks[w, c].capacity_blocks > 0:
+        if index.marks[load.gateway, c].capacity_blocks > 0:
             if c < replicas.shape[1] and not legal[w, c] and replicas[w, c].state >= STARTING:
-                forget(index, loads, w, c)
+                forget(index, loads, w, load.gateway, c)
             tokens = match(index, loads, w, c, i, desk.now_s) * desk.prefix_block_tokens
             signals[v.CACHED_TOKENS, w, c] = min(tokens, load.prompt_tokens - 1)

@@ -50,15 +50,19 @@ class GatewayPrefixes:
         n_stations: replicas and providers.
         n_worlds: N.
         max_sends: most times that one request can be sent somewhere.
+        gateways: instances, each with an index of its own.
 
     Attributes:
         arrays: what the kernels take.
     """
 
-    def __init__(self, static_signals: Array, n_stations: int, n_worlds: int, max_sends: int = 1) -> None:
+    def __init__(
+        self, static_signals: Array, n_stations: int, n_worlds: int, max_sends: int = 1, gateways: int = 1
+    ) -> None:
         self._capacity_tokens = static_signals[v.PREFIX_CAPACITY_TOKENS, :n_stations].astype(np.int64)
         self._max_sends = max_sends
-        marks = record_array((n_worlds, n_stations), prefix_kernel.MARK)
+        rows = gateways * n_worlds
+        marks = record_array((rows, n_stations), prefix_kernel.MARK)
         cached = self._capacity_tokens > 0
         marks["row"] = np.where(cached, np.cumsum(cached) - 1, -1)
         ttl_s = static_signals[v.PREFIX_TTL_S, :n_stations]
@@ -67,10 +71,10 @@ class GatewayPrefixes:
         self.any = bool(cached.any())
         self.arrays = prefix_kernel.PrefixArrays(
             ids=np.zeros((n_worlds, 0), dtype=np.int32),
-            stamps=np.zeros((n_worlds, int(cached.sum()), 0), dtype=np.int32),
+            stamps=np.zeros((rows, int(cached.sum()), 0), dtype=np.int32),
             marks=marks,
-            sends=record_array((n_worlds, 0), prefix_kernel.SEND),
-            free=np.full(n_worlds, -1, dtype=np.int32),
+            sends=record_array((rows, 0), prefix_kernel.SEND),
+            free=np.full(rows, -1, dtype=np.int32),
         )
 
     def wants(self, workload: Workload) -> bool:
@@ -87,11 +91,10 @@ class GatewayPrefixes:
         size = tuple(max(pair) for pair in zip(room, wanted, strict=True))
         if size == room:
             return False
-        n = ids.shape[0]
         new = self.arrays._replace(
-            ids=np.zeros((n, size[0]), dtype=np.int32),
-            stamps=np.zeros((n, stamps.shape[1], size[1]), dtype=np.int32),
-            sends=record_array((n, size[2]), prefix_kernel.SEND),
+            ids=np.zeros((len(ids), size[0]), dtype=np.int32),
+            stamps=np.zeros((len(stamps), stamps.shape[1], size[1]), dtype=np.int32),
+            sends=record_array((len(sends), size[2]), prefix_kernel.SEND),
         )
         new.ids[:, : room[0]], new.stamps[:, :, : room[1]], new.sends[:, : room[2]] = ids, stamps, sends
         self.arrays = new
@@ -112,5 +115,6 @@ class GatewayPrefixes:
         full = np.minimum(counts, workload.prompt_tokens // block)
         load["prefix_count"], load["prefix_at"] = np.minimum(full, MAX_BLOCKS), np.cumsum(counts) - counts
         self.arrays.ids[w, : len(workload.prefix_ids)] = workload.prefix_ids
-        self.arrays.marks["capacity_blocks"][w] = self._capacity_tokens // block
-        prefix_kernel.reset(self.arrays, w)
+        for g in range(w, len(self.arrays.marks), len(self.arrays.ids)):
+            self.arrays.marks["capacity_blocks"][g] = self._capacity_tokens // block
+            prefix_kernel.reset(self.arrays, g)

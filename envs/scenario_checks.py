@@ -86,6 +86,9 @@ def _faults(scenario: Scenario) -> Iterator[Problem]:
         pool = fleet.pools.get(event.pool or "")
         if pool is not None and event.index >= pool.rows:
             yield f"{path}.index", f"{event.index}; legal is 0 to {pool.rows - 1}, the replicas of {event.pool}"
+        elif pool is not None and event.reclaimed and event.index < pool.first_spot:
+            spot = f"{pool.first_spot} to {pool.rows - 1}" if pool.spot else "a pool with spot"
+            yield f"{path}.index", f"{event.index} is no spot replica of {event.pool}; legal is {spot}"
 
 
 def _speculation(name: str, pool: Pool) -> Iterator[Problem]:
@@ -112,6 +115,7 @@ def _plans(scenario: Scenario) -> Iterator[Problem]:
         yield from _entitlements(scenario, name)
         yield from _allowances(scenario, name)
     tolerant = [name for name, customer in plans.classes.items() if customer.delay_tolerant is not None]
+    yield from _batch_endpoints(scenario, tolerant)
     if scenario.fleet.batch_queue is not None and not tolerant:
         yield "fleet.batch_queue", "is there but no class may wait; legal is a class with delay_tolerant, or no queue"
     for name in tolerant:
@@ -124,10 +128,29 @@ def _plans(scenario: Scenario) -> Iterator[Problem]:
             )
 
 
+def _batch_endpoints(scenario: Scenario, tolerant: list[str]) -> Iterator[Problem]:
+    """A batch endpoint has somebody to serve, who is owed something for an answer that comes too late."""
+    for name, provider in scenario.fleet.providers.items():
+        path = f"fleet.providers.{name}.batch_discount"
+        if provider.batch_discount is None:
+            continue
+        if not tolerant:
+            yield path, "is there but no class may wait; legal is a class with delay_tolerant, or none"
+        for waiting in tolerant:
+            entitled = scenario.plans.classes[waiting].entitlements
+            uses = entitled.stations is None or name in entitled.stations
+            uses = uses and (entitled.tiers is None or provider.tier in entitled.tiers)
+            if uses and scenario.plans.classes[waiting].slo.e2e_s is None:
+                legal = f"legal is plans.classes.{waiting}.slo.e2e_s with it"
+                yield path, f"would let answers to class {waiting} come at any time; {legal}"
+
+
 def _entitlements(scenario: Scenario, name: str) -> Iterator[Problem]:
     """Somebody must be allowed to answer."""
     fleet, entitled = scenario.fleet, scenario.plans.classes[name].entitlements
     tier_of = {key: item.tier for key, item in (*fleet.pools.items(), *fleet.providers.items())}
+    batch = {key for key, item in fleet.providers.items() if item.batch_discount is not None}
+    waits = scenario.plans.classes[name].delay_tolerant is not None
     path = f"plans.classes.{name}.entitlements"
     for tier in entitled.tiers or ():
         yield from _unknown(f"{path}.tiers", tier, fleet.tiers)
@@ -138,6 +161,7 @@ def _entitlements(scenario: Scenario, name: str) -> Iterator[Problem]:
         for station, tier in tier_of.items()
         if (entitled.stations is None or station in entitled.stations)
         and (entitled.tiers is None or tier in entitled.tiers)
+        and (waits or station not in batch)
     ]
     if not allowed:
         yield path, "leave no pool or provider; legal is at least one that may answer"

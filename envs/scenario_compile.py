@@ -130,6 +130,8 @@ def fleet_spec(scenario: Scenario) -> FleetSpec:
             max_replicas=pool.max_replicas or 0,
             min_replicas=pool.min_replicas,
             reserved_replicas=pool.reserved_replicas,
+            spot_replicas=pool.spot.replicas if pool.spot else 0,
+            notice_s=pool.spot.notice_s if pool.spot else 0.0,
             provision_s=pool.provision_s,
             load_s=pool.load_s,
             paid_from_load=pool.paid_from == "load",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from envs.workload.drift import Drift, as_faults
-from envs.workload.faults import OF_PROVIDER, OF_REPLICA, FaultLaw, draw_faults, fault, in_order, no_faults
+from envs.workload.faults import OF_PROVIDER, OF_REPLICA, OF_SPOT, FaultLaw, draw_faults, fault, in_order, no_faults
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario
@@ -32,6 +32,12 @@ def fault_laws(scenario: Scenario) -> tuple[FaultLaw, ...]:
         if faults.slow_mean_time_between_s is not None:
             slow = FaultLaw(kind, index, faults.slow_mean_time_between_s, faults.slow_mean_s, faults.slowdown)
             laws.append(slow)
+    end = 0
+    for pool in fleet.pools.values():
+        end += pool.rows
+        if pool.spot is not None and pool.spot.mean_time_between_s is not None:
+            mean_s = (pool.spot.mean_time_between_s, pool.spot.mean_absence_s)
+            laws += [FaultLaw(OF_SPOT, r, *mean_s) for r in range(end - pool.spot.replicas, end)]
     return tuple(laws)
 
 
@@ -46,7 +52,8 @@ def certain_faults(scenario: Scenario) -> Array:
         if event.provider is not None:
             kind, index = OF_PROVIDER, scenario.provider_names.index(event.provider)
         else:
-            kind, index = OF_REPLICA, int(first[scenario.pool_names.index(event.pool or "")]) + event.index
+            kind = OF_SPOT if event.reclaimed else OF_REPLICA
+            index = int(first[scenario.pool_names.index(event.pool or "")]) + event.index
         rows.append(fault(kind, index, event.starts_at_s, ends_at_s, slowdown))
     return np.concatenate(rows)
 

@@ -73,12 +73,32 @@ class FaultEvent(Section):
     slowdown: Annotated[float, Field(ge=1.0)] | None = Field(
         None, description="Factor on its latency meanwhile; left out: it is down."
     )
+    reclaimed: bool = Field(
+        False, description="The machine of a spot replica is reclaimed: notice now, and none to be had meanwhile."
+    )
 
     @model_validator(mode="after")
     def _one_target(self) -> FaultEvent:
         if (self.pool is None) == (self.provider is None):
             raise ValueError("hits neither or both of a pool and a provider; legal is exactly one of pool, provider")
+        if self.reclaimed and (self.pool is None or self.slowdown is not None):
+            raise ValueError("is reclaimed with provider or slowdown; legal is a pool alone")
         return self
+
+
+class Spot(Section):
+    """Replicas on spot machines: cheap, and taken away when somebody else pays more."""
+
+    replicas: Annotated[int, Field(ge=1)] = Field(description="How many: the last ones of the pool.")
+    gpu_usd_per_hour: NonNegative = Field(description="USD per GPU and hour while a machine is held.")
+    mean_time_between_s: Positive | None = Field(
+        None, description="Mean seconds until a machine is reclaimed; left out: it never is."
+    )
+    mean_absence_s: Positive = Field(900.0, description="Mean seconds from the notice until there is capacity again.")
+    notice_s: NonNegative = Field(
+        30.0,
+        description="Seconds from the notice until the machine goes; 30 is what Google and Azure give, 120 AWS.",
+    )
 
 
 class Retries(Section):
@@ -122,6 +142,7 @@ class Pool(Section):
     reserved_gpu_usd_per_hour: NonNegative | None = Field(
         None, description="USD per GPU and hour of reserved instances; left out: gpu_usd_per_hour."
     )
+    spot: Spot | None = Field(None, description="Spot machines among them; left out: none.")
     provision_s: NonNegative = Field(0.0, description="Seconds from asking for a machine until it is there.")
     load_s: NonNegative = Field(
         0.0, description="Seconds from there until weights are loaded and requests taken; also after a repair."
@@ -177,6 +198,9 @@ class Pool(Section):
             raise ValueError(f"has min_replicas {self.min_replicas}; legal is 0 to replicas ({self.replicas})")
         if self.reserved_replicas > self.rows:
             raise ValueError(f"has reserved_replicas {self.reserved_replicas}; legal is 0 to {self.rows}")
+        most = self.rows - self.reserved_replicas
+        if self.spot is not None and self.spot.replicas > most:
+            raise ValueError(f"has {self.spot.replicas} spot.replicas; legal is 1 to {most}, what is not reserved")
         return self
 
     @property
@@ -193,11 +217,26 @@ class Pool(Section):
     @property
     def paid_usd_per_hour(self) -> float:
         """USD per hour while as many replicas run as at the start."""
-        reserved, more = self.reserved_replicas, max(self.replicas - self.reserved_replicas, 0)
-        return (
-            reserved * self.gpus_per_replica * self.reserved_usd_per_hour
-            + more * self.gpus_per_replica * self.gpu_usd_per_hour
-        )
+        reserved, on_demand, spot = self.paid_replicas
+        usd = reserved * self.reserved_usd_per_hour + on_demand * self.gpu_usd_per_hour
+        return self.gpus_per_replica * (usd + (spot * self.spot.gpu_usd_per_hour if self.spot else 0.0))
+
+    @property
+    def first_spot(self) -> int:
+        """Replicas from this one on run on spot machines."""
+        return self.rows - (self.spot.replicas if self.spot else 0)
+
+    @property
+    def paid_replicas(self) -> tuple[int, int, int]:
+        """Replicas that are paid as reserved, on demand and spot while as many run as at the start."""
+        spot = max(self.replicas - self.first_spot, 0)
+        return self.reserved_replicas, max(self.replicas - spot - self.reserved_replicas, 0), spot
+
+    def replica_usd_per_hour(self, r: int) -> float:
+        """USD per GPU and hour of replica `r` of the pool."""
+        if self.spot is not None and r >= self.first_spot:
+            return self.spot.gpu_usd_per_hour
+        return self.reserved_usd_per_hour if r < self.reserved_replicas else self.gpu_usd_per_hour
 
 
 class Provider(Section):
@@ -213,6 +252,11 @@ class Provider(Section):
         None,
         description="USD per million prompt tokens that the provider has cached; left out: the list price, if price_of "
         "has one, else no discount.",
+    )
+    batch_discount: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
+        None,
+        description="Share off its prices as a batch endpoint, which takes delay-tolerant requests only and whose TTFT "
+        "is the turnaround; left out: it answers everybody at once.",
     )
     prompt_cache_ttl_s: Positive = Field(
         300.0, description="Seconds after its last use that the provider forgets a cached prompt."
@@ -248,6 +292,13 @@ class Provider(Section):
         if cached is not None and full is not None and cached > full:
             raise ValueError(f"has cached_input_usd_per_mtok {cached}; legal is at most input_usd_per_mtok, {full}")
         return self
+
+    def usd_per_token(self) -> tuple[float, float, float]:
+        """What is billed for a prompt token, one that is cached, and an output token."""
+        share = 1.0 - (self.batch_discount or 0.0)
+        full, output = self.input_usd_per_mtok or 0.0, self.output_usd_per_mtok or 0.0
+        cached = full if self.cached_input_usd_per_mtok is None else self.cached_input_usd_per_mtok
+        return full * share * 1e-6, cached * share * 1e-6, output * share * 1e-6
 
 
 class ResultCache(Section):
@@ -332,6 +383,12 @@ class FleetSection(Section):
     providers: dict[Name, Provider] = Field(default_factory=dict, description="Third-party APIs by name.")
     response_cache: ResponseCache | None = Field(None, description="Response cache; left out: none.")
     result_cache: ResultCache | None = Field(None, description="Results of tools; left out: tools are called.")
+    gateways: Annotated[int, Field(ge=1, le=16)] = Field(
+        1, description="Gateway instances before the fleet; each knows what it has sent itself, and metrics."
+    )
+    gateway_spread: Literal["request", "session"] = Field(
+        "request", description="What stays at one instance: each request, or all calls of a session."
+    )
     telemetry: Telemetry = Field(Telemetry(scrape_interval_s=1.0), description="Freshness of engine metrics.")
     batch_queue: BatchQueue | None = Field(None, description="Batch queue; left out: nothing can be deferred.")
     verifiers: dict[Name, Verifier] = Field(

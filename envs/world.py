@@ -29,6 +29,7 @@ from envs import world_accounts as contracts
 from envs import world_cache as answers
 from envs import world_elastic as elastic
 from envs import world_feedback as feedback
+from envs import world_gateways as gateways
 from envs import world_hold as held_queue
 from envs import world_sessions as sessions
 from envs import world_tasks as tasks
@@ -67,8 +68,11 @@ def _post_finished(
     cached_tokens = request.cached_tokens if c < config[0].n_replicas else load.cached_tokens
     counts[w, books.RESTARTS, k] += request.restarts
     sessions.ended(desks[w], load, own[w, c])
+    mine = own[load.gateway, c]
+    if config[0].gateways > 1:
+        gateways.ended(own, loads, w, i, c)
     if request.status == LOST:
-        elastic.note_call(own[w, c], True, request.completed_at_s)
+        elastic.note_call(mine, True, request.completed_at_s)
         prompt_tokens = min(request.computed, load.prompt_tokens)
         cost_usd = 0.0  # a provider bills no call that failed
         if c < config[0].n_replicas:
@@ -96,13 +100,12 @@ def _post_finished(
         _post_unserved(terms, follow, lengths, desks, loads, ledger_usd, counts, w, i, count, account, cost_usd)
         return
     tpot_s = (request.completed_at_s - request.first_token_at_s) / max(load.output_tokens - 1, 1)
-    mine = own[w, c]
     since_sent_s = request.first_token_at_s - request.dispatched_at_s
     mine.recent_ttft_s, weight = running_mean(mine.recent_ttft_s, mine.weight, since_sent_s, latency.RECENT_ANSWERS)
     mine.recent_tpot_s, weight = running_mean(mine.recent_tpot_s, mine.weight, tpot_s, latency.RECENT_ANSWERS)
     mine.weight = weight
     elastic.note_call(mine, False, request.completed_at_s)
-    mean = lengths[w, k, load.task_index]
+    mean = lengths[load.gateway, k, load.task_index]
     mean.value, mean.weight = running_mean(mean.value, mean.weight, load.output_tokens, latency.RECENT_LENGTHS)
     cost_usd = static[v.CALL_USD, c] + books.answer_usd(
         load.prompt_tokens, cached_tokens, load.output_tokens,
@@ -254,6 +257,8 @@ def _buy_out(
     ttft_s, tpot_s = _provider_latency(static, sigmas, load, c, p)
     load.answered_by, load.cached_tokens, load.price_times = c, 0, own[w, c].price_times
     sessions.sent(desks[w], load, own[w, c])
+    if config[0].gateways > 1:
+        gateways.sent(own, loads, w, i, c)
     request.status, request.dispatched_at_s = COMPLETED, desks[w].now_s
     request.first_token_at_s = desks[w].now_s + ttft_s
     request.completed_at_s = request.first_token_at_s + tpot_s * (load.output_tokens - 1)
@@ -393,6 +398,8 @@ def _go_on(
             return
         i = _next_arrival(requests, desk, loads, counts, w, ready_s < arrival_s, next_s)
         _note_arrival(desk, loads[w, i], counts, w)
+        if config[0].gateways > 1:
+            gateways.note_arrival(lengths, loads[w, i].gateway, next_s)
         tasks.note_arrival(follow, loads, w, i)
         if config[0].keeps_accounts == 0 or contracts.arrive(terms, loads, counts, w, i, next_s):
             break
@@ -408,8 +415,8 @@ def _go_on(
 
 @kernel
 def _show(
-    config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries, follow, lengths,
-    signals, request_view, legal, p_true, w,
+    config, terms, tiers, replicas, providers, requests, desks, loads, prior, truth, good, own, entries, follow,
+    lengths, signals, request_view, legal, p_true, w,
 ):  # fmt: skip
     """Writes the View of the current decision, and beside it the hidden P(good) that only the learner reads."""
     desk = desks[w]
@@ -418,7 +425,7 @@ def _show(
     allowed = terms.allowed[load.class_index]
     n_replicas, n_providers = config[0].n_replicas, config[0].n_providers
     for c in range(n_replicas + n_providers):
-        mine = own[w, c]
+        mine = own[load.gateway, c]
         if c < n_replicas:
             replica = replicas[w, c]
             signals[v.IN_FLIGHT, w, c] = replica.in_flight
@@ -451,7 +458,7 @@ def _show(
         answers.show_nothing(signals, p_true, w, c)
     if config[0].feedback_delay_s >= 0.0:
         feedback.hear(desks, loads, prior, lengths, terms.by_class.shape[0], w)
-        feedback.show(config, tiers, lengths, signals, terms.by_class.shape[0], w, load.task_index)
+        feedback.show(config, tiers, lengths, signals, terms.by_class.shape[0], w, load)
     if load.turned_down > 0:
         tasks.show_trial(follow, desks, loads, tiers, prior, truth, good, signals, request_view, legal, p_true, w, c)
     elif desk.tried == 1:
@@ -463,7 +470,7 @@ def _show(
     legal[w, c + 2] = True
 
     request_view[v.PROMPT_TOKENS, w] = load.prompt_tokens
-    request_view[v.EXPECTED_OUTPUT_TOKENS, w] = lengths[w, load.class_index, load.task_index].value
+    request_view[v.EXPECTED_OUTPUT_TOKENS, w] = lengths[load.gateway, load.class_index, load.task_index].value
     request_view[v.CLASS_INDEX, w] = load.class_index
     request_view[v.TASK_INDEX, w] = load.task_index
     request_view[v.DIFFICULTY_SIGNAL, w] = load.difficulty_signal
@@ -488,6 +495,8 @@ def _show(
     contracts.show(config, terms, loads, request_view, w, i, desk.now_s)
     if follow.tasks.shape[1] > 0:
         tasks.show_session(follow, desks, loads, signals, request_view, w)
+    if config[0].gateways > 1:
+        gateways.show(config, replicas, requests, desks, loads, own, lengths, signals, request_view, w)
 
 
 @kernel
@@ -540,6 +549,8 @@ def step(
             if 0 <= c < kinds.shape[0] and kinds[c] <= v.PROVIDER and legal[w, c]:
                 sessions.sent(desks[w], loads[w, desks[w].current], own[w, c])
                 loads[w, desks[w].current].price_times = own[w, c].price_times
+                if config[0].gateways > 1:
+                    gateways.sent(own, loads, w, desks[w].current, c)
                 tasks.note_send(follow, desks, loads, w, c)
                 if desks[w].prefix_block_tokens > 0:
                     prefix_kernel.note_send(index, desks, loads, requests, signals, w, c)
@@ -556,8 +567,8 @@ def step(
             _account(desks, ledger_usd, w)
         if desks[w].done == 0:
             _show(
-                config, terms, tiers, replicas, providers, desks, loads, prior, truth, good, own, entries, follow,
-                lengths, signals, request_view, legal, p_true, w,
+                config, terms, tiers, replicas, providers, requests, desks, loads, prior, truth, good, own, entries,
+                follow, lengths, signals, request_view, legal, p_true, w,
             )  # fmt: skip
             if desks[w].prefix_block_tokens > 0:
                 prefix_kernel.show_cached(index, replicas, desks, loads, signals, legal, w)

@@ -23,6 +23,7 @@ from envs.economics.accounts import ACCOUNT, WINDOW, open_accounts
 from envs.fleet.state import record_array
 from envs.kernels import kernel
 from envs.workload.requests import Workload
+from envs.world_state import MET, MISSED, UNSERVED
 from marginroute import contracts
 from marginroute import view as v
 
@@ -141,6 +142,7 @@ def post_answer(
         ledger_usd, counts, terms.by_class, w, k, books.OVERAGE_REVENUE if beyond else books.USAGE_REVENUE,
         revenue_usd, value_usd, owed, load.prompt_tokens, output_tokens, ttft_s, tpot_s, e2e_s, good, account, cost_usd,
     )  # fmt: skip
+    load.outcome = MET if met else MISSED
     if owed:
         books_of.note_outcome(terms.by_class, terms.windows, w, k, met, value_usd, now_s)
 
@@ -150,7 +152,8 @@ def post_no_answer(terms, lengths, loads, ledger_usd, counts, w, i, count, accou
     """Posts that request `i` gets no answer; `count` is SHED, ABANDONED or FAILED."""
     load = loads[w, i]
     k = load.class_index
-    expected = lengths[w, k, load.task_index].value
+    load.outcome = UNSERVED
+    expected = lengths[load.gateway, k, load.task_index].value
     value_usd = books_of.expected_value_usd(terms.by_class, k, load.standing, load.prompt_tokens, expected)
     owed = load.standing != contracts.BEST_EFFORT
     books.post_unserved(ledger_usd, counts, terms.by_class, w, k, count, value_usd, owed, account, cost_usd)

@@ -18,9 +18,9 @@ import math
 from envs.economics import ledger as books
 from envs.fleet import engine, scaling
 from envs.fleet.faults import lose_requests, slow_replica
-from envs.fleet.state import ACTIVE, DRAINING
+from envs.fleet.state import ACTIVE, DRAINING, LEAVING
 from envs.kernels import kernel
-from envs.workload.faults import OF_PRICE, OF_REPLICA
+from envs.workload.faults import OF_PRICE, OF_REPLICA, OF_SPOT
 from marginroute import latency
 
 recent_errors = kernel(latency.recent_errors, inline="always")
@@ -96,6 +96,10 @@ def apply_changes(pools, tables, worlds, replicas, slots, providers, requests, d
                 )
             else:
                 slow_replica(pools, tables, worlds, replicas, slots, providers, requests, w, i, change.slowdown, now_s)
+        elif change.kind == OF_SPOT:
+            scaling.reclaim_replica(
+                pools, tables, worlds, replicas, slots, providers, requests, w, i, change.until_s, now_s
+            )
         elif change.kind == OF_PRICE:
             own[w, replicas.shape[1] + i].price_times = change.slowdown
         elif change.down >= 0:
@@ -121,7 +125,7 @@ def lose_hanging(pools, worlds, replicas, slots, requests, w, now_s):
     """At the horizon: nobody waits for the detection of a failure any more."""
     for r in range(replicas.shape[1]):
         rep = replicas[w, r]
-        if rep.state != ACTIVE and rep.state != DRAINING:
+        if rep.state != ACTIVE and rep.state != DRAINING and rep.state != LEAVING:
             lose_requests(pools[rep.pool], worlds[w], rep, slots, requests, w, True, now_s)
 
 

@@ -54,14 +54,14 @@ def hear(desks, loads, prior, lengths, n_classes, w):
             desk.judged_tail = -1
         else:
             loads[w, desk.judged_head].last_judged = -1
-        mean = lengths[w, n_classes + load.judged_tier, load.task_index]
+        mean = lengths[load.gateway, n_classes + load.judged_tier, load.task_index]
         surprise = load.judged_good - prior[w, i, load.judged_tier]
         mean.value, mean.weight = running_mean(mean.value, mean.weight, surprise, latency.RECENT_JUDGED)
 
 
 @kernel
-def show(config, tiers, lengths, signals, n_classes, w, task):
+def show(config, tiers, lengths, signals, n_classes, w, load):
     """Writes `recent_quality` of the request's task into the View."""
     for c in range(config[0].n_replicas + config[0].n_providers):
-        mean = lengths[w, n_classes + tiers[c], task]
+        mean = lengths[load.gateway, n_classes + tiers[c], load.task_index]
         signals[v.RECENT_QUALITY, w, c] = recent_quality(mean.value, mean.weight)

@@ -25,6 +25,11 @@ LOAD = np.dtype(
         ("prompt_key", "i4"),
         ("account", "i4"),  # of its customer, see world_accounts.py
         ("standing", "i4"),  # index into marginroute.contracts.STANDINGS
+        ("outcome", "i4"),  # OPEN, MET, MISSED or UNSERVED
+        # Gateway instances, see world_gateways.py
+        ("gateway", "i4"),  # row of its instance in `own`, `lengths` and the prefix index; w, if there is one
+        ("last_sent", "i4"),  # requests that its instance has in flight at the same place
+        ("next_sent", "i4"),
         ("answered_by", "i4"),  # candidate that the request was last sent to
         ("cached_tokens", "i4"),  # of its prompt, expected there
         ("prefix_at", "i4"),  # where its block hashes begin
@@ -57,6 +62,8 @@ LOAD = np.dtype(
     ]
 )
 """The workload as records, `(N, M)`, with the gateway's bookkeeping of each request."""
+
+OPEN, MET, MISSED, UNSERVED = range(4)  # LOAD.outcome: none yet or refused, answered within every SLO or not, lost
 
 DESK = np.dtype(
     [
@@ -122,6 +129,7 @@ CONFIG = np.dtype(
         ("cache_half", "f8"),  # what the operator takes for the curve of response_cache.p_reuse
         ("cache_width", "f8"),
         ("keeps_accounts", "i4"),  # 1: some class has an allowance, a rate limit or a longest prompt
+        ("gateways", "i4"),
         ("n_replicas", "i4"),
         ("n_providers", "i4"),
     ]
@@ -134,6 +142,7 @@ OWN = np.dtype(
         ("recent_tpot_s", "f8"),
         ("weight", "f8"),
         ("leading", "i4"),  # requests in flight there that others follow, or that are looked at
+        ("sent_head", "i4"),  # last request in flight there; kept with several gateway instances only
         ("error_share", "f8"),  # of recent calls, as of error_at_s
         ("error_at_s", "f8"),
         ("gpu_usd_per_s", "f8"),  # price of a replica while it is paid
@@ -143,7 +152,7 @@ OWN = np.dtype(
         ("powered_s", "f8"),  # paid, the same
     ]
 )
-"""What the gateway measured itself per replica and provider, `(N, R + V)`."""
+"""What a gateway measured itself per replica and provider, `(G N, R + V)`; facts of the world in the first N rows."""
 
 MEAN = np.dtype([("value", "f8"), ("weight", "f8")])
-"""Running means, `(N, K + T, J)`: output tokens by class and task, then surprise about quality by tier and task."""
+"""Running means, `(G N, K + T, J)`: output tokens by class and task, then surprise about quality by tier and task."""

@@ -84,6 +84,7 @@ TASK = np.dtype(
     [
         ("sent_at_s", "f8"),  # last call of the session
         ("station", "i4"),  # where it went; -1: nowhere yet
+        ("gateway", "i4"),  # instance that sent it, as in `LOAD`
         ("workflow", "i4"),  # -1: the session is no task
         ("class_index", "i4"),
         ("calls", "i4"),  # in the episode
@@ -238,7 +239,7 @@ def show_session(follow, desks, loads, signals, request_view, w):
     if load.session < 0:
         return
     task = follow.tasks[w, load.session]
-    if task.station >= 0:
+    if task.station >= 0 and task.gateway == load.gateway:
         signals[v.SESSION_IDLE_S, w, task.station] = desk.now_s - task.sent_at_s
         desk.session_station = task.station
     if load.workflow >= 0:
@@ -254,7 +255,7 @@ def note_send(follow, desks, loads, w, c):
     load = loads[w, desks[w].current]
     if load.session >= 0:
         task = follow.tasks[w, load.session]
-        task.station, task.sent_at_s = c, desks[w].now_s
+        task.station, task.gateway, task.sent_at_s = c, load.gateway, desks[w].now_s
 
 
 @kernel

@@ -27,15 +27,20 @@ class Terms(NamedTuple):
 
 
 def entitled(scenario: Scenario, layout: Layout) -> Array:
-    """(K, C) bool: candidates that each class is entitled to; nobody loses *defer* or *shed*."""
+    """(K, C) bool: candidates that each class is entitled to; nobody loses *defer* or *shed*.
+
+    A provider's batch endpoint is for classes that may wait.
+    """
     classes = scenario.plans.classes.values()
     allowed = np.ones((len(classes), layout.n_candidates), dtype=np.bool_)
     serving = np.flatnonzero(layout.kind <= v.PROVIDER)
+    batch = [name for name, provider in scenario.fleet.providers.items() if provider.batch_discount is not None]
     for row, customer in zip(allowed, classes, strict=True):
         tiers, stations = customer.entitlements.tiers, customer.entitlements.stations
         for c in serving:
             row[c] = tiers is None or layout.tier_names[layout.tier[c]] in tiers
             row[c] &= stations is None or layout.station_names[layout.station[c]] in stations
+            row[c] &= customer.delay_tolerant is not None or layout.station_names[layout.station[c]] not in batch
         row[layout.kind == v.CACHE] = customer.entitlements.cache
     return allowed
 
@@ -43,8 +48,9 @@ def entitled(scenario: Scenario, layout: Layout) -> Array:
 def terms_of(scenario: Scenario, layout: Layout) -> Terms:
     """The agreements of a scenario."""
     allowed = entitled(scenario, layout)
-    price = [(p.input_usd_per_mtok or 0.0) + (p.output_usd_per_mtok or 0.0) for p in scenario.fleet.providers.values()]
-    may = allowed[:, layout.kind == v.PROVIDER]
+    providers = scenario.fleet.providers.values()
+    price = [(p.input_usd_per_mtok or 0.0) + (p.output_usd_per_mtok or 0.0) for p in providers]
+    may = allowed[:, layout.kind == v.PROVIDER] & np.array([p.batch_discount is None for p in providers], dtype=bool)
     dearest = np.where(may, np.array(price), -1.0).argmax(axis=1) if price else np.zeros(len(may), dtype=np.int64)
     return Terms(
         by_class=scenario.terms(),

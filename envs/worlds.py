@@ -27,8 +27,9 @@ from envs.task_books import TaskBooks, verifiers, workflows
 from envs.workload.faults import CHANGE, changes
 from envs.workload.requests import Workload
 from envs.world_accounts import CustomerAccounts
+from envs.world_gateways import ROWS, instance_of
 from envs.world_sessions import load_sessions
-from envs.world_state import CONFIG, DESK, LOAD, MEAN, OWN
+from envs.world_state import CONFIG, DESK, LOAD, MEAN, OPEN, OWN
 from envs.world_terms import Terms, terms_of
 from marginroute import latency
 from marginroute import view as v
@@ -39,8 +40,8 @@ from marginroute.quality import QualityPrior
 from marginroute.view import Array, Layout, View
 
 SHARED = re.compile(
-    r"fleet\.(pools\.[^.]+\.(?!gpu|reserved_gpu|energy_|faults)|response_cache\.(semantic|shared)|telemetry|"
-    r"verifiers|providers\.[^.]+\.prompt_cache_ttl_s)|plans\.(workflows|classes\.[^.]+\.entitlements)"
+    r"fleet\.(pools\.[^.]+\.(?!gpu|reserved_gpu|energy_|faults|spot\.(gpu|mean))|response_cache\.(semantic|shared)|"
+    r"telemetry|gateway|verifiers|providers\.[^.]+\.prompt_cache_ttl_s)|plans\.(workflows|classes\.[^.]+\.entitlements)"
 )
 """Keys of a scenario that all worlds of a `FleetWorlds` have in common."""
 
@@ -184,13 +185,13 @@ class Plant:
                 row["cache_semantic"], row["cache_min_similarity"] = 1, search.min_similarity
                 row["cache_half"], row["cache_width"] = search.half_similarity, search.width
         row["keeps_accounts"] = CustomerAccounts([self.terms], 0).kept
+        row["gateways"] = fleet.gateways
         row["n_replicas"], row["n_providers"] = self.spec.n_replicas, len(self.spec.providers)
         return config
 
     def _gpu_usd_per_s(self) -> Array:
         rows = [
-            pool.gpus_per_replica
-            * (pool.reserved_usd_per_hour if r < pool.reserved_replicas else pool.gpu_usd_per_hour)
+            pool.gpus_per_replica * pool.replica_usd_per_hour(r)
             for pool, spec in zip(self.scenario.fleet.pools.values(), self.spec.pools, strict=True)
             for r in range(spec.rows)
         ]
@@ -218,11 +219,8 @@ class Plant:
                 provider = fleet.providers[name]
                 static[v.FIXED_TTFT_S, c] = provider.ttft_median_s
                 static[v.FIXED_TPOT_S, c] = provider.tpot_median_s
-                static[v.INPUT_USD, c] = (provider.input_usd_per_mtok or 0.0) * 1e-6
-                static[v.OUTPUT_USD, c] = (provider.output_usd_per_mtok or 0.0) * 1e-6
-                static[v.CACHED_INPUT_USD, c] = static[v.INPUT_USD, c]
+                static[[v.INPUT_USD, v.CACHED_INPUT_USD, v.OUTPUT_USD], c] = provider.usd_per_token()
                 if provider.cached_input_usd_per_mtok is not None:
-                    static[v.CACHED_INPUT_USD, c] = provider.cached_input_usd_per_mtok * 1e-6
                     static[v.PREFIX_CAPACITY_TOKENS, c] = PROVIDER_TOKENS
                     static[v.PREFIX_TTL_S, c] = provider.prompt_cache_ttl_s
             elif self.layout.kind[c] == v.CACHE:
@@ -247,10 +245,13 @@ class FleetWorlds:
         n, c, k = n_worlds, layout.n_candidates, len(terms)
         stations = self.plant.spec.n_replicas + len(self.plant.spec.providers)
         self.desks = record_array(n, DESK)
-        self.own = record_array((n, stations), OWN)
+        gateways = self.plant.scenario.fleet.gateways
+        rows = gateways * n  # of memory, see world_gateways.py
+        self.own = record_array((rows, stations), OWN)
         self.own["gpu_usd_per_s"][:, : self.plant.spec.n_replicas] = self.plant.gpu_usd_per_s
         self.changes = record_array((n, 0), CHANGE)
-        self.lengths = record_array((n, k + len(layout.tier_names), len(layout.task_names)), MEAN)
+        known = k + len(layout.tier_names) + (ROWS if gateways > 1 else 0)
+        self.lengths = record_array((rows, known, len(layout.task_names)), MEAN)
         self.ledger_usd = np.zeros((n, len(ACCOUNTS), k + 1))
         self.counts = np.zeros((n, len(COUNTS), k), dtype=np.int64)
         self.action_counts = np.zeros((n, len(v.KINDS)), dtype=np.int64)
@@ -266,7 +267,7 @@ class FleetWorlds:
         self.answers = CachedAnswers(self.plant.cache_access, self.plant.config[0], n)
         self.books = TaskBooks(self.plant.verifiers, self.plant.workflows, self.plant.shared_luck, self._lookup_s(), n)
         sends = int(self.plant.config[0]["max_attempts"]) + max(self.books.attempts - 1, 0)
-        self.prefixes = GatewayPrefixes(self.plant.static_signals, stations, n, sends)
+        self.prefixes = GatewayPrefixes(self.plant.static_signals, stations, n, sends, gateways)
         self._allocate(max_requests, 0)
         self._caps = self._per_replica(None)
 
@@ -353,7 +354,11 @@ class FleetWorlds:
         load["deadline_s"] -= embed_s
         load["ttft_noise"], load["tpot_noise"] = workload.provider_noise.T
         load["judged"] = workload.judged
-        load["answered_by"], load["cached_tokens"], load["attempts"] = -1, 0, 0
+        load["answered_by"], load["cached_tokens"], load["attempts"], load["outcome"] = -1, 0, 0, OPEN
+        gateways = self.plant.scenario.fleet.gateways
+        load["gateway"] = w
+        if gateways > 1:
+            load["gateway"] += self.n_worlds * instance_of(workload, gateways, self.plant.scenario.fleet.gateway_spread)
         self.prefixes.load(w, workload, load)
         self.prior[w, :m], self.truth[w, :m], self.good[w, :m] = workload.p_good_prior, workload.p_good, workload.good
         requests = self.fleet.requests[w, :m]
@@ -377,15 +382,17 @@ class FleetWorlds:
         desk["window_closes_s"] = self.customers.load(w, workload, load, self._arguments[1].by_class[workload.variant])
         static, stations = member.static_signals, self.own.shape[1]
         self.signals[: v.N_STATIC_SIGNALS, w] = static
-        self.own["gpu_usd_per_s"][w, : self.plant.spec.n_replicas] = member.gpu_usd_per_s
-        self.own["recent_ttft_s"][w] = static[v.FIXED_TTFT_S, :stations]
-        self.own["recent_tpot_s"][w] = static[v.FIXED_TPOT_S, :stations] + static[v.BASE_S, :stations]
+        own = self.own[w :: self.n_worlds]
+        own["gpu_usd_per_s"][:, : self.plant.spec.n_replicas] = member.gpu_usd_per_s
+        own["recent_ttft_s"] = static[v.FIXED_TTFT_S, :stations]
+        own["recent_tpot_s"] = static[v.FIXED_TPOT_S, :stations] + static[v.BASE_S, :stations]
         for name in ("weight", "leading", "error_share", "error_at_s", "paid_s"):
-            self.own[name][w] = 0.0
-        self.own["price_times"][w] = 1.0
+            own[name] = 0.0
+        own["price_times"], own["sent_head"] = 1.0, -1
         k = len(self.plant.terms)
-        self.lengths[w] = np.zeros((), dtype=MEAN)
-        self.lengths["value"][w, :k], self.lengths["weight"][w, :k] = member.output_tokens, latency.PRIOR_LENGTHS
+        lengths = self.lengths[w :: self.n_worlds]
+        lengths[...] = np.zeros((), dtype=MEAN)
+        lengths["value"][:, :k], lengths["weight"][:, :k] = member.output_tokens, latency.PRIOR_LENGTHS
         for array in (self.ledger_usd, self.counts, self.action_counts):
             array[w] = 0
         state.limit_providers(self.fleet.providers[w], member.spec)
@@ -476,7 +483,8 @@ class FleetWorlds:
         spec, r = self.plant.spec, self.plant.spec.n_replicas
         pools = np.arange(len(spec.pools))[:, None] == spec.pool_of_replica[None, :]
         mean = (pools / pools.sum(axis=1, keepdims=True)).T
-        return (self.own["busy_s"][:, :r] @ mean) / np.maximum(self.own["powered_s"][:, :r] @ mean, 1e-9)
+        own = self.own[: self.n_worlds, :r]
+        return (own["busy_s"] @ mean) / np.maximum(own["powered_s"] @ mean, 1e-9)
 
     def run(self, policy: Policy, max_steps: int | None = None) -> None:
         """Lets a policy decide until every world is done (or for `max_steps` decisions)."""

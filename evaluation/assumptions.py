@@ -81,10 +81,14 @@ def _costs(scenario: Scenario) -> list[Assumption]:
     found = []
     for name, provider in scenario.fleet.providers.items():
         value = f"{provider.input_usd_per_mtok:g} / {provider.output_usd_per_mtok:g} USD per Mtok in / out"
+        if provider.batch_discount is not None:
+            value += f", less {100.0 * provider.batch_discount:g} % as batch"
         source = provider.price_source or ""
         found.append(Assumption(f"prices of {name}", value, PUBLIC if source else ASSUMED, source))
     for name, pool in scenario.fleet.pools.items():
         value = f"{pool.replicas} x {pool.gpus_per_replica} GPU at {pool.gpu_usd_per_hour:g} USD per GPU-hour"
+        if pool.spot is not None:
+            value += f", {pool.paid_replicas[2]} of them spot at {pool.spot.gpu_usd_per_hour:g}"
         found.append(Assumption(f"GPUs of {name}", value, ASSUMED))
     return found
 

@@ -32,7 +32,7 @@ MODELLED = frozenset(
     e2e_credit_share unserved_credit_share unserved_credit_usd patience_s delay_tolerant name
     profile replicas tier kv_blocks block_size_tokens max_num_seqs max_num_batched_tokens scheduler
     watermark_share vidur_quirks skip_iterations prefix_caching ttft_s ttft_sigma tpot_s tpot_sigma
-    requests_per_minute burst_requests max_replicas reserved_replicas speculation
+    requests_per_minute burst_requests max_replicas reserved_replicas spot_replicas speculation
     request_usd commitment_usd_per_s committed_usd quota_requests beyond overage_usd beyond_factor prepaid_usd
     rate_per_s context_tokens
     """.split()  # noqa: SIM905
@@ -42,7 +42,7 @@ HARMLESS = frozenset(
     """
     period_s rate_burst window_s window_target window_share window_low_target window_low_share
     bad_lifetime_usd missed_lifetime_usd unserved_lifetime_usd in_flight_cap min_replicas provision_s load_s
-    paid_from_load detect_s connection_errors scheduling_policy tokens_per_minute burst_tokens error_after_s
+    paid_from_load detect_s connection_errors notice_s scheduling_policy tokens_per_minute burst_tokens error_after_s
     """.split()  # noqa: SIM905
 )
 """Those that can only lower what is earned."""

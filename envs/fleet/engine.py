@@ -71,6 +71,7 @@ def _reset_replica(pool, rep, slots, w, r, phase):
     rep.slowdown = 1.0
     rep.idle_from_s = rep.paid_s = 0.0
     rep.change_s = rep.repaired_s = math.inf
+    rep.absent_until_s = 0.0
     rep.detected = 0
     if r - pool.first_replica < pool.replicas:
         rep.state = ACTIVE

@@ -39,8 +39,8 @@ NOT_SUBMITTED, IN_FLIGHT, COMPLETED, ABANDONED, FAILED, LOST = 0, 1, 2, 3, 4, 5
 # LOST: ended without an answer by a fault; whoever sent it may reset the row and send it again
 
 # REPLICA.state, see envs/fleet/scaling.py and envs/fleet/faults.py
-REPLICA_STATES = ("active", "draining", "starting", "failed", "off")
-ACTIVE, DRAINING, STARTING, DOWN, OFF = range(5)
+REPLICA_STATES = ("active", "draining", "starting", "failed", "off", "leaving")
+ACTIVE, DRAINING, STARTING, DOWN, OFF, LEAVING = range(6)
 
 # POOL.scheduler
 SCHEDULERS = {"vllm-v1": 0, "prefill-first": 1, "sarathi": 2}
@@ -71,6 +71,7 @@ POOL = np.dtype(
         ("max_replicas", "i8"),  # rows of `replicas`
         ("min_replicas", "i8"),
         ("reserved_replicas", "i8"),
+        ("notice_s", "f8"),  # from the notice that a spot machine is reclaimed until it goes
         ("provision_s", "f8"),
         ("load_s", "f8"),
         ("paid_from_load", "i8"),  # 1: paid from the start of loading, 0: from the start of provisioning
@@ -171,8 +172,9 @@ REPLICA = np.dtype(
         ("state", "i8"),
         ("slowdown", "f8"),  # factor on the seconds of iterations
         ("idle_from_s", "f8"),  # when it last had nothing more to do
-        ("change_s", "f8"),  # when it is ready, or its failure is detected or repaired; inf: nothing under way
+        ("change_s", "f8"),  # when it is ready, its failure detected or repaired, its machine gone; inf: never
         ("repaired_s", "f8"),  # when the machine of a failed replica works again
+        ("absent_until_s", "f8"),  # when there is spot capacity again
         ("paid_from_s", "f8"),  # since when this machine is paid; inf: it is not
         ("paid_s", "f8"),  # closed periods; `paid_seconds` adds the open one
         ("detected", "i8"),  # 1: the gateway knows that the replica is down
@@ -306,6 +308,8 @@ class PoolSpec:
         max_replicas: Engines that it may be scaled up to; 0: as many as `replicas`.
         min_replicas: Engines that it may be scaled down to.
         reserved_replicas: The first ones, paid all the time, whether they run or not.
+        spot_replicas: The last ones, whose machines may be reclaimed.
+        notice_s: From the notice that a machine is reclaimed until it goes.
         provision_s: From asking for a machine until it is there.
         load_s: From there until the weights are loaded and requests are taken; also after a repair.
         paid_from_load: A machine is paid once it is there, not from asking for it.
@@ -332,6 +336,8 @@ class PoolSpec:
     max_replicas: int = 0
     min_replicas: int = 1
     reserved_replicas: int = 0
+    spot_replicas: int = 0
+    notice_s: float = 0.0
     provision_s: float = 0.0
     load_s: float = 0.0
     paid_from_load: bool = False
@@ -445,7 +451,9 @@ def check_pool(pool: PoolSpec) -> None:
     _check(pool.max_replicas in (0, max(pool.max_replicas, pool.replicas)), pool, "max_replicas", "replicas or more")
     _check(0 <= pool.min_replicas <= pool.replicas, pool, "min_replicas", "from 0 to replicas")
     _check(0 <= pool.reserved_replicas <= pool.rows, pool, "reserved_replicas", "from 0 to max_replicas")
-    for field in ("provision_s", "load_s", "detect_s"):
+    most = pool.rows - pool.reserved_replicas
+    _check(0 <= pool.spot_replicas <= most, pool, "spot_replicas", "from 0 to max_replicas less reserved_replicas")
+    for field in ("provision_s", "load_s", "detect_s", "notice_s"):
         _check(0.0 <= getattr(pool, field) < math.inf, pool, field, "0 or more")
     _check(pool.max_num_seqs <= 4096, pool, "max_num_seqs", "at most 4096")
     _check(pool.block_size_tokens <= 1024, pool, "block_size_tokens", "at most 1024")

@@ -6,7 +6,8 @@ exponential repairs with mean `mean_repair_s`, starting in service, so that afte
 
     mean_repair_s / (mean_time_between_s + mean_repair_s)
 
-of the time is lost. What a fault does stands in envs/fleet/faults.py.
+of the time is lost. What a fault does stands in envs/fleet/faults.py. That a spot machine is reclaimed is a fault of
+the replica, too: it starts with the notice and lasts until there is capacity again (envs/fleet/scaling.py).
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-OF_REPLICA, OF_PROVIDER, OF_PRICE = 0, 1, 2
+OF_REPLICA, OF_PROVIDER, OF_PRICE, OF_SPOT = 0, 1, 2, 3
 
 FAULT = np.dtype(
     [
-        ("kind", "i4"),  # OF_REPLICA, OF_PROVIDER, or OF_PRICE of a provider
+        ("kind", "i4"),  # OF_REPLICA, OF_PROVIDER, OF_PRICE of a provider, or OF_SPOT: a replica's machine is reclaimed
         ("index", "i4"),  # of the replica over all pools, or of the provider
         ("starts_at_s", "f8"),
         ("ends_at_s", "f8"),
@@ -50,7 +51,7 @@ class FaultLaw:
     """How often one replica or provider fails, and for how long.
 
     Attributes:
-        kind: OF_REPLICA or OF_PROVIDER.
+        kind: OF_REPLICA, OF_PROVIDER or OF_SPOT.
         index: Of the replica or provider.
         mean_time_between_s: Mean time of service between two faults.
         mean_repair_s: Mean length of a fault.
@@ -108,8 +109,8 @@ def changes(faults: Array) -> Array:
     """
     rows = []
     down = np.isinf(faults["slowdown"])
-    for row in faults[down & (faults["kind"] == OF_REPLICA)]:
-        rows.append((row["starts_at_s"], OF_REPLICA, row["index"], 1, 1.0, row["ends_at_s"]))
+    for row in faults[down & np.isin(faults["kind"], (OF_REPLICA, OF_SPOT))]:
+        rows.append((row["starts_at_s"], row["kind"], row["index"], 1, 1.0, row["ends_at_s"]))
     for kind, index in sorted({(int(row["kind"]), int(row["index"])) for row in faults}):
         mine = faults[(faults["kind"] == kind) & (faults["index"] == index)]
         slow = mine[~np.isinf(mine["slowdown"])]

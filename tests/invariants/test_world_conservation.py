@@ -65,6 +65,9 @@ def faults():
     )
 
 
+SPOT = {"replicas": 1, "gpu_usd_per_hour": 1.0, "mean_time_between_s": 3.0, "mean_absence_s": 2.0, "notice_s": 0.5}
+
+
 @st.composite
 def shaky_scenarios(draw):
     """The scenarios above with faults, retries, and pools that can be scaled."""
@@ -74,6 +77,7 @@ def shaky_scenarios(draw):
             "max_replicas": pool["replicas"] + draw(st.integers(0, 2)),
             "min_replicas": draw(st.integers(0, 1)),
             "reserved_replicas": draw(st.integers(0, 1)),
+            "spot": draw(st.sampled_from([None, SPOT])) if pool["replicas"] > 1 else None,
             "provision_s": draw(st.sampled_from([0.0, 1.0])),
             "load_s": draw(st.sampled_from([0.0, 0.5])),
             "paid_from": draw(st.sampled_from(["provision", "load"])),

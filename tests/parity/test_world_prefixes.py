@@ -93,7 +93,7 @@ def test_a_restart_empties_the_record_of_one_candidate(hand_scenario):
     index, loads = kernel_index(workload, [9, 9], [np.inf, np.inf], 2)
     for c in (0, 1):
         prefix_kernel.insert(index, loads, 0, c, 0, 0.0)
-    prefix_kernel.forget(index, loads, 0, 0)
+    prefix_kernel.forget(index, loads, 0, 0, 0)
     assert [prefix_kernel.match(index, loads, 0, c, 1, 0.0) for c in (0, 1)] == [0, 2]
     assert int(index.marks["blocks"][0, 0]) == 0
 
