@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from envs.economics.ledger import ACCOUNTS, REVENUE_ACCOUNTS
+from evaluation.fairness import fairness_documents
 from evaluation.latency import METRICS
 from evaluation.report import PER_1K, Report, accounts_usd_per_1k, action_shares, shed_shares
 from evaluation.results import EpisodeResults, Floats
@@ -133,6 +134,7 @@ def _policy_document(report: Report, name: str) -> dict[str, Any]:
         "accounts": accounts_usd_per_1k(results),
         "by_class": {class_name: _class_document(results, k) for k, class_name in enumerate(results.class_names)},
         "by_workflow": workflow_documents(results),
+        "fairness": fairness_documents(results),
     }
 
 

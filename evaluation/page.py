@@ -12,6 +12,7 @@ from pathlib import Path
 
 from evaluation.calibration import verdict_words
 from evaluation.controls import CONTROLS, MATCHED_COST, answer_cost_usd
+from evaluation.fairness import fairness_documents
 from evaluation.page_data import PageData
 from evaluation.page_figures import figures
 from evaluation.page_parts import drawn, frame, paragraph, section, table, text
@@ -142,7 +143,22 @@ def comparison_section(report: Report, shown: str, title: str = "All policies") 
         f" {', '.join(first.class_names)}."
         f" {router_words(first)}."
     )
-    return section(title, table(heads, _rows(report), {shown}), paragraph(note, "note"))
+    return section(title, table(heads, _rows(report), {shown}), paragraph(note, "note"), *_fairness(report, shown))
+
+
+def _fairness(report: Report, shown: str) -> list[str]:
+    """Whether customers of a class are served alike; nothing where no class has several."""
+    fair = {name: fairness_documents(report.results[name]) for name in report.ranking}
+    known = [name for name in fair[shown] if all(name in of for of in fair.values())]
+    if not known:
+        return []
+    heads = [head for name in known for head in (f"worst of {name}, SLO %", f"Jain's index of {name}")]
+    rows = []
+    for policy, of in fair.items():
+        pairs = [(f"{100.0 * of[name]['worst_slo_attainment']:.1f}", f"{of[name]['jain']:.3f}") for name in known]
+        rows.append([policy, *(cell for pair in pairs for cell in pair)])
+    words = "Customers of a class: SLO attainment of the one served worst, and Jain's index (1: all alike)."
+    return [paragraph(words, "note"), table(("policy", *heads), rows, {shown})]
 
 
 def _accounts(report: Report, names: list[str]) -> str:

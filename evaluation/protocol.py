@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.deciders import Deciders
+from evaluation.fairness import tenant_counts
 from evaluation.latency import BINS, METRICS, histogram
 from evaluation.progress import Progress, silent
 from evaluation.results import EpisodeResults, check_paired, concatenate
@@ -161,6 +162,7 @@ def play(
         latency_histogram=latency_histogram(worlds, workloads),
         workflow_usd=worlds.books.arrays.usd,
         workflow_counts=worlds.books.arrays.counts,
+        tenant_counts=tenant_counts(worlds, workloads),
         workflow_names=tuple(plant.scenario.plans.workflows),
         hazard_usd=plant.hazard_usd,
     )

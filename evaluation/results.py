@@ -28,6 +28,7 @@ ARRAYS = (
     "latency_histogram",
     "workflow_usd",
     "workflow_counts",
+    "tenant_counts",
 )
 
 
@@ -51,6 +52,7 @@ class EpisodeResults:
             (bins of `evaluation.latency`); answers from the response cache are not in it.
         workflow_usd: (E, A, W) what the calls and successes of each kind of task were posted with.
         workflow_counts: (E, 5, W), in the order of `envs.world_tasks.WORKFLOW_COUNTS`.
+        tenant_counts: (E, 3, K, G) calls, answers, and answers inside every SLO, of each customer of a class.
         workflow_names: W kinds of task that pay when they succeed.
         hazard_usd: (3, K) lifetime value that a bad answer, a missed SLO and no answer cost in expectation; None: none.
     """
@@ -70,9 +72,13 @@ class EpisodeResults:
     hazard_usd: Floats | None = None
     workflow_usd: Floats = None  # type: ignore[assignment]
     workflow_counts: Floats = None  # type: ignore[assignment]
+    tenant_counts: Ints = None  # type: ignore[assignment]
     workflow_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.tenant_counts is None:
+            nobody = np.zeros((len(self.seeds), 3, len(self.class_names), 0), dtype=np.int64)
+            object.__setattr__(self, "tenant_counts", nobody)
         for name, rows in (("workflow_usd", ACCOUNTS), ("workflow_counts", WORKFLOW_COUNTS)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, np.zeros((len(self.seeds), len(rows), 0)))
@@ -163,8 +169,15 @@ class EpisodeResults:
 def concatenate(parts: Sequence[EpisodeResults]) -> EpisodeResults:
     """Joins the episodes of one policy, ordered by seed."""
     order = np.argsort(np.concatenate([part.seeds for part in parts]), kind="stable")
+    tenants = max(part.tenant_counts.shape[3] for part in parts)
+    parts = [replace(part, tenant_counts=_wider(part.tenant_counts, tenants)) for part in parts]
     joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts])[order] for name in ARRAYS}
     return replace(parts[0], **joined)
+
+
+def _wider(counts: Ints, tenants: int) -> Ints:
+    """The same counts with room for so many customers."""
+    return np.pad(counts, ((0, 0), (0, 0), (0, 0), (0, tenants - counts.shape[3])))
 
 
 def check_paired(results: Mapping[str, EpisodeResults]) -> None:

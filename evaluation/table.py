@@ -15,6 +15,7 @@ from rich.table import Table
 from envs.economics.ledger import ACCOUNTS
 from evaluation.calibration import verdict_words
 from evaluation.controls import CONTROLS, MATCHED_COST, SHUFFLED_MIX
+from evaluation.fairness import fairness_documents
 from evaluation.report import PER_1K, Paired, Report, accounts_usd_per_1k, action_shares, shed_shares
 from evaluation.results import EpisodeResults, Floats
 from evaluation.router_cost import router_words
@@ -104,6 +105,8 @@ def _note(report: Report, first: EpisodeResults) -> str:
         note = f"{note}. lifetime: customer lifetime value lost, {'part of' if counted else 'beside'} the margin"
     if any(results.count("refused").any() for results in report.results.values()):
         note = f"{note}. refused: turned away by contract (429), of all calls; the other shares are of the rest"
+    if fairness_documents(first):
+        note = f"{note}. Jain's index: of the SLO attainment of a class's customers; 1: all alike"
     return f"{note}. SLO: answered inside every SLO of the class; lost: shed, abandoned or failed."
 
 
@@ -196,8 +199,15 @@ def _service_groups(report: Report) -> list[Group]:
     refused = []
     if any(r.count("refused").any() for r in results):
         refused = [make_group("refused %", heads, [_percents(r.share("refused")) for r in results])]
+    fair = [fairness_documents(r) for r in results]
+    worst = []
+    if known := [name for name in heads if all(name in of for of in fair)]:
+        cells = [_percents([of[name]["worst_slo_attainment"] for name in known]) for of in fair]
+        index = [[f"{of[name]['jain']:.3f}" for name in known] for of in fair]
+        worst = [make_group("worst customer SLO %", known, cells), make_group("Jain's index", known, index)]
     return [
         make_group("SLO %", heads, [_percents(r.share("slo_ok")) for r in results]),
+        *worst,
         make_group("quality %", heads, [_percents(r.share("good", "served")) for r in results]),
         make_group("lost %", heads, [_percents(shed_shares(r)) for r in results]),
         *refused,

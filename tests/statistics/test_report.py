@@ -61,6 +61,14 @@ class WorkflowModel(Strict):
     revenue_per_finished_task_usd: float
 
 
+class FairnessModel(Strict):
+    customers: Annotated[int, Field(ge=2)]
+    jain: Share
+    worst_slo_attainment: Share
+    best_slo_attainment: Share
+    worst_served: Share
+
+
 class PolicyModel(Strict):
     margin_usd_per_1k_requests: EstimateModel
     margin_usd_per_hour: EstimateModel
@@ -82,6 +90,7 @@ class PolicyModel(Strict):
     accounts: dict[Literal[ACCOUNTS], float]
     by_class: dict[str, ClassModel]
     by_workflow: dict[str, WorkflowModel]
+    fairness: dict[str, FairnessModel]
 
 
 class PairedModel(Strict):
