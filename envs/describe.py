@@ -25,6 +25,7 @@ from marginroute.errors import InputError
 Array = np.ndarray[Any, Any]
 
 _DEFAULT_S = 3600.0
+MOST_KS, MOST_FANO, MOST_HITS = 0.07, 0.30, 0.03  # how far a fitted generator may be off, see docs/workloads.md
 Row = tuple[str, ...]
 
 
@@ -37,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     clock_s = max(clock_of(stream) for stream in streams)
     figures = [summary(stream, clock_s) for stream in streams]
     titles = [Path(name).name for name in names]
-    rows = table(figures, _distances(streams))
+    distances = _distances(streams)
+    rows = [*table(figures, distances), *goals(figures, distances)]
     _print(titles, rows, streams, clock_s)
     if arguments.out is not None:
         write_whole(arguments.out, page(titles, streams, rows, clock_s))
@@ -190,6 +192,25 @@ def table(figures: list[Summary], distances: list[tuple[float, float]]) -> list[
     for at, tokens in enumerate(CACHE_TOKENS):
         size = "any size" if math.isinf(tokens) else f"{tokens / 1e6:g}M tokens"
         each(f"prefix hits, {size}", "{:.1%}", "hits", at)
+    return rows
+
+
+def goals(figures: list[Summary], distances: list[tuple[float, float]]) -> list[Row]:
+    """Whether the second stream is as near to the first as a generator should be: what was found, met or missed."""
+    rows: list[Row] = []
+
+    def judge(label: str, found: list[str], met: bool) -> None:
+        rows.append((f"goal: {label}", " / ".join(found), "met" if met else "missed"))
+
+    for (one, other), pair in zip([figures] if len(figures) == 2 else [], distances, strict=False):
+        judge(f"lengths, KS <= {MOST_KS:g}", [f"{x:.3f}" for x in pair], max(pair) <= MOST_KS)
+        off = [theirs / ours - 1.0 for ours, theirs in zip(one.fano, other.fano, strict=False) if ours > 0.0]
+        off = [x for x in off if math.isfinite(x)]
+        if off:
+            judge(f"Fano within {MOST_FANO:.0%}", [f"{x:+.0%}" for x in off], max(map(abs, off)) <= MOST_FANO)
+        points = [abs(theirs - ours) for ours, theirs in zip(one.hits, other.hits, strict=False)]
+        if points:
+            judge(f"prefix hits within {MOST_HITS:.0%}", [f"{max(points):.1%}"], max(points) <= MOST_HITS)
     return rows
 
 
