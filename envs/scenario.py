@@ -137,8 +137,9 @@ class Scenario(Section):
         """First 16 hex digits of the SHA-256 of the resolved scenario, names and prices replaced by content.
 
         Conditions do not enter: nothing is tuned or trained under them, and each is a scenario with a hash of its own.
+        Neither do titles and descriptions.
         """
-        data = {key: value for key, value in self.resolved().items() if key != "conditions"}
+        data = _without_prose({key: value for key, value in self.resolved().items() if key != "conditions"})
         text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -249,6 +250,15 @@ def _digest(path: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _without_prose(data: Any) -> Any:
+    if isinstance(data, list):
+        return [_without_prose(item) for item in data]
+    if not isinstance(data, dict):
+        return data
+    prose = {key for key in ("title", "description") if isinstance(data.get(key), str)}
+    return {key: _without_prose(value) for key, value in data.items() if key not in prose}
 
 
 def load_scenario(
