@@ -394,7 +394,7 @@ def tuned_baselines(run: Run, plant: Any, whole: bool) -> Path:
     from evaluation.progress import progress_bar
 
     scenario, target = run.scenario(), run.folder / baselines.FILE
-    budget, command = Budget(requests=run.config().tuning_requests), run.info()["command"]
+    budget, command = Budget.of(run.config().tuning_requests, scenario), run.info()["command"]
     if not target.is_file():
         found = None if run.info().get("retune") else baselines.find(scenario)
         if found is not None:

@@ -18,6 +18,7 @@ import numpy as np
 import optuna
 
 from agents.quality import fit_quality, fit_reuse
+from envs.scenario import Scenario
 from envs.worlds import FleetWorlds, Plant
 from marginroute import heuristics, quality
 from marginroute import view as v
@@ -32,6 +33,7 @@ Progress = Callable[[int, int], None]  # done, total
 AS_IT_COMES = "shipped-default"  # the one baseline whose parameters stay what gateways ship
 AGREEMENT = 0.005  # restarts agree when their validation margins differ by less than this share
 CHECKED_EPISODES = 16
+GENERATIONS, LEAST_EPISODES = 12, 4  # what CMA-ES needs of the first to get anywhere, and what tells rules apart
 SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 1.0)
 REUSED_SHARE = 0.5  # of the stored answers found that are given while outcomes are logged
 CASCADE_TIERS = 3  # models in a cascade at most, as in FrugalGPT
@@ -55,6 +57,12 @@ class Budget:
     population: int = 16
     restarts: int = 4
     validation_episodes: int = 32
+
+    @classmethod
+    def of(cls, requests: int, scenario: Scenario) -> Budget:
+        """The budget of `requests` whose objective leaves room for `GENERATIONS`, if few episodes allow it."""
+        asked = requests / (GENERATIONS * cls.population * max(scenario.generate(0, "train").n_requests, 1))
+        return cls(requests=requests, episodes=min(max(int(asked), LEAST_EPISODES), cls.episodes))
 
 
 @dataclass

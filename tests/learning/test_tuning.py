@@ -166,3 +166,10 @@ def test_heuristics_survive_plain_data(tiny_tuned):
 
 def test_budget_defaults_restart_at_least_twice():
     assert Budget().restarts >= 2
+
+
+@pytest.mark.parametrize(("requests", "episodes"), [(1, 4), (12 * 16 * 9 * 100, 9), (10**9, 16)])
+def test_a_budget_leaves_room_for_generations(small_scenario, requests, episodes):
+    """Twelve generations of sixteen rules on as many episodes of 100 requests as fit, from 4 to 16."""
+    assert small_scenario.generate(0, "train").n_requests == 100
+    assert Budget.of(requests, small_scenario) == Budget(requests=requests, episodes=episodes)
