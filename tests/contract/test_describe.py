@@ -39,6 +39,18 @@ def test_a_trace_beside_a_scenario(chats, tmp_path, capsys, monkeypatch):
     assert text.startswith("<!doctype html>") and "Prefix hits within reach" in text and "src=" not in text[:3000]
 
 
+def test_goals_are_met_by_the_stream_itself_and_missed_by_another(chats, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    found = {}
+    for other in (str(chats), "quickstart"):
+        assert main(["describe", str(chats), "--against", other]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("goal:")]
+        found[other] = [line[-1] for line in lines]
+        assert lines[0][1:5] == ["lengths,", "KS", "<=", "0.07"]
+    assert found[str(chats)] == ["met"] * 3  # lengths, dispersion, prefix hits
+    assert found["quickstart"][0] == "missed"
+
+
 def test_a_stretch_of_a_trace(chats, capsys):
     assert main(["describe", str(chats), "--from-s", "30", "--to-s", "60"]) == 0
     requests = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("requests"))
