@@ -10,6 +10,7 @@ Try:
   python evaluate.py --log decisions.jsonl                     does the world predict your gateway's log?
   python evaluate.py --log decisions.jsonl --policy runs/mine  off-policy: what it would have earned
   python evaluate.py --suite --out reports                     every scenario
+  python evaluate.py --policy runs/quickstart --ray auto       episodes played by a Ray cluster, with the same numbers
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def parser() -> Parser:
     parse.add_argument("--render", type=Path, metavar="FILE.gif", help="save episode --seed as a clip")
     parse.add_argument("--track", action="store_true", help="with --render: send the clip to Weights & Biases, too")
     parse.add_argument("--workers", type=int, help="processes (default: one per core that may be used)")
+    parse.add_argument("--ray", metavar="ADDRESS", help="have a Ray cluster play: auto, local or HOST:PORT")
     parse.add_argument("--no-cache", action="store_true", help="play again what was played before")
     parse.add_argument("--json", type=Path, metavar="FILE", help="write the figures, too")
     parse.add_argument("--report", type=Path, metavar="FILE.html", help="write a page with figures, too (.md: a card)")
@@ -77,18 +79,27 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the comparison and prints it; bad input exits 2."""
     args = parser().parse_args(argv)
     check_flags(args)
-    from evaluation.contest import EPISODES, MOST_EPISODES, Play, enter, hold, usual_episodes
+    from agents.cluster import crew_of
+    from evaluation.contest import EPISODES, MOST_EPISODES, Play
     from evaluation.document import check_target
 
     for target in (args.json, args.report, args.render):
         if target is not None:
             check_target(target)
     episodes = args.episodes or (MOST_EPISODES if args.until_ci is not None else EPISODES)
-    play = Play(episodes, args.seed, args.workers, not args.no_cache, args.until_ci)
     settings = planned(args)
+    with crew_of(args.ray, args.workers) as workers:
+        carry_out(args, Play(episodes, args.seed, workers, not args.no_cache, args.until_ci), settings)
+    return 0
+
+
+def carry_out(args: argparse.Namespace, play: Play, settings: list[dict[str, str]]) -> None:
+    """What the flags ask for."""
+    from evaluation.contest import enter, hold, usual_episodes
+
     if args.suite:
         suite(args, play)
-        return 0
+        return
     if args.log is not None:
         from evaluation.log_command import backtest, off_policy
 
@@ -96,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
             off_policy(args, None if args.scenario is None else load(args, {}))
         else:
             backtest(args, load(args, {}))
-        return 0
+        return
     scenario = load(args, {})
     if scenario.control is not None:
         check_controlled(args)
@@ -117,7 +128,6 @@ def main(argv: list[str] | None = None) -> int:
         from evaluation.compare import compare
 
         compare(args, scenario, hold(scenario, entrants, play), play)
-    return 0
 
 
 def check_controlled(args: argparse.Namespace) -> None:

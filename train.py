@@ -34,6 +34,7 @@ MAX_SEED = 400_000  # training seeds take 10,000 episodes each, out of the 2**32
 if TYPE_CHECKING:
     from agents.config import TrainingConfig
     from agents.run import Run
+    from agents.workers import Crew
     from envs.scenario import Scenario
 
 
@@ -66,6 +67,10 @@ def parser() -> Parser:
     parse.add_argument(
         "--optimize", type=int, metavar="TRIALS", help="search the training's settings by so many trainings"
     )
+    parse.add_argument(
+        "--workers", type=int, metavar="N", help="processes that share the work (default: 1; --optimize: one per core)"
+    )
+    parse.add_argument("--ray", metavar="ADDRESS", help="have a Ray cluster share the work: auto, local or HOST:PORT")
     parse.add_argument("--track", action="store_true", help="log to Weights & Biases (offline unless logged in)")
     parse.add_argument("-P", "--progress", action="store_true", help="progress as a bar even if stderr is no terminal")
     parse.add_argument("--trace", metavar="FILE", help="recorded requests in place of generated ones")
@@ -89,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         ("--seed", args.seed, 0),
         ("--n-envs", args.n_envs, 1),
         ("--optimize", args.optimize, 1),
+        ("--workers", args.workers, 1),
     ):
         if value is not None and value < least:
             raise InputError(f"{flag} {value} is not legal; legal is {least} or more")
@@ -97,13 +103,21 @@ def main(argv: list[str] | None = None) -> int:
     check_trace_flags(args)
     if args.optimize and args.floor:
         raise InputError("--optimize does not know floors; legal is one of --optimize and --floor")
-    from agents.config import load_training, split_overrides
-    from agents.floors import parse as parse_floors
-    from agents.run import Run
+    from agents.cluster import crew_of
     from evaluation.progress import force_bars
 
     if args.progress:
         force_bars()
+    with crew_of(args.ray, args.workers) as workers:
+        return begin(args, arguments, workers)
+
+
+def begin(args: argparse.Namespace, arguments: list[str], workers: Crew | int | None) -> int:
+    """Makes the run folder, or finds it, and carries the run out."""
+    from agents.config import load_training, split_overrides
+    from agents.floors import parse as parse_floors
+    from agents.run import Run
+
     if args.resume is not None:
         given = [
             word
@@ -114,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"--resume goes on as the run was started; {given[0]} is not legal beside it")
         run = Run(args.resume)
         info = run.info()
-        return carry_out(run, run.scenario(), run.config(), int(info["seed"]), args, resume=True)
+        return carry_out(run, run.scenario(), run.config(), int(info["seed"]), args, True, workers)
     from envs.scenario import load_scenario
     from evaluation.arguments import pairs
 
@@ -133,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     run.update(retune=args.retune, floors=args.floor, optimize=args.optimize)
     if args.log is not None:
         run.update(log=str(args.log.resolve()), log_overrides=refitted)
-    return carry_out(run, scenario, config, args.seed, args, resume=False)
+    return carry_out(run, scenario, config, args.seed, args, False, workers)
 
 
 def refit_on(log: Path, scenario: Scenario) -> dict[str, Any]:
@@ -163,13 +177,19 @@ def list_scenarios() -> int:
 
 
 def carry_out(
-    run: Run, scenario: Scenario, config: TrainingConfig, seed: int, args: argparse.Namespace, resume: bool
+    run: Run,
+    scenario: Scenario,
+    config: TrainingConfig,
+    seed: int,
+    args: argparse.Namespace,
+    resume: bool,
+    workers: Crew | int | None,
 ) -> int:
     """All steps of a run, new or resumed; the run folder tells if they were interrupted."""
     try:
         if trials := run.info().get("optimize"):
-            return search(run, scenario, config, seed, int(trials))
-        return finish(run, scenario, config, seed, args, resume)
+            return search(run, scenario, config, seed, int(trials), workers)
+        return finish(run, scenario, config, seed, args, resume, None if isinstance(workers, int) else workers)
     except KeyboardInterrupt:
         run.update(status="interrupted")
         note(f"go on with: python train.py --resume {run.folder}")
@@ -180,20 +200,28 @@ def carry_out(
         raise
 
 
-def search(run: Run, scenario: Scenario, config: TrainingConfig, seed: int, trials: int) -> int:
+def search(
+    run: Run, scenario: Scenario, config: TrainingConfig, seed: int, trials: int, workers: Crew | int | None
+) -> int:
     """Searches the training's settings, new or resumed, and says how to train with what was found."""
     from agents import baselines
+    from agents.cluster import crew_of
     from agents.optimize import optimize
     from agents.train import router_scenario
+    from agents.workers import usable_cores
     from envs import announce_compilation
     from envs.worlds import Plant
     from evaluation.progress import progress_bar
 
+    if workers is None:
+        with crew_of(None, min(usable_cores(), trials)) as own:
+            return search(run, scenario, config, seed, trials, own or 1)
     announce_compilation()
     plant = Plant(router_scenario(scenario))
-    advice = baselines.advice_and_fallback(tuned_baselines(run, plant, whole=False), config.fitted)[0]
+    crew = None if isinstance(workers, int) else workers
+    advice = baselines.advice_and_fallback(tuned_baselines(run, plant, False, crew), config.fitted)[0]
     with progress_bar("searching (trainings)") as progress:
-        found = optimize(plant, advice, config, run, seed, trials, progress)
+        found = optimize(plant, advice, config, run, seed, trials, progress, workers)
     run.update(status="searched", found=found)
     print(
         f"best of {trials} trainings: {found['gain_usd_per_1k']:+.4f} USD per 1k over {advice.name} on validation, "
@@ -221,7 +249,13 @@ def overrides(run: Run) -> list[str]:
 
 
 def finish(
-    run: Run, scenario: Scenario, config: TrainingConfig, seed: int, args: argparse.Namespace, resume: bool
+    run: Run,
+    scenario: Scenario,
+    config: TrainingConfig,
+    seed: int,
+    args: argparse.Namespace,
+    resume: bool,
+    crew: Crew | None,
 ) -> int:
     """Baselines, training, gate and export; the steps that a new run and a resumed one share."""
     from agents import baselines
@@ -237,7 +271,7 @@ def finish(
     announce_compilation()
     plant = Plant(router_scenario(scenario))
     floors = parse_floors(run.info().get("floors", ()), scenario.class_names)
-    rules = tuned_baselines(run, plant, whole=bool(floors))  # floors change what is tuned: all of it comes before
+    rules = tuned_baselines(run, plant, bool(floors), crew)  # floors change what is tuned: all of it comes before
     kept = None
     if floors:
         held = {name: keep_floors(plant, rule, floors) for name, rule in baselines.margin_rules(rules).items()}
@@ -251,7 +285,9 @@ def finish(
     if scenario.control is not None and config.deciders == "controller":
         policy, spec, verdict = None, None, dict(NOT_TRAINED)
     else:
-        policy, spec, verdict = router_stage(run, plant, (advice, fallback, kept), config, seed, resume, log, floors)
+        policy, spec, verdict = router_stage(
+            run, plant, (advice, fallback, kept), config, seed, resume, log, floors, crew
+        )
     run.update(gate=verdict)
     if not verdict["learned"] and verdict.get("heuristic_breaks"):
         run.update(status="floor out of reach")
@@ -268,7 +304,7 @@ def finish(
         levers = controller_stage(run, scenario, config, seed, resume, log)
         judged_by["controller_gate"] = run.info()["controller"]["gate"]
     exported = export(plant, chosen, advice, spec, fallback, run.bundle_path, judged_by, provenance, levers=levers)
-    tuned_baselines(run, plant, whole=scenario.control is None)
+    tuned_baselines(run, plant, scenario.control is None, crew)
     if log_file := run.info().get("log"):
         with progress_bar("off-policy (bytes)") as progress:
             judged = judge(Path(log_file), exported, progress)
@@ -293,6 +329,7 @@ def router_stage(
     resume: bool,
     log: Any,
     floors: Any,
+    crew: Crew | None,
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Trains the router: the policy that was best on validation, its feature spec, and the gate's verdict."""
     from agents.train import Parity, train
@@ -303,7 +340,17 @@ def router_stage(
     with progress_bar("training (decisions)") as progress:
         parity = Parity(fallback, STARTED_S)
         policy, spec = train(
-            plant, advice, config, run, seed, resume=resume, progress=progress, log=log, kept=kept, parity=parity
+            plant,
+            advice,
+            config,
+            run,
+            seed,
+            resume=resume,
+            progress=progress,
+            log=log,
+            kept=kept,
+            parity=parity,
+            crew=crew,
         )
     with progress_bar("gate (validation episodes)") as progress:
         return policy, spec, gate(plant.scenario, policy, advice, spec, config, progress, floors)
@@ -385,7 +432,7 @@ def compare_command(run: Run) -> str:
     return shlex.join([*command, *(["--set", *changes] if changes else [])])
 
 
-def tuned_baselines(run: Run, plant: Any, whole: bool) -> Path:
+def tuned_baselines(run: Run, plant: Any, whole: bool, crew: Crew | None) -> Path:
     """The run's file of tuned baselines, found or tuned now: the margin rules at least, all of them if `whole`."""
     import shutil
 
@@ -401,10 +448,10 @@ def tuned_baselines(run: Run, plant: Any, whole: bool) -> Path:
             shutil.copyfile(found, target)
             return target
         with progress_bar(f"tuning the bid price ({budget.requests:,} requests per restart)") as progress:
-            baselines.save(target, scenario, tune_margin_rules(plant, budget, progress), budget, command)
+            baselines.save(target, scenario, tune_margin_rules(plant, budget, progress, crew), budget, command)
     if whole and not baselines.is_whole(target):
         with progress_bar(f"tuning the other baselines ({budget.requests:,} requests per restart)") as progress:
-            baselines.save(target, scenario, tune_others(plant, budget, progress), budget, command)
+            baselines.save(target, scenario, tune_others(plant, budget, progress, crew), budget, command)
         baselines.remember(scenario, target)
     return target
 

@@ -24,6 +24,7 @@ from envs.kernels import kernel
 
 ILLEGAL_LOGIT = -1e9
 ONE_THREAD_PRODUCTS = 2**18  # multiply-adds of a matrix product up to which OpenBLAS starts no threads
+PIECE_STATES = 16  # at most; worlds are shared out in such pieces, too, since a product's last bits depend on its rows
 
 
 class Weights(NamedTuple):
@@ -197,6 +198,11 @@ def backward(observation, c, w, x, owner, y, m, h1, h2, u, log_probs, d_log_prob
         found.value_context[:] += by_wg
 
 
+def piece_states(n_candidates: int, width: int, inputs: int) -> int:
+    """States of a piece, for a scorer of so many hidden units and features (of a candidate or of the context)."""
+    return min(max(ONE_THREAD_PRODUCTS // (max(inputs, width) * width) // n_candidates, 1), PIECE_STATES)
+
+
 class Memory:
     """Activations of the latest forward pass, kept because making them anew costs as much as filling them."""
 
@@ -209,7 +215,7 @@ class Memory:
         """Room for x, owner, y, m, h1, h2 and u of n states of c candidates."""
         if n > self._size[0] or c != self._size[1]:
             (f, width), g = w.candidate.shape, len(w.context)
-            states = max(ONE_THREAD_PRODUCTS // (max(f, g, width) * width) // c, 1)
+            states = piece_states(c, width, max(f, g))
             shapes = ((states * c, f), (states, g), (n, f), (n * c, width), (n * c, width), (n, width))
             x, *rest = (np.empty(shape, dtype=np.float32) for shape in shapes)
             self._arrays, self._size = (x, np.empty(states * c, dtype=np.int64), *rest), (n, c)

@@ -90,6 +90,9 @@ class ScorerPolicy(ActorCriticPolicy):
         width: hidden units.
         residual: as `Scorer`.
         **kwargs: passed on to ActorCriticPolicy.
+
+    Attributes:
+        worlds: (first, of) where `forward` is given worlds first, first + 1, ... of so many: it draws the noise of all.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class ScorerPolicy(ActorCriticPolicy):
         **kwargs: Any,
     ) -> None:
         self._spec, self._width, self._residual = spec, width, residual
+        self.worlds: tuple[int, int] | None = None
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
     def _build(self, lr_schedule: Callable[[float], float]) -> None:
@@ -121,8 +125,10 @@ class ScorerPolicy(ActorCriticPolicy):
     def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Actions (B,), values (B,) and log-probabilities (B,), without gradients: `evaluate_actions` has those."""
         logits, values = self.scorer.run(obs)
-        noise, log_probs = torch.empty(logits.shape), np.empty_like(logits)
+        first, of = self.worlds or (0, len(logits))
+        noise, log_probs = torch.empty(of, logits.shape[1]), np.empty_like(logits)
         noise = noise.fill_(1.0) if deterministic else noise.exponential_()
+        noise = noise[first : first + len(logits)]
         actions, chosen = np.empty(len(logits), dtype=np.int64), np.empty(len(logits), dtype=np.float32)
         fused.log_softmax(logits, log_probs)
         fused.choose(log_probs, noise.numpy(), actions, chosen)

@@ -9,7 +9,7 @@ episode ends by truncation: its last transition gets no bootstrap from the obser
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,40 @@ class ElapsedRolloutBuffer(RolloutBuffer):
         self.returns = self.advantages + self.values
 
 
+def discounts(elapsed_s: Array, tau_s: float) -> Array:
+    """exp(-dt / tau) of each world's last step, (N,)."""
+    return np.exp(-elapsed_s / tau_s) if tau_s > 0 else np.zeros_like(elapsed_s)
+
+
+def play(
+    policy: torch.nn.Module,
+    env: Any,
+    buffer: ElapsedRolloutBuffer,
+    obs: Array,
+    starts: Array,
+    discount: Callable[[Array], Array],
+) -> Iterator[tuple[Array, Array, list[dict[str, Any]]]]:
+    """Fills a buffer with decisions of every world.
+
+    Args:
+        policy: gives actions, values and log-probabilities of observations.
+        env: as of `MarginPPO`.
+        buffer: empty.
+        obs: (N, D) of now.
+        starts: (N,) whether it is an episode's first one.
+        discount: of elapsed seconds (N,).
+
+    Yields:
+        After every step the next observations (N, D), which episodes have ended (N,), and infos.
+    """
+    for _ in range(buffer.buffer_size):
+        action, value, log_prob = (x.numpy() for x in policy(torch.as_tensor(obs)))
+        following, _, dones, infos = env.step(action)
+        buffer.add_step(obs, action, env.learning_signal, starts, value, log_prob, discount(env.elapsed_s))
+        obs, starts = following, dones
+        yield obs, dones, infos
+
+
 class MarginPPO(PPO):
     """PPO whose rollouts read `learning_signal` and `elapsed_s` of a natively batched environment.
 
@@ -97,7 +131,7 @@ class MarginPPO(PPO):
 
     def discount(self, elapsed_s: Array) -> Array:
         """exp(-dt / tau) of each world's last step, (N,)."""
-        return np.exp(-elapsed_s / self.tau_s) if self.tau_s > 0 else np.zeros_like(elapsed_s)
+        return discounts(elapsed_s, self.tau_s)
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
@@ -107,22 +141,22 @@ class MarginPPO(PPO):
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         callback.on_rollout_start()
-        for _ in range(n_rollout_steps):
-            obs = self._last_obs
-            action, value, log_prob = (x.numpy() for x in self.policy(torch.as_tensor(obs)))
-            new_obs, _, dones, infos = env.step(action)
+        for obs, dones, infos in self._play(env, rollout_buffer):
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
-            if any_done := dones.any():
+            if dones.any():
                 self._update_info_buffer(infos, dones)
-            signal, discount = env.learning_signal, self.discount(env.elapsed_s)  # type: ignore[attr-defined]
-            rollout_buffer.add_step(obs, action, signal, self._last_episode_starts, value, log_prob, discount)
-            self._last_obs = new_obs
-            self._last_episode_starts = dones if any_done else np.zeros_like(dones)
+            self._last_obs, self._last_episode_starts = obs, dones
         with torch.no_grad():
             last_values = self.policy.predict_values(torch.as_tensor(self._last_obs))
         rollout_buffer.compute_returns_and_advantage(last_values, dones)
         callback.on_rollout_end()
         return True
+
+    def _play(
+        self, env: VecEnv, buffer: ElapsedRolloutBuffer
+    ) -> Iterator[tuple[Array, Array, list[dict[str, Any]]]]:
+        assert self._last_episode_starts is not None
+        return play(self.policy, env, buffer, self._last_obs, self._last_episode_starts, self.discount)  # type: ignore[arg-type]

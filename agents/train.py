@@ -27,8 +27,10 @@ from agents.export import residual_policy
 from agents.floors import Ascent, Floor, Kept, worst_miss
 from agents.network import ScorerPolicy
 from agents.ppo import MarginPPO
+from agents.rollouts import SharedPPO, SharedVecEnv, Worlds
 from agents.run import Run, check_archive
 from agents.tuning import Exploring, Objective, Rule
+from agents.workers import Crew
 from envs.scenario import Scenario
 from envs.scenario_family import middle
 from envs.vector_env import FleetVecEnv, ObservedWorlds
@@ -196,7 +198,7 @@ class Watch(BaseCallback):
     def _signal_floors(self) -> None:
         """Gives the learning signal the multipliers of now."""
         assert self._ascent is not None
-        self.training_env.worlds.floor_usd = self._ascent.usd  # type: ignore[attr-defined]
+        self.training_env.set_attr("floor_usd", self._ascent.usd)
 
     def _on_rollout_start(self) -> None:
         done = self.model.num_timesteps
@@ -251,7 +253,7 @@ def make_model(
     env: FleetVecEnv, config: TrainingConfig, spec: FeatureSpec, seed: int, tensorboard: Path | None
 ) -> MarginPPO:
     """An untrained PPO model whose policy is the advice."""
-    return MarginPPO(
+    return algorithm_of(env)(
         ScorerPolicy,
         env,
         tau_s=config.tau_s,
@@ -272,6 +274,11 @@ def make_model(
     )
 
 
+def algorithm_of(env: VecEnv | None) -> type[MarginPPO]:
+    """What plays an environment's rollouts."""
+    return SharedPPO if isinstance(env, SharedVecEnv) else MarginPPO
+
+
 def train(
     plant: Plant,
     advice: MarginRule,
@@ -284,8 +291,11 @@ def train(
     log: Callable[[dict[str, float]], None] = lambda _: None,
     kept: Kept | None = None,
     parity: Parity | None = None,
+    crew: Crew | None = None,
 ) -> tuple[ScorerPolicy, FeatureSpec]:
     """Trains and returns the policy that was best on validation, with its feature spec.
+
+    A crew plays the rollouts, with the same numbers as this process alone would.
 
     With floors (`kept`, whose rule the advice is) policies that keep them come before those that do not.
 
@@ -299,21 +309,13 @@ def train(
     spec, scale_usd = fit_normaliser(plant, advice, config)
     first = FIRST_TRAINING_SEED * (seed + 2)
     source = plant.scenario if config.randomise else middle(plant.scenario)
-    env = FleetVecEnv(
-        plant if source is plant.scenario else Plant(source),
-        config.n_envs,
-        workloads=lambda episode: source.generate(first + episode, "train"),
-        advice=advice,
-        spec=spec,
-        signal_scale_usd=scale_usd,
-        stagger=config.stagger,
-        signal=config.signal,
-        shadow_price=config.shadow_price,
-    )
+    worlds = Worlds(source, config, advice, spec, scale_usd, first)
+    own = plant if source is plant.scenario else Plant(source)
+    env = worlds.env(own) if crew is None else SharedVecEnv(crew, worlds, own)
     if resume and run.has_checkpoint:
         model = load_archive(run.newest_checkpoint(), env)
         model.tensorboard_log = str(run.folder / "tb")  # the folder may have moved
-        env.episodes = int(model.num_timesteps // plant.scenario.generate(first, "train").n_requests)
+        env.first_episode = int(model.num_timesteps // plant.scenario.generate(first, "train").n_requests)
     else:
         model = make_model(env, config, spec, seed, run.folder / "tb")
     objective = Objective(plant, "validation", range(config.validation_episodes))
@@ -332,7 +334,7 @@ def train(
 
 def load_archive(path: Path, env: FleetVecEnv | None) -> MarginPPO:
     """Loads the router's archive; raises InputError as `load_with`."""
-    return load_with(MarginPPO, path, env)
+    return load_with(algorithm_of(env), path, env)
 
 
 def load_with(algorithm: type[Algorithm], path: Path, env: VecEnv | None) -> Algorithm:

@@ -18,7 +18,8 @@ import numpy as np
 import optuna
 
 from agents.quality import fit_quality, fit_reuse
-from envs.scenario import Scenario
+from agents.workers import Crew
+from envs.scenario import Scenario, Split
 from envs.worlds import FleetWorlds, Plant
 from marginroute import heuristics, quality
 from marginroute import view as v
@@ -145,23 +146,38 @@ class Objective:
 
     Args:
         plant: the scenario's constants.
-        workloads: the episodes.
+        split, seeds: the episodes.
+        crew: shares out populations, with the same numbers; None: this process plays them at once.
     """
 
-    def __init__(self, plant: Plant, split: str, seeds: Iterable[int]) -> None:
-        self.plant = plant
-        self.workloads = [plant.scenario.generate(seed, split) for seed in seeds]  # type: ignore[arg-type]
+    def __init__(self, plant: Plant, split: Split, seeds: Iterable[int], crew: Crew | None = None) -> None:
+        self.plant, seeds = plant, tuple(seeds)
+        self.workloads = [plant.scenario.generate(seed, split) for seed in seeds]
         self.requests = sum(workload.n_requests for workload in self.workloads)
         self._worlds: dict[int, FleetWorlds] = {}
-        self.counts: Array = np.zeros(0)  # (len(COUNTS), K) over all rules and episodes last played
+        self.counts: Array = np.zeros(0)  # (len(COUNTS), K) over all rules and episodes last played by this process
+        self._crew = crew
+        self._job = crew.job(start_objective, (plant.scenario, split, seeds)) if crew is not None else None
 
     def __call__(self, rules: list[Rule]) -> Array:
         """(L,) mean margin per 1k first calls of each rule."""
+        if self._crew is not None and self._job is not None and len(rules) > 1:
+            each = -(-len(rules) // self._crew.size)
+            found = self._job.each([(at, rules[at : at + each]) for at in range(0, len(rules), each)])
+            return np.concatenate([usd for _, usd in sorted(found, key=lambda part: part[0])])
         worlds = self._worlds.setdefault(len(rules), FleetWorlds(self.plant, len(rules) * len(self.workloads)))
         worlds.load_all(self.workloads * len(rules))
         worlds.run(rules[0] if len(rules) == 1 else stack(rules, len(self.workloads)))
         self.counts = worlds.counts.sum(axis=0)
         return margins(worlds).reshape(len(rules), -1).mean(axis=1)
+
+
+def start_objective(
+    scenario: Scenario, split: Split, seeds: Iterable[int]
+) -> Callable[[tuple[int, list[Rule]]], tuple[int, Array]]:
+    """What a member of a crew plays its part of a population with."""
+    objective = Objective(Plant(scenario), split, seeds)
+    return lambda part: (part[0], objective(part[1]))
 
 
 Suggest = Callable[[optuna.Trial, Plant], Rule]
@@ -374,12 +390,12 @@ def check_requests(plant: Plant) -> None:
 class _Tuner:
     """Objectives and progress of one tuning; `restarts` are expected to be made."""
 
-    def __init__(self, plant: Plant, budget: Budget, progress: Progress, restarts: int) -> None:
+    def __init__(self, plant: Plant, budget: Budget, progress: Progress, restarts: int, crew: Crew | None) -> None:
         check_requests(plant)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.plant, self.budget = plant, budget
-        self.objective = Objective(plant, "train", range(budget.episodes))
+        self.objective = Objective(plant, "train", range(budget.episodes), crew)
         self.validation = Objective(plant, "validation", range(budget.validation_episodes))
         self._progress, self._done, self._total = progress, 0, restarts
         progress(0, restarts)
@@ -398,15 +414,18 @@ class _Tuner:
         return self.search(lambda trial, plant: _margin_rule(name, trial, plant, priced, fitted))
 
 
-def tune_margin_rules(plant: Plant, budget: Budget, progress: Progress = lambda *_: None) -> dict[str, Tuned]:
+def tune_margin_rules(
+    plant: Plant, budget: Budget, progress: Progress = lambda *_: None, crew: Crew | None = None
+) -> dict[str, Tuned]:
     """Tunes *bid-price* and *bid-price-fitted*: what a training starts from, and the strongest opponents.
 
     Args:
         plant: the scenario's constants.
         budget: what each may spend.
         progress: called with (done, total) restarts.
+        crew: shares out the populations; None: this process alone.
     """
-    tuner = _Tuner(plant, budget, progress, 4)
+    tuner = _Tuner(plant, budget, progress, 4, crew)
     tuned = {"bid-price": tuner.margin("bid-price", True)}
     outcomes = log_outcomes(plant, tuned["bid-price"].policy, range(1000, 1064))
     fitted = fit_quality(**outcomes, n_tiers=len(plant.layout.tier_names), n_tasks=len(plant.layout.task_names))
@@ -417,12 +436,14 @@ def tune_margin_rules(plant: Plant, budget: Budget, progress: Progress = lambda 
     return tuned
 
 
-def tune_others(plant: Plant, budget: Budget, progress: Progress = lambda *_: None) -> dict[str, Tuned]:
+def tune_others(
+    plant: Plant, budget: Budget, progress: Progress = lambda *_: None, crew: Crew | None = None
+) -> dict[str, Tuned]:
     """Tunes every other baseline; arguments as `tune_margin_rules`."""
     from agents import tuning_shipped
 
     several = [name for name, ranges in tuning_shipped.RANGES.items() if len(ranges) > 1]
-    tuner = _Tuner(plant, budget, progress, 2 * (2 + len(several)))
+    tuner = _Tuner(plant, budget, progress, 2 * (2 + len(several)), crew)
     objective, validation = tuner.objective, tuner.validation
     tuned: dict[str, Tuned] = {}
     for t, tier in enumerate(plant.layout.tier_names):
@@ -449,6 +470,8 @@ def tune_others(plant: Plant, budget: Budget, progress: Progress = lambda *_: No
     return tuned
 
 
-def tune_baselines(plant: Plant, budget: Budget, progress: Progress = lambda *_: None) -> dict[str, Tuned]:
+def tune_baselines(
+    plant: Plant, budget: Budget, progress: Progress = lambda *_: None, crew: Crew | None = None
+) -> dict[str, Tuned]:
     """Tunes every baseline of a scenario; arguments as `tune_margin_rules`."""
-    return tune_others(plant, budget, progress) | tune_margin_rules(plant, budget, progress)
+    return tune_others(plant, budget, progress, crew) | tune_margin_rules(plant, budget, progress, crew)

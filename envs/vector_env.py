@@ -124,6 +124,9 @@ class ObservedWorlds(FleetWorlds):
 class FleetVecEnv(VecEnv):
     """N worlds behind Stable-Baselines3's VecEnv, one kernel call per step.
 
+    World w plays episodes w, w + N, w + 2 N and so on: which ones does not depend on how the other worlds fare, so that
+    worlds first .. first + n - 1 of N can be played elsewhere, and be brought back to any step by their actions.
+
     Args:
         scenario: what is simulated, or its plant.
         num_envs: N.
@@ -133,6 +136,11 @@ class FleetVecEnv(VecEnv):
         stagger: start the worlds at different points of an episode, so that resets are spread out.
         signal: what `learning_signal` is: "own", see above, or "ledger", the reward itself in the same unit.
         shadow_price: as `ObservedWorlds`.
+        first, of: these are worlds first .. first + num_envs - 1 of so many; None: all.
+
+    Attributes:
+        first_episode: of world 0.
+        rounds: (N,) episodes that each world has ended.
     """
 
     def __init__(
@@ -146,13 +154,16 @@ class FleetVecEnv(VecEnv):
         stagger: bool = False,
         signal: str = "own",
         shadow_price: bool = True,
+        first: int = 0,
+        of: int | None = None,
     ) -> None:
         self.worlds = ObservedWorlds(scenario, num_envs, advice, spec)
         self.worlds.shadow_price, self._own_signal = shadow_price, signal == "own"
         generate = self.worlds.plant.scenario.generate
         self._workloads = workloads or (lambda episode: generate(episode, "train"))
         self.signal_scale_usd, self._stagger = signal_scale_usd, stagger
-        self.episodes = 0
+        self.first_episode, self._first, self._of = 0, first, of or num_envs
+        self.rounds, self._begun = np.zeros(num_envs, dtype=np.int64), False
         self.learning_signal = np.zeros(num_envs)
         self.elapsed_s = np.zeros(num_envs)
         self._choices = np.zeros(num_envs, dtype=np.int64)
@@ -161,24 +172,46 @@ class FleetVecEnv(VecEnv):
         self.render_mode = None
         super().__init__(num_envs, self.worlds.observation_space, self.worlds.action_space)
 
-    def _next_workload(self) -> Workload:
-        self.episodes += 1
-        return self._workloads(self.episodes - 1)
+    def _workload(self, w: int) -> Workload:
+        """Of the episode that world `w` plays now."""
+        return self._workloads(self.first_episode + int(self.rounds[w]) * self._of + self._first + w)
 
     def reset(self) -> Array:
-        """Starts an episode in every world; returns observations (N, D)."""
-        worlds, layout = self.worlds, self.worlds.plant.layout
-        worlds.load_all([self._next_workload() for _ in range(self.num_envs)])
-        worlds.set_in_flight_caps(worlds.advice.in_flight_caps(layout, worlds.plant.slots))
-        if self._stagger:
-            self._spread()
-        self._lengths[:] = 0
-        return worlds.observe()
+        """Starts the next episode in every world; returns observations (N, D)."""
+        self.rounds += 1 if self._begun else 0
+        self._begun, self._lengths[:] = True, 0
+        self._begin(np.ones(self.num_envs, dtype=np.bool_))
+        return self.worlds.observe()
 
-    def _spread(self) -> None:
-        """Plays world w by its advice for w / N of an episode."""
-        worlds = self.worlds
-        lengths = worlds.desks["n_roots"] * np.arange(self.num_envs) // self.num_envs
+    def resume(self, rounds: Array, actions: Array, lengths: Array) -> Array:
+        """Brings every world to where it was after one reset; returns observations (N, D).
+
+        Args:
+            rounds: (N,) episodes that it had ended.
+            actions: (N, L) of its present episode, in their order.
+            lengths: (N,) how many of them there were.
+        """
+        self._begun, self.rounds[:], self._lengths[:] = True, rounds, lengths
+        self._begin(self.rounds == 0)
+        actions = actions.astype(np.int64)
+        for step in range(int(lengths.max())):
+            self.worlds.step(np.where(step < lengths, actions[:, step], WAIT))
+        return self.worlds.observe()
+
+    def _begin(self, staggered: Array) -> None:
+        """Loads the episodes of now; some are begun staggered."""
+        worlds, layout = self.worlds, self.worlds.plant.layout
+        worlds.load_all([self._workload(w) for w in range(self.num_envs)])
+        worlds.set_in_flight_caps(worlds.advice.in_flight_caps(layout, worlds.plant.slots))
+        for w in np.flatnonzero(~staggered):
+            worlds.load(int(w), self._workload(int(w)))  # once more: later episodes meet the caps from the start
+        if self._stagger:
+            self._spread(staggered)
+
+    def _spread(self, staggered: Array) -> None:
+        """Plays each such world, number w of N, by its advice for w / N of an episode."""
+        worlds, number = self.worlds, self._first + np.arange(self.num_envs)
+        lengths = np.where(staggered, worlds.desks["n_roots"] * number // self._of, 0)
         for step in range(int(lengths.max())):
             worlds.step(np.where(step < lengths, worlds.advice.decide_batch(worlds.view()), WAIT))
 
@@ -207,13 +240,23 @@ class FleetVecEnv(VecEnv):
                     "fleet": worlds.summary(w),
                     "counts": worlds.counts[w].copy(),
                 }
-                worlds.load(int(w), self._next_workload())
+                self.rounds[w] += 1
+                worlds.load(int(w), self._workload(int(w)))
                 self._lengths[w] = 0
             observations = worlds.observe()
             for w in np.flatnonzero(dones):
                 infos[w]["terminal_observation"] = observations[w]  # truncation: nothing bootstraps from it
             return observations, rewards, dones, infos
         return worlds.observe(), rewards, dones, infos
+
+    @property
+    def floor_usd(self) -> Array | None:
+        """As `ObservedWorlds`."""
+        return self.worlds.floor_usd
+
+    @floor_usd.setter
+    def floor_usd(self, usd: Array | None) -> None:
+        self.worlds.floor_usd = usd
 
     def action_masks(self) -> Array:
         """(N, C) legal candidates."""

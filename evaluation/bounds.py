@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.workers import Crew, shared_out, usable_cores
 from evaluation.progress import Progress, silent
-from evaluation.workers import in_processes, usable_cores
 from marginroute.errors import InputError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def bound_episodes(
     *,
     split: Split = "heldout",
     progress: Progress = silent,
-    workers: int | None = None,
+    workers: int | Crew | None = None,
 ) -> Bounds:
     """Bounds of the given episodes.
 
@@ -115,7 +115,7 @@ def bound_episodes(
         seeds: of the episodes.
         split: of the workloads.
         progress: called with (episodes done, episodes in all).
-        workers: processes; None for one per core.
+        workers: a crew, or processes; None for one per core.
 
     Raises:
         InputError: the scenario uses something that the bounds do not model.
@@ -125,11 +125,8 @@ def bound_episodes(
     found = uncovered(Plant(scenario))
     if found:
         raise InputError(f"scenario {scenario.name!r} has no upper bound yet: it uses {', '.join(found)}")
-    workers = min(usable_cores() if workers is None else workers, len(seeds))
-    if workers > 1:
-        rows = in_processes(start_bounds, (scenario, split), seeds, workers)
-    else:
-        rows = map(start_bounds(scenario, split), seeds)  # type: ignore[assignment]
+    shared = min(usable_cores(), len(seeds)) if workers is None else workers
+    rows = shared_out(start_bounds, (scenario, split), seeds, shared)
     done = []
     for row in rows:
         done.append(row)

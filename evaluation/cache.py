@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import pickle
@@ -11,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agents.cluster import code_digest
+from agents.workers import Crew
 from evaluation.progress import Progress, silent
 from evaluation.protocol import CHUNK_EPISODES, evaluate_policies
 from evaluation.results import EpisodeResults, check_paired, concatenate
@@ -26,24 +27,13 @@ MOST_BYTES = 1 << 30
 """Above it the files that were used least recently go."""
 
 
-@functools.cache
-def code_digest() -> str:
-    """Digest of the source that episodes are played with."""
-    digest = hashlib.sha256()
-    for folder in CODE:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(str(path.relative_to(ROOT)).encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def cached_play(
     scenario: Scenario,
     policies: Mapping[str, Policy],
     episodes: int,
     seed: int,
     progress: Progress | None = None,
-    workers: int | None = None,
+    workers: int | Crew | None = None,
     use_cache: bool = True,
     split: Split = "heldout",
 ) -> dict[str, EpisodeResults]:
@@ -109,7 +99,7 @@ def _blocks(missing: dict[tuple[int, int], dict[str, Path]]) -> list[tuple[tuple
 def _key(scenario: Scenario, policy: Policy, name: str, split: str, start: int, size: int) -> str:
     digest = hashlib.sha256(pickle.dumps(policy))
     trace = scenario.trace.sha256 if scenario.trace is not None else ""
-    for part in (code_digest(), scenario.hash, trace, name, split, str(start), str(size)):
+    for part in (code_digest(CODE), scenario.hash, trace, name, split, str(start), str(size)):
         digest.update(b"|" + part.encode())
     return digest.hexdigest()[:40]
 

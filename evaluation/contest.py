@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from agents.workers import Crew
 from envs.scenario import Scenario
 from evaluation.cache import cached_play
 from evaluation.controls import CONTROLS, MATCHED_COST, SHUFFLED_MIX, matched_mixes, shuffled_mixes
@@ -85,14 +86,14 @@ class Play:
     Attributes:
         episodes: how many; with `until_usd` at most.
         seed: the first.
-        workers: processes.
+        workers: a crew, or processes.
         use_cache: whether episodes that were played before are looked up.
         until_usd: stop as soon as every examined policy's gain is known to +- so many USD per 1k requests.
     """
 
     episodes: int
     seed: int = 0
-    workers: int | None = None
+    workers: int | Crew | None = None
     use_cache: bool = True
     until_usd: float | None = None
 

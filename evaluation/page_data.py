@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from agents.workers import Crew
 from envs.scenario import Scenario
 from envs.worlds import Plant
 from evaluation.cache import cached_play
@@ -99,7 +100,7 @@ def collect(
     episodes: int,
     seed: int = 0,
     progress: Progress = silent,
-    workers: int | None = None,
+    workers: int | Crew | None = None,
     use_cache: bool = True,
 ) -> PageData:
     """Simulates what the page needs.
@@ -112,7 +113,7 @@ def collect(
         episodes: of every condition.
         seed: first held-out seed.
         progress: called with (steps done, steps in all).
-        workers: processes.
+        workers: a crew, or processes.
         use_cache: whether episodes that were played before are looked up.
     """
     plant = Plant(scenario)

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.workers import Crew, shared_out, usable_cores
 from evaluation.deciders import Deciders
 from evaluation.fairness import tenant_counts
 from evaluation.latency import BINS, METRICS, histogram
 from evaluation.progress import Progress, silent
 from evaluation.results import EpisodeResults, check_paired, concatenate
-from evaluation.workers import in_processes, usable_cores
 from marginroute.policy import Policy
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def evaluate_policies(
     split: Split = "heldout",
     first_seed: int = 0,
     progress: Progress = silent,
-    workers: int | None = None,
+    workers: int | Crew | None = None,
 ) -> dict[str, EpisodeResults]:
     """Runs every policy on the same episodes.
 
@@ -85,7 +85,7 @@ def evaluate_policies(
         split: "heldout" for claims, "validation" for choices.
         first_seed: episodes have seeds first_seed .. first_seed + episodes - 1.
         progress: called with (episodes done, episodes in all).
-        workers: processes; 1 for none beside this one, None for as many as there are cores where that pays.
+        workers: a crew, or processes; 1 for none beside this one, None for as many as there are cores where that pays.
 
     Returns:
         Results by name, in the order of `policies`.
@@ -98,10 +98,8 @@ def evaluate_policies(
     jobs = [Job(name, split, chunk) for chunk in chunks for name in policies]
     if workers is None:
         outcomes = _in_processes_if_it_pays(scenario, policies, jobs, min(usable_cores(), len(jobs)))
-    elif workers > 1:
-        outcomes = in_processes(start_examiner, (scenario, dict(policies)), jobs, workers)
     else:
-        outcomes = _in_turn(scenario, policies, jobs)
+        outcomes = shared_out(start_examiner, (scenario, dict(policies)), jobs, workers)
     parts: dict[str, list[EpisodeResults]] = {name: [] for name in policies}
     done, total = 0, episodes * len(policies)
     with contextlib.closing(outcomes):
@@ -120,7 +118,7 @@ def best_on_validation(
     episodes: int,
     *,
     progress: Progress = silent,
-    workers: int | None = None,
+    workers: int | Crew | None = None,
 ) -> str:
     """Name of the heuristic with the highest margin on validation seeds; the only one if there is one."""
     if len(heuristics) == 1:
@@ -201,14 +199,6 @@ def start_examiner(scenario: Scenario, policies: Mapping[str, Policy]) -> Callab
     return Examiner(scenario, policies).play
 
 
-def _in_turn(
-    scenario: Scenario, policies: Mapping[str, Policy], jobs: Sequence[Job]
-) -> Generator[EpisodeResults, None, None]:
-    examiner = Examiner(scenario, policies)
-    for job in jobs:
-        yield examiner.play(job)
-
-
 def _in_processes_if_it_pays(
     scenario: Scenario, policies: Mapping[str, Policy], jobs: Sequence[Job], workers: int
 ) -> Generator[EpisodeResults, None, None]:
@@ -221,5 +211,5 @@ def _in_processes_if_it_pays(
         yield examiner.play(job)
         left_s = (time.monotonic() - started_s) * (len(jobs) - done)
         if workers > 1 and left_s > PROCESSES_PAY_S:
-            yield from in_processes(start_examiner, (scenario, dict(policies)), jobs[done:], workers)
+            yield from shared_out(start_examiner, (scenario, dict(policies)), jobs[done:], workers)
             return

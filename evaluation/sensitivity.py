@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from agents.workers import Crew
 from envs.scenario import Scenario
 from envs.scenario_family import changed
 from evaluation.cache import cached_play
@@ -119,7 +120,7 @@ def tornado(
     *,
     episodes: int,
     seed: int = 0,
-    workers: int | None = None,
+    workers: int | Crew | None = None,
     use_cache: bool = True,
     step: Callable[[], None] = lambda: None,
 ) -> list[Bar]:
@@ -132,7 +133,7 @@ def tornado(
         reference: over whom.
         episodes: per value.
         seed: first held-out seed.
-        workers: processes.
+        workers: a crew, or processes.
         use_cache: whether episodes that were played before are looked up.
         step: called after every input.
     """

@@ -15,8 +15,8 @@ import benchmarks
 import evaluate
 import train
 from agents.run import Run
+from agents.workers import shared_out
 from evaluation.progress import progress_bar
-from evaluation.workers import in_processes
 from marginroute import cli
 from marginroute.cli import Parser, main_guard, note
 
@@ -194,7 +194,7 @@ def slow_start():
 
 @main_guard
 def work_with_slow_workers(argv):
-    list(in_processes(slow_start, (), [1, 2], 2))
+    list(shared_out(slow_start, (), [1, 2], 2))
     return 0
 
 

@@ -55,6 +55,7 @@ OPTIONAL = {
     "envs.describe": ("rich",),
     "envs.describe_page": ("plotly",),
     "envs.calibrate_aiconfigurator": ("aiconfigurator_core",),
+    "agents.cluster": ("ray",),
 }
 
 

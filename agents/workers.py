@@ -1,0 +1,326 @@
+"""Work shared out over others: processes of this machine, or members of a Ray cluster (`agents.cluster`).
+
+A *job* is a function that is started once by every member of a crew (imports, kernels, constants) and then takes one
+item after the other, on one thread. What comes of an item depends on the job and the item alone, neither on who does
+it nor on what that one did before. So the number of members changes no number, and a member that is lost costs time
+only: its item is done again by another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import count
+from typing import Any, Generic, Protocol, TypeVar
+
+from marginroute.cli import note
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+MOST_LOSSES = 3  # members that one item may cost, or that may die one after the other before they have come
+PATIENCE_S = 30.0  # without any member at work, after which the user is told
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, cut to the quota of its control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+        quota, period = file.read().split()
+        cores = min(cores, max(1, round(int(quota) / int(period))))
+    return cores
+
+
+class Member(Protocol):
+    """Somebody who does one item after the other."""
+
+    ready: Future[Any]  # done as soon as it can work
+
+    def submit(self, job: int, packed: Any, item: Any) -> Future[Any]:
+        """Has an item of a job done; `packed`: how the job is started, None where the member knows."""
+
+    def stop(self, at_once: bool) -> None:
+        """Ends it, in the middle of an item if `at_once`."""
+
+
+class Staff(Protocol):
+    """Where members come from."""
+
+    size: int
+
+    def hire(self) -> Member:
+        """A new member, which may take its time to come."""
+
+    def pack(self, job: bytes) -> Any:
+        """A pickled job as members are sent it."""
+
+    def welcome(self, arrived: Any) -> None:
+        """Looks at what a member says when it is ready."""
+
+    def meant(self, error: Exception) -> Exception | None:
+        """The error of the work itself; None: the member is lost."""
+
+
+class Crew:
+    """Members that stay for several jobs.
+
+    Args:
+        staff: where members come from.
+    """
+
+    def __init__(self, staff: Staff) -> None:
+        self.size, self._staff = staff.size, staff
+        self._members: dict[int, Member] = {}  # by slot
+        self._coming: dict[Future[Any], int] = {}
+        self._knows: dict[int, int] = {}  # the job that a slot's member was told last
+        self._numbers, self._stillborn = count(), 0
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for slot in list(self._members):
+            self._dismiss(slot, at_once=kind is not None)
+
+    def job(self, start: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...]) -> Job[Item, Result]:
+        """A job, whose items members do.
+
+        Args:
+            start: a function of a module, called once by every member; what it returns does the items.
+            arguments: of `start`, picklable.
+        """
+        return Job(self, next(self._numbers), self._staff.pack(pickle.dumps((start, arguments))))
+
+    def do(self, number: int, packed: Any, items: Sequence[Any]) -> Generator[Any, None, None]:
+        """Yields the results of a job's items as they are ready; see `Job.each`."""
+        waiting, losses = deque(range(len(items))), Counter[int]()
+        working: dict[Future[Any], tuple[int, int]] = {}  # slot and item
+        try:
+            while waiting or working:
+                self._hire(min(self.size, len(items)))
+                busy = {slot for slot, _ in working.values()} | set(self._coming.values())
+                for slot in sorted(self._members.keys() - busy):
+                    if waiting:
+                        i = next((i for i in waiting if i % self.size == slot), waiting[0])  # what it may know already
+                        waiting.remove(i)
+                        working[self._submit(slot, number, packed, items[i])] = slot, i
+                for future in self._some([*working, *self._coming]):
+                    slot, i = working.pop(future, (None, None))
+                    if slot is None or i is None:
+                        self._arrived(future)
+                        continue
+                    try:
+                        result = future.result()
+                    except Exception as error:
+                        self._lost(slot, error)
+                        losses[i] += 1
+                        if losses[i] == MOST_LOSSES:
+                            raise RuntimeError(
+                                f"{MOST_LOSSES} workers died of the same work (out of memory?): try fewer --workers"
+                            ) from error
+                        waiting.appendleft(i)
+                        continue
+                    yield result
+        finally:
+            for slot, _ in working.values():  # nobody waits for these
+                self._dismiss(slot, at_once=True)
+
+    def _hire(self, wanted: int) -> None:
+        for slot in range(wanted):
+            if slot not in self._members:
+                member = self._members[slot] = self._staff.hire()
+                self._coming[member.ready] = slot
+
+    def _submit(self, slot: int, number: int, packed: Any, item: Any) -> Future[Any]:
+        known, self._knows[slot] = self._knows.get(slot), number
+        try:
+            return self._members[slot].submit(number, None if known == number else packed, item)
+        except Exception as error:  # it died while it had nothing to do
+            failed: Future[Any] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def _some(self, futures: list[Future[Any]]) -> set[Future[Any]]:
+        """Those that are done, at least one."""
+        done = wait(futures, PATIENCE_S, FIRST_COMPLETED).done
+        if not done and len(futures) == len(self._coming):
+            note("no worker has come yet; waiting for free CPUs")
+        return done or wait(futures, None, FIRST_COMPLETED).done
+
+    def _arrived(self, future: Future[Any]) -> None:
+        slot = self._coming.pop(future)
+        try:
+            self._staff.welcome(future.result())
+            self._stillborn = 0
+        except Exception as error:
+            self._lost(slot, error)
+            self._stillborn += 1
+            if self._stillborn == MOST_LOSSES:
+                raise RuntimeError(f"{MOST_LOSSES} workers died as they started (out of memory?)") from error
+
+    def _lost(self, slot: int, error: Exception) -> None:
+        """Lets go of a member that is lost; any other error is raised."""
+        meant = self._staff.meant(error)
+        if meant is not None:
+            raise meant
+        self._dismiss(slot, at_once=True)
+        note("a worker was lost; its work is done again by another")
+
+    def _dismiss(self, slot: int, at_once: bool) -> None:
+        member = self._members.pop(slot, None)
+        if member is not None:
+            self._knows.pop(slot, None)
+            self._coming.pop(member.ready, None)
+            member.stop(at_once)
+
+
+class Job(Generic[Item, Result]):
+    """A job of a crew."""
+
+    def __init__(self, crew: Crew, number: int, packed: Any) -> None:
+        self.crew, self._number, self._packed = crew, number, packed
+
+    def each(self, items: Sequence[Item]) -> Generator[Result, None, None]:
+        """Yields the results of the items as they are ready.
+
+        Args:
+            items: picklable. Item i goes to the member that had item i of an earlier call, unless that one is lost or
+                another has nothing to do.
+
+        Raises:
+            RuntimeError: members died of the same item again and again.
+        """
+        return self.crew.do(self._number, self._packed, items)
+
+
+def shared_out(
+    start: Callable[..., Callable[[Item], Result]],
+    arguments: tuple[Any, ...],
+    items: Sequence[Item],
+    workers: int | Crew,
+) -> Generator[Result, None, None]:
+    """Yields the results of one job's items as they are ready; arguments as `Crew.job` and `Job.each`.
+
+    Args:
+        start: a function of a module.
+        arguments: its arguments.
+        items: what it does.
+        workers: processes, 1 for this one; or a crew that exists.
+    """
+    if workers == 1:
+        yield from map(start(*arguments), items)
+        return
+    with contextlib.nullcontext(workers) if isinstance(workers, Crew) else Crew(Processes(workers)) as crew:
+        yield from crew.job(start, arguments).each(items)
+
+
+class Worker:
+    """What a member does inside its process."""
+
+    def __init__(self) -> None:
+        self._job = -1
+        self._do: Callable[[Any], Any] | None = None
+
+    def do(self, job: int, packed: bytes | None, item: Any) -> Any:
+        """Does an item; starts the job first where it is told how."""
+        if packed is not None:
+            self._do, (start, arguments) = None, pickle.loads(packed)
+            self._do, self._job = start(*arguments), job
+        assert self._do is not None and self._job == job
+        return self._do(item)
+
+
+class Processes:
+    """Processes of this machine as a crew's staff.
+
+    Args:
+        size: how many.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def hire(self) -> Member:
+        """A new process."""
+        return _Process()
+
+    def pack(self, job: bytes) -> bytes:
+        """As it is."""
+        return job
+
+    def welcome(self, arrived: Any) -> None:
+        """Nothing to look at: the same machine, the same code."""
+
+    def meant(self, error: Exception) -> Exception | None:
+        """Only a dead process breaks a pool."""
+        return None if isinstance(error, BrokenProcessPool) else error
+
+
+_worker: Worker | None = None
+
+
+class _Process:
+    """One process, which starts at once and uses one thread."""
+
+    def __init__(self) -> None:
+        before = set(multiprocessing.active_children())
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _enter)
+        with _one_thread_each(), _sigint_held():
+            self.ready: Future[Any] = self._pool.submit(os.getpid)
+        self._children = set(multiprocessing.active_children()) - before
+
+    def submit(self, job: int, packed: Any, item: Any) -> Future[Any]:
+        return self._pool.submit(_work, job, packed, item)
+
+    def stop(self, at_once: bool) -> None:
+        self._pool.shutdown(wait=not at_once, cancel_futures=True)
+        if at_once:
+            for child in self._children:
+                child.terminate()
+
+
+def _enter() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
+    global _worker
+    _worker = Worker()
+
+
+def _work(job: int, packed: bytes | None, item: Any) -> Any:
+    assert _worker is not None
+    return _worker.do(job, packed, item)
+
+
+@contextlib.contextmanager
+def _sigint_held() -> Iterator[None]:
+    """Processes started inside are born deaf to Ctrl-C, which would else kill them before `_enter` runs."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Child processes started inside use one thread each: two pools of threads on two cores collapse."""
+    saved = {name: os.environ.get(name) for name in ONE_THREAD}
+    os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
