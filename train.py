@@ -10,6 +10,7 @@ Try:
   python train.py --log decisions.jsonl --out runs/mine   learn who answers what well from a gateway's own log
   python train.py --resume runs/mine                  go on after an interruption
   python train.py day_night                           a scenario with a controller: both deciders in turn
+  python train.py --ray auto                          tuning, rollouts and trials shared out over a Ray cluster
   python train.py --list                              scenarios that ship
 """
 

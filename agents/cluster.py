@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import os
 import signal
 import socket
@@ -77,13 +78,13 @@ def connected(address: str) -> Iterator[None]:
     Raises:
         InputError: Ray is not installed, or no cluster can be reached.
     """
-    try:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-    except ImportError:
-        raise InputError(f'--ray {address} needs Ray; legal is an installation with pip install -e ".[ray]"') from None
+    if importlib.util.find_spec("ray") is None:
+        raise InputError(f'--ray {address} needs Ray; legal is an installation with pip install -e ".[ray]"')
     if address not in ("auto", "local"):
         _probe(address)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
     before = signal.getsignal(signal.SIGTERM)
     own = {"num_cpus": usable_cores(), "include_dashboard": False} if address == "local" else {}
     try:

@@ -152,7 +152,7 @@ class Crew:
         """Those that are done, at least one."""
         done = wait(futures, PATIENCE_S, FIRST_COMPLETED).done
         if not done and len(futures) == len(self._coming):
-            note("no worker has come yet; waiting for free CPUs")
+            note("no worker is ready yet; waiting")
         return done or wait(futures, None, FIRST_COMPLETED).done
 
     def _arrived(self, future: Future[Any]) -> None:

@@ -1,0 +1,142 @@
+"""The measurements of benchmarks/cluster.py."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+
+from agents.cluster import Cluster, connected
+from agents.config import TrainingConfig, load_training
+from agents.fused import piece_states
+from agents.rollouts import Order, SharedVecEnv, Whereabouts, Worlds, shares, start_rollouts
+from agents.train import FIRST_TRAINING_SEED, make_model
+from agents.workers import Crew
+from benchmarks import common
+from envs.scenario import load_scenario
+from envs.vector_env import default_advice
+from envs.worlds import Plant
+from evaluation.protocol import evaluate_policies
+from marginroute import features
+from marginroute.gateway_rules import SHIPPED_RULES
+
+LINK_BYTES_PER_S = 10e9 / 8.0
+MEMBERS = (1, 2, 4, 8, 16, 32, 64)
+RULES = ("least-request", "power-of-two", "prefix-aware", "litellm-shuffle")
+
+
+class Clock(BaseCallback):
+    """(wall, CPU) seconds of this process in rollouts and in updates, one row per round; the first round compiles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks: list[tuple[float, float]] = []
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _mark(self) -> None:
+        self.marks.append((time.perf_counter(), time.process_time()))
+
+    _on_rollout_start = _on_rollout_end = _on_training_end = _mark
+
+    def rounds(self) -> np.ndarray[Any, Any]:
+        """(rounds, 2, 2): rollout and update, each wall and CPU."""
+        return np.diff(np.array(self.marks), axis=0)[2:].reshape(-1, 2, 2)
+
+
+def made_of(config: TrainingConfig) -> tuple[Worlds, Plant]:
+    """The worlds of an untuned training on quickstart."""
+    plant = Plant(load_scenario("quickstart"))
+    spec = features.feature_spec(plant.layout)
+    return Worlds(plant.scenario, config, default_advice(plant), spec, 1.0, FIRST_TRAINING_SEED), plant
+
+
+def timed_rounds(crew: Crew, config: TrainingConfig, rounds: int) -> np.ndarray[Any, Any]:
+    """As `Clock.rounds`, of a training by a crew."""
+    worlds, plant = made_of(config)
+    model, clock = make_model(SharedVecEnv(crew, worlds, plant), config, worlds.spec, 0, None), Clock()
+    model.learn(config.n_envs * config.rollout_steps * (rounds + 1), callback=clock)
+    return clock.rounds()
+
+
+def member_part(config: TrainingConfig, rounds: int) -> tuple[float, int]:
+    """CPU seconds that all worlds of a rollout cost a member, and bytes of the order and of what comes back."""
+    worlds, plant = made_of(config)
+    env = worlds.env(plant)
+    policy = make_model(env, config, worlds.spec, 0, None).policy
+    weights = {name: tensor.numpy() for name, tensor in policy.state_dict().items()}
+    do, where = start_rollouts(worlds, 0), Whereabouts.at_the_start(config.n_envs)
+    spent, size = [], 0
+    for rollout in range(rounds + 1):
+        order = Order(slice(0, config.n_envs), rollout, weights, torch.get_rng_state().numpy(), None, where)
+        started_s = time.process_time()
+        played = do(order)
+        spent.append(time.process_time() - started_s)
+        size = len(pickle.dumps(order)) + len(pickle.dumps(played))
+        starts = played.columns["episode_starts"][1:] > 0.5
+        where.went_on(played.columns["actions"][..., 0], np.concatenate([starts, played.dones[None]]))
+    return float(np.median(spent[1:])), size
+
+
+def projected(config: TrainingConfig, times: int, play_s: float, other_s: float) -> dict[str, float]:
+    """By members, the model's speed-up of a training with so many times the worlds."""
+    worlds, plant = made_of(config)
+    inputs = max(worlds.spec.n_candidate, worlds.spec.n_context)
+    piece, n_worlds = piece_states(plant.layout.n_candidates, config.width, inputs), times * config.n_envs
+
+    def seconds(members: int) -> float:
+        largest = max(x.stop - x.start for x in shares(n_worlds, piece, members))
+        return other_s + play_s * largest / n_worlds
+
+    return {f"{n}": round(seconds(1) / seconds(n), 2) for n in MEMBERS}
+
+
+def evaluation_s(crew: Crew, episodes: int) -> float:
+    """Wall seconds of an evaluation, after one that loads what members need."""
+    scenario, rules = load_scenario("quickstart"), {name: SHIPPED_RULES[name](name) for name in RULES}
+    evaluate_policies(scenario, rules, 16 * crew.size, workers=crew)
+    started_s = time.perf_counter()
+    evaluate_policies(scenario, rules, episodes, workers=crew)
+    return time.perf_counter() - started_s
+
+
+def measured(address: str, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figures, and how they were taken."""
+    torch.set_num_threads(1)
+    config = load_training(None, {"n_envs": 32, "minibatch": 512} if quick else {})
+    rounds, episodes = (1, 16) if quick else (12, 128)
+    common.note("a member's part, in this process")
+    play_s, size = member_part(config, rounds)
+    walls, evaluations, parts = {}, {}, np.zeros((1, 2, 2))
+    with connected(address):
+        for members in (1, 2):
+            common.note(f"{members} of the cluster")
+            with Crew(Cluster(members)) as crew:
+                if crew.size == members:
+                    parts = timed_rounds(crew, config, rounds)
+                    walls[members] = float(np.median(parts[:, :, 0].sum(axis=1)))
+                    evaluations[members] = evaluation_s(crew, episodes)
+    (_, handling_s), (_, update_s) = np.median(parts, axis=0)
+    figures: dict[str, Any] = {
+        "update_s": round(float(update_s), 4),
+        "handling_s": round(float(handling_s), 4),
+        "play_s": round(play_s, 4),
+        "mbytes_per_round": round(size / 1e6, 2),
+        "round_wall_s": {f"{n}": round(x, 4) for n, x in walls.items()},
+        "evaluation_wall_s": {f"{n}": round(x, 2) for n, x in evaluations.items()},
+    }
+    if len(walls) == 2:
+        figures["speedup_2"] = {
+            "round_measured": round(walls[1] / walls[2], 2),
+            "evaluation_measured": round(evaluations[1] / evaluations[2], 2),
+        }
+    other_s = float(update_s + handling_s) + size / LINK_BYTES_PER_S
+    for name, times in (("projected_speedup", 1), ("projected_speedup_1024_worlds", 1024 // config.n_envs)):
+        figures[name] = projected(config, times, play_s, other_s)
+    model = "update_s + handling_s + play_s * share(n) + bytes / 10 Gbit/s"
+    return figures, {"model": model, "n_envs": config.n_envs, "rollout_steps": config.rollout_steps}
