@@ -92,7 +92,8 @@ def connected(address: str) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(f"--ray {address} cannot be reached ({str(error).splitlines()[0]:.160}); {LEGAL}") from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        with contextlib.suppress(ValueError):  # not the main thread: Ray left it alone, too
+            signal.signal(signal.SIGTERM, before)
     ray._private.worker._worker_logs_enabled = False  # a lost node would print a page on stdout
     try:
         yield

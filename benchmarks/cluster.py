@@ -6,9 +6,10 @@ A round of training is a rollout and the update after it. With n members it take
 
 where `share(n)` is the largest part of the worlds that one of them plays (worlds go in pieces), `play_s` the members'
 CPU time of a whole rollout, `handling_s` the trainer's to send orders and take buffers in, and `bytes` what travels
-both ways. All four are measured; the model is held to the measured wall time of two members over one, and then
-extended to more of them over a link of 10 Gbit/s, for the standard training and for one with 1,024 worlds. It knows
-nothing of stragglers. Wall figures mean something on idle cores only.
+both ways. All four are measured. Measured, too, is what one and two members make of it: `round_cpu_s` and
+`evaluation_cpu_s` are CPU seconds on the longest path (the trainer's and the busiest member's), and `_wall_s` means
+something on idle cores only. The projection extends the model to more members over a link of 10 Gbit/s, for the
+standard training and for one with 1,024 worlds; it knows nothing of stragglers.
 
 Try:
 python -m benchmarks.cluster

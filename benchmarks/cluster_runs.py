@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import socket
 import time
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,18 +19,59 @@ from agents.config import TrainingConfig, load_training
 from agents.fused import piece_states
 from agents.rollouts import Order, SharedVecEnv, Whereabouts, Worlds, shares, start_rollouts
 from agents.train import FIRST_TRAINING_SEED, make_model
-from agents.workers import Crew
+from agents.workers import Crew, Job
 from benchmarks import common
 from envs.scenario import load_scenario
 from envs.vector_env import default_advice
 from envs.worlds import Plant
 from evaluation.protocol import evaluate_policies
 from marginroute import features
+from marginroute.errors import InputError
 from marginroute.gateway_rules import SHIPPED_RULES
 
 LINK_BYTES_PER_S = 10e9 / 8.0
 MEMBERS = (1, 2, 4, 8, 16, 32, 64)
+MEASURED = ("round_cpu_s", "round_wall_s", "evaluation_cpu_s", "evaluation_wall_s")
 RULES = ("least-request", "power-of-two", "prefix-aware", "litellm-shuffle")
+
+
+def start_timed(start: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> Callable[[Any], Any]:
+    """A job that says of every result which process it comes from, and its CPU seconds."""
+    do = start(*arguments)
+
+    def timed(item: Any) -> tuple[tuple[str, int], float, Any]:
+        started_s = time.process_time()
+        result = do(item)
+        return (socket.gethostname(), os.getpid()), time.process_time() - started_s, result
+
+    return timed
+
+
+class TimedJob:
+    """A job that takes down the CPU seconds of the busiest member in each call."""
+
+    def __init__(self, job: Job[Any, Any], busiest_s: list[float]) -> None:
+        self._job, self._busiest_s = job, busiest_s
+
+    def each(self, items: Sequence[Any]) -> Generator[Any, None, None]:
+        """As `Job.each`."""
+        spent: Counter[tuple[str, int]] = Counter()
+        for member, cpu_s, result in self._job.each(items):
+            spent[member] += cpu_s  # type: ignore[assignment]
+            yield result
+        self._busiest_s.append(max(spent.values()))
+
+
+class TimedCrew(Crew):
+    """A crew with the CPU seconds of its busiest member in each call of a job."""
+
+    def __init__(self, members: int) -> None:
+        super().__init__(Cluster(members))
+        self.busiest_s: list[float] = []
+
+    def job(self, start: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> Any:
+        """As `Crew.job`."""
+        return TimedJob(super().job(start_timed, (start, arguments)), self.busiest_s)
 
 
 class Clock(BaseCallback):
@@ -56,7 +101,7 @@ def made_of(config: TrainingConfig) -> tuple[Worlds, Plant]:
     return Worlds(plant.scenario, config, default_advice(plant), spec, 1.0, FIRST_TRAINING_SEED), plant
 
 
-def timed_rounds(crew: Crew, config: TrainingConfig, rounds: int) -> np.ndarray[Any, Any]:
+def timed_rounds(crew: TimedCrew, config: TrainingConfig, rounds: int) -> np.ndarray[Any, Any]:
     """As `Clock.rounds`, of a training by a crew."""
     worlds, plant = made_of(config)
     model, clock = make_model(SharedVecEnv(crew, worlds, plant), config, worlds.spec, 0, None), Clock()
@@ -96,13 +141,13 @@ def projected(config: TrainingConfig, times: int, play_s: float, other_s: float)
     return {f"{n}": round(seconds(1) / seconds(n), 2) for n in MEMBERS}
 
 
-def evaluation_s(crew: Crew, episodes: int) -> float:
-    """Wall seconds of an evaluation, after one that loads what members need."""
+def evaluation_s(crew: TimedCrew, episodes: int) -> tuple[float, float]:
+    """Wall seconds of an evaluation, and the busiest member's CPU seconds, after one that loads what members need."""
     scenario, rules = load_scenario("quickstart"), {name: SHIPPED_RULES[name](name) for name in RULES}
     evaluate_policies(scenario, rules, 16 * crew.size, workers=crew)
     started_s = time.perf_counter()
     evaluate_policies(scenario, rules, episodes, workers=crew)
-    return time.perf_counter() - started_s
+    return time.perf_counter() - started_s, crew.busiest_s[-1]
 
 
 def measured(address: str, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -112,29 +157,27 @@ def measured(address: str, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]
     rounds, episodes = (1, 16) if quick else (12, 128)
     common.note("a member's part, in this process")
     play_s, size = member_part(config, rounds)
-    walls, evaluations, parts = {}, {}, np.zeros((1, 2, 2))
+    found: dict[str, dict[int, float]] = {name: {} for name in MEASURED}
     with connected(address):
         for members in (1, 2):
             common.note(f"{members} of the cluster")
-            with Crew(Cluster(members)) as crew:
-                if crew.size == members:
-                    parts = timed_rounds(crew, config, rounds)
-                    walls[members] = float(np.median(parts[:, :, 0].sum(axis=1)))
-                    evaluations[members] = evaluation_s(crew, episodes)
+            with TimedCrew(members) as crew:
+                if crew.size < members:
+                    raise InputError(f"--ray {address} has {crew.size} CPU; legal is a cluster of two or more")
+                parts = timed_rounds(crew, config, rounds)
+                wall_s, cpu_s = np.median(parts.sum(axis=1), axis=0)
+                cpu_s += np.median(crew.busiest_s[1:])
+                for name, x in zip(MEASURED, (cpu_s, wall_s, *evaluation_s(crew, episodes)[::-1]), strict=True):
+                    found[name][members] = float(x)
     (_, handling_s), (_, update_s) = np.median(parts, axis=0)
     figures: dict[str, Any] = {
         "update_s": round(float(update_s), 4),
         "handling_s": round(float(handling_s), 4),
         "play_s": round(play_s, 4),
         "mbytes_per_round": round(size / 1e6, 2),
-        "round_wall_s": {f"{n}": round(x, 4) for n, x in walls.items()},
-        "evaluation_wall_s": {f"{n}": round(x, 2) for n, x in evaluations.items()},
+        **{name: {f"{n}": round(x, 4) for n, x in by_members.items()} for name, by_members in found.items()},
+        "speedup_2": {name.removesuffix("_s"): round(x[1] / x[2], 2) for name, x in found.items()},
     }
-    if len(walls) == 2:
-        figures["speedup_2"] = {
-            "round_measured": round(walls[1] / walls[2], 2),
-            "evaluation_measured": round(evaluations[1] / evaluations[2], 2),
-        }
     other_s = float(update_s + handling_s) + size / LINK_BYTES_PER_S
     for name, times in (("projected_speedup", 1), ("projected_speedup_1024_worlds", 1024 // config.n_envs)):
         figures[name] = projected(config, times, play_s, other_s)

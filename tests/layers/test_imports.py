@@ -182,6 +182,7 @@ def loaded(statement, argv=("x",)):
 
 BENCHMARKS = (
     "simulator", "training", "ablations", "decision", "vidur_parity", "dynamo_replay", "fit_accuracy", "gateway",
+    "cluster",
 )  # fmt: skip
 COMMANDS = [
     *(("-m", f"benchmarks.{name}") for name in BENCHMARKS),
