@@ -36,6 +36,7 @@ def nodes():
     small = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", TESTS)
+        patch.setenv("RAY_worker_niceness", "0")  # else 15: other tests run beside these
         found = Nodes(initialize_head=True, head_node_args={**small, "include_dashboard": False})
         found.add_node(**small)
     yield found
