@@ -91,7 +91,7 @@ class Mirror:
                 if status == "completed":
                     self.store(i, at_s)
                     if self.worlds.loads[0, i]["judged"]:
-                        self.judged.append((at_s + JUDGED["workload.feedback"]["delay_s"], i))
+                        self.judged.append((at_s + float(self.worlds.plant.config[0]["feedback_delay_s"]), i))
                 del self.open[i]
         self.clock.now_s = now_s
 
