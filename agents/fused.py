@@ -44,7 +44,7 @@ class Weights(NamedTuple):
     value_bias_2: Any  # (1,), c2
 
 
-@kernel
+@kernel(allocates=True)
 def _gather(observation, at, n, c, x, y, m, owner):
     """Legal candidates' features, context and mean features of `n` states from `at`; returns the number of rows."""
     k, f, g = 0, x.shape[1], y.shape[1]
@@ -73,7 +73,7 @@ def _dot(a, b):
     return total
 
 
-@kernel
+@kernel(allocates=True)
 def forward(observation, c, w, x, owner, y, m, h1, h2, u, logits, value):
     """Logits (B, C) and values (B,) of flat observations (B, D).
 
@@ -115,7 +115,7 @@ def forward(observation, c, w, x, owner, y, m, h1, h2, u, logits, value):
             value[at + s] = _dot(top[s], w.value_head) + w.value_bias_2[0]
 
 
-@kernel
+@kernel(allocates=True)  # as row.max() does in Numba
 def log_softmax(logits, log_probs):
     """Row by row, (B, C)."""
     for b in range(logits.shape[0]):
@@ -143,7 +143,7 @@ def choose(log_probs, noise, actions, chosen):
         actions[b], chosen[b] = action, log_probs[b, action]
 
 
-@kernel
+@kernel(allocates=True)
 def backward(observation, c, w, x, owner, y, m, h1, h2, u, log_probs, d_log_probs, d_value, found):
     """Adds the derivatives by the weights to `found`, from those by log-probabilities (B, C) and values (B,)."""
     n, width, zero = len(observation), len(w.bias_1), np.float32(0.0)

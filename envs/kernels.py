@@ -3,7 +3,11 @@
 Numba's `njit` makes machine code and an entry from Python for every function, and optimises it with all that it calls.
 In a tree of 250 kernels, four or five deep, that does the same work over and over: more than half of the time. A
 function under `kernel` is translated once for its callers, without either; whatever Python calls is optimised as a
-whole, and only that is kept on disk.
+whole, and only that is kept on disk. Nobody else can call the parts of such a whole, so that LLVM may drop what they
+do not read: a kernel hands on dozens of arrays, each of them six or more arguments.
+
+References are not counted either, where a kernel makes no arrays: its caller holds all that it works on. Copying a row
+of an array into another (`a[i] = b[j]`), sorting and reducing are making one to Numba; it refuses them at compilation.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ import numba
 from numba.core import codegen, compiler
 from numba.core.registry import CPUDispatcher
 
-_PART = {"nopython": True, "nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_ENTRY = {"nopython": True, "nogil": True}
+_PART = _ENTRY | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 class _PartLibrary(codegen.JITCodeLibrary):
@@ -41,11 +46,27 @@ class _PartLibrary(codegen.JITCodeLibrary):
         """See `codegen`."""
 
 
+class _EntryLibrary(codegen.JITCodeLibrary):
+    """Machine code of an entry, whose parts are its own."""
+
+    def _optimize_final_module(self) -> None:
+        for function in self._final_module.functions:
+            if function.linkage.name == "linkonce_odr":
+                function.linkage = "internal"
+        super()._optimize_final_module()
+
+
 class _PartCompiler(compiler.Compiler):  # type: ignore[misc]
+    _library: type[codegen.JITCodeLibrary] = _PartLibrary
+
     def compile_extra(self, func: Callable[..., Any]) -> Any:
-        library = _PartLibrary(self.state.targetctx.codegen(), func.__qualname__)
-        self.state.library = library
+        self.state.library = library = self._library(self.state.targetctx.codegen(), func.__qualname__)
+        library.enable_object_caching()
         return super().compile_extra(func)
+
+
+class _EntryCompiler(_PartCompiler):
+    _library = _EntryLibrary
 
 
 class _Entry(CPUDispatcher):  # type: ignore[misc]
@@ -62,7 +83,7 @@ class Kernel(CPUDispatcher):  # type: ignore[misc]
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
         super().__init__(function, targetoptions=_PART | options, pipeline_class=_PartCompiler)
-        self._entry = _Entry(function, targetoptions={"nopython": True, "nogil": True, **options})
+        self._entry = _Entry(function, targetoptions=_ENTRY | options, pipeline_class=_EntryCompiler)
         self._entry.enable_caching()
 
     def __call__(self, *args: Any) -> Any:
@@ -70,8 +91,14 @@ class Kernel(CPUDispatcher):  # type: ignore[misc]
         return self._entry(*args)
 
 
-def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """Decorator of a compiled function; `options` are those of `numba.njit`, which always gets `nogil`."""
+def kernel(function: Callable[..., Any] | None = None, *, allocates: bool = False, **options: Any) -> Any:
+    """Decorator of a compiled function.
+
+    Args:
+        function: what is compiled.
+        allocates: whether it makes arrays. The others count no references to those that they are given.
+        **options: those of `numba.njit`, which always gets `nogil`.
+    """
     if function is None:
-        return lambda function: kernel(function, **options)
-    return function if numba.config.DISABLE_JIT else Kernel(function, options)
+        return lambda function: kernel(function, allocates=allocates, **options)
+    return function if numba.config.DISABLE_JIT else Kernel(function, options | {"_nrt": allocates})

@@ -14,6 +14,7 @@ in units of `signal_scale_usd`. Evaluation never sees it; see docs/learning.md f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -71,7 +72,7 @@ class ObservedWorlds(FleetWorlds):
         self.floor_usd: Array | None = None
         self.shadow_price = True
 
-    @property
+    @cached_property
     def observation_space(self) -> spaces.Box:
         """The flat observation of one world."""
         size = self.spec.size(self.plant.layout.n_candidates)

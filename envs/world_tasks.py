@@ -262,7 +262,8 @@ def note_send(follow, desks, loads, w, c):
 def mark(follow, ledger_usd, loads, w, i):
     """Before request `i` is posted: remembers its class's accounts if it is a call of a workflow."""
     if loads[w, i].workflow >= 0:
-        follow.before[w] = ledger_usd[w, :, loads[w, i].class_index]
+        for account in range(ledger_usd.shape[1]):
+            follow.before[w, account] = ledger_usd[w, account, loads[w, i].class_index]
 
 
 @kernel

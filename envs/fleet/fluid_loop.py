@@ -52,7 +52,7 @@ class Sample:
     value_usd: Array
 
 
-@kernel
+@kernel(allocates=True)
 def _run_closed(pools, tables, worlds, replicas, slots, providers, requests, population, gaps, measured):
     """Keeps `population` requests going on replica 0 of world 0 until all rows of `requests` have been sent.
 

@@ -22,7 +22,7 @@ Ragged = tuple[Any, Any]  # counts (M,), hashes (sum of counts,)
 _LARGE = 1 << 60  # from here on hashes are numbered anew, lest their parts overflow
 
 
-@kernel
+@kernel(allocates=True)
 def _repeated(counts, flat):  # noqa: ANN001, ANN202
     """A request and a hash that it has twice, or -1, -1; lists that ascend, as most do, are not sorted."""
     start = 0
@@ -101,7 +101,7 @@ def engine_hashes(
     return counts, _cut(given_counts, given, counts, known, parts, (int(given.max(initial=-1)) + 1) * parts)
 
 
-@kernel
+@kernel(allocates=True)
 def _cut(given_counts, given, counts, known, parts, fresh):  # noqa: ANN001, ANN202
     """The engine's blocks: of each request `known` ones, parts of the given; the rest is numbered from `fresh`."""
     flat = np.empty(counts.sum(), dtype=np.int64)

@@ -28,7 +28,7 @@ def dense(flat: IntArray) -> tuple[IntArray, int]:
     return flat, names.size
 
 
-@kernel
+@kernel(allocates=True)
 def write_stretches(slots, hash_at, counts, flat, n_hashes):
     """Writes the stretches of all requests into their cells, numbered as they first occur.
 

@@ -98,6 +98,8 @@ def draw_faults(laws: tuple[FaultLaw, ...], horizon_s: float, entropy: Sequence[
 
 def in_order(faults: Array) -> Array:
     """The same faults, ordered by start, kind and index."""
+    if len(faults) < 2:
+        return faults
     return faults[np.argsort(faults, order=("starts_at_s", "kind", "index"), kind="stable")]
 
 
@@ -107,6 +109,8 @@ def changes(faults: Array) -> Array:
     A replica that fails is told until when; whoever applies that brings it back. All other states are announced at
     both ends.
     """
+    if not len(faults):
+        return np.zeros(0, dtype=CHANGE)
     rows = []
     down = np.isinf(faults["slowdown"])
     for row in faults[down & np.isin(faults["kind"], (OF_REPLICA, OF_SPOT))]:

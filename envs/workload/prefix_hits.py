@@ -19,7 +19,7 @@ Array = np.ndarray[Any, Any]
 NEVER = np.iinfo(np.int64).max
 
 
-@kernel  # type: ignore[untyped-decorator]
+@kernel(allocates=True)  # type: ignore[untyped-decorator]
 def _needed(block: Array, count: Array, blocks: int) -> Array:  # pragma: no cover - compiled
     """(sum of count,) i8: the smallest cache in which each block is found, `NEVER` on first use."""
     size = block.size

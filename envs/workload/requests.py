@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -141,7 +141,7 @@ class Workload:
             ("ability_shift", 0, (m, 0), np.float64),
         ):
             given = getattr(self, name)
-            array = np.full(size, fill, kind) if given is None else np.ascontiguousarray(given, kind)
+            array = _filled(size, fill, kind) if given is None else np.ascontiguousarray(given, kind)
             object.__setattr__(self, name, array)
         _check_sessions(self)
         _check_prefixes(self)
@@ -149,6 +149,7 @@ class Workload:
             getattr(self, name).flags.writeable = False
 
     @classmethod
+    @cache
     def array_names(cls) -> tuple[str, ...]:
         """The fields that are arrays, in order of definition; not those `beside` requests."""
         return tuple(item.name for item in fields(cls) if item.name not in (*cls.scalars, *cls.beside))
@@ -202,6 +203,14 @@ class Workload:
         return bool((self.parent_index >= 0).any())
 
 
+@lru_cache(maxsize=64)
+def _filled(size: int | tuple[int, ...], fill: float, kind: type) -> Array:
+    """What stands for an array that was not given; nobody writes to it, so that workloads share it."""
+    array = np.full(size, fill, kind)
+    array.flags.writeable = False
+    return array
+
+
 def _refuse(wrong: Array, name: str, values: Array, legal: str) -> None:
     """Raises InputError for the first request that is marked as wrong."""
     if wrong.any():
@@ -215,9 +224,11 @@ def _check_sessions(workload: Workload) -> None:
     for name in ("session_index", "parent_index", "think_s"):
         if len(getattr(workload, name)) != m:
             raise InputError(f"workload: {len(getattr(workload, name))} {name}; legal is one per request, {m}")
-    _refuse(~((think_s >= 0.0) & np.isfinite(think_s)), "think_s", think_s, "0 or more seconds")
+    _refuse(~((think_s >= 0.0) & (think_s < np.inf)), "think_s", think_s, "0 or more seconds")
     if (parent == -1).all():
-        _refuse(np.diff(workload.arrived_at_s, prepend=-np.inf) < 0.0, "arrived_at_s", workload.arrived_at_s, _IN_ORDER)
+        early = np.zeros(m, dtype=np.bool_)
+        np.less(workload.arrived_at_s[1:], workload.arrived_at_s[:-1], out=early[1:])
+        _refuse(early, "arrived_at_s", workload.arrived_at_s, _IN_ORDER)
         return
     _refuse((parent < -1) | (parent >= np.arange(m)), "parent_index", parent, "an earlier request, or -1")
     roots = np.flatnonzero(parent < 0)
