@@ -138,7 +138,7 @@ class TaskBooks:
         desk["session_station"], desk["tried"] = -1, 1
         if self.attempts:
             desk["least_think_s"] = np.minimum(desk["least_think_s"], self.least_verify_s)
-            books.luck[w, :m] = _attempts(workload.attempt_luck, self.attempts)
+            books.luck[w, :m] = attempts(workload.attempt_luck, self.attempts)
         tasks = books.tasks[w]
         tasks[...] = np.zeros((), dtype=TASK)
         tasks["station"], tasks["workflow"] = -1, -1
@@ -154,8 +154,8 @@ class TaskBooks:
             tasks["calls"] = np.bincount(session, minlength=len(tasks))
 
 
-def _attempts(luck: Array, attempts: int) -> Array:
+def attempts(luck: Array, count: int) -> Array:
     """(M, A, 3); a workload without luck of its own is looked at without noise, and nobody leaves."""
-    if luck.shape[1] >= attempts:
-        return luck[:, :attempts]
-    return np.broadcast_to(np.array([0.0, 1.0, 1.0]), (len(luck), attempts, 3))
+    if luck.shape[1] >= count:
+        return luck[:, :count]
+    return np.broadcast_to(np.array([0.0, 1.0, 1.0]), (len(luck), count, 3))

@@ -19,7 +19,7 @@ NOTHING = -1  # choice of a request that is not executed
 
 
 class SharedAnswers:
-    """Maximises the sum over requests of an episode.
+    """Maximises the sum over requests of an episode that are no calls of tasks (`evaluation.bound_tasks`).
 
     Args:
         options: ordered by request and tier.
@@ -32,7 +32,8 @@ class SharedAnswers:
         cell = options.request * tiers + options.tier
         self.cell, self.starts = np.unique(cell, return_index=True)
         self.shape = (requests, tiers)
-        self.alone = np.flatnonzero(options.group < 0)
+        self.elsewhere = options.tasks.task >= 0
+        self.alone = np.flatnonzero((options.group < 0) & ~self.elsewhere)
         rows = np.flatnonzero(options.group >= 0)
         rows = rows[np.argsort(options.group[rows], kind="stable")]
         group = options.group[rows]
@@ -47,7 +48,7 @@ class SharedAnswers:
             best_usd.ravel()[self.cell] = np.maximum.reduceat(net_usd, self.starts)
         tier = best_usd.argmax(axis=1)
         served_usd = best_usd[np.arange(len(tier)), tier]
-        executed = np.where(served_usd > self.unserved_usd, tier, NOTHING)
+        executed = np.where((served_usd > self.unserved_usd) & ~self.elsewhere, tier, NOTHING)
         alone_usd = np.maximum(served_usd, self.unserved_usd)[self.alone].sum()
         grouped_usd = self._grouped(best_usd, served_usd, tier, executed) if self.turns else 0.0
         return float(alone_usd + grouped_usd), self._options(net_usd, best_usd, executed)

@@ -7,8 +7,8 @@ a policy does, its margin is at most
            of  value - prefill_s min q[s, window] - decode_s min q[s, window]
 
 since work done never exceeds the capacity that the first sum sells (Lagrangian duality; the maximum is taken request
-by request, or by dynamic programming over the requests that may share a stored answer). A pool sells capacity_s seconds
-per second. A provider's token bucket of size B fills at rate r and carries over: it sells
+by request, task by task, or by dynamic programming over the requests that may share a stored answer). A pool sells
+capacity_s seconds per second. A provider's token bucket of size B fills at rate r and carries over: it sells
 r dt sum_b q[b] + B (q[0] + sum_b (q[b + 1] - q[b])^+) at best. Buckets end some time after the horizon, when engines
 still work; whatever is later is free.
 
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from evaluation.bound_cache import SharedAnswers
 from evaluation.bound_options import Options
+from evaluation.bound_tasks import TaskAnswers
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -78,7 +79,7 @@ class DualBound:
         first = self._bucket(options.from_s)
         self.prefill = _Windows(options.station, first, self._bucket(options.prefill_until_s), self.buckets + 1)
         self.decode = _Windows(options.station, first, self._bucket(options.decode_until_s), self.buckets + 1)
-        self.answers = SharedAnswers(options)
+        self.answers, self.task_answers = SharedAnswers(options), TaskAnswers(options)
 
     def _bucket(self, time_s: Floats) -> Ints:
         return np.minimum(np.minimum(time_s, 1e12) / self.bucket_s, self.buckets).astype(np.int64)
@@ -93,6 +94,8 @@ class DualBound:
         decode_usd, decode_at = table.lowest(self.decode)
         net_usd = o.value_usd - o.prefill_s * prefill_usd - o.decode_s * decode_usd
         answers_usd, taken = self.answers.best(net_usd)
+        tasks_usd, taken_too = self.task_answers.best(net_usd)
+        taken = np.concatenate([taken, taken_too])
         demand = np.zeros(free_after.size)
         np.add.at(demand, prefill_at[taken], o.prefill_s[taken])
         np.add.at(demand, decode_at[taken], o.decode_s[taken])
@@ -105,7 +108,7 @@ class DualBound:
             slope[s, 1:] += o.burst[s] * (rises[:-1] > 0.0)
             slope[s] -= o.burst[s] * (rises > 0.0)
         slope[~self.limited] = 0.0
-        return o.shared_usd + capacity_usd + answers_usd, slope
+        return o.shared_usd + capacity_usd + answers_usd + tasks_usd, slope
 
     def search(self, blocks: tuple[tuple[int, int], ...] = BLOCKS, seed: int = 0) -> Dual:
         """Lowers U(q) from q = 0."""

@@ -22,11 +22,13 @@ def solve(dual: DualBound) -> float:
     """Upper bound of the margin in USD at the best prices.
 
     Raises:
-        InputError: the workload has requests that share answers.
+        InputError: the workload has requests that share answers, or tasks.
     """
     o = dual.options
-    if (o.group >= 0).any():
-        raise InputError("the linear program takes no requests that share a stored answer; legal is no response cache")
+    if (o.group >= 0).any() or (o.tasks.task >= 0).any():
+        raise InputError(
+            "the linear program takes each request alone; legal is a scenario without response cache and workflows"
+        )
     options, requests = len(o.request), len(o.unserved_usd)
     kinds = [(o.prefill_s, dual.prefill), (o.decode_s, dual.decode)]
     work = [_allocation(work_s, windows.first, windows.last) for work_s, windows in kinds]

@@ -44,12 +44,12 @@ def groups(plant: Plant, workload: Workload) -> Ints:
     return group
 
 
-def best_stored(workload: Workload, group: Ints, good: Floats) -> Floats:
+def best_stored(workload: Workload, group: Ints, good: Floats, one_answer: bool = True) -> Floats:
     """(M, T) outcomes, or their probabilities, of the best answer of each tier that a request's group may have stored.
 
-    Those of a prompt are all alike, unless a model's ability drifts.
+    Those of a prompt are all alike, unless a model's ability drifts or a verifier has it asked anew.
     """
-    if not workload.ability_shift.shape[1]:
+    if one_answer and not workload.ability_shift.shape[1]:
         return good
     best = np.full((int(group.max(initial=-1)) + 1, good.shape[1]), -np.inf)
     rows = group >= 0

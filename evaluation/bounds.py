@@ -73,8 +73,7 @@ def uncovered(plant: Plant) -> list[str]:
     ]
     rows += [("pool setting", vars(pool)) for pool in plant.spec.pools]
     rows += [("provider setting", vars(provider)) for provider in plant.spec.providers]
-    parts = (("verifiers", plant.verifiers["max_attempts"].any()), ("workflows", len(plant.workflows) > 0))
-    found = [name for name, used in parts if used]
+    found: list[str] = []
     for kind, row in rows:
         for name, value in row.items():
             if name in MODELLED or name in HARMLESS:

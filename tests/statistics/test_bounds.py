@@ -10,7 +10,8 @@ from envs.scenario import load_scenario
 from envs.worlds import FleetWorlds, Plant
 from evaluation import bound_lp
 from evaluation.bound_dual import DualBound
-from evaluation.bound_options import least_mean_tokens, make_options, observed_p_good
+from evaluation.bound_money import least_mean_tokens
+from evaluation.bound_options import make_options, observed_p_good
 from evaluation.bounds import MODELLED, bound_episodes, uncovered
 from evaluation.hull import pool_hull
 from evaluation.protocol import evaluate_policies
