@@ -1,4 +1,4 @@
-"""What `fast_path` needs of a fleet and of a network, worked out once: rows of its buffer, constants, weights."""
+"""What the fast path needs of a fleet and of a network, worked out once: rows of its buffer, constants, weights."""
 
 from __future__ import annotations
 
@@ -78,6 +78,36 @@ class Fleet:
     def price(self) -> Array:
         """(C,) USD per second of work."""
         return self.rule.parameters.price[self.layout.station]
+
+
+class Buffer:
+    """Rows (C,) of one thread, by the names in `ROWS`, and the numbers of the request that products weigh them with.
+
+    Args:
+        n: C, candidates.
+
+    Attributes:
+        rows: (len(ROWS), C) float64.
+        row: each of them by name.
+        numbers: (38,), written in one go; `prompt` to `score_by` are parts of them.
+        score_usd, floor_usd: (C,) what a rule ranks by, and what floors add to it.
+        credited_bad_ok: (3, C) credits in USD, P(bad answer), P(no error), before anybody leaves.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.rows = np.zeros((len(ROWS), n))
+        self.row = dict(zip(ROWS, self.rows, strict=True))
+        self.row["one"][:] = self.row["one_again"][:] = 1.0
+        self.numbers = numbers = np.zeros(38)
+        self.prompt, self.output, self.crowd_by = numbers[0, ...], numbers[1, ...], numbers[2:5]
+        self.linear_by, self.ratios_by = numbers[5:9], numbers[9:27].reshape(6, 3)
+        self.credit_by, self.score_by = numbers[27:32], numbers[32:38]
+        self.score_usd, self.floor_usd = np.empty((2, n))
+        self.credited_bad_ok = np.empty((3, n))
+
+    def span(self, first: str, last: str, step: int = 1) -> Array:
+        """Rows that go through a call together."""
+        return self.rows[AT[first] : AT[last] + 1 : step]
 
 
 @dataclass(frozen=True, eq=False)

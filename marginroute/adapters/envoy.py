@@ -46,6 +46,9 @@ class EnvoySettings(DeskSettings):
         task_field: key of the body's `metadata` that names it where the header does not.
         tenant_header: request header that names who pays.
         session_header: request header that names the conversation or agent run.
+        standing_header: request header that says how the customer stands, one of `contracts.STANDINGS`; as with the
+            class, clients may lie.
+        quota_left_header: request header that says which share of the customer's allowance is left, 0 to 1.
         metrics: loopback `host:port` where Prometheus finds metrics and an autoscaler its targets; empty: nowhere.
         models: name that the body's `model` becomes, by candidate or by its tier; needs a mode that shows the body.
         retry_next: name the runner-up as second endpoint, for Envoy's retry policy to fall back on.
@@ -59,6 +62,8 @@ class EnvoySettings(DeskSettings):
     task_field: str = "task_type"
     tenant_header: str = "x-tenant-id"
     session_header: str = "x-session-id"
+    standing_header: str = "x-customer-standing"
+    quota_left_header: str = "x-quota-left"
     metrics: str = ""
     models: Mapping[str, str] = field(default_factory=dict)
     retry_next: bool = False
@@ -288,7 +293,12 @@ def configuration(mode: str, settings: EnvoySettings, listen: Listen, port: int)
 
     if not settings.endpoints:
         raise InputError(NO_ENDPOINTS)
-    trusted = [settings.class_header, settings.tenant_header]
+    trusted = [
+        settings.class_header,
+        settings.tenant_header,
+        settings.standing_header,
+        settings.quota_left_header,
+    ]
     hold_s = settings.max_hold_s if {"defer", "hold"} & set(settings.can) else 0.0
     made = envoy_config.bootstrap(mode, settings.endpoints, listen, port, trusted, hold_s)
     return str(yaml.safe_dump(made, sort_keys=False, width=110))

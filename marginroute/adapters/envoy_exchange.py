@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from marginroute.adapters import chat
 from marginroute.adapters import envoy_messages as em
+from marginroute.adapters.account import account_of
 from marginroute.adapters.answer import Answer
 from marginroute.facts import Facts, Outcome, Verdict
 
@@ -247,6 +248,9 @@ class Exchange:
         tokens = ratio.tokens(self.length)
         hashes, block_tokens = picker.hashed(call, tokens)
         task = told.get(names.task_header) or (call.metadata.get(names.task_field) if call else None)
+        standing, quota_left, complaint = account_of(told.get(names.standing_header), told.get(names.quota_left_header))
+        if complaint:
+            picker.desk.warn_once(complaint)
         return Facts(
             id=picker.new_id(told.get("x-request-id", "")),
             prompt_tokens=tokens,
@@ -256,6 +260,8 @@ class Exchange:
             session=told.get(names.session_header, ""),
             traceparent=told.get("traceparent", "")[:100],
             available=picker.available(self._allowed),
+            standing=standing,
+            quota_left=quota_left,
             hashes=hashes,
             block_tokens=block_tokens,
             prompt=call.question if call and picker.gateway.bundle.predictor is not None else None,

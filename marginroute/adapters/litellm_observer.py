@@ -146,16 +146,21 @@ class Observer:
         hashes, tokens_per_byte = self._hashes(prompt, kwargs.get("tools"), characters)
         asks = self.gateway.bundle.predictor is not None
         cache_key = self._key({**kwargs, "model": model, "messages": messages})
+        standing, quota_left, complaint = read.account_told(kwargs, self.settings)
+        if complaint:
+            self._warn_once(complaint)
         facts = Facts(
             id,
             max(round(characters * self._tokens_per_character), 1),
-            class_name=self._known("class", read.class_of(kwargs, self.settings.class_field)),
+            class_name=self._known("class", read.attached(kwargs, self.settings.class_field)),
             task_name=self._known("task", read.requester_of(kwargs).get(self.settings.task_field)),
             tenant=read.tenant_of(kwargs),
             session=read.session_of(kwargs),
             traceparent=read.traceparent_of(kwargs),
             available=available,
             cached_tier=self._stored.get(cache_key),
+            standing=standing,
+            quota_left=quota_left,
             hashes=hashes,
             block_tokens=self._block_bytes * tokens_per_byte,
             prompt=(read.question_of(messages) or read.question_of(read.body_of(kwargs))) if asks else None,

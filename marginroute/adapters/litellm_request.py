@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from marginroute.adapters.account import account_of, share_left
 from marginroute.adapters.chat import question as question_of
 from marginroute.adapters.chat import texts
 from marginroute.operation import OperationSettings
@@ -23,6 +24,9 @@ class Settings(OperationSettings):
     Attributes:
         class_field: key of the metadata of a virtual key or team that names the customer class.
         default_class: class of requests without it; empty: the bundle's first.
+        standing_field: key of the same metadata that says how the customer stands, one of `contracts.STANDINGS`.
+        quota_left_field: key of the same that says which share of the allowance is left; without it, LiteLLM's own
+            budgets of key and team say so.
         task_field: key of the request's own metadata that names the task type.
         default_task: task type of requests without it; empty: the bundle's first.
         candidates: candidate by deployment id or by LiteLLM model name, for deployments without
@@ -34,6 +38,8 @@ class Settings(OperationSettings):
 
     class_field: str = "customer_class"
     default_class: str = ""
+    standing_field: str = "standing"
+    quota_left_field: str = "quota_left"
     task_field: str = "task_type"
     default_task: str = ""
     candidates: Mapping[str, str] = field(default_factory=dict)
@@ -63,13 +69,26 @@ def requester_of(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     return metadata_of(kwargs).get("requester_metadata") or {}
 
 
-def class_of(kwargs: Mapping[str, Any], name: str) -> Any:
-    """From what the operator attached to the key or its team; a client cannot choose its class."""
+def attached(kwargs: Mapping[str, Any], name: str) -> Any:
+    """What the operator attached to the key or its team, such as its class, which a client cannot choose."""
     for source in ("user_api_key_auth_metadata", "user_api_key_metadata", "user_api_key_team_metadata"):
         value = (metadata_of(kwargs).get(source) or {}).get(name)
-        if value:
+        if value is not None and value != "":
             return value
     return None
+
+
+def account_told(kwargs: Mapping[str, Any], settings: Settings) -> tuple[str, float, str]:
+    """Standing, share of the allowance that is left, and what was not legal of them (see `account.account_of`)."""
+    left = attached(kwargs, settings.quota_left_field)
+    if left is None:
+        metadata = metadata_of(kwargs)
+        budgets = [
+            share_left(metadata.get(f"{whose}_spend"), metadata.get(f"{whose}_max_budget"))
+            for whose in ("user_api_key", "user_api_key_team")
+        ]
+        left = min((share for share in budgets if share is not None), default=None)
+    return account_of(attached(kwargs, settings.standing_field), left)
 
 
 def class_of_key(key: Any, name: str) -> Any:

@@ -14,8 +14,9 @@ from marginroute import bundle as bundles
 from marginroute.adapters import envoy_access_log
 from marginroute.adapters import envoy_messages as em
 from marginroute.adapters.desk import Desk
-from marginroute.adapters.envoy import EnvoySettings, Picker
+from marginroute.adapters.envoy import EnvoySettings, Picker, configuration
 from marginroute.adapters.envoy_exchange import Exchange
+from marginroute.adapters.listen import Listen
 from marginroute.errors import InputError
 
 ENDPOINTS = {"small/0": "10.0.0.1:80", "large/0": "10.0.0.2:80"}
@@ -404,3 +405,28 @@ def test_a_provider_is_reached_by_its_cluster(make):
     (header,) = answer.request_headers.response.header_mutation.set_headers
     assert (header.header.key, header.header.raw_value) == (em.CLUSTER_HEADER, b"hosted")
     assert answer.request_headers.response.clear_route_cache and em.NAMESPACE not in answer.dynamic_metadata
+
+
+@pytest.mark.parametrize(
+    ("told", "standing", "left"),
+    [
+        ({}, 0, 1.0),
+        ({"x_customer_standing": "best_effort", "x_quota_left": "0"}, 1, 0.0),
+        ({"x_customer_standing": "overage", "x_quota_left": "0.5"}, 2, 0.5),
+        ({"x_customer_standing": "broke", "x_quota_left": "nan"}, 0, 1.0),
+        ({"x_customer_standing": "refused"}, 3, 1.0),
+    ],
+)
+def test_a_customers_account_reaches_the_view(make, told, standing, left):
+    picker = make()
+    play(Exchange(picker), request(end=True, **told), response(end=True, served="10.0.0.1:80"))
+    (record,) = records(picker)
+    assert [record["request"][name] for name in ("standing", "quota_left")] == [standing, left]
+    assert (record["legal"] == ["shed"]) == (standing == 3)
+    assert picker.desk.errors == {}
+
+
+def test_clients_cannot_say_how_they_stand(make):
+    made = configuration("headers", make().settings, Listen("127.0.0.1", 9002), 8080)
+    for header in ("x-customer-standing", "x-quota-left", "x-customer-class", "x-tenant-id"):
+        assert f"remove: {header}" in made

@@ -12,6 +12,7 @@ from marginroute import bundle as bundles
 from marginroute import view as v
 from marginroute.adapters import litellm as adapter
 from marginroute.adapters.litellm_request import Settings
+from marginroute.contracts import STANDINGS
 from marginroute.errors import InputError
 from marginroute.operation_file import settings_from
 
@@ -263,3 +264,35 @@ def test_prompts_are_not_hashed_for_nothing(logger, monkeypatch):
     monkeypatch.setattr("marginroute.adapters.litellm_observer.block_hashes", lambda *_: 1 / 0)
     route(logger, "1")
     assert logger.marginroute.errors == {}
+
+
+@pytest.mark.parametrize(
+    ("told", "standing", "left"),
+    [
+        ({}, "within", 1.0),
+        ({"user_api_key_metadata": {"standing": "overage", "quota_left": 0}}, "overage", 0.0),
+        ({"user_api_key_team_metadata": {"standing": "best_effort", "quota_left": "0.25"}}, "best_effort", 0.25),
+        ({"user_api_key_spend": 3.0, "user_api_key_max_budget": 4.0}, "within", 0.25),
+        (
+            {"user_api_key_spend": 3.0, "user_api_key_max_budget": 4.0}
+            | {"user_api_key_team_spend": 9.0, "user_api_key_team_max_budget": 10.0},
+            "within",
+            0.1,
+        ),
+        ({"user_api_key_spend": 30.0, "user_api_key_max_budget": 4.0}, "within", 0.0),  # a soft budget
+        ({"user_api_key_spend": 1.0, "user_api_key_max_budget": None}, "within", 1.0),
+        ({"user_api_key_auth_metadata": {"standing": "broke", "quota_left": True}}, "within", 1.0),
+    ],
+)
+def test_a_customers_account_reaches_the_view(logger, told, standing, left):
+    metadata = {
+        "requester_metadata": {"standing": "refused", "quota_left": 0.5}
+    } | told  # a client's word counts nothing
+    route(logger, "a", metadata=metadata)
+    send(logger, "a", 1)
+    complete(logger, "a", 1)
+    (record,) = records(logger)
+    assert record["request"]["standing"] == STANDINGS.index(standing)
+    assert record["request"]["quota_left"] == pytest.approx(left)
+    assert logger.marginroute.errors == {}
+    assert len(logger.marginroute._warned) == ("broke" in str(told))
