@@ -6,12 +6,15 @@ import asyncio
 import json
 import time
 import urllib.parse
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from envs.workload.requests import Workload
 
 LONGEST_S = 600.0  # wait for one answer, in the fleet's seconds
+DRAIN_S, LATE_S = 120.0, 60.0  # after the horizon, in the fleet's seconds and in ours, everything is over
+CONNECT_S = 60.0
 
 
 @dataclass
@@ -23,6 +26,7 @@ class Seen:
         served_by: id of the deployment, as LiteLLM says.
         ttft_s, e2e_s: from sending; None: nothing came.
         left: the user lost patience.
+        late: it was not over when the episode was.
     """
 
     status: int = 0
@@ -30,6 +34,7 @@ class Seen:
     ttft_s: float | None = None
     e2e_s: float | None = None
     left: bool = False
+    late: bool = False
 
 
 def body_of(workload: Workload, i: int, task: str) -> bytes:
@@ -62,7 +67,11 @@ async def ask(url: str, body: bytes, key: str, patience_s: float, speed: float) 
     def now_s() -> float:
         return (time.perf_counter() - began_s) * speed
 
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 20)
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 20)
+    except OSError:  # TimeoutError is one
+        return seen
     try:
         writer.write(head.encode() + body)
         async with asyncio.timeout(min(patience_s, LONGEST_S) / speed):
@@ -89,7 +98,7 @@ async def ask(url: str, body: bytes, key: str, patience_s: float, speed: float) 
 
 
 async def play(url: str, workload: Workload, scenario: Any, speed: float) -> list[Seen]:
-    """All requests of an episode, each at its time."""
+    """All requests of an episode, each at its time; what is not over some time after the horizon is given up."""
     loop = asyncio.get_running_loop()
     began_s = loop.time()
 
@@ -99,4 +108,18 @@ async def play(url: str, workload: Workload, scenario: Any, speed: float) -> lis
         body = body_of(workload, i, scenario.task_names[workload.task_index[i]])
         return await ask(url, body, key, float(workload.patience_s[i]), speed)
 
-    return list(await asyncio.gather(*(one(i) for i in range(len(workload.arrived_at_s)))))
+    calls = [one(i) for i in range(len(workload.arrived_at_s))]
+    return await within((workload.horizon_s + DRAIN_S) / speed + LATE_S, calls)
+
+
+async def within(longest_s: float, calls: Sequence[Coroutine[Any, Any, Seen]]) -> list[Seen]:
+    """What came of calls; those that are not over by then are given up."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    await asyncio.wait(tasks, timeout=longest_s)
+    for task in tasks:
+        task.cancel()
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    broken = next((end for end in ends if isinstance(end, Exception)), None)
+    if broken is not None:
+        raise broken
+    return [end if isinstance(end, Seen) else Seen(late=True) for end in ends]

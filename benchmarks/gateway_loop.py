@@ -9,6 +9,7 @@ difficulty signal, which no gateway has. Seats are paid either way; GPU hours ar
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import yaml
 
 from agents.export import make_bundle
 from benchmarks import common, gateway_processes
-from benchmarks.gateway_client import LONGEST_S, Seen, ask, chat_body, play
+from benchmarks.gateway_client import Seen, ask, chat_body, play, within
 from envs.fleet.state import COMPLETED
 from envs.scenario import load_scenario
 from envs.workload.requests import Workload
@@ -27,6 +28,7 @@ from marginroute import bundle as bundles
 from marginroute import earnings, heuristics
 from marginroute import view as v
 from marginroute.bundle import Bundle
+from marginroute.errors import InputError
 from marginroute.telemetry import GatewayState
 
 SCENARIO = """
@@ -42,6 +44,7 @@ LOAD_SCALE = 2.0
 SEED = 1
 SCRAPE_S = 2.0
 SHARED_S = 0.2
+WARM_UP_S = 300.0  # that a proxy's first requests may take, on the wall's clock
 STRATEGIES = ("simple-shuffle", "least-busy", "latency-based-routing", "cost-based-routing")
 
 
@@ -128,6 +131,7 @@ def _row(plant: Plant, usd: list[float], seen: list[Seen], seats_usd: float) -> 
         "without_seats_usd_per_1k": 1e3 * sum(usd) / len(usd),
         "requests": len(usd),
         "answered": len(answered),
+        "given_up": sum(s.late for s in seen),
         "ttft_s_p50": float(np.median(ttft_s)) if ttft_s else None,
         "ttft_s_p95": float(np.percentile(ttft_s, 95)) if ttft_s else None,
         "shares": {name: sum(s.served_by == name for s in answered) / len(usd) for name in names},
@@ -216,9 +220,14 @@ async def _all(
     """The episode through every gateway at once."""
     short = chat_body("warm-up ", 16, 2, plant.scenario.task_names[0])
     key = f"sk-{plant.scenario.class_names[0]}"
-    for url in urls.values():  # the first request of a worker is slow
-        await asyncio.gather(
-            *(ask(url, short, key, LONGEST_S, speed) for _ in range(4 * workers if workers > 1 else 1))
-        )
+    for name, url in urls.items():  # the first request of a worker is slow
+        count = 4 * workers if workers > 1 else 1
+        first = await within(WARM_UP_S, [ask(url, short, key, math.inf, speed) for _ in range(count)])
+        failed = [seen for seen in first if seen.e2e_s is None]
+        if failed:
+            raise InputError(
+                f"{len(failed)} of {count} first requests through {name} got no answer in {WARM_UP_S:g} s (status "
+                f"{failed[0].status}); a busy machine needs a lower --speed, fewer --workers or --strategies"
+            )
     seen = await asyncio.gather(*(play(url, workload, plant.scenario, speed) for url in urls.values()))
     return dict(zip(urls, seen, strict=True))

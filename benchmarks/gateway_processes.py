@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -21,6 +22,7 @@ from marginroute.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 600.0
+STARTED = "Application startup complete"  # uvicorn, once per worker
 AUTH = '''
 """Keys `sk-CLASS` belong to that class."""
 
@@ -47,43 +49,52 @@ class Process:
         folder: where; its output goes to `output.txt` there.
         environ: its environment.
         ready: URL.
+        workers: processes of its own that must say that they have started, too.
     """
 
-    def __init__(self, command: Sequence[str], folder: Path, environ: Mapping[str, str], ready: str) -> None:
-        self._ready, self._output = ready, folder / "output.txt"
+    def __init__(
+        self, command: Sequence[str], folder: Path, environ: Mapping[str, str], ready: str, workers: int = 0
+    ) -> None:
+        self._ready, self._output, self._workers = ready, folder / "output.txt", workers
         with open(self._output, "wb") as output:
             self._process = subprocess.Popen(
-                command, cwd=folder, env=dict(environ), stdout=output, stderr=subprocess.STDOUT
+                command, cwd=folder, env=dict(environ), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     def wait(self) -> None:
-        """Returns when it answers.
+        """Returns when it answers and all of its workers have started: one that starts late would take their CPU.
 
         Raises:
             InputError: it ended, or took too long.
         """
-        until_s = time.monotonic() + START_S
+        until_s, missing = time.monotonic() + START_S, f"{self._ready} does not answer"
         while time.monotonic() < until_s and self._process.poll() is None:
             try:
                 urllib.request.urlopen(self._ready, timeout=5).close()
-                return
+                started = self._output.read_text(errors="replace").count(STARTED)
+                if started >= self._workers:
+                    return
+                missing = f"{started} of {self._workers} workers of {self._ready} have started"
             except OSError:
-                time.sleep(0.2)
-        raise InputError(f"{self._ready} does not answer: {self._output.read_text(errors='replace')[-2000:]}")
+                pass
+            time.sleep(0.2)
+        ended = self._process.poll()
+        when = f"after {START_S:g} s" if ended is None else f"and the process has ended with {ended}"
+        raise InputError(f"{missing} {when}: {self._output.read_text(errors='replace')[-2000:]}")
 
     def cpu_s(self) -> float:
         """CPU seconds that it has used."""
         return common.cpu_s(self._process.pid)
 
     def stop(self) -> None:
-        """Ends it."""
+        """Ends it and its workers."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        with contextlib.suppress(ProcessLookupError):  # nobody of its session is left
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
 def emulator(folder: Path, fleet: str, speed: float, seed: int) -> tuple[Process, str]:
@@ -176,5 +187,5 @@ def proxy(
         **(environ or {}),
     }
     url = f"http://127.0.0.1:{port}"
-    process = Process([python, "-c", code, *flags], folder, kept | more, f"{url}/health/liveliness")
-    return process, url
+    command = [python, "-c", code, *flags]
+    return Process(command, folder, kept | more, f"{url}/health/liveliness", workers if workers > 1 else 0), url

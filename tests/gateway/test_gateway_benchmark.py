@@ -1,12 +1,17 @@
 """The sums behind `python -m benchmarks.gateway`: its ledger is the world's, and its requests are the episode's."""
 
+import asyncio
 import json
+import os
+import sys
+import time
 
 import pytest
 
-from benchmarks import gateway, gateway_loop
+from benchmarks import gateway, gateway_client, gateway_loop, gateway_processes
 from benchmarks.gateway_client import body_of
 from envs.emulator_requests import estimated_tokens, parse
+from marginroute.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +57,51 @@ def test_the_command_refuses_what_it_cannot_do(monkeypatch, capsys):
     assert gateway.main(["--only", "loop", "--strategies", "best"]) == 2
     assert "--strategies 'best'; legal: simple-shuffle" in capsys.readouterr().err
     assert gateway.main(["--speed", "0"]) == 2
+
+
+def test_a_gateway_that_never_answers_ends_the_episode_all_the_same(made, monkeypatch):
+    plant, workload = made
+    monkeypatch.setattr(gateway_client, "DRAIN_S", 0.0)
+    monkeypatch.setattr(gateway_client, "LATE_S", 0.2)
+    monkeypatch.setattr(gateway_loop, "WARM_UP_S", 0.2)
+
+    async def swallow(reader, writer):
+        await asyncio.Event().wait()
+
+    async def run():
+        server = await asyncio.start_server(swallow, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        began_s = time.monotonic()
+        seen = await gateway_client.play(url, workload, plant.scenario, 100.0)
+        with pytest.raises(InputError, match=r"8 of 8 first requests through ours got no answer in 0\.2 s"):
+            await gateway_loop._all({"ours": url}, workload, plant, 100.0, 2)
+        server.close()
+        return seen, time.monotonic() - began_s
+
+    seen, took_s = asyncio.run(run())
+    assert len(seen) == len(workload.arrived_at_s) and took_s < 30.0
+    assert any(s.late for s in seen) and not any(s.status for s in seen)
+
+
+def test_a_process_is_ready_when_all_of_its_workers_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(gateway_processes, "START_S", 20.0)
+    port = gateway_processes.free_port()
+    server = f"import http.server; http.server.HTTPServer(('127.0.0.1', {port}), http.server.SimpleHTTPRequestHandler)"
+    code = f"print({gateway_processes.STARTED!r}, flush=True); {server}.serve_forever()"
+    started = []
+    try:
+        for workers in (1, 2):
+            folder = tmp_path / str(workers)
+            folder.mkdir()
+            monkeypatch.setattr(gateway_processes, "START_S", 20.0 if workers == 1 else 1.0)
+            url = f"http://127.0.0.1:{port}/"
+            started.append(gateway_processes.Process([sys.executable, "-c", code], folder, os.environ, url, workers))
+            if workers == 1:
+                started[0].wait()
+                started[0].stop()
+            else:
+                with pytest.raises(InputError, match=r"(1 of 2 workers|does not answer)"):
+                    started[1].wait()
+    finally:
+        for process in started:
+            process.stop()
