@@ -42,6 +42,19 @@ class ControllerConfig(Section):
     )
 
 
+def ppo_settings(config: TrainingConfig | ControllerConfig) -> dict[str, Any]:
+    """What both deciders hand to Stable-Baselines3's PPO, as keyword arguments."""
+    return {
+        "tau_s": config.tau_s,
+        "n_epochs": config.epochs,
+        "batch_size": config.minibatch,
+        "gae_lambda": config.gae_lambda,
+        "clip_range": config.clip_range,
+        "target_kl": config.target_kl,
+        "device": "cpu",
+    }
+
+
 class TrainingConfig(Section):
     """Settings of PPO and of the choice of what is exported."""
 

@@ -19,7 +19,7 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
-from agents.config import ControllerConfig
+from agents.config import ControllerConfig, ppo_settings
 from agents.control_worlds import ControlVecEnv
 from agents.ppo import ElapsedRolloutBuffer, MarginPPO
 from marginroute.control import Array
@@ -156,16 +156,11 @@ def make_controller_model(
     return ControllerPPO(
         ControllerPolicy,
         env,
-        tau_s=config.tau_s,
+        **ppo_settings(config),
         n_steps=config.rollout_ticks,
-        n_epochs=config.epochs,
-        batch_size=config.minibatch,
         learning_rate=rate,
-        gae_lambda=config.gae_lambda,
-        clip_range=config.clip_range,
         vf_coef=0.5,
         max_grad_norm=0.5,
-        target_kl=config.target_kl,
         policy_kwargs={
             "n_public": env.n_public,
             "mean": mean.tolist(),
@@ -174,7 +169,6 @@ def make_controller_model(
             "width": config.width,
         },
         seed=seed,
-        device="cpu",
         tensorboard_log=tensorboard,
     )
 

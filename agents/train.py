@@ -22,7 +22,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.config import TrainingConfig
+from agents.config import TrainingConfig, ppo_settings
 from agents.export import residual_policy
 from agents.floors import Ascent, Floor, Kept, worst_miss
 from agents.network import ScorerPolicy
@@ -256,20 +256,14 @@ def make_model(
     return algorithm_of(env)(
         ScorerPolicy,
         env,
-        tau_s=config.tau_s,
+        **ppo_settings(config),
         n_steps=config.rollout_steps,
-        n_epochs=config.epochs,
-        batch_size=config.minibatch,
         learning_rate=learning_rate(config.learning_rate),
-        gae_lambda=config.gae_lambda,
-        clip_range=config.clip_range,
         ent_coef=config.entropy_coefficient,
         vf_coef=config.value_coefficient,
         max_grad_norm=config.max_grad_norm,
-        target_kl=config.target_kl,
         policy_kwargs={"spec": spec.to_dict(), "width": config.width, "residual": config.residual},
         seed=seed,
-        device="cpu",
         tensorboard_log=str(tensorboard) if tensorboard else None,
     )
 

@@ -17,6 +17,7 @@ from envs.fleet_env import FleetEnv
 from envs.scenario import Scenario, load_scenario
 from envs.scenario_plans import MONTH_S
 from envs.workload.requests import Workload
+from envs.worlds import FleetWorlds
 
 STEP_S = 0.01
 
@@ -232,3 +233,16 @@ class Played:
         """A count, of one class or of all."""
         row = self.counts[COUNTS.index(name)]
         return int(row.sum() if k is None else row[k])
+
+
+def play_timed(scenario: Scenario, episode: Workload, choices: list[int]) -> tuple[Played, list[float]]:
+    """A played episode and the times of its decisions."""
+    worlds = FleetWorlds(scenario, 1)
+    worlds.load(0, episode)
+    times = []
+    for choice in choices:
+        assert not worlds.done[0], "the episode ended before all choices were made"
+        times.append(float(worlds.desks["now_s"][0]))
+        worlds.step(np.array([choice]))
+    assert worlds.done[0]
+    return Played(FleetEnv(scenario), episode, choices), times

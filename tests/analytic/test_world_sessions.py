@@ -7,10 +7,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from by_hand import API, CACHE, DEFER, METERED, NIGHT, ONE, SEATS, SHED, TWO_A, Played, workload
+from by_hand import API, CACHE, DEFER, METERED, NIGHT, ONE, SEATS, SHED, TWO_A, play_timed, workload
 
 from envs import world_sessions as sessions
-from envs.fleet_env import FleetEnv
 from envs.worlds import FleetWorlds
 from marginroute import view as v
 
@@ -18,16 +17,7 @@ from marginroute import view as v
 def play(scenario, rows, choices, **options):
     """A played episode of requests of one session, and the times of its decisions."""
     episode = workload(scenario, *({"session_index": 0} | row for row in rows), **options)
-    worlds = FleetWorlds(scenario, 1)
-    worlds.load(0, episode)
-    times = []
-    for choice in choices:
-        assert not worlds.done[0], "the episode ended before all choices were made"
-        times.append(float(worlds.desks["now_s"][0]))
-        worlds.step(np.array([choice]))
-    assert worlds.done[0]
-    env = FleetEnv(scenario)
-    return Played(env, episode, choices), times
+    return play_timed(scenario, episode, choices)
 
 
 def states(played, n):

@@ -8,10 +8,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from by_hand import API, CACHE, DEFER, METERED, NIGHT, ONE, SHED, TWO_A, Played, scenario, workload
+from by_hand import API, CACHE, DEFER, METERED, NIGHT, ONE, SHED, TWO_A, play_timed, scenario, workload
 
 from envs.economics.ledger import ACCOUNTS
-from envs.fleet_env import FleetEnv
 from envs.world_tasks import BEGUN, DONE, FINISHED, LOST
 from envs.world_tasks import FAILED as TASK_FAILED
 from envs.worlds import FleetWorlds, Plant
@@ -56,22 +55,9 @@ def episode(world, rows, lucks=None, **options):
     return made if lucks is None else dataclasses.replace(made, attempt_luck=np.array(lucks))
 
 
-def play(world, made, choices):
-    """A played episode and the times of its decisions."""
-    worlds = FleetWorlds(world, 1)
-    worlds.load(0, made)
-    times = []
-    for choice in choices:
-        assert not worlds.done[0], "the episode ended before all choices were made"
-        times.append(float(worlds.desks["now_s"][0]))
-        worlds.step(np.array([choice]))
-    assert worlds.done[0]
-    return Played(FleetEnv(world), made, choices), times
-
-
 def test_an_answer_that_passes_is_delivered_after_the_look(tmp_path):
     world = with_verifier(tmp_path)
-    played, times = play(world, episode(world, [{}], [luck(PASS, PASS, PASS)]), [ONE])
+    played, times = play_timed(world, episode(world, [{}], [luck(PASS, PASS, PASS)]), [ONE])
     assert times == [0.0]
     assert played.env.worlds.fleet.requests["completed_at_s"][0, 0] == pytest.approx(0.11 + LOOK_S)
     assert played.usd("verification") == pytest.approx(-0.002)
@@ -82,7 +68,7 @@ def test_what_fails_is_asked_again_and_both_answers_cost(tmp_path):
     """Weak model, then the API; the second answer passes. E2E counts from the arrival, TTFT is the API's."""
     world = with_verifier(tmp_path)
     rows = [{"good": [0, 1, 1]}]
-    played, times = play(world, episode(world, rows, [luck(FAIL, PASS, PASS)]), [ONE, API])
+    played, times = play_timed(world, episode(world, rows, [luck(FAIL, PASS, PASS)]), [ONE, API])
     again_s = 0.11 + LOOK_S
     assert times == pytest.approx([0.0, again_s])
     request = played.env.worlds.fleet.requests[0, 0]
@@ -99,7 +85,7 @@ def test_the_view_says_what_was_tried(tmp_path):
     world = with_verifier(tmp_path)
     prior = [0.6, 0.8, 0.9]
     rows = [{"good": [0, 0, 1], "p_good_prior": prior, "p_good": [0.3, 0.5, 0.7]}]
-    played, _ = play(world, episode(world, rows, [luck(-1.0, FAIL, FAIL)]), [ONE, TWO_A, API])
+    played, _ = play_timed(world, episode(world, rows, [luck(-1.0, FAIL, FAIL)]), [ONE, TWO_A, API])
     first, second, third = played.views
     assert first.request[v.TURNED_DOWN] == 0.0 and not first.signals[v.TRIED].any() and not first.legal[CACHE]
     distance, _ = verification.separation(0.9, 0.8)
@@ -119,7 +105,9 @@ def test_the_view_says_what_was_tried(tmp_path):
 def test_views_of_other_requests_know_nothing_of_it(tmp_path):
     world = with_verifier(tmp_path)
     rows = [{}, {"arrived_at_s": 20.0}]
-    played, _ = play(world, episode(world, rows, [luck(FAIL, PASS, PASS), luck(PASS, PASS, PASS)]), [ONE, API, ONE])
+    played, _ = play_timed(
+        world, episode(world, rows, [luck(FAIL, PASS, PASS), luck(PASS, PASS, PASS)]), [ONE, API, ONE]
+    )
     last = played.views[2]
     assert not last.request[[v.TURNED_DOWN, v.VERIFIER_SCORE]].any() and not last.signals[v.TRIED].any()
     assert not last.legal[CACHE]
@@ -129,7 +117,7 @@ def test_the_answer_in_hand_can_be_delivered(tmp_path):
     """No further cost; it is as good as it is."""
     world = with_verifier(tmp_path)
     rows = [{"good": [0, 1, 1]}]
-    played, times = play(world, episode(world, rows, [luck(FAIL, PASS, PASS)]), [ONE, CACHE])
+    played, times = play_timed(world, episode(world, rows, [luck(FAIL, PASS, PASS)]), [ONE, CACHE])
     request = played.env.worlds.fleet.requests[0, 0]
     assert request["first_token_at_s"] == pytest.approx(0.01) and request["completed_at_s"] == pytest.approx(times[1])
     assert played.count("served") == 1 and played.count("good") == 0 and played.usd("refunds") < 0.0
@@ -138,7 +126,7 @@ def test_the_answer_in_hand_can_be_delivered(tmp_path):
 
 def test_giving_up_is_no_answer(tmp_path):
     world = with_verifier(tmp_path)
-    played, _ = play(world, episode(world, [{}], [luck(FAIL, PASS, PASS)]), [ONE, SHED])
+    played, _ = play_timed(world, episode(world, [{}], [luck(FAIL, PASS, PASS)]), [ONE, SHED])
     assert played.count("shed") == 1 and played.count("served") == 0 and played.usd("energy") < 0.0
 
 
@@ -146,7 +134,7 @@ def test_some_users_leave(tmp_path):
     world = with_verifier(tmp_path, leave_share=0.25)
     for uniform, left in ((0.24, 1), (0.26, 0)):
         made = episode(world, [{}], [luck(FAIL, PASS, PASS, leave=uniform)])
-        played, _ = play(world, made, [ONE] if left else [ONE, ONE])
+        played, _ = play_timed(world, made, [ONE] if left else [ONE, ONE])
         assert (played.count("abandoned"), played.count("served")) == (left, 1 - left)
         assert played.usd("energy") < 0.0
 
@@ -156,7 +144,7 @@ def test_a_model_asked_again_gives_the_same_answer_unless_it_is_drawn_anew(tmp_p
     """fresh_share 0.5, P(good) 0.6: good if the uniform number is below 0.3."""
     world = with_verifier(tmp_path, fresh_share=0.5)
     rows = [{"good": [0, 1, 1], "p_good": [0.6, 0.7, 0.8]}]
-    played, _ = play(world, episode(world, rows, [luck(FAIL, PASS, PASS, fresh=fresh)]), [ONE, ONE])
+    played, _ = play_timed(world, episode(world, rows, [luck(FAIL, PASS, PASS, fresh=fresh)]), [ONE, ONE])
     assert played.count("good") == good
 
 
@@ -164,7 +152,7 @@ def test_a_follow_up_waits_for_the_answer_that_is_delivered(tmp_path):
     world = with_verifier(tmp_path)
     rows = [{"session_index": 0}, {"session_index": 0, "parent_index": 0, "think_s": 1.0}]
     made = episode(world, rows, [luck(FAIL, PASS, PASS), luck(PASS, PASS, PASS)])
-    _, times = play(world, made, [ONE, ONE, ONE])
+    _, times = play_timed(world, made, [ONE, ONE, ONE])
     assert times == pytest.approx([0.0, 0.11 + LOOK_S, 2 * (0.11 + LOOK_S) + 1.0])
 
 
@@ -173,7 +161,7 @@ def test_at_the_horizon_the_answer_in_hand_is_delivered(tmp_path):
     world = with_verifier(tmp_path)
     rows = [{"class_index": NIGHT, "deadline_s": 20.0, "arrived_at_s": 50.0}, {"arrived_at_s": 59.95}]
     made = episode(world, rows, [luck(FAIL, FAIL, FAIL), luck(FAIL, FAIL, FAIL)])
-    played, _ = play(world, made, [ONE, DEFER, DEFER, DEFER, ONE])
+    played, _ = play_timed(world, made, [ONE, DEFER, DEFER, DEFER, ONE])
     assert played.count("served") == 2 and played.usd("api_spend") == 0.0
 
 
@@ -258,7 +246,7 @@ BAD = [0, 1, 1]
 def test_a_task_pays_when_it_succeeds(tmp_path, rule, bad, paid):
     world = with_tasks(tmp_path, **rule)
     rows = [row | ({"good": BAD} if i in bad else {}) for i, row in enumerate(calls(4))]
-    played, _ = play(world, as_task(episode(world, rows)), [ONE] * 4)
+    played, _ = play_timed(world, as_task(episode(world, rows)), [ONE] * 4)
     assert played.usd("task_revenue", METERED) == pytest.approx(0.6 if paid else 0.0)
     books = played.env.worlds.books.arrays
     assert books.counts[0, [BEGUN, DONE, LOST], 0].tolist() == [1.0, float(paid), 1.0 - paid]
@@ -294,7 +282,7 @@ def test_the_report_says_what_a_task_costs(tmp_path):
 
 def test_a_call_without_an_answer_ends_its_task(tmp_path):
     world = with_tasks(tmp_path)
-    played, _ = play(world, as_task(episode(world, calls(4))), [ONE, ONE, SHED])
+    played, _ = play_timed(world, as_task(episode(world, calls(4))), [ONE, ONE, SHED])
     assert played.usd("task_revenue") == 0.0 and played.usd("energy") < 0.0
     assert played.env.worlds.books.arrays.counts[0, [BEGUN, DONE, LOST], 0].tolist() == [1.0, 0.0, 1.0]
 
@@ -302,7 +290,7 @@ def test_a_call_without_an_answer_ends_its_task(tmp_path):
 def test_an_episode_pays_its_part_of_a_task(tmp_path):
     """Two of eight calls are in it; both are answered."""
     world = with_tasks(tmp_path)
-    played, _ = play(world, as_task(episode(world, calls(2)), 8), [ONE, ONE])
+    played, _ = play_timed(world, as_task(episode(world, calls(2)), 8), [ONE, ONE])
     assert played.usd("task_revenue") == pytest.approx(0.6 * 2 / 8)
     assert played.env.worlds.books.arrays.counts[0, [BEGUN, DONE], 0].tolist() == [0.25, 0.25]
 
@@ -314,7 +302,7 @@ def test_a_task_under_way_at_the_horizon_is_paid_for_its_share(tmp_path, good, p
     rows = calls(4)
     rows[2] = rows[2] | {"good": [good, 1, 1]}
     rows[3] = rows[3] | {"think_s": 100.0}
-    played, _ = play(world, as_task(episode(world, rows)), [ONE] * 3)
+    played, _ = play_timed(world, as_task(episode(world, rows)), [ONE] * 3)
     assert played.usd("task_revenue") == pytest.approx(paid)
     assert played.usd("task_revenue") == pytest.approx(sum(played.rewards) - (played.ledger_usd.sum() - paid), abs=1e-9)
 
@@ -324,7 +312,7 @@ def test_the_view_says_what_the_task_pays_and_where_it_went(tmp_path):
     rows = [*calls(3), {"arrived_at_s": 30.0}]
     made = episode(world, rows)
     made = dataclasses.replace(made, workflow_index=[0, 0, 0, -1], task_calls=[3, 3, 3, 1])
-    played, _ = play(world, made, [ONE, TWO_A, ONE, ONE])
+    played, _ = play_timed(world, made, [ONE, TWO_A, ONE, ONE])
     seen = [view.request[[v.TASK_VALUE_USD, v.TASK_CALL]].tolist() for view in played.views]
     assert seen == [[0.6, 0.0], [0.6, 1.0], [0.6, 2.0], [0.0, 0.0]]
     idle = [view.signals[v.SESSION_IDLE_S] for view in played.views]
@@ -397,7 +385,7 @@ def test_a_result_that_is_kept_skips_the_tool(tmp_path, ttl_s, keys, waits_s, hi
     world = scenario(tmp_path, kept)
     rows = [row | {"session_index": 0} | ({"parent_index": i - 1} if i else {}) for i, row in enumerate(TOOLS)]
     made = dataclasses.replace(episode(world, rows), tool_key=[-1, *keys], tool_usd=[0.0, 0.003, 0.003, 0.003])
-    played, times = play(world, made, [ONE] * 4)
+    played, times = play_timed(world, made, [ONE] * 4)
     assert np.diff(times) == pytest.approx(0.11 + np.array(waits_s))
     assert (played.count("tool_hits"), played.count("tool_calls")) == (hits, 3 - hits)
     assert played.usd("tools") == pytest.approx(-0.003 * (3 - hits))
@@ -409,7 +397,7 @@ def test_results_that_are_on_their_way_are_not_there(tmp_path):
     rows = [{"session_index": 0}, {"session_index": 1, "arrived_at_s": 1.0}]
     rows += [{"session_index": i, "parent_index": i, "think_s": 5.0} for i in range(2)]
     made = dataclasses.replace(episode(world, rows), tool_key=[-1, -1, 0, 0], tool_usd=np.full(4, 0.003))
-    played, times = play(world, made, [ONE] * 4)
+    played, times = play_timed(world, made, [ONE] * 4)
     assert times == pytest.approx([0.0, 1.0, 5.11, 6.11])
     assert played.count("tool_calls") == 2
 

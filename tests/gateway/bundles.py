@@ -78,3 +78,14 @@ def small_bundle() -> Bundle:
         evaluation={"policies": {"bid-price": {"margin_usd_per_1k_requests": {"mean": 1.25, "ci95": [1.2, 1.3]}}}},
         provenance={"seed": 1},
     )
+
+
+class Records(list):
+    """A record log in memory."""
+
+    def write(self, record):
+        self.append(record)
+        return True
+
+    def close(self):
+        pass

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from bundles import small_bundle
+from bundles import Records, small_bundle
 
 from marginroute import control
 from marginroute import view as v
@@ -74,14 +74,6 @@ class Clock:
 
     def __call__(self):
         return self.now_s
-
-
-class Records(list):
-    def write(self, record):
-        self.append(record)
-
-    def close(self):
-        pass
 
 
 def with_controller(controller):

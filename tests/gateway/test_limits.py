@@ -3,7 +3,7 @@
 import calendar
 
 import pytest
-from bundles import small_bundle
+from bundles import Records, small_bundle
 
 from marginroute.errors import InputError
 from marginroute.facts import Facts, Outcome
@@ -19,14 +19,6 @@ class Wall:
 
     def __call__(self):
         return self.now_s
-
-
-class Records(list):
-    def write(self, record):
-        self.append(record)
-
-    def close(self):
-        pass
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from bundles import small_bundle
+from bundles import Records, small_bundle
 
 from marginroute.adapters.metrics import Histogram
 from marginroute.adapters.metrics_server import MetricsServer
@@ -19,15 +19,6 @@ from marginroute.spans import TracedRecords
 
 SECRET = "the launch code is 4711"
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-
-
-class Records(list):
-    def write(self, record):
-        self.append(record)
-        return True
-
-    def close(self):
-        pass
 
 
 @pytest.fixture
