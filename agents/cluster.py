@@ -86,10 +86,12 @@ def connected(address: str) -> Iterator[None]:
     import ray
 
     before = signal.getsignal(signal.SIGTERM)
+    if address == "local":
+        os.environ.setdefault("RAY_worker_niceness", "0")  # as this process; Ray's own 15 yields to everything else
     own = {"num_cpus": usable_cores(), "include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address, log_to_driver=False, configure_logging=False, **own)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises bare ones, too, where a node does not start in time
         raise InputError(f"--ray {address} cannot be reached ({str(error).splitlines()[0]:.160}); {LEGAL}") from None
     finally:
         with contextlib.suppress(ValueError):  # not the main thread: Ray left it alone, too

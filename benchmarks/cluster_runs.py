@@ -154,7 +154,7 @@ def measured(address: str, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]
     """The figures, and how they were taken."""
     torch.set_num_threads(1)
     config = load_training(None, {"n_envs": 32, "minibatch": 512} if quick else {})
-    rounds, episodes = (1, 16) if quick else (12, 128)
+    rounds, episodes = (1, 16) if quick else (8, 64)
     common.note("a member's part, in this process")
     play_s, size = member_part(config, rounds)
     found: dict[str, dict[int, float]] = {name: {} for name in MEASURED}
