@@ -126,7 +126,9 @@ def test_quickstart_mix(quickstart):
 
 
 def test_shipped_prior_is_calibrated_overall_but_blind_to_the_task(quickstart):
-    workloads = [quickstart.generate(seed) for seed in range(40)]
+    """The prior is what an operator knows before anything drifts."""
+    steady = quickstart.model_copy(update={"drift": {}})
+    workloads = [steady.generate(seed) for seed in range(40)]
     prior = np.concatenate([w.p_good_prior for w in workloads])
     truth = np.concatenate([w.p_good for w in workloads])
     task = np.concatenate([w.task_index for w in workloads])
