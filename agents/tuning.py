@@ -165,7 +165,9 @@ class Objective:
             each = -(-len(rules) // self._crew.size)
             found = self._job.each([(at, rules[at : at + each]) for at in range(0, len(rules), each)])
             return np.concatenate([usd for _, usd in sorted(found, key=lambda part: part[0])])
-        worlds = self._worlds.setdefault(len(rules), FleetWorlds(self.plant, len(rules) * len(self.workloads)))
+        if len(rules) not in self._worlds:
+            self._worlds[len(rules)] = FleetWorlds(self.plant, len(rules) * len(self.workloads))
+        worlds = self._worlds[len(rules)]
         worlds.load_all(self.workloads * len(rules))
         worlds.run(rules[0] if len(rules) == 1 else stack(rules, len(self.workloads)))
         self.counts = worlds.counts.sum(axis=0)
