@@ -447,9 +447,11 @@ def tuned_baselines(run: Run, plant: Any, whole: bool, crew: Crew | None) -> Pat
         found = None if run.info().get("retune") else baselines.find(scenario)
         if found is not None:
             shutil.copyfile(found, target)
+            baselines.tell_loose(target)
             return target
         with progress_bar(f"tuning the bid price ({budget.requests:,} requests per restart)") as progress:
             baselines.save(target, scenario, tune_margin_rules(plant, budget, progress, crew), budget, command)
+        baselines.tell_loose(target)
     if whole and not baselines.is_whole(target):
         with progress_bar(f"tuning the other baselines ({budget.requests:,} requests per restart)") as progress:
             baselines.save(target, scenario, tune_others(plant, budget, progress, crew), budget, command)

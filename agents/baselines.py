@@ -14,11 +14,12 @@ from typing import Any
 
 import yaml
 
-from agents.tuning import Budget, Rule, Tuned, untuned
+from agents.tuning import AGREEMENT, Budget, Rule, Tuned, untuned
 from envs import scenario_files
 from envs.scenario import Scenario
 from envs.worlds import Plant
 from marginroute import heuristics
+from marginroute.cli import note
 from marginroute.control import ControlLayout
 from marginroute.control_rules import RuleController
 from marginroute.errors import InputError
@@ -106,6 +107,15 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Rule]]:
 def is_whole(path: Path) -> bool:
     """Whether a file of tuned baselines holds more than the margin rules that a training starts from."""
     return "expected-margin" in load(path)[1]
+
+
+def tell_loose(path: Path) -> None:
+    """Says which baselines' best restarts do not agree: they may earn more than is shown."""
+    rows = load(path)[0]["baselines"].items()
+    loose = {name: row["spread_pct"] for name, row in rows if row.get("spread_pct", 0.0) > 100.0 * AGREEMENT}
+    if loose:
+        said = ", ".join(f"{name} ({pct:.1f} %)" for name, pct in loose.items())
+        note(f"note: restarts of the tuning differ for {said}: more training.tuning_requests may find better ones")
 
 
 def margin_rules(path: Path) -> dict[str, heuristics.MarginRule]:

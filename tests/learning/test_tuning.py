@@ -1,5 +1,7 @@
 """Tuning: the same budget and episodes for every baseline, and a fit of P(good) that finds what is there."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sizes import TINY
@@ -173,3 +175,15 @@ def test_a_budget_leaves_room_for_generations(small_scenario, requests, episodes
     """Twelve generations of sixteen rules on as many episodes of 100 requests as fit, from 4 to 16."""
     assert small_scenario.generate(0, "train").n_requests == 100
     assert Budget.of(requests, small_scenario) == Budget(requests=requests, episodes=episodes)
+
+
+def test_baselines_whose_restarts_differ_are_told(tiny_tuned, tiny_plant, tmp_path, capsys):
+    tuned, budget = tiny_tuned
+    loose = {
+        name: replace(found, spread_pct=pct) for (name, found), pct in zip(tuned.items(), (0.4, 0.6), strict=False)
+    }
+    baselines.save(tmp_path / "b.yaml", tiny_plant.scenario, loose, budget, "a test")
+    baselines.tell_loose(tmp_path / "b.yaml")
+    within, beyond = loose
+    said = capsys.readouterr().err
+    assert f"{beyond} (0.6 %)" in said and f"{within} (" not in said
