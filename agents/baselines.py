@@ -175,6 +175,7 @@ def baselines_for(scenario: Scenario, run_dir: Path | None = None) -> dict[str, 
         InputError: as `file_for`, or they do not fit the scenario's fleet.
     """
     path = file_for(scenario, run_dir)
+    tell_loose(path)
     plant = Plant(scenario)
     rules = load(path)[1]
     rules |= {name: rule for name, rule in untuned(plant).items() if name not in rules and "shipped" in rules}

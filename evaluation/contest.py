@@ -187,11 +187,9 @@ def _baselines(scenario: Scenario, wanted: str, runs: list[str]) -> tuple[dict[s
     """The tuned heuristics asked for, and which controls are among them."""
     if wanted == "none":
         return {}, ()
-    from agents.baselines import baselines_for, file_for, tell_loose
+    from agents.baselines import baselines_for
 
-    run_dir = Path(runs[0]) if runs else None
-    known: dict[str, Policy] = {**baselines_for(scenario, run_dir)}
-    tell_loose(file_for(scenario, run_dir))
+    known: dict[str, Policy] = {**baselines_for(scenario, run_dir=Path(runs[0]) if runs else None)}
     for control in CONTROLS:
         known.pop(control, None)
     if wanted == "all":

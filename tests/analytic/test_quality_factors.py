@@ -233,6 +233,7 @@ def check_scenario(document):
         "quickstart",
         {
             "conditions": {},
+            "drift": {},
             "fleet.tiers": document["tiers"],
             "fleet.pools": pools,
             "fleet.providers": providers,

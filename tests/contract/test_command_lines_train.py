@@ -204,7 +204,8 @@ def test_tuning_is_part_of_a_run_without_tuned_values(tmp_path, tiny_arguments, 
     calls = []
 
     def tuner(margin):
-        def tune(plant, budget, progress):
+        def tune(plant, budget, progress, crew):
+            assert crew is None
             calls.append(budget.requests)
             progress(1, 1)
             return {name: x for name, x in tiny_tuned[0].items() if (name in BID_PRICES) == margin}

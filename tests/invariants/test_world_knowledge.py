@@ -51,7 +51,7 @@ def other_truths(episode, rows, rng):
         "tool_key": rng.integers(-1, 3, m),
         "tool_usd": rng.random(m),
         "attempt_luck": rng.random(episode.attempt_luck.shape),
-        "ability_shift": np.zeros((m, 0)),
+        "ability_shift": rng.standard_normal(episode.ability_shift.shape),
     }
     assert set(drawn) == set(Workload.hidden)
     changed = {}
@@ -153,8 +153,9 @@ def test_faults_of_the_future_are_invisible(shaky, seed):
 
 
 def test_who_answers_well_is_never_visible(worlds, small_scenario):
-    """P(good) and outcomes of past, present and future: the Views of the whole episode stay the same."""
+    """P(good) and outcomes of past, present and future: where nobody judges, the Views of the whole episode stay."""
     episode = small_scenario.generate(2, "train")
+    episode = dataclasses.replace(episode, judged=np.zeros_like(episode.judged))
     changed = dataclasses.replace(episode, p_good=1.0 - episode.p_good, good=1 - episode.good)
     rng = np.random.default_rng(0).random((10_000, len(worlds.plant.layout.names)))
     first, second = (
