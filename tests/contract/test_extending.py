@@ -33,7 +33,8 @@ def test_a_new_baseline_is_played_beside_a_tuned_one(tmp_path, monkeypatch, caps
 def test_a_new_workload_is_generated(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(recipe("workload"))
-    workload = load_scenario("quickstart", {"workload": str(path), "drift": {}, "requests_per_episode": None}).generate(0)
+    changes = {"workload": str(path), "drift": {}, "requests_per_episode": None}
+    workload = load_scenario("quickstart", changes).generate(0)
     assert workload.n_requests == pytest.approx(4.0 * 240.0, rel=0.15)
 
 
