@@ -73,7 +73,14 @@ def start(bundle_folder, endpoints, tmp_path_factory):
 @pytest.fixture(scope="module", params=WAYS)
 def running(start, request):
     """(way, picker, Envoy), shared by the tests of a way; the last of them kills the picker."""
-    return request.param, *start(request.param)
+    return request.param, *start(request.param, patient)
+
+
+def patient(made):
+    """Gives the picker two seconds a message, not 0.2: on busy cores Envoy would go on alone, without a record."""
+    for one in ep.manager(made)["http_filters"]:
+        if "message_timeout" in one["typed_config"]:
+            one["typed_config"]["message_timeout"] = "2s"
 
 
 def allow(made, addresses):
@@ -156,7 +163,7 @@ def test_a_picker_that_hangs_costs_its_time_limit_and_no_more(running):
     try:
         began = time.monotonic()
         assert ep.chat(envoy.port, "hello")[0] == 200
-        assert 0.2 <= time.monotonic() - began < 5.0
+        assert 2.0 <= time.monotonic() - began < 10.0
     finally:
         picker.process.send_signal(signal.SIGCONT)
     ep.until(lambda: ep.chat(envoy.port, "hello", headers=WORTHLESS)[0] == 429, 60.0, "the picker")
