@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from envs.scenario_fleet import Pool, Provider
     from envs.scenario_plans import CustomerClass, Slo
 
-COMMAND = "python -m benchmarks.scenarios --out docs/scenarios.md"
+COMMAND = "python -m benchmarks.scenarios{} --out docs/scenarios.md"
 RICH_PCT = 97.0  # share of the clairvoyant bound above which a scenario teaches little
 
 
@@ -50,11 +50,12 @@ class Measured:
 
 def write_pages(found: Mapping[str, tuple[Scenario, Measured | None]], episodes: int, bounded: int) -> str:
     """The page as Markdown."""
+    measured = any(m for _, m in found.values())
     parts = [
         "# Scenarios",
         "Generated from `configs/scenarios` and from held-out episodes; do not edit. Margins, shares of the bounds and "
         "ledgers stand here once they are measured; `--describe` leaves them out.",
-        f"    {COMMAND}" + ("" if any(m for _, m in found.values()) else " --describe"),
+        "    " + COMMAND.format(f" --episodes {episodes} --bounded {bounded}" if measured else " --describe"),
         "Each is a story with figures that have a source or are named as assumptions (in its file), a *training range* "
         "in whose worlds policies are trained and tuned, and *conditions* that nobody is trained for "
         "(`python evaluate.py NAME --condition all`). *Of the bound* is the contribution margin (before GPU-hours) of "
