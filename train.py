@@ -442,16 +442,16 @@ def tuned_baselines(run: Run, plant: Any, whole: bool, crew: Crew | None) -> Pat
     from evaluation.progress import progress_bar
 
     scenario, target = run.scenario(), run.folder / baselines.FILE
-    budget, command = Budget.of(run.config().tuning_requests, scenario), run.info()["command"]
+    budget, command = Budget.of(run.config().tuning_requests, plant.scenario), run.info()["command"]
     if not target.is_file():
         found = None if run.info().get("retune") else baselines.find(scenario)
         if found is not None:
             shutil.copyfile(found, target)
-            baselines.tell_loose(target)
+            baselines.tell_loose(baselines.load(target)[0])
             return target
         with progress_bar(f"tuning the bid price ({budget.requests:,} requests per restart)") as progress:
             baselines.save(target, scenario, tune_margin_rules(plant, budget, progress, crew), budget, command)
-        baselines.tell_loose(target)
+        baselines.tell_loose(baselines.load(target)[0])
     if whole and not baselines.is_whole(target):
         with progress_bar(f"tuning the other baselines ({budget.requests:,} requests per restart)") as progress:
             baselines.save(target, scenario, tune_others(plant, budget, progress, crew), budget, command)

@@ -109,9 +109,9 @@ def is_whole(path: Path) -> bool:
     return "expected-margin" in load(path)[1]
 
 
-def tell_loose(path: Path) -> None:
-    """Says which baselines' best restarts do not agree: they may earn more than is shown."""
-    rows = load(path)[0]["baselines"].items()
+def tell_loose(document: Mapping[str, Any]) -> None:
+    """Says which baselines' best restarts do not agree: they may earn more than is shown; `document` as of `load`."""
+    rows = document["baselines"].items()
     loose = {name: row["spread_pct"] for name, row in rows if row.get("spread_pct", 0.0) > 100.0 * AGREEMENT}
     if loose:
         said = ", ".join(f"{name} ({pct:.1f} %)" for name, pct in loose.items())
@@ -175,9 +175,9 @@ def baselines_for(scenario: Scenario, run_dir: Path | None = None) -> dict[str, 
         InputError: as `file_for`, or they do not fit the scenario's fleet.
     """
     path = file_for(scenario, run_dir)
-    tell_loose(path)
+    document, rules = load(path)
+    tell_loose(document)
     plant = Plant(scenario)
-    rules = load(path)[1]
     rules |= {name: rule for name, rule in untuned(plant).items() if name not in rules and "shipped" in rules}
     stations = len(scenario.pool_names) + len(scenario.provider_names)
     for name, rule in rules.items():

@@ -155,8 +155,6 @@ class MarginPPO(PPO):
         callback.on_rollout_end()
         return True
 
-    def _play(
-        self, env: VecEnv, buffer: ElapsedRolloutBuffer
-    ) -> Iterator[tuple[Array, Array, list[dict[str, Any]]]]:
+    def _play(self, env: VecEnv, buffer: ElapsedRolloutBuffer) -> Iterator[tuple[Array, Array, list[dict[str, Any]]]]:
         assert self._last_episode_starts is not None
         return play(self.policy, env, buffer, self._last_obs, self._last_episode_starts, self.discount)  # type: ignore[arg-type]

@@ -25,7 +25,6 @@ from agents.config import TrainingConfig
 from envs.scenario import Scenario
 from marginroute import __version__, bundle
 from marginroute.errors import InputError
-from marginroute.policy import Policy
 from marginroute.view import Layout
 
 Model = TypeVar("Model", Scenario, TrainingConfig)
@@ -199,11 +198,6 @@ def load_bundle(folder: Path, scenario: Scenario | None = None) -> bundle.Bundle
     if scenario is not None:
         check_fits(read.layout, scenario, folder)
     return read
-
-
-def load_policy(folder: Path, scenario: Scenario | None = None) -> Policy:
-    """The guarded policy of a run folder or a bundle; raises InputError as `load_bundle`."""
-    return load_bundle(folder, scenario).guarded()
 
 
 def _bundle_folder(folder: Path) -> Path:

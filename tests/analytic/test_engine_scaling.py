@@ -1,50 +1,33 @@
 """Replicas that come and go: lags, order, and the seconds for which their machines are paid, in closed form."""
 
-import math
-
 import numpy as np
 import pytest
+from replicas import all_paid_s, one_pool, states
 
 from envs.fleet import engine
-from envs.fleet.profile import constant_profile
-from envs.fleet.scaling import advance, fail_replica, paid_seconds, set_replicas
-from envs.fleet.state import ACTIVE, DOWN, DRAINING, LOST, OFF, STARTING, FleetSpec, PoolSpec, allocate
+from envs.fleet.scaling import advance, fail_replica, set_replicas
+from envs.fleet.state import ACTIVE, DOWN, DRAINING, LOST, OFF, STARTING
 from marginroute.errors import InputError
 
 
 def _fleet(rows=(), **changes):
-    """One pool with iterations of 1 s; 30 s until a machine comes, 10 s more until it serves."""
-    pool = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "replicas": 2, "max_replicas": 4} | changes
-    pool = PoolSpec("p", constant_profile(1.0), **({"provision_s": 30.0, "load_s": 10.0} | pool))
-    fleet = allocate(FleetSpec((pool,), (), scrape_interval_s=4.0), 1, max(len(rows), 1))
-    for i, (prompt, output) in enumerate(rows):
-        fleet.requests["prompt_tokens"][0, i], fleet.requests["output_tokens"][0, i] = prompt, output
-    fleet.requests["patience_until_s"] = math.inf
-    engine.reset_world(*fleet.arrays, 0)
-    return fleet
-
-
-def _states(fleet):
-    return fleet.replicas["state"][0].tolist()
-
-
-def _paid_s(fleet, now_s):
-    rows = fleet.replicas[0]
-    return [paid_seconds(fleet.pools[0], rows[r], r, now_s) for r in range(len(rows))]
+    """Two of four replicas run; 30 s until a machine comes, 10 s more until it serves."""
+    pool = {"replicas": 2, "max_replicas": 4, "provision_s": 30.0, "load_s": 10.0}
+    return one_pool(max(len(rows), 1), rows, **(pool | changes))
 
 
 def test_a_start_takes_provisioning_and_loading():
     fleet = _fleet()
-    assert _states(fleet) == [ACTIVE, ACTIVE, OFF, OFF]
+    assert states(fleet) == [ACTIVE, ACTIVE, OFF, OFF]
     advance(*fleet.arrays, 0, 5.0)
     set_replicas(*fleet.arrays, 0, 0, 3, 5.0)
-    assert _states(fleet) == [ACTIVE, ACTIVE, STARTING, OFF]  # the lowest that is off
+    assert states(fleet) == [ACTIVE, ACTIVE, STARTING, OFF]  # the lowest that is off
     advance(*fleet.arrays, 0, 44.9)
-    assert _states(fleet)[2] == STARTING
+    assert states(fleet)[2] == STARTING
     advance(*fleet.arrays, 0, 100.0)
-    assert _states(fleet)[2] == ACTIVE
+    assert states(fleet)[2] == ACTIVE
     assert fleet.replicas["scraped_at_s"][0, 2] > 45.0  # ready at 45 s, scraped since
-    assert _paid_s(fleet, 100.0) == [100.0, 100.0, 95.0, 0.0]
+    assert all_paid_s(fleet, 100.0) == [100.0, 100.0, 95.0, 0.0]
 
 
 @pytest.mark.parametrize(("paid_from_load", "paid_s"), [(False, 95.0), (True, 65.0)])
@@ -53,7 +36,7 @@ def test_paid_from_provisioning_or_from_loading(paid_from_load, paid_s):
     advance(*fleet.arrays, 0, 5.0)
     set_replicas(*fleet.arrays, 0, 0, 3, 5.0)
     advance(*fleet.arrays, 0, 100.0)
-    assert _paid_s(fleet, 100.0)[2] == paid_s
+    assert all_paid_s(fleet, 100.0)[2] == paid_s
 
 
 def test_a_start_that_is_called_off_before_the_machine_is_there():
@@ -62,10 +45,10 @@ def test_a_start_that_is_called_off_before_the_machine_is_there():
         set_replicas(*fleet.arrays, 0, 0, 4, 0.0)
         advance(*fleet.arrays, 0, 20.0)
         set_replicas(*fleet.arrays, 0, 0, 3, 20.0)
-        assert _states(fleet) == [ACTIVE, ACTIVE, STARTING, OFF]  # of two equal starts the higher one
+        assert states(fleet) == [ACTIVE, ACTIVE, STARTING, OFF]  # of two equal starts the higher one
         advance(*fleet.arrays, 0, 100.0)
-        assert _states(fleet) == [ACTIVE, ACTIVE, ACTIVE, OFF]
-        assert _paid_s(fleet, 100.0)[3] == paid_s
+        assert states(fleet) == [ACTIVE, ACTIVE, ACTIVE, OFF]
+        assert all_paid_s(fleet, 100.0)[3] == paid_s
 
 
 def test_the_emptiest_drains_and_is_paid_until_its_last_request_ends():
@@ -75,11 +58,11 @@ def test_the_emptiest_drains_and_is_paid_until_its_last_request_ends():
     engine.submit(*fleet.arrays, 0, 1, 1, 0.0)
     advance(*fleet.arrays, 0, 2.5)
     set_replicas(*fleet.arrays, 0, 0, 1, 2.5)
-    assert _states(fleet)[:2] == [ACTIVE, DRAINING]
+    assert states(fleet)[:2] == [ACTIVE, DRAINING]
     advance(*fleet.arrays, 0, 50.0)
-    assert _states(fleet)[:2] == [ACTIVE, OFF]
+    assert states(fleet)[:2] == [ACTIVE, OFF]
     assert fleet.requests["completed_at_s"][0].tolist() == [12.0, 7.0, 3.0]  # drained, not cut
-    assert _paid_s(fleet, 50.0)[:2] == [50.0, 7.0]
+    assert all_paid_s(fleet, 50.0)[:2] == [50.0, 7.0]
     assert fleet.replicas["busy_s"][0, 1] == 7.0
 
 
@@ -89,16 +72,16 @@ def test_when_a_drained_replica_goes_off_does_not_depend_on_who_looks(look_s):
     engine.submit(*fleet.arrays, 0, 1, 0, 0.0)
     advance(*fleet.arrays, 0, 1.0)
     set_replicas(*fleet.arrays, 0, 0, 1, 1.0)  # replica 0 is the emptier one
-    assert _states(fleet)[:2] == [OFF, ACTIVE]
+    assert states(fleet)[:2] == [OFF, ACTIVE]
     set_replicas(*fleet.arrays, 0, 0, 2, 1.0)
     advance(*fleet.arrays, 0, 3.0)
     set_replicas(*fleet.arrays, 0, 0, 1, 3.0)  # calls off the start
     fleet.pools["min_replicas"] = 0
     set_replicas(*fleet.arrays, 0, 0, 0, 3.0)
-    assert _states(fleet)[:2] == [OFF, DRAINING]
+    assert states(fleet)[:2] == [OFF, DRAINING]
     advance(*fleet.arrays, 0, look_s)
     advance(*fleet.arrays, 0, 40.0)
-    assert _paid_s(fleet, 40.0)[:2] == [3.0, 7.0]
+    assert all_paid_s(fleet, 40.0)[:2] == [3.0, 7.0]
 
 
 def test_a_drain_is_called_off_before_anything_starts():
@@ -106,28 +89,28 @@ def test_a_drain_is_called_off_before_anything_starts():
     for r in range(2):
         engine.submit(*fleet.arrays, 0, r, r, 0.0)
     set_replicas(*fleet.arrays, 0, 0, 1, 0.0)
-    assert _states(fleet)[:2] == [ACTIVE, DRAINING]
+    assert states(fleet)[:2] == [ACTIVE, DRAINING]
     set_replicas(*fleet.arrays, 0, 0, 3, 0.0)
-    assert _states(fleet) == [ACTIVE, ACTIVE, STARTING, OFF]
+    assert states(fleet) == [ACTIVE, ACTIVE, STARTING, OFF]
     assert fleet.worlds["draining"][0] == 0
 
 
 def test_targets_are_kept_between_the_bounds():
     fleet = _fleet(min_replicas=1)
     set_replicas(*fleet.arrays, 0, 0, 0, 0.0)
-    assert _states(fleet) == [ACTIVE, OFF, OFF, OFF]
+    assert states(fleet) == [ACTIVE, OFF, OFF, OFF]
     set_replicas(*fleet.arrays, 0, 0, 99, 0.0)
-    assert _states(fleet) == [ACTIVE, STARTING, STARTING, STARTING]
+    assert states(fleet) == [ACTIVE, STARTING, STARTING, STARTING]
 
 
 def test_reserved_replicas_are_paid_always_and_drained_last():
     fleet = _fleet(reserved_replicas=2, replicas=3)
     set_replicas(*fleet.arrays, 0, 0, 2, 0.0)
-    assert _states(fleet) == [ACTIVE, ACTIVE, OFF, OFF]
+    assert states(fleet) == [ACTIVE, ACTIVE, OFF, OFF]
     set_replicas(*fleet.arrays, 0, 0, 1, 0.0)
-    assert sorted(_states(fleet)[:2]) == [ACTIVE, OFF]
+    assert sorted(states(fleet)[:2]) == [ACTIVE, OFF]
     advance(*fleet.arrays, 0, 100.0)
-    assert _paid_s(fleet, 100.0) == [100.0, 100.0, 0.0, 0.0]
+    assert all_paid_s(fleet, 100.0) == [100.0, 100.0, 0.0, 0.0]
 
 
 def test_paid_seconds_are_the_integral_of_the_powered_replicas():
@@ -137,8 +120,8 @@ def test_paid_seconds_are_the_integral_of_the_powered_replicas():
         advance(*fleet.arrays, 0, now_s)
         set_replicas(*fleet.arrays, 0, 0, target, now_s)
     advance(*fleet.arrays, 0, 130.0)
-    assert sum(_paid_s(fleet, 130.0)) == 2 * 10.0 + 4 * 10.0 + 1 * 10.0 + 3 * 100.0
-    assert _states(fleet).count(ACTIVE) == 3
+    assert sum(all_paid_s(fleet, 130.0)) == 2 * 10.0 + 4 * 10.0 + 1 * 10.0 + 3 * 100.0
+    assert states(fleet).count(ACTIVE) == 3
 
 
 def test_a_replica_that_does_not_run_refuses():
@@ -152,17 +135,17 @@ def test_a_replica_that_does_not_run_refuses():
 def test_scaling_down_gives_up_failed_replicas_first():
     fleet = _fleet(detect_s=5.0)
     fail_replica(*fleet.arrays, 0, 0, 1000.0, 0.0)
-    assert _states(fleet)[:2] == [DOWN, ACTIVE]
+    assert states(fleet)[:2] == [DOWN, ACTIVE]
     advance(*fleet.arrays, 0, 8.0)
     set_replicas(*fleet.arrays, 0, 0, 1, 8.0)
-    assert _states(fleet)[:2] == [OFF, ACTIVE]
-    assert _paid_s(fleet, 20.0)[:2] == [8.0, 20.0]
+    assert states(fleet)[:2] == [OFF, ACTIVE]
+    assert all_paid_s(fleet, 20.0)[:2] == [8.0, 20.0]
 
 
 def test_without_lags_a_replica_is_there_at_once():
     fleet = _fleet([(1, 2)], provision_s=0.0, load_s=0.0)
     set_replicas(*fleet.arrays, 0, 0, 3, 0.0)
-    assert _states(fleet) == [ACTIVE, ACTIVE, ACTIVE, OFF]
+    assert states(fleet) == [ACTIVE, ACTIVE, ACTIVE, OFF]
     engine.submit(*fleet.arrays, 0, 2, 0, 0.0)
     engine.drain(*fleet.arrays, 0)
     assert fleet.requests["completed_at_s"][0, 0] == 2.0

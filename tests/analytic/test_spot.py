@@ -1,17 +1,16 @@
 """Spot machines: what they cost, who is lost when they are reclaimed, and when they come back, worked out by hand."""
 
 import dataclasses
-import math
 
 import by_hand
 import numpy as np
 import pytest
 from by_hand import ONE, SHED, TWO_A, TWO_B, Played, workload
+from replicas import all_paid_s, one_pool, states
 
 from envs.fleet import engine
-from envs.fleet.profile import constant_profile
-from envs.fleet.scaling import advance, fail_replica, paid_seconds, reclaim_replica, set_replicas
-from envs.fleet.state import ACTIVE, DOWN, DRAINING, LEAVING, OFF, STARTING, FleetSpec, PoolSpec, allocate
+from envs.fleet.scaling import advance, fail_replica, reclaim_replica, set_replicas
+from envs.fleet.state import ACTIVE, DOWN, DRAINING, LEAVING, OFF, STARTING
 from envs.fleet_env import FleetEnv
 from envs.fluid_worlds import FluidWorlds
 from envs.scenario_faults import faults
@@ -66,37 +65,23 @@ def test_spot_machines_that_stay_only_cost_less(tmp_path):
 
 def _fleet(rows=(), **changes):
     """Three of four replicas of one pool run, the last two on spot; 30 s until a machine comes, 10 s to load."""
-    pool = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "replicas": 3, "max_replicas": 4, "spot_replicas": 2}
-    pool |= {"provision_s": 30.0, "load_s": 10.0, "notice_s": 5.0}
-    fleet = allocate(FleetSpec((PoolSpec("p", constant_profile(1.0), **(pool | changes)),), (), 4.0), 1, 8)
-    for i, (prompt, output) in enumerate(rows):
-        fleet.requests["prompt_tokens"][0, i], fleet.requests["output_tokens"][0, i] = prompt, output
-    fleet.requests["patience_until_s"] = math.inf
-    engine.reset_world(*fleet.arrays, 0)
-    return fleet
-
-
-def _states(fleet):
-    return fleet.replicas["state"][0].tolist()
-
-
-def _paid_s(fleet, now_s):
-    return [paid_seconds(fleet.pools[0], rep, r, now_s) for r, rep in enumerate(fleet.replicas[0])]
+    pool = {"replicas": 3, "max_replicas": 4, "spot_replicas": 2, "provision_s": 30.0, "load_s": 10.0, "notice_s": 5.0}
+    return one_pool(8, rows, **(pool | changes))
 
 
 def test_nobody_gets_a_machine_before_there_is_capacity():
     """Off when it is reclaimed, asked for 10 s later: the start waits until 60 s, then takes 40 s, and is paid then."""
     fleet = _fleet()
     reclaim_replica(*fleet.arrays, 0, 3, 60.0, 0.0)
-    assert _states(fleet)[3] == OFF
+    assert states(fleet)[3] == OFF
     advance(*fleet.arrays, 0, 10.0)
     set_replicas(*fleet.arrays, 0, 0, 4, 10.0)
-    assert _states(fleet) == [ACTIVE, ACTIVE, ACTIVE, DOWN]
+    assert states(fleet) == [ACTIVE, ACTIVE, ACTIVE, DOWN]
     advance(*fleet.arrays, 0, 60.0)
-    assert _states(fleet)[3] == STARTING
+    assert states(fleet)[3] == STARTING
     advance(*fleet.arrays, 0, 100.0)
-    assert _states(fleet)[3] == ACTIVE
-    assert _paid_s(fleet, 100.0) == [100.0, 100.0, 100.0, 40.0]
+    assert states(fleet)[3] == ACTIVE
+    assert all_paid_s(fleet, 100.0) == [100.0, 100.0, 100.0, 40.0]
 
 
 def test_a_start_is_lost_at_once_and_one_given_up_does_not_come_back():
@@ -104,29 +89,29 @@ def test_a_start_is_lost_at_once_and_one_given_up_does_not_come_back():
     set_replicas(*fleet.arrays, 0, 0, 4, 0.0)
     advance(*fleet.arrays, 0, 10.0)
     reclaim_replica(*fleet.arrays, 0, 3, 50.0, 10.0)
-    assert _states(fleet)[3] == DOWN
+    assert states(fleet)[3] == DOWN
     advance(*fleet.arrays, 0, 20.0)
     set_replicas(*fleet.arrays, 0, 0, 3, 20.0)
-    assert _states(fleet) == [ACTIVE, ACTIVE, ACTIVE, OFF]
+    assert states(fleet) == [ACTIVE, ACTIVE, ACTIVE, OFF]
     advance(*fleet.arrays, 0, 200.0)
-    assert _states(fleet)[3] == OFF
-    assert _paid_s(fleet, 200.0)[3] == 10.0
+    assert states(fleet)[3] == OFF
+    assert all_paid_s(fleet, 200.0)[3] == 10.0
 
 
 def test_the_later_of_two_reclaims_counts_and_a_crash_while_leaving_is_the_end():
     fleet = _fleet([(1, 90)])
     engine.submit(*fleet.arrays, 0, 2, 0, 0.0)
     reclaim_replica(*fleet.arrays, 0, 2, 40.0, 0.0)
-    assert _states(fleet)[2] == LEAVING
+    assert states(fleet)[2] == LEAVING
     reclaim_replica(*fleet.arrays, 0, 2, 70.0, 0.0)
     advance(*fleet.arrays, 0, 3.0)
     fail_replica(*fleet.arrays, 0, 2, 10.0, 3.0)
-    assert _states(fleet)[2] == DOWN and engine.pop_finished(fleet.worlds, fleet.requests, 0) == 0
+    assert states(fleet)[2] == DOWN and engine.pop_finished(fleet.worlds, fleet.requests, 0) == 0
     advance(*fleet.arrays, 0, 69.0)
-    assert _states(fleet)[2] == DOWN
+    assert states(fleet)[2] == DOWN
     advance(*fleet.arrays, 0, 110.0)
-    assert _states(fleet)[2] == ACTIVE
-    assert _paid_s(fleet, 110.0)[2] == 3.0 + 40.0
+    assert states(fleet)[2] == ACTIVE
+    assert all_paid_s(fleet, 110.0)[2] == 3.0 + 40.0
 
 
 @pytest.mark.parametrize(("output_tokens", "paid_s"), [(3, 3.0), (90, 5.0)])
@@ -135,13 +120,13 @@ def test_one_that_is_scaled_down_while_leaving_ends_by_itself_or_with_the_machin
     engine.submit(*fleet.arrays, 0, 2, 0, 0.0)
     reclaim_replica(*fleet.arrays, 0, 2, 40.0, 0.0)
     set_replicas(*fleet.arrays, 0, 0, 2, 0.0)  # those that leave go first
-    assert _states(fleet) == [ACTIVE, ACTIVE, DRAINING, OFF]
+    assert states(fleet) == [ACTIVE, ACTIVE, DRAINING, OFF]
     set_replicas(*fleet.arrays, 0, 0, 3, 0.0)
-    assert _states(fleet)[2] == LEAVING  # calling off the drain does not keep the machine
+    assert states(fleet)[2] == LEAVING  # calling off the drain does not keep the machine
     set_replicas(*fleet.arrays, 0, 0, 2, 0.0)
     advance(*fleet.arrays, 0, 100.0)
-    assert _states(fleet)[2] == OFF
-    assert _paid_s(fleet, 100.0)[2] == paid_s
+    assert states(fleet)[2] == OFF
+    assert all_paid_s(fleet, 100.0)[2] == paid_s
 
 
 def test_the_time_for_which_machines_are_kept_has_its_closed_form(tmp_path):

@@ -14,7 +14,7 @@ import evaluate
 import export
 import train
 from agents import baselines
-from agents.run import Run, load_policy
+from agents.run import Run, load_bundle
 from agents.train import load_archive
 from envs.worlds import FleetWorlds
 from marginroute import bundle
@@ -67,7 +67,7 @@ def test_export_writes_what_the_gate_said(finished_run, tmp_path, learned, capsy
     assert ("residual" if learned else "none") in capsys.readouterr().out
     read = bundle.load(tmp_path / "bundle")
     assert read.learned == ("residual" if learned else "none")
-    assert read.policy.name == load_policy(run).name == "marginroute"
+    assert read.policy.name == load_bundle(run).guarded().name == "marginroute"
 
 
 def test_export_again_gives_the_runs_own_bundle(finished_run, tmp_path):
@@ -176,7 +176,7 @@ def test_resume_finishes(interrupted, tmp_path, tuned_cache, capsys):
     steps = [row["steps"] for row in info["history"]]
     assert steps == sorted(steps) and steps[0] == 0 and steps[-1] >= LONG
     assert before < load_archive(Run(run).newest_checkpoint(), None).num_timesteps
-    policy = load_policy(run)
+    policy = load_bundle(run).guarded()
     worlds = FleetWorlds(Run(run).scenario(), 1)
     worlds.load(0, worlds.plant.scenario.generate(0, "heldout"))
     worlds.run(policy)

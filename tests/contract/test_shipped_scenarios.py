@@ -36,6 +36,14 @@ def scenario(request):
     return load_scenario(request.param)
 
 
+def test_a_run_folder_holds_the_same_scenario(scenario, tmp_path):
+    """scenario.json, which evaluate.py reads where no scenario is given: content, hash and name."""
+    path = tmp_path / "scenario.json"
+    path.write_text(scenario.model_dump_json(indent=1, by_alias=True))
+    read = load_scenario(path)
+    assert read == scenario and read.hash == scenario.hash and read.name == scenario.name
+
+
 def test_the_suite_has_its_stories():
     assert set(STORIES) <= set(NAMES)
 

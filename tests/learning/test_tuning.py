@@ -183,7 +183,18 @@ def test_baselines_whose_restarts_differ_are_told(tiny_tuned, tiny_plant, tmp_pa
         name: replace(found, spread_pct=pct) for (name, found), pct in zip(tuned.items(), (0.4, 0.6), strict=False)
     }
     baselines.save(tmp_path / "b.yaml", tiny_plant.scenario, loose, budget, "a test")
-    baselines.tell_loose(tmp_path / "b.yaml")
+    baselines.tell_loose(baselines.load(tmp_path / "b.yaml")[0])
     within, beyond = loose
     said = capsys.readouterr().err
     assert f"{beyond} (0.6 %)" in said and f"{within} (" not in said
+
+
+@pytest.mark.parametrize("path", sorted(baselines.SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_baselines_earn_what_their_file_says(path):
+    """In the scenario and the world of today, on the validation episodes that chose them."""
+    scenario = load_scenario(path.stem)
+    document, rules = baselines.load(path)
+    assert document["scenario_hash"] == scenario.hash
+    validation = Objective(Plant(scenario), "validation", range(document["budget"]["validation_episodes"]))
+    said = document["baselines"]["bid-price-fitted"]["validation_usd_per_1k"]
+    assert float(validation([rules["bid-price-fitted"]])[0]) == pytest.approx(said, abs=2e-6)

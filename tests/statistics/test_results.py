@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from agents.run import load_policy
+from agents.run import load_bundle
 from benchmarks import result_rows, results
 from evaluation.protocol import evaluate_policies
 
@@ -21,7 +21,7 @@ def found(tiny_plant, finished_run):
 
 def test_gains_are_differences_of_margins_on_the_same_episodes(tiny_plant, finished_run, found):
     row = found[0]
-    played = evaluate_policies(tiny_plant.scenario, {"ours": load_policy(finished_run)}, EPISODES)["ours"]
+    played = evaluate_policies(tiny_plant.scenario, {"ours": load_bundle(finished_run).guarded()}, EPISODES)["ours"]
     calls = played.first_calls.sum()
     assert row["margin_usd_per_1k"] == pytest.approx(1000.0 * played.margin_usd.sum() / calls)
     assert row["gain_by_seed"][0] == row["gain_by_seed"][1] == pytest.approx(row["gain"]["usd_per_1k"])
