@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -273,9 +274,14 @@ class _Process:
     def __init__(self) -> None:
         before = set(multiprocessing.active_children())
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _enter)
-        with _one_thread_each(), _sigint_held():
-            self.ready: Future[Any] = self._pool.submit(os.getpid)
-        self._children = set(multiprocessing.active_children()) - before
+        self._children: set[Any] = set()
+        try:
+            with _one_thread_each(), _signals_later(), _sigint_held():
+                self.ready: Future[Any] = self._pool.submit(os.getpid)
+                self._children = set(multiprocessing.active_children()) - before
+        except BaseException:  # a signal that has waited: nobody else knows of the child
+            self.stop(at_once=True)
+            raise
 
     def submit(self, job: int, packed: Any, item: Any) -> Future[Any]:
         return self._pool.submit(_work, job, packed, item)
@@ -296,6 +302,24 @@ def _enter() -> None:
 def _work(job: int, packed: bytes | None, item: Any) -> Any:
     assert _worker is not None
     return _worker.do(job, packed, item)
+
+
+@contextlib.contextmanager
+def _signals_later() -> Iterator[None]:
+    """Ctrl-C and SIGTERM come after what is inside: a child that is told half of how to start would crash."""
+    if threading.current_thread() is not threading.main_thread():  # which is where Python sees signals
+        yield
+        return
+    came: list[int] = []
+    caught = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in caught}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 @contextlib.contextmanager

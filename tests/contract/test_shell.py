@@ -1,6 +1,7 @@
 """Shell habits: help with examples, nearest words, -v and -q, colours, completion, signals, and output nobody takes."""
 
 import importlib
+import multiprocessing.util
 import os
 import pkgutil
 import signal
@@ -213,6 +214,31 @@ def test_a_signal_while_processes_start(number, code):
     os.killpg(run.pid, number) if number == signal.SIGINT else os.kill(run.pid, number)
     assert run.wait(60) == code
     assert "Traceback" not in run.stderr.read()
+
+
+def work_with_a_signal_at_birth(argv):
+    """SIGTERM comes when a child exists and has not been told yet what to do."""
+    spawn = multiprocessing.util.spawnv_passfds
+
+    def spawn_and_signal(path, words, passed):
+        pid = spawn(path, words, passed)
+        if "--multiprocessing-fork" in map(os.fsdecode, words):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pid
+
+    multiprocessing.util.spawnv_passfds = spawn_and_signal
+    return work_with_slow_workers(argv)
+
+
+def test_a_signal_at_the_birth_of_a_process():
+    program = "import sys; sys.path[:0] = ['tests/contract']; import test_shell as t"
+    program += "; sys.exit(t.work_with_a_signal_at_birth([]))"
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )  # fmt: skip
+    assert run.returncode == 143
+    assert "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize("name", ["train", "envs", "marginroute"])
