@@ -112,21 +112,6 @@ def evaluate_policies(
     return results
 
 
-def best_on_validation(
-    scenario: Scenario,
-    heuristics: Mapping[str, Policy],
-    episodes: int,
-    *,
-    progress: Progress = silent,
-    workers: int | Crew | None = None,
-) -> str:
-    """Name of the heuristic with the highest margin on validation seeds; the only one if there is one."""
-    if len(heuristics) == 1:
-        return next(iter(heuristics))
-    results = evaluate_policies(scenario, heuristics, episodes, split="validation", progress=progress, workers=workers)
-    return max(results, key=lambda name: float(results[name].margin_usd.sum()))
-
-
 def play(
     plant: Plant,
     policy: Policy,

@@ -5,7 +5,8 @@ import pytest
 
 from envs.scenario import load_scenario
 from evaluation import protocol
-from evaluation.protocol import best_on_validation, evaluate_policies, usable_cores
+from evaluation.contest import Play, choose_best
+from evaluation.protocol import evaluate_policies, usable_cores
 from evaluation.results import ARRAYS
 from marginroute.errors import InputError
 from marginroute.heuristics import FixedTier, LeastInFlight, Random
@@ -89,10 +90,11 @@ def test_the_best_heuristic_is_chosen_without_a_look_at_held_out_episodes(scenar
         type(scenario), "generate", lambda self, seed, split: splits.append(split) or generate(self, seed, split)
     )
     validation = evaluate_policies(scenario, policies, EPISODES, split="validation", workers=1)
-    best = best_on_validation(scenario, policies, EPISODES, workers=1)
+    play = Play(EPISODES, workers=1, use_cache=False)
+    best = choose_best(scenario, policies, play)
     assert set(splits) == {"validation"}
     assert validation[best].margin_usd.sum() == max(r.margin_usd.sum() for r in validation.values())
-    assert best_on_validation(scenario, {"random": policies["random"]}, EPISODES) == "random"
+    assert choose_best(scenario, {"random": policies["random"]}, play) == "random"
 
 
 def test_first_seed_moves_the_episodes(scenario, policies, results):
