@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from agents.tuning import AGREEMENT, Budget, Rule, Tuned, untuned
+from agents.objective import Rule
+from agents.tuning import AGREEMENT, Budget, Tuned, untuned
 from envs import scenario_files
 from envs.scenario import Scenario
 from envs.worlds import Plant

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from agents.tuning import margins
+from agents.objective import margins
 from envs.economics import ledger as books
 from envs.workload.requests import Workload
 from envs.worlds import FleetWorlds, Plant

@@ -18,9 +18,9 @@ import optuna
 
 from agents.config import TrainingConfig
 from agents.export import residual_policy
+from agents.objective import Objective
 from agents.run import Run
 from agents.train import train
-from agents.tuning import Objective
 from agents.workers import Crew, shared_out
 from envs.scenario import Scenario
 from envs.worlds import Plant

@@ -26,10 +26,10 @@ from agents.config import TrainingConfig, ppo_settings
 from agents.export import residual_policy
 from agents.floors import Ascent, Floor, Kept, worst_miss
 from agents.network import ScorerPolicy
+from agents.objective import Exploring, Objective, Rule
 from agents.ppo import MarginPPO
 from agents.rollouts import SharedPPO, SharedVecEnv, Worlds
 from agents.run import Run, check_archive
-from agents.tuning import Exploring, Objective, Rule
 from agents.workers import Crew
 from envs.scenario import Scenario
 from envs.scenario_family import middle

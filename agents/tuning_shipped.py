@@ -12,7 +12,8 @@ from dataclasses import replace
 import numpy as np
 import optuna
 
-from agents.tuning import Objective, Rule, Suggest, Tuned
+from agents.objective import Objective, Rule
+from agents.tuning import Suggest, Tuned
 from envs.worlds import Plant
 from marginroute.gateway_rules import REPLICA_RULES, SHIPPED_RULES, TIER_RULES, Composite, LeastLoaded, ShippedRule
 from marginroute.rules import DifficultyThreshold

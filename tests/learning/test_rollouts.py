@@ -6,10 +6,11 @@ from jobs import Here, start_squares, start_suicide
 from sizes import TINY_TRAINING
 
 from agents.config import load_training
+from agents.objective import Objective
 from agents.rollouts import Whereabouts, shares
 from agents.run import Run
 from agents.train import load_archive, train
-from agents.tuning import Budget, Objective, tune_margin_rules
+from agents.tuning import Budget, tune_margin_rules
 from agents.workers import Crew, Processes, shared_out
 from marginroute.errors import InputError
 from marginroute.heuristics import MarginParameters, MarginRule, to_dict

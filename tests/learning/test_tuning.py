@@ -7,8 +7,9 @@ import pytest
 from sizes import TINY
 
 from agents import baselines
+from agents.objective import Objective
 from agents.quality import fit_quality
-from agents.tuning import Budget, Objective, cascades, tier_prices, tune_baselines, tune_others, untuned
+from agents.tuning import Budget, cascades, tier_prices, tune_baselines, tune_others, untuned
 from envs.scenario import load_scenario
 from envs.worlds import Plant
 from marginroute.errors import InputError

@@ -8,8 +8,8 @@ import torch
 
 from agents.config import load_training
 from agents.export import residual_policy
+from agents.objective import margins
 from agents.train import fit_normaliser, make_model
-from agents.tuning import margins
 from envs.scenario import Scenario
 from envs.vector_env import FleetVecEnv, default_advice
 from envs.worlds import FleetWorlds, Plant
