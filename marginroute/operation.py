@@ -37,6 +37,8 @@ class OperationSettings:
     Attributes:
         bundle: folder written by export.py.
         log: JSONL file that decision records are appended to; rollbacks and swaps go to NAME.events.jsonl beside it.
+        default_class: class of requests that name none; empty: the bundle's first.
+        default_task: task type of requests that name none; empty: the bundle's first.
         mode: `shadow`, `canary` or `live`.
         canary_share: of tenants, sessions or requests that a canary acts on.
         canary_by: `tenant`, `session` or `request`.
@@ -65,6 +67,8 @@ class OperationSettings:
 
     bundle: str
     log: str
+    default_class: str = ""
+    default_task: str = ""
     mode: str = "shadow"
     canary_share: float = 0.05
     canary_by: str = "tenant"

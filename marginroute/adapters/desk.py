@@ -5,23 +5,16 @@ A `Desk` stands between a protocol (Envoy's, HTTP) and the gateway that decides.
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar
 
 from marginroute import view as v
-from marginroute.adapters.metrics import Histogram
+from marginroute.adapters.adapter import Adapter
 from marginroute.capabilities import abilities
 from marginroute.errors import InputError
-from marginroute.facts import Facts, Verdict
 from marginroute.operation import OperationSettings, open_gateway
 from marginroute.operation_file import read_yaml
-
-log = logging.getLogger("marginroute.gateway")
-
-MOST_WARNINGS = 100
 
 
 @dataclass(frozen=True)
@@ -30,18 +23,14 @@ class DeskSettings(OperationSettings):
 
     Attributes:
         endpoints: where each candidate is reached, such as `10.0.0.7:8000`.
-        default_class: class of requests that name none; empty: the bundle's first.
-        default_task: task type of requests that name none; empty: the bundle's first.
         can: what the gateway can do beside sending a request on (`capabilities.GATEWAYS`).
     """
 
     endpoints: Mapping[str, str] = field(default_factory=dict)
-    default_class: str = ""
-    default_task: str = ""
     can: tuple[str, ...] = ("shed",)
 
 
-class Desk:
+class Desk(Adapter[DeskSettings]):
     """Decides for one protocol server.
 
     Args:
@@ -50,15 +39,13 @@ class Desk:
 
     Attributes:
         endpoint: address by candidate; name_at: candidate by address.
-        took: time of decisions.
-        errors: exceptions of ours by place; none of them reached a request.
 
     Raises:
         InputError: the bundle, a name in the settings, or the log is unusable.
     """
 
     def __init__(self, settings: DeskSettings, gateway: str) -> None:
-        self.settings, self.gateway = settings, open_gateway(settings, abilities(gateway, settings.can))
+        super().__init__(open_gateway(settings, abilities(gateway, settings.can)), settings)
         layout = self.gateway.bundle.layout
         try:
             serving = layout.names[: int((layout.kind <= v.PROVIDER).sum())]
@@ -70,40 +57,6 @@ class Desk:
             raise
         self.endpoint = dict(settings.endpoints)
         self.name_at = {address: name for name, address in self.endpoint.items()}
-        self.took = Histogram()
-        self.errors: dict[str, int] = {}
-        self._warned: set[str] = set()
-
-    def decide(self, facts: Facts) -> Verdict:
-        """What to do with a request, counted."""
-        began_s = time.perf_counter()
-        verdict = self.gateway.decide(facts)
-        self.took.add(time.perf_counter() - began_s)
-        return verdict
-
-    def known(self, what: str, name: str | None) -> str:
-        """A `class` or `task` that the bundle knows; the default for any other."""
-        layout, settings = self.gateway.bundle.layout, self.settings
-        known = layout.class_names if what == "class" else layout.task_names
-        default = (settings.default_class if what == "class" else settings.default_task) or known[0]
-        if not name:
-            return default
-        if name in known:
-            return name
-        self.warn_once(f"{what} {name[:60]!r} is not in the bundle; taken as {default!r}")
-        return default
-
-    def failed(self, where: str, error: Exception) -> None:
-        """Counts an exception of ours, and logs the first of each kind."""
-        self.errors[where] = self.errors.get(where, 0) + 1
-        if self.errors[where] == 1:
-            log.warning("marginroute: %s failed; later ones are only counted (%r)", where, error)
-
-    def warn_once(self, message: str) -> None:
-        """Logs what an operator should see, once."""
-        if message not in self._warned and len(self._warned) < MOST_WARNINGS:
-            self._warned.add(message)
-            log.warning("marginroute: %s", message)
 
     def close(self) -> None:
         """Writes what is pending and closes the log."""

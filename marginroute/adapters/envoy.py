@@ -20,7 +20,8 @@ from typing import Any
 
 from marginroute.adapters import chat, envoy_access_log, envoy_config
 from marginroute.adapters import envoy_messages as em
-from marginroute.adapters.desk import Desk, DeskSettings, log
+from marginroute.adapters.adapter import log
+from marginroute.adapters.desk import Desk, DeskSettings
 from marginroute.adapters.envoy_exchange import Exchange, Message
 from marginroute.adapters.listen import Listen, run_loop
 from marginroute.adapters.metrics_server import MetricsServer

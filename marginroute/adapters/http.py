@@ -17,7 +17,8 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
-from marginroute.adapters.desk import Desk, DeskSettings, log
+from marginroute.adapters.adapter import log
+from marginroute.adapters.desk import Desk, DeskSettings
 from marginroute.adapters.http_app import App
 from marginroute.adapters.listen import Listen, run_loop
 from marginroute.errors import InputError

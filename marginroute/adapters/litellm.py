@@ -31,7 +31,8 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from marginroute.adapters.litellm_observer import Observer, ShedRequest, log
+from marginroute.adapters.adapter import log
+from marginroute.adapters.litellm_observer import Observer, ShedRequest
 from marginroute.adapters.litellm_request import Settings
 from marginroute.adapters.metrics_server import MetricsServer
 from marginroute.capabilities import abilities

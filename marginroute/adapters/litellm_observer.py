@@ -8,7 +8,6 @@ the callback catches what else is raised.
 from __future__ import annotations
 
 import datetime
-import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -17,14 +16,12 @@ from typing import Any
 
 from marginroute import view as v
 from marginroute.adapters import litellm_request as read
+from marginroute.adapters.adapter import Adapter
 from marginroute.adapters.litellm_request import Settings
-from marginroute.adapters.metrics import Histogram
 from marginroute.facts import Facts, Outcome, Verdict
 from marginroute.gateway import Gateway
 from marginroute.latency import running_mean
 from marginroute.prefix_index import MAX_BLOCKS, block_hashes
-
-log = logging.getLogger("marginroute.litellm")
 
 TOKENS_PER_CHARACTER = 0.25  # English prose; corrected by the usage that upstreams report
 RECENT_PROMPTS = 200.0
@@ -69,38 +66,25 @@ def _times(payload: Mapping[str, Any], arrived_at_s: float, waited_s: float) -> 
     return times
 
 
-class Observer:
+class Observer(Adapter[Settings]):
     """Follows every request through the hooks of LiteLLM, and says where it goes where the bundle may act.
 
     Args:
         gateway: decides and records.
         settings: of the operator.
         cache_key: key of a call in LiteLLM's response cache, empty if it has none; None: there is no cache to look at.
-
-    Attributes:
-        errors: exceptions of ours by hook; none of them reached a request.
-        took: time of decisions.
     """
 
     def __init__(
         self, gateway: Gateway, settings: Settings, cache_key: Callable[[dict[str, Any]], str] | None = None
     ) -> None:
-        self.gateway, self.settings = gateway, settings
-        self.errors: dict[str, int] = {}
-        self.took = Histogram()
-        self._warned: set[str] = set()
+        super().__init__(gateway, settings)
         self._calls: OrderedDict[str, _Call] = OrderedDict()  # in order of decision
         self._awaited: dict[str, Any] = {}  # LiteLLM's logging objects of streams without a first token
         self._cache_key = cache_key if settings.use_cache else None
         self._stored: OrderedDict[str, str] = OrderedDict()  # key in the response cache -> tier that answered
         self._tokens_per_character, self._weight = TOKENS_PER_CHARACTER, 1.0
         self._block_bytes = round(settings.prefix_block_tokens / TOKENS_PER_CHARACTER)
-
-    def failed(self, hook: str, error: Exception) -> None:
-        """Counts an exception of ours, and logs the first of each hook."""
-        self.errors[hook] = self.errors.get(hook, 0) + 1
-        if self.errors[hook] == 1:
-            log.warning("marginroute: %s failed; later ones are only counted (%r)", hook, error)
 
     def route(self, model: str, deployments: Deployments, messages: Any, kwargs: dict[str, Any]) -> Deployments:
         """Decides an attempt that is about to be routed; returns the deployments that LiteLLM may still pick from.
@@ -148,12 +132,12 @@ class Observer:
         cache_key = self._key({**kwargs, "model": model, "messages": messages})
         standing, quota_left, complaint = read.account_told(kwargs, self.settings)
         if complaint:
-            self._warn_once(complaint)
+            self.warn_once(complaint)
         facts = Facts(
             id,
             max(round(characters * self._tokens_per_character), 1),
-            class_name=self._known("class", read.attached(kwargs, self.settings.class_field)),
-            task_name=self._known("task", read.requester_of(kwargs).get(self.settings.task_field)),
+            class_name=self.known("class", read.attached(kwargs, self.settings.class_field)),
+            task_name=self.known("task", read.requester_of(kwargs).get(self.settings.task_field)),
             tenant=read.tenant_of(kwargs),
             session=read.session_of(kwargs),
             traceparent=read.traceparent_of(kwargs),
@@ -166,16 +150,13 @@ class Observer:
             prompt=(read.question_of(messages) or read.question_of(read.body_of(kwargs))) if asks else None,
         )
         self._calls.setdefault(id, _Call(characters, cache_key=cache_key))
-        began_s = time.perf_counter()
-        verdict = self.gateway.decide(facts)
-        self.took.add(time.perf_counter() - began_s)
-        return verdict
+        return self.decide(facts)
 
     def prioritise(self, key: Any, data: dict[str, Any], call_type: str) -> None:
         """Gives a request the priority of its class, before it is routed."""
         if not self.settings.priority or call_type not in read.GENERATION or "priority" in data:
             return
-        name = self._known("class", read.class_of_key(key, self.settings.class_field))
+        name = self.known("class", read.class_of_key(key, self.settings.class_field))
         number = self.settings.priority.get(name)
         tenant = str(getattr(key, "team_id", None) or getattr(key, "api_key", None) or "")
         session = read.session_of(data)
@@ -276,29 +257,12 @@ class Observer:
         mapped = self.settings.candidates
         name = info.get("marginroute_candidate") or mapped.get(str(info.get("id"))) or mapped.get(model)
         if not name or str(name) not in self.gateway.bundle.layout.names:
-            self._warn_once(
+            self.warn_once(
                 f"deployment {info.get('id') or model} is no candidate of the bundle ({name or 'not mapped'}); legal: "
                 + ", ".join(self.gateway.bundle.layout.names)
             )
             return ""
         return str(name)
-
-    def _known(self, what: str, name: Any) -> str:
-        """A class or task that the bundle knows; the default for any other."""
-        layout, settings = self.gateway.bundle.layout, self.settings
-        known = layout.class_names if what == "class" else layout.task_names
-        default = (settings.default_class if what == "class" else settings.default_task) or known[0]
-        if name is None or name == "":
-            return default
-        if name in known:
-            return str(name)
-        self._warn_once(f"{what} {str(name)[:60]!r} is not in the bundle; taken as {default!r}")
-        return default
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned and len(self._warned) < 100:
-            self._warned.add(message)
-            log.warning("marginroute: %s", message)
 
     def _see_first_tokens(self) -> None:
         """Looks which streams have got their first token since the last decision; forgets calls written off."""

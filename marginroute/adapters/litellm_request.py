@@ -23,12 +23,10 @@ class Settings(OperationSettings):
 
     Attributes:
         class_field: key of the metadata of a virtual key or team that names the customer class.
-        default_class: class of requests without it; empty: the bundle's first.
         standing_field: key of the same metadata that says how the customer stands, one of `contracts.STANDINGS`.
         quota_left_field: key of the same that says which share of the allowance is left; without it, LiteLLM's own
             budgets of key and team say so.
         task_field: key of the request's own metadata that names the task type.
-        default_task: task type of requests without it; empty: the bundle's first.
         candidates: candidate by deployment id or by LiteLLM model name, for deployments without
             `model_info.marginroute_candidate`.
         engine_priority: the same number goes along to the engine, as vLLM's `priority`.
@@ -37,11 +35,9 @@ class Settings(OperationSettings):
     """
 
     class_field: str = "customer_class"
-    default_class: str = ""
     standing_field: str = "standing"
     quota_left_field: str = "quota_left"
     task_field: str = "task_type"
-    default_task: str = ""
     candidates: Mapping[str, str] = field(default_factory=dict)
     engine_priority: bool = False
     use_cache: bool = False

@@ -295,4 +295,4 @@ def test_a_customers_account_reaches_the_view(logger, told, standing, left):
     assert record["request"]["standing"] == STANDINGS.index(standing)
     assert record["request"]["quota_left"] == pytest.approx(left)
     assert logger.marginroute.errors == {}
-    assert len(logger.marginroute._warned) == ("broke" in str(told))
+    assert len(logger.marginroute.warned) == ("broke" in str(told))
