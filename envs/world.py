@@ -551,6 +551,8 @@ def step(
                 loads[w, desks[w].current].price_times = own[w, c].price_times
                 if config[0].gateways > 1:
                     gateways.sent(own, loads, w, desks[w].current, c)
+                    if kinds[c] == v.REPLICA:
+                        gateways.note_prefill(lengths, loads[w, desks[w].current], signals[v.CACHED_TOKENS, w, c])
                 tasks.note_send(follow, desks, loads, w, c)
                 if desks[w].prefix_block_tokens > 0:
                     prefix_kernel.note_send(index, desks, loads, requests, signals, w, c)

@@ -7,7 +7,9 @@ rate limits, customers' accounts, SLO windows, the response cache and the line o
 
 Memory of world w at instance g is row g N + w of `own`, `lengths` and the prefix index (`loads.gateway`), so that with
 one instance it is row w. With more, its counters are the sums over the requests that it has in flight, which each row
-of `own` lists. Arrival rate and number of decisions stand in two more rows of `lengths`.
+of `own` lists, and what others have there by `latency.beyond`: at each scrape an instance takes what the engine says
+beyond its own for theirs, until the next one. Arrival rate, number of decisions and prompt tokens that it sends for
+prefill stand in three more rows of `lengths`.
 
 Shapes: N worlds, G instances, M requests, S replicas and providers.
 """
@@ -25,10 +27,12 @@ from envs.workload.requests import Workload
 from marginroute import latency
 from marginroute import view as v
 
-RATE, CLOCK = -2, -1  # rows of `lengths`: (mean gap, arrivals); (last arrival in seconds, decisions)
-ROWS = 2
+# Rows of `lengths`: (mean tokens, requests); (mean gap, arrivals); (last arrival in seconds, decisions)
+PREFILL, RATE, CLOCK = -3, -2, -1
+ROWS = 3
 
 running_mean = kernel(latency.running_mean, inline="always")
+beyond = kernel(latency.beyond, inline="always")
 
 
 def instance_of(workload: Workload, gateways: int, spread: str) -> Any:
@@ -74,6 +78,13 @@ def ended(own, loads, w, i, c):
 
 
 @kernel
+def note_prefill(lengths, load, cached_tokens):
+    """A request leaves for a replica that has `cached_tokens` of it, as far as is known."""
+    mean, tokens = lengths[load.gateway, PREFILL, 0], load.prompt_tokens - cached_tokens
+    mean.value, mean.weight = running_mean(mean.value, mean.weight, tokens, latency.RECENT_LENGTHS)
+
+
+@kernel
 def note_arrival(lengths, gateway, now_s):
     """A request is there for the first time."""
     rate, clock = lengths[gateway, RATE, 0], lengths[gateway, CLOCK, 0]
@@ -109,11 +120,36 @@ def show_replica(replica, requests, loads, own, signals, w, g, c):
 
 
 @kernel
+def note_scrape(replica, requests, loads, own, signals, w, n_worlds, c):
+    """A new page of the metrics of replica `c`: what is beyond an instance's own is others'."""
+    kv_tokens = replica.scraped_kv_usage * signals[v.KV_CAPACITY_TOKENS, w, c]
+    for g in range(w, own.shape[0], n_worlds):
+        show_replica(replica, requests, loads, own, signals, w, g, c)
+        mine = own[g, c]
+        mine.others_waiting, mine.others_decoding, mine.others_tokens = beyond(
+            replica.scraped_waiting,
+            replica.scraped_running,
+            kv_tokens,
+            signals[v.IN_FLIGHT, w, c] - signals[v.HELD, w, c],
+            signals[v.DECODING, w, c],
+            signals[v.DECODING_TOKENS, w, c],
+        )
+        mine.scraped_at_s = replica.scraped_at_s
+
+
+@kernel
 def show(config, replicas, requests, desks, loads, own, lengths, signals, request_view, w):
-    """Puts the own counters of the instance that decides in the place of everybody's."""
+    """Puts what the instance that decides knows in the place of everybody's counters."""
     g = int(loads[w, desks[w].current].gateway)
     for c in range(config[0].n_replicas):
+        mine = own[g, c]
+        if replicas[w, c].scraped_at_s > mine.scraped_at_s:
+            note_scrape(replicas[w, c], requests, loads, own, signals, w, desks.shape[0], c)
         show_replica(replicas[w, c], requests, loads, own, signals, w, g, c)
+        signals[v.IN_FLIGHT, w, c] += mine.others_waiting + mine.others_decoding
+        signals[v.PENDING_PREFILL_TOKENS, w, c] += mine.others_waiting * lengths[g, PREFILL, 0].value
+        signals[v.DECODING, w, c] += mine.others_decoding
+        signals[v.DECODING_TOKENS, w, c] += mine.others_tokens
     for c in range(config[0].n_replicas, config[0].n_replicas + config[0].n_providers):
         in_flight = 0
         i = int(own[g, c].sent_head)

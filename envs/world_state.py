@@ -142,7 +142,12 @@ OWN = np.dtype(
         ("recent_tpot_s", "f8"),
         ("weight", "f8"),
         ("leading", "i4"),  # requests in flight there that others follow, or that are looked at
-        ("sent_head", "i4"),  # last request in flight there; kept with several gateway instances only
+        # Several gateway instances, see world_gateways.py
+        ("sent_head", "i4"),  # last request in flight there
+        ("others_waiting", "f4"),  # at the engine by its last scrape, beyond this instance's own
+        ("others_decoding", "f4"),
+        ("others_tokens", "f4"),  # of those that decode
+        ("scraped_at_s", "f8"),
         ("error_share", "f8"),  # of recent calls, as of error_at_s
         ("error_at_s", "f8"),
         ("gpu_usd_per_s", "f8"),  # price of a replica while it is paid

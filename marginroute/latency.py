@@ -41,6 +41,27 @@ def recent_quality(mean: Any, judged: Any) -> Any:
     return mean * judged / (judged + PRIOR_JUDGED)
 
 
+def beyond(
+    waiting: float, running: float, kv_tokens: float, at_engine: float, decoding: float, decoding_tokens: float
+) -> tuple[float, float, float]:
+    """What an engine has on its hands that this gateway did not send: other instances' requests, or other traffic.
+
+    Args:
+        waiting: requests that wait there, by the engine's metrics page.
+        running: requests that run there, by the same.
+        kv_tokens: in use in its KV cache, by the same.
+        at_engine: requests that this gateway has there at that moment.
+        decoding: of those, with a first token.
+        decoding_tokens: prompt and streamed tokens of the latter.
+
+    Returns:
+        Requests before their first token, requests that decode, and prompt and streamed tokens of the latter.
+    """
+    total = max(waiting + running - at_engine, 0.0)
+    streams = min(max(running - decoding, 0.0), total)
+    return total - streams, streams, max(kv_tokens - decoding_tokens, 0.0) if streams > 0.0 else 0.0
+
+
 def recent_errors(share: Any, age_s: Any) -> Any:
     """Share of recent calls that failed, `age_s` after the last one: it fades, so that a candidate is tried again."""
     return share * 0.5 ** (age_s / ERROR_HALF_LIFE_S)

@@ -27,6 +27,7 @@ from marginroute.latency import (
     RECENT_ARRIVALS,
     RECENT_JUDGED,
     RECENT_LENGTHS,
+    beyond,
     recent_quality,
     running_mean,
 )
@@ -36,6 +37,7 @@ from marginroute.session_map import SessionMap
 from marginroute.slo_windows import SloWindows
 from marginroute.view import Array, Layout, View
 
+FRESH_S = 0.1  # age to which a metrics page is set beside what this gateway has in flight now
 CONTRACT = v.REQUEST_NAMES[v.INPUT_PRICE_USD : v.MISS_USD]  # request signals that the contract of a class fixes
 
 
@@ -81,6 +83,8 @@ class GatewayState:
         self._block_tokens = prefix_block_tokens
         self._prefixes = _prefix_index(bundle.static_signals, prefix_block_tokens)
         self._elsewhere: Array | None = None  # (S, C) what other workers have at each candidate
+        self._beyond = np.zeros((3, self.layout.n_candidates))  # of the last scrape: `latency.beyond`
+        self._crowded, self._prefill_tokens = False, (0.0, 0.0)  # whether there is any; mean of a prompt, prompts
         self._elsewhere_per_s = 0.0
         self._elsewhere_at_engines = np.zeros(self.layout.n_candidates)
         self._sessions = SessionMap()
@@ -136,6 +140,8 @@ class GatewayState:
                 entry.cached_tokens = int(cached[candidate])
                 self._prefixes.insert(candidate, hashes[:MAX_BLOCKS], now_s)
             self._counters.begin(id, entry)
+            if candidate < self.layout.n_replicas:
+                self._prefill_tokens = running_mean(*self._prefill_tokens, entry.prefill_tokens, RECENT_LENGTHS)
 
     def first_token(self, id: str, ago_s: float = 0.0) -> None:
         """The first token of an answer came `ago_s` seconds ago; ignored if unknown or seen before."""
@@ -198,6 +204,8 @@ class GatewayState:
         with self._lock:
             self._counters.signals[[v.WAITING, v.RUNNING, v.KV_USAGE], candidate] = waiting, running, kv_usage
             self._scraped_at_s[candidate] = self._clock() - age_s
+            if age_s <= FRESH_S:
+                self._note_beyond(candidate)
 
     def view(
         self,
@@ -256,6 +264,12 @@ class GatewayState:
                 signals[v.RECENT_QUALITY, : self._serving] = quality.take(self._tier)
             if self._elsewhere is not None:
                 signals += self._elsewhere
+            if self._crowded:
+                waiting, decoding, tokens = self._beyond
+                signals[v.IN_FLIGHT] += waiting + decoding
+                signals[v.PENDING_PREFILL_TOKENS] += waiting * self._prefill_tokens[0]
+                signals[v.DECODING] += decoding
+                signals[v.DECODING_TOKENS] += tokens
             np.fmax(now_s - self._scraped_at_s, 0.0, out=signals[v.TELEMETRY_AGE_S])  # 0: there is nothing to scrape
             output_tokens, arrival_rate_per_s = self._lengths.item(cell), 1.0 / max(self._gap_s, 1e-6)
             arrival_rate_per_s += self._elsewhere_per_s
@@ -321,7 +335,7 @@ class GatewayState:
             self._counters.take_over(old._counters, candidates, classes, tasks)
             self._sessions.take_over(old._sessions, candidates)
             for theirs, c in candidates.items():
-                self._scraped_at_s[c] = old._scraped_at_s[theirs]
+                self._scraped_at_s[c], self._beyond[:, c] = old._scraped_at_s[theirs], old._beyond[:, theirs]
                 if self._prefixes and old._prefixes and self._block_tokens == old._block_tokens:
                     self._prefixes.insert_all(c, old._prefixes.blocks(theirs))
             for k_old, k in classes.items():
@@ -331,6 +345,7 @@ class GatewayState:
             for t_old, t in _places(self.layout.tier_names, old.layout.tier_names).items():
                 for j_old, j in tasks.items():
                     self._surprise[:, t, j] = old._surprise[:, t_old, j_old]
+            self._crowded, self._prefill_tokens = bool(self._beyond.any()), old._prefill_tokens
             self._judged = old._judged
             self._windows.take_over(old._windows, classes)
             self._arrivals, self._sequence = old._arrivals, old._sequence
@@ -378,6 +393,23 @@ class GatewayState:
                 made[row] = values
         with self._lock:
             self._elsewhere, self._elsewhere_at_engines, self._elsewhere_per_s = made, at_engines, arrivals_per_s
+
+    def _note_beyond(self, c: int) -> None:
+        """Takes what an engine has just told beyond what is known to be there for others' requests."""
+        mine = self._counters.signals[:, c]
+        at_engine = mine[v.IN_FLIGHT] + self._elsewhere_at_engines[c]
+        if "hold" in self._can:
+            at_engine -= max(mine[v.IN_FLIGHT] - mine[v.IN_FLIGHT_CAP], 0.0)
+        known = mine if self._elsewhere is None else mine + self._elsewhere[:, c]
+        self._beyond[:, c] = beyond(
+            mine[v.WAITING],
+            mine[v.RUNNING],
+            mine[v.KV_USAGE] * mine[v.KV_CAPACITY_TOKENS],
+            at_engine,
+            known[v.DECODING],
+            known[v.DECODING_TOKENS],
+        )
+        self._crowded = bool(self._beyond.any())
 
     def _cached_tokens(
         self, prompt_tokens: int, hashes: Sequence[int], block_tokens: float | None, now_s: float

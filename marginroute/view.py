@@ -6,7 +6,8 @@ formula in `latency`, `heuristics` and `features` runs unchanged on one decision
 
 Candidates have a fixed order: replicas (pool by pool), third-party providers, then the cached answer, *defer* (hold in
 the batch queue) and *shed*. Own counters (in flight, prefilling, decoding, recent latencies) are fresh: the gateway
-counts them itself. Scraped signals are as old as `TELEMETRY_AGE_S` says.
+counts them itself, and adds what an engine had beyond them at its last scrape (`latency.beyond`). Scraped signals are
+as old as `TELEMETRY_AGE_S` says.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SIGNALS = (
     ("prefix_ttl_s", "s after its last use that a cached prefix is gone"),
     ("p_good_prior", "P(good answer) by the public prior of the tier"),
     ("session_idle_s", "s since a call of this session was last sent there; unlimited elsewhere"),
-    ("in_flight", "requests sent there by this gateway and not completed, held ones included"),
+    ("in_flight", "requests sent there and not completed, held ones included"),
     ("in_flight_cap", "requests that may be at the engine at once; more wait in the gateway"),
     ("decoding", "requests in flight that are streaming"),
     ("decoding_tokens", "prompt and streamed tokens of those"),

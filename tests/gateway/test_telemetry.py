@@ -241,6 +241,29 @@ def test_scraped_signals_age():
     assert view.signals[v.TELEMETRY_AGE_S, 0] == 0.0
 
 
+def test_what_an_engine_has_beyond_our_own_is_shown_until_its_next_page():
+    """Two of ours decode, one waits; the page tells of five that run and two that wait, in 600 tokens of its cache."""
+    clock = Clock()
+    state = state_at(clock)
+    capacity_tokens = state.view(100).signals[v.KV_CAPACITY_TOKENS, 1]
+    for i in range(3):
+        state.begin(f"r{i}", 1, 100)
+    for i in range(2):
+        state.first_token(f"r{i}")
+        state.progress(f"r{i}", 20)
+    shown = [v.IN_FLIGHT, v.DECODING, v.DECODING_TOKENS, v.PENDING_PREFILL_TOKENS]
+    assert state.view(100).signals[shown, 1].tolist() == [3, 2, 240, 100]
+    state.scraped(1, waiting=2, running=5, kv_usage=600 / capacity_tokens)
+    assert state.view(100).signals[shown, 1] == pytest.approx([7, 5, 600, 200])
+    state.end("r0")
+    assert state.view(100).signals[shown, 1] == pytest.approx([6, 4, 480, 200])
+    state.scraped(1, waiting=9, running=9, kv_usage=0.9, age_s=5.0)  # too old to be set beside what is there now
+    assert state.view(100).signals[shown, 1] == pytest.approx([6, 4, 480, 200])
+    state.scraped(1, waiting=0, running=2, kv_usage=220 / capacity_tokens)
+    assert state.view(100).signals[shown, 1].tolist() == [2, 1, 120, 100]
+    assert state.in_flight_at(1) == 2  # caps and limits count what this gateway sent
+
+
 @given(st.lists(st.floats(0.001, 100.0), min_size=1, max_size=80))
 @settings(max_examples=40, deadline=None)
 def test_arrival_rate_is_the_worlds_running_mean(gaps_s):

@@ -1,4 +1,4 @@
-"""Several gateway instances: their own counters add up to everybody's, and nobody sees what another one has done."""
+"""Several gateway instances: own counters add up to everybody's; of what others do, only what engines tell is seen."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import pytest
 from by_hand import API, ONE, SHED, TWO_A, TWO_B, Played, workload
 
 from envs.fleet_env import FleetEnv
-from envs.world_gateways import instance_of, show_replica
+from envs.world_gateways import PREFILL, instance_of, show_replica
 from envs.worlds import FleetWorlds
 from marginroute import view as v
 from marginroute.heuristics import RoundRobin
@@ -47,7 +47,8 @@ def test_counters_of_all_instances_add_up_to_those_of_the_replica(tmp_path, spec
                     show_replica(rep, worlds.fleet.requests, worlds.loads, worlds.own, signals, w, g, c)
                     total += signals[COUNTERS, w, c]
                     if g == mine:
-                        np.testing.assert_array_equal(worlds.signals[COUNTERS, w, c], signals[COUNTERS, w, c])
+                        own = signals[COUNTERS, w, c] + _others(worlds, g, c)
+                        np.testing.assert_allclose(worlds.signals[COUNTERS, w, c], own, rtol=1e-12)
                 assert total.tolist() == [rep[name] for name in FIELDS]
                 seen = np.maximum(seen, total)
         score = np.where(worlds.legal, rng.random(worlds.legal.shape), -1.0)
@@ -55,6 +56,13 @@ def test_counters_of_all_instances_add_up_to_those_of_the_replica(tmp_path, spec
         worlds.step(score.argmax(axis=1))
     assert (seen > 1).all() and worlds.counts[:, 5:].any()
     assert (worlds.own["sent_head"] == -1).all()
+
+
+def _others(worlds, g, c):
+    """What instance `g` takes for others' at replica `c`, in the order of COUNTERS."""
+    row, prefill = worlds.own[g, c], worlds.lengths[g, PREFILL, 0]
+    waiting, decoding = float(row["others_waiting"]), float(row["others_decoding"])
+    return np.array([waiting + decoding, 0.0, waiting * prefill["value"], decoding, float(row["others_tokens"])])
 
 
 def _with(fleet, speculation):
@@ -78,6 +86,22 @@ def test_an_instance_sees_its_own_only(tmp_path):
         assert view.signals[v.IN_FLIGHT, :4].tolist() == before
         assert view.request[v.SEQUENCE] == (instance[:i] == instance[i]).sum()
     assert played.count("served") == 9
+
+
+def test_an_instance_learns_of_the_others_requests_from_the_next_scrape(tmp_path):
+    """Twelve long requests at once to one replica: before a scrape each sees its own, after it everybody's."""
+    scenario = by_hand.scenario(tmp_path, {"fleet.gateways": 3})
+    rows = [{"arrived_at_s": 0.001 * i, "prompt_tokens": 50, "output_tokens": 4000} for i in range(12)]
+    episode = workload(scenario, *rows, *({"arrived_at_s": t} for t in (1.2, 1.3, 1.4, 1.5)))
+    played = Played(FleetEnv(scenario), episode, [ONE] * 12 + [SHED] * 4)
+    assert played.views[11].signals[v.IN_FLIGHT, ONE] < 11
+    for view in played.views[12:]:
+        signals = view.signals[:, ONE]
+        assert signals[v.RUNNING] == 8 and signals[v.WAITING] == 4
+        assert signals[[v.IN_FLIGHT, v.DECODING, v.PENDING_PREFILL_TOKENS]].tolist() == [12, 8, 200]
+        kept_tokens = signals[v.KV_USAGE] * signals[v.KV_CAPACITY_TOKENS]
+        assert signals[v.DECODING_TOKENS] == pytest.approx(kept_tokens, rel=0.2)
+        assert not view.signals[v.IN_FLIGHT, [TWO_A, TWO_B]].any()
 
 
 def test_what_an_instance_has_learned_stays_with_it(tmp_path):
