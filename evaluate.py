@@ -135,7 +135,7 @@ def check_controlled(args: argparse.Namespace) -> None:
     from evaluation.compare import check_report
 
     check_report(args.report, load(args, {}))
-    for mode in ("explain", "render", "bound"):
+    for mode in ("explain", "render"):
         value = getattr(args, mode)
         if value or (value == 0 and value is not False):
             raise InputError(f"--{mode} does not know controllers; legal in this scenario are comparisons without it")

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from agents.objective import Rule
-from agents.tuning import AGREEMENT, Budget, Tuned, untuned
+from agents.rules_of_thumb import nothing_to_tune
+from agents.tuning import AGREEMENT, Budget, Tuned
 from envs import scenario_files
 from envs.scenario import Scenario
 from envs.worlds import Plant
@@ -29,6 +30,10 @@ SCHEMA = 1
 FILE = "baselines.yaml"
 CACHE = scenario_files.CONFIGS.parent / ".marginroute_cache" / "baselines"
 SHIPPED = scenario_files.CONFIGS / "baselines"
+
+
+class UntunedError(InputError):
+    """No baselines were tuned for a scenario."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -179,7 +184,7 @@ def baselines_for(scenario: Scenario, run_dir: Path | None = None) -> dict[str, 
     document, rules = load(path)
     tell_loose(document)
     plant = Plant(scenario)
-    rules |= {name: rule for name, rule in untuned(plant).items() if name not in rules and "shipped" in rules}
+    rules |= {name: rule for name, rule in nothing_to_tune(plant).items() if name not in rules and "shipped" in rules}
     stations = len(scenario.pool_names) + len(scenario.provider_names)
     for name, rule in rules.items():
         if isinstance(rule, heuristics.MarginRule) and len(rule.parameters.station_usd_per_s) != stations:
@@ -194,14 +199,14 @@ def file_for(scenario: Scenario, run_dir: Path | None = None) -> Path:
     """The file of tuned baselines of a scenario: a run's own if it is of this scenario, else a cached or shipped one.
 
     Raises:
-        InputError: none were tuned for this scenario.
+        UntunedError: none were tuned for this scenario.
     """
     path = find(scenario)
     if run_dir is not None and (run_dir / FILE).is_file():
         own = run_dir / FILE
         path = own if scenario_files.read_yaml(own).get("scenario_hash") == scenario.hash else path
     if path is None:
-        raise InputError(
+        raise UntunedError(
             f"no tuned baselines for scenario {scenario.name!r} (hash {scenario.hash}); "
             "tune them with train.py on the same scenario, trace and --set values"
         )

@@ -24,7 +24,6 @@ from envs.worlds import FleetWorlds, Plant
 from marginroute import heuristics, quality
 from marginroute import view as v
 from marginroute.errors import InputError
-from marginroute.gateway_rules import SHIPPED_RULES
 from marginroute.heuristics import Cascade, DifficultyThreshold, MarginParameters, MarginRule, RuleOfThumb
 from marginroute.view import Array
 
@@ -157,16 +156,6 @@ def cascades(plant: Plant) -> list[Cascade]:
 def has_verifiers(plant: Plant) -> bool:
     """Whether anybody looks at answers: without, a cascade ends with its first model."""
     return bool(plant.verifiers["max_attempts"].any())
-
-
-def untuned(plant: Plant) -> dict[str, Rule]:
-    """Rules that have nothing to tune in a scenario, by name; none where stored answers have a threshold."""
-    if is_semantic(plant):
-        return {}
-    rules: dict[str, Rule] = {"session-affinity": SHIPPED_RULES["session-affinity"]("session-affinity")}
-    if not has_verifiers(plant):
-        rules["cascade"] = cascades(plant)[0]
-    return rules
 
 
 def _tune_cascade(tuner: _Tuner) -> Tuned:

@@ -44,6 +44,12 @@ def default(name: str) -> ShippedRule:
     return SHIPPED_RULES[name](name)
 
 
+def spread_evenly(rank_of_tier: tuple[int, ...]) -> DifficultyThreshold:
+    """*difficulty-threshold* as it comes: cut-offs spread evenly about the average request."""
+    cutoffs = tuple(np.linspace(-1.0, 1.0, len(rank_of_tier) - 1).tolist())
+    return DifficultyThreshold("difficulty-threshold", rank_of_tier, cutoffs)
+
+
 def tune_rule(name: str, objective: Objective, validation: Objective, search: Search) -> Tuned:
     """A shipped rule with its parameters tuned; third-party providers in or out, whichever earns more by default."""
     rule = default(name)
@@ -109,8 +115,7 @@ def tune_shipped(
         objective,
         validation,
     )
-    middle = tuple(np.linspace(-1.0, 1.0, len(threshold.cutoffs)).tolist())
-    untuned = DifficultyThreshold(threshold.name, threshold.rank_of_tier, middle)
+    untuned = spread_evenly(threshold.rank_of_tier)
     tuned["shipped-default"] = compose(
         "shipped-default",
         [untuned, *map(default, TIER_RULES)],

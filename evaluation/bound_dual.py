@@ -8,12 +8,13 @@ a policy does, its margin is at most
 
 since work done never exceeds the capacity that the first sum sells (Lagrangian duality; the maximum is taken request
 by request, task by task, or by dynamic programming over the requests that may share a stored answer). A pool sells
-capacity_s seconds per second. A provider's token bucket of size B fills at rate r and carries over: it sells
-r dt sum_b q[b] + B (q[0] + sum_b (q[b + 1] - q[b])^+) at best. Buckets end some time after the horizon, when engines
-still work; whatever is later is free.
+what it is paid for, and what it rents at price p where that pays: dt max(q[b] - p, 0). A provider's token bucket of
+size B fills at rate r and carries over: it sells r dt sum_b q[b] + B (q[0] + sum_b (q[b + 1] - q[b])^+) at best.
+Buckets end some time after the horizon, when engines still work, unpaid; whatever is later is free.
 
 The search is a projected subgradient descent (the slope at a price is capacity less the work that the maximum demands
-there), first over blocks of buckets, then over single ones; each evaluation is a valid bound, the lowest is kept.
+there) from no prices, or from those of the cheapest rent; first over blocks of buckets, then over single ones. Each
+evaluation is a valid bound, the lowest is kept. Longer buckets give a looser one and are faster.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from evaluation.bound_tasks import TaskAnswers
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-BUCKET_S = 1.0
+BUCKET_S, MOST_BUCKETS = 1.0, 10_000
+"""Length of a bucket; longer where an episode would have more of them."""
 AFTER_HORIZON_S = 120.0
 BLOCKS = ((32, 60), (8, 100), (1, 400))
 """(buckets that share a price, steps) of each phase of the search."""
@@ -63,18 +65,22 @@ class DualBound:
 
     Args:
         options: what could be done.
-        bucket_s: length of a time bucket.
+        bucket_s: length of a time bucket; None: BUCKET_S, or what makes MOST_BUCKETS.
     """
 
-    def __init__(self, options: Options, bucket_s: float = BUCKET_S) -> None:
-        self.options, self.bucket_s = options, bucket_s
-        self.stations = len(options.capacity_s)
+    def __init__(self, options: Options, bucket_s: float | None = None) -> None:
+        self.options, capacity = options, options.capacity
         end_s = options.horizon_s + AFTER_HORIZON_S
-        self.buckets = int(np.ceil(end_s / bucket_s))  # one more is free
-        self.sold = options.capacity_s[:, None] * np.full(self.buckets, bucket_s)
-        self.limited = np.isfinite(options.capacity_s)
-        calls = options.burst > 0.0
-        self.sold[calls, int(np.ceil(options.horizon_s / bucket_s)) :] = 0.0  # nothing is sent after the horizon
+        self.bucket_s = max(BUCKET_S, end_s / MOST_BUCKETS) if bucket_s is None else bucket_s
+        self.stations = len(capacity.paid)
+        self.buckets = int(np.ceil(end_s / self.bucket_s - 1e-9))  # one more is free
+        starts_s = self.bucket_s * np.arange(self.buckets)
+        within_s = np.clip(options.horizon_s - starts_s, 0.0, self.bucket_s)
+        self.sold = capacity.paid[:, None] * np.full(self.buckets, self.bucket_s)
+        np.add.at(self.sold, capacity.rented_from, capacity.rented[:, None] * (self.bucket_s - within_s))
+        self.rented = capacity.rented[:, None] * within_s
+        self.limited = np.isfinite(capacity.paid)
+        self.sold[(capacity.burst > 0.0)[:, None] & (within_s <= 0.0)] = 0.0  # nothing is sent after the horizon
         self.sold[~self.limited] = 0.0
         first = self._bucket(options.from_s)
         self.prefill = _Windows(options.station, first, self._bucket(options.prefill_until_s), self.buckets + 1)
@@ -101,21 +107,25 @@ class DualBound:
         np.add.at(demand, decode_at[taken], o.decode_s[taken])
         slope = self.sold - demand.reshape(free_after.shape)[:, :-1]
         capacity_usd = float((prices * self.sold).sum())
-        for s in np.flatnonzero(o.burst > 0.0):
+        profit_usd = prices[o.capacity.rented_from] - o.capacity.rent_usd[:, None]
+        capacity_usd += float((self.rented * np.maximum(profit_usd, 0.0)).sum())
+        np.add.at(slope, o.capacity.rented_from, self.rented * (profit_usd > 0.0))
+        burst = o.capacity.burst
+        for s in np.flatnonzero(burst > 0.0):
             rises = np.diff(prices[s], append=0.0)
-            capacity_usd += o.burst[s] * (prices[s, 0] + float(np.maximum(rises, 0.0).sum()))
-            slope[s, 0] += o.burst[s]
-            slope[s, 1:] += o.burst[s] * (rises[:-1] > 0.0)
-            slope[s] -= o.burst[s] * (rises > 0.0)
+            capacity_usd += burst[s] * (prices[s, 0] + float(np.maximum(rises, 0.0).sum()))
+            slope[s, 0] += burst[s]
+            slope[s, 1:] += burst[s] * (rises[:-1] > 0.0)
+            slope[s] -= burst[s] * (rises > 0.0)
         slope[~self.limited] = 0.0
         return o.shared_usd + capacity_usd + answers_usd + tasks_usd, slope
 
     def search(self, blocks: tuple[tuple[int, int], ...] = BLOCKS, seed: int = 0) -> Dual:
-        """Lowers U(q) from q = 0."""
+        """Lowers U(q) from where it is lower: no prices, or those of the cheapest rent."""
         rng = np.random.default_rng(seed)
         scale = self._scale()[:, None]
-        kept = np.zeros((self.stations, self.buckets))
-        best, _ = self.evaluate(kept)
+        starts = [np.zeros((self.stations, self.buckets))] + [self._rent()] * bool(len(self.rented))
+        best, kept = min(((self.evaluate(prices)[0], prices) for prices in starts), key=lambda found: found[0])
         first_gap_usd = FIRST_GAP_SHARE * max(abs(best - self.options.shared_usd), 1e-9)
         share = min(1.0, max(LEAST_SHARE, MANY_OPTIONS / max(len(self.options.request), 1)))
         for width, steps in blocks:
@@ -140,6 +150,13 @@ class DualBound:
                     break
                 prices = np.maximum(prices - (bound - best + gap_usd) / size * scale * direction, 0.0)
         return Dual(best, kept)
+
+    def _rent(self) -> Floats:
+        """(S, B) price of the cheapest replica that each pool can rent, 0 if none, or after the horizon."""
+        cheapest_usd = np.full(self.stations, np.inf)
+        np.minimum.at(cheapest_usd, self.options.capacity.rented_from, self.options.capacity.rent_usd)
+        paid = self.bucket_s * np.arange(self.buckets) < self.options.horizon_s
+        return np.where(np.isfinite(cheapest_usd), cheapest_usd, 0.0)[:, None] * paid
 
     def _scale(self) -> Floats:
         """(S,) a typical price: what a request is worth over the work it takes."""

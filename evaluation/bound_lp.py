@@ -1,7 +1,8 @@
 """The same bound as one linear program, solved by HiGHS: exact, for small episodes; it checks the search for prices.
 
-Columns: the share of each option that is taken, and its work in every bucket of its window. Rows: a request is answered
-at most once, an option's work is done inside its window, a station sells no more than it has. Requests that may share a
+Columns: the share of each option that is taken, its work in every bucket of its window, and what is rented in every
+bucket. Rows: a request is answered at most once, an option's work is done inside its window, a station sells no more
+than it has. Requests that may share a
 stored answer are left to the dual, which takes them by dynamic programming.
 """
 
@@ -34,13 +35,24 @@ def solve(dual: DualBound) -> float:
     work = [_allocation(work_s, windows.first, windows.last) for work_s, windows in kinds]
     owners = np.concatenate([owner + k * options for k, (owner, _) in enumerate(work)])
     cells = np.concatenate([o.station[owner] * (dual.buckets + 1) + bucket for owner, bucket in work])
-    carried = np.flatnonzero(o.burst > 0.0)
+    carried = np.flatnonzero(o.capacity.burst > 0.0)
     levels = len(carried) * dual.buckets
-    columns = options + len(owners) + levels
+    rents = options + len(owners)
+    columns = rents + dual.rented.size + levels
 
     answered = sparse.csr_matrix((np.ones(options), (o.request, np.arange(options))), shape=(requests, columns))
     asked_s = np.concatenate([o.prefill_s, o.decode_s])
     at = options + np.arange(len(owners))
+    rented = sparse.csr_matrix(  # adds to what its pool sells
+        (
+            -np.ones(dual.rented.size),
+            (
+                (o.capacity.rented_from[:, None] * dual.buckets + np.arange(dual.buckets)).ravel(),
+                rents + np.arange(dual.rented.size),
+            ),
+        ),
+        shape=(dual.stations * dual.buckets, columns),
+    )
     done = sparse.csr_matrix(
         (
             np.concatenate([asked_s, -np.ones(len(owners))]),
@@ -53,13 +65,15 @@ def solve(dual: DualBound) -> float:
     )
     capacity, limits = _capacity(dual, cells, at, columns, carried)
     upper = [(0.0, 1.0)] * options + [(0.0, None)] * len(owners)
+    upper += [(0.0, float(most)) for most in dual.rented.ravel()]
     for s in carried:
-        upper += [(0.0, float(o.burst[s]))] * dual.buckets
+        upper += [(0.0, float(o.capacity.burst[s]))] * dual.buckets
     gain_usd = np.zeros(columns)
     gain_usd[:options] = o.value_usd - o.unserved_usd[o.request]
+    gain_usd[rents : rents + dual.rented.size] = -np.repeat(o.capacity.rent_usd, dual.buckets)
     solved = linprog(
         -gain_usd,
-        A_ub=sparse.vstack([answered, done, capacity]),
+        A_ub=sparse.vstack([answered, done, capacity + rented]),
         b_ub=np.concatenate([np.ones(requests), np.zeros(2 * options), limits]),
         bounds=upper,
         method="highs",
@@ -92,7 +106,7 @@ def _capacity(
         rows += [s * buckets + np.arange(buckets), s * buckets + np.arange(1, buckets)]
         columns_of += [level, level[:-1]]
         values += [np.ones(buckets), -np.ones(buckets - 1)]
-        limits[s, 0] += o.burst[s]
+        limits[s, 0] += o.capacity.burst[s]
     limits[~dual.limited] = np.inf
     matrix = sparse.csr_matrix(
         (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns_of))), shape=(limits.size, columns)

@@ -11,8 +11,9 @@ the operator's favour:
 - the mean output length that prices an unserved request is the lowest that the gateway's counter could have reached;
 - a stored answer is never evicted or outdated (`evaluation.bound_reuse`);
 - a prompt's cached blocks are all those that anyone could have left;
-- pools run as many replicas as they may and pay for no more than they must; nothing fails or is slow, but where
-  failures are due a request may be sent again at any time;
+- replicas come and go as `evaluation.bound_capacity` says; nothing fails or is slow, but where failures are due a
+  request may be sent again at any time;
+- a controller's caps, spills and releases of held work are free;
 - an API is as fast and as cheap as at the best moment at which the request may be sent;
 - what contracts keep beside single requests is taken as `evaluation.bound_terms` says;
 - a follow-up of a session may come as early as its user and an idle fleet allow, as late as one likes, or not at all;
@@ -30,8 +31,9 @@ from numpy.typing import NDArray
 from envs.workload.requests import Workload
 from envs.worlds import Plant
 from evaluation import bound_reuse
+from evaluation.bound_capacity import Capacity, capacity_of
 from evaluation.bound_money import Money
-from evaluation.bound_stations import Stations, fails, least_cost_usd
+from evaluation.bound_stations import Stations, least_cost_usd
 from evaluation.bound_tasks import Tasks, tasks_of
 from evaluation.bound_verifiers import Turn, best_outcomes, known_outcomes, turns
 from evaluation.hull import Hull, pool_hull
@@ -58,11 +60,10 @@ class Options:
         cached_usd: (M, T) value of repeating an answer of each tier from the cache.
         group: (M,) requests that may share a stored answer (same tenant, prompt or meaning); -1: none.
         tasks: calls that are paid together.
-        shared_usd: what no decision changes: seats, GPU-hours and look-ups.
-        capacity_s: (S,) engine seconds per second of a pool; calls per second of a provider.
-        burst: (S,) calls that a provider takes at once after a quiet time; 0 for pools.
+        shared_usd: what no decision changes: seats, GPU-hours that are paid in any case, and look-ups.
+        capacity: what stations sell.
         horizon_s: end of the episode; engines run on, calls do not.
-        gpu_usd: GPU-hours, the part of `shared_usd` that contribution margin leaves out; at most 0.
+        gpu_usd: the GPU-hours in `shared_usd`, at most 0.
     """
 
     request: Ints
@@ -80,8 +81,7 @@ class Options:
     group: Ints
     tasks: Tasks
     shared_usd: float
-    capacity_s: Floats
-    burst: Floats
+    capacity: Capacity
     horizon_s: float
     gpu_usd: float
 
@@ -126,16 +126,14 @@ def make_options(plant: Plant, workload: Workload, p_good: Floats | None = None)
     group = bound_reuse.groups(plant, workload)
     stored = bound_reuse.best_stored(workload, group, best_good, one_answer=len(found) == 1)
     tasks = tasks_of(plant, workload, group, best_good, known)
-    pools, providers = plant.spec.pools, plant.spec.providers
     stations = Stations(plant, workload, money, hulls(plant, workload), group)
     flat = _all_options(stations, found)
     flat["value_usd"] += tasks.alone_usd[flat["request"]]
     cached_usd = money.revenue_usd[:, None] - (1.0 - stored) * money.bad_usd[:, None]
     if bound_reuse.is_near(plant, workload):
         cached_usd = bound_reuse.cached_usd(plant, workload, stored, p_good is None)
-    gpu_usd = -_least_gpu_usd_per_s(plant, workload) * workload.horizon_s
-    rate = [p.requests_per_minute / 60.0 for p in providers]
-    burst = [p.burst_requests or max(1.0, 10.0 * r) for p, r in zip(providers, rate, strict=True)]
+    capacity = capacity_of(plant, workload)
+    gpu_usd = -capacity.gpu_usd_per_s * workload.horizon_s
     cached_usd = np.where(stations.comes[:, None], cached_usd + tasks.alone_usd[:, None], -np.inf)
     return Options(
         **flat,
@@ -147,8 +145,7 @@ def make_options(plant: Plant, workload: Workload, p_good: Floats | None = None)
         * workload.horizon_s
         + gpu_usd
         - bound_reuse.lookups_usd(plant, workload),
-        capacity_s=np.array([float(pool.rows) for pool in pools] + rate),
-        burst=np.array([0.0] * len(pools) + burst),
+        capacity=capacity,
         horizon_s=workload.horizon_s,
         gpu_usd=gpu_usd,
     )
@@ -177,11 +174,3 @@ def hulls(plant: Plant, workload: Workload) -> list[Hull]:
     return [
         pool_hull(pool, prefill, decode, attended, None if pool.prefix_caching else least) for pool in plant.spec.pools
     ]
-
-
-def _least_gpu_usd_per_s(plant: Plant, workload: Workload) -> float:
-    """What GPUs cost at least: as many as are paid from the start, or the reserved ones where replicas come and go."""
-    if not plant.config[0]["elastic"] and not fails(workload):
-        return float(plant.config[0]["gpu_usd_per_s"])
-    rows = np.concatenate([np.arange(pool.rows) < pool.reserved_replicas for pool in plant.spec.pools])
-    return float(plant.gpu_usd_per_s[rows].sum())

@@ -12,6 +12,7 @@ from envs.workload.drift import least_factor
 from envs.workload.faults import OF_PRICE, OF_PROVIDER
 from envs.workload.requests import Workload
 from envs.worlds import Plant
+from evaluation.bound_capacity import fails
 from evaluation.bound_money import Money
 from evaluation.bound_verifiers import Turn
 from evaluation.hull import Hull
@@ -34,11 +35,6 @@ def earliest_s(plant: Plant, workload: Workload, least_answer_s: Floats) -> Floa
         parent = workload.parent_index[i]
         from_s[i] = from_s[parent] + least_answer_s[parent] + pause_s[i]
     return np.asarray(from_s)
-
-
-def fails(workload: Workload) -> bool:
-    """Whether anything goes down in the episode, so that requests are sent again."""
-    return bool(np.isinf(workload.faults["slowdown"]).any())
 
 
 def least_cost_usd(plant: Plant, workload: Workload, money: Money) -> Floats:

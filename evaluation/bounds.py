@@ -55,7 +55,7 @@ class Bounds:
     Attributes:
         seeds: (E,).
         clairvoyant_usd, same_information_usd: (E,).
-        gpu_usd: (E,) GPU-hours in them, at most 0; a bound less this is one of contribution margin.
+        gpu_usd: (E,) GPU-hours in them that are paid whatever is decided, at most 0.
     """
 
     seeds: NDArray[np.int64]
@@ -88,7 +88,7 @@ def uncovered(plant: Plant) -> list[str]:
 
 
 def episode_bounds(plant: Plant, seed: int, split: Split = "heldout") -> tuple[int, float, float, float]:
-    """Seed, clairvoyant and same-information bound, and GPU-hours of one episode, in USD."""
+    """Seed, clairvoyant and same-information bound, and GPU-hours paid in any case, of one episode in USD."""
     from evaluation.bound_dual import DualBound
     from evaluation.bound_options import make_options, observed_p_good
 

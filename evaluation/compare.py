@@ -46,7 +46,7 @@ def judged(scenario: Scenario, contest: Contest, play: Play, bound: bool, forgiv
             note(f"no bounds: {error}")
     calibration = verdict(scenario.hash)
     found = assumptions(scenario, calibration)
-    return build_report(scenario.name, contest.results, contest.best, bounds, calibration, found)
+    return build_report(scenario.name, contest.results, contest.best, bounds, calibration, found, contest.tuned)
 
 
 def compare(args: argparse.Namespace, scenario: Scenario, contest: Contest, play: Play) -> None:

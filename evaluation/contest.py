@@ -9,6 +9,7 @@ from pathlib import Path
 
 from agents.workers import Crew
 from envs.scenario import Scenario
+from envs.worlds import Plant
 from evaluation.cache import cached_play
 from evaluation.controls import CONTROLS, MATCHED_COST, SHUFFLED_MIX, matched_mixes, shuffled_mixes
 from evaluation.progress import progress_bar
@@ -36,12 +37,14 @@ class Entrants:
         heuristics: tuned for the scenario.
         controls: names of the content-blind controls that take part.
         best: the best heuristic, where its tuning has said so already; None: chosen on validation episodes.
+        tuned: False: the heuristics are rules of thumb as they come, since nothing was tuned for the scenario.
     """
 
     examined: Mapping[str, Policy]
     heuristics: Mapping[str, Policy]
     controls: tuple[str, ...] = ()
     best: str | None = None
+    tuned: bool = True
 
     @property
     def all(self) -> dict[str, Policy]:
@@ -57,12 +60,14 @@ class Contest:
         best: the heuristic chosen on validation episodes; None if none took part.
         heuristics: names of the tuned heuristics.
         policies, results: by name, controls included.
+        tuned: as `Entrants.tuned`.
     """
 
     best: str | None
     heuristics: tuple[str, ...]
     policies: Mapping[str, Policy]
     results: Mapping[str, EpisodeResults]
+    tuned: bool = True
 
     @property
     def shown(self) -> str:
@@ -141,10 +146,10 @@ def enter(scenario: Scenario, runs: list[str], baselines: str) -> Entrants:
 
         return Entrants(*enter_controlled(scenario, runs, baselines))
     examined = load_policies(runs, scenario)
-    heuristics, controls = _baselines(scenario, baselines, runs)
+    heuristics, controls, tuned = _baselines(scenario, baselines, runs)
     if not examined and not heuristics:
         raise InputError("nothing to compare: give at least one --policy or one of --baselines")
-    return Entrants(examined, heuristics, controls)
+    return Entrants(examined, heuristics, controls, tuned=tuned)
 
 
 def hold(scenario: Scenario, entrants: Entrants, play: Play, best: str | None = None) -> Contest:
@@ -168,7 +173,7 @@ def hold(scenario: Scenario, entrants: Entrants, play: Play, best: str | None = 
         episodes = len(next(iter(results.values())).seeds)
         with progress_bar("content-blind controls") as progress:
             results |= cached_play(scenario, controls, episodes, play.seed, progress, play.workers, play.use_cache)
-    return Contest(best, tuple(entrants.heuristics), policies | controls, results)
+    return Contest(best, tuple(entrants.heuristics), policies | controls, results, entrants.tuned)
 
 
 def choose_best(scenario: Scenario, heuristics: Mapping[str, Policy], play: Play) -> str | None:
@@ -183,22 +188,29 @@ def choose_best(scenario: Scenario, heuristics: Mapping[str, Policy], play: Play
     return max(results, key=lambda name: float(results[name].margin_usd.sum()))
 
 
-def _baselines(scenario: Scenario, wanted: str, runs: list[str]) -> tuple[dict[str, Policy], tuple[str, ...]]:
-    """The tuned heuristics asked for, and which controls are among them."""
+def _baselines(scenario: Scenario, wanted: str, runs: list[str]) -> tuple[dict[str, Policy], tuple[str, ...], bool]:
+    """The heuristics asked for, which controls are among them, and whether they are tuned."""
     if wanted == "none":
-        return {}, ()
-    from agents.baselines import baselines_for
+        return {}, (), True
+    from agents.baselines import UntunedError, baselines_for
 
-    known: dict[str, Policy] = {**baselines_for(scenario, run_dir=Path(runs[0]) if runs else None)}
+    names, tuned = [name.strip() for name in wanted.split(",")], True
+    try:
+        known: dict[str, Policy] = {**baselines_for(scenario, run_dir=Path(runs[0]) if runs else None)}
+    except UntunedError:
+        from agents.rules_of_thumb import as_they_come
+
+        known, tuned = {**as_they_come(Plant(scenario))}, False
+        if not set(names) <= {*known, *CONTROLS}:
+            raise
     for control in CONTROLS:
         known.pop(control, None)
     if wanted == "all":
-        return known, CONTROLS
-    names = [name.strip() for name in wanted.split(",")]
+        return known, CONTROLS, tuned
     for name in names:
         if name not in (*known, *CONTROLS):
             raise InputError(f"--baselines {name!r} is not known; legal are {', '.join([*known, *CONTROLS])}")
-    return {name: known[name] for name in names if name in known}, tuple(set(CONTROLS) & set(names))
+    return {name: known[name] for name in names if name in known}, tuple(set(CONTROLS) & set(names)), tuned
 
 
 def _until(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from evaluation.deciders import Deciders
 from marginroute.bundle import Bundle
 from marginroute.control_policy import LearnedController, rule_of
-from marginroute.control_rules import RuleController
+from marginroute.control_rules import RuleController, standard_rules
 from marginroute.errors import InputError
 from marginroute.policy import Policy, ResidualPolicy
 
@@ -28,8 +28,12 @@ if TYPE_CHECKING:
 Names = dict[str, Policy]
 
 
-def enter_controlled(scenario: Scenario, runs: list[str], baselines: str) -> tuple[Names, Names, tuple[()], str | None]:
-    """Examined deciders, tuned ones, no content-blind controls, and the name of the best tuned ones.
+def enter_controlled(
+    scenario: Scenario, runs: list[str], baselines: str
+) -> tuple[Names, Names, tuple[()], str | None, bool]:
+    """Examined deciders, heuristic ones, no content-blind controls, the best tuned one's name, whether any is tuned.
+
+    Where nothing was tuned, rules that are asked for by name are played as they come, beside the plain gateway.
 
     Args:
         scenario: the world.
@@ -45,9 +49,10 @@ def enter_controlled(scenario: Scenario, runs: list[str], baselines: str) -> tup
     for run, bundle in bundles.items():
         if bundle.controller is None:
             raise InputError(f"{run} has no controller, scenario {scenario.name!r} has one; train on it again")
-    rules, best, router = _tuned(scenario, Path(runs[0]) if runs else None)
+    named = [] if baselines in ("all", "none") else [name.strip() for name in baselines.split(",")]
+    rules, best, router = _rules(scenario, Path(runs[0]) if runs else None, named)
     tuned = {name: Deciders(rule, router) for name, rule in rules.items()}
-    wanted = {"all": list(rules), "none": []}.get(baselines) or [x.strip() for x in baselines.split(",") if x != "none"]
+    wanted = list(rules) if baselines == "all" else named
     for name in wanted:
         if name not in rules:
             raise InputError(f"--baselines {name!r} is no controller; legal are all, none, {', '.join(rules)}")
@@ -55,11 +60,12 @@ def enter_controlled(scenario: Scenario, runs: list[str], baselines: str) -> tup
     examined: Names = {}
     for run, bundle in bundles.items():
         suffix = "" if len(bundles) == 1 else f":{run}"
+        assert router is not None, "runs are compared with tuned rules"
         examined |= {f"{pair.name}{suffix}": pair for pair in _chain(bundle, router)}
     if not examined and not heuristics:
         raise InputError("nothing to compare: give at least one --policy or one of --baselines")
     reference = tuned[best].name if best in wanted else None
-    return examined, heuristics, (), reference
+    return examined, heuristics, (), reference, router is not None
 
 
 def _chain(bundle: Bundle, tuned_router: Policy) -> list[Deciders]:
@@ -76,13 +82,21 @@ def _chain(bundle: Bundle, tuned_router: Policy) -> list[Deciders]:
     return chain
 
 
-def _tuned(scenario: Scenario, run: Path | None) -> tuple[dict[str, RuleController], str, Policy]:
-    """Tuned controllers by name, the best one's name, and the tuned router."""
+def _rules(
+    scenario: Scenario, run: Path | None, named: list[str]
+) -> tuple[dict[str, RuleController], str, Policy | None]:
+    """Tuned controllers by name, the best one's name, and the tuned router; untuned ones, "" and None without those."""
     from agents import baselines
     from envs.control_plant import ControlPlant
 
-    path = baselines.file_for(scenario, run)
-    rules, best = baselines.load_controllers(path, ControlPlant(scenario).layout)
+    layout = ControlPlant(scenario).layout
+    try:
+        path = baselines.file_for(scenario, run)
+    except baselines.UntunedError:
+        if run is None and named and set(named) <= set(standard_rules(layout)):
+            return standard_rules(layout), "", None
+        raise
+    rules, best = baselines.load_controllers(path, layout)
     if not rules:
         raise InputError(f"{path} holds no tuned controllers; tune them with train.py on the same scenario")
     return rules, best, baselines.advice_and_fallback(path)[0]

@@ -42,6 +42,7 @@ def to_document(report: Report) -> dict[str, Any]:
         "episodes": report.episodes,
         "policies": {name: _policy_document(report, name) for name in report.ranking},
         "best_heuristic": report.best_heuristic,
+        "tuned": report.tuned,
         "paired": {
             name: {
                 "vs": paired.vs,

@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from evaluation.calibration import verdict_words
 from evaluation.controls import CONTROLS, MATCHED_COST, answer_cost_usd
 from evaluation.fairness import fairness_documents
 from evaluation.page_data import PageData
 from evaluation.page_figures import figures
 from evaluation.page_parts import drawn, frame, paragraph, section, table, text
 from evaluation.page_sensitivity import assumptions_section, break_even_section
-from evaluation.report import PER_1K, Report, accounts_usd_per_1k, action_shares, shed_shares
+from evaluation.report import PER_1K, Report, accounts_usd_per_1k, action_shares, shed_shares, warnings_of
 from evaluation.results import Floats
 from evaluation.router_cost import router_words
 from evaluation.statistics import Estimate, paired_estimate
@@ -44,9 +43,8 @@ def page(report: Report, data: PageData, shown: str, command: str) -> str:
         f"<h1>{text(report.scenario)}: what routing by <em>{text(shown)}</em> earns</h1>",
         paragraph(headline(report, shown), "headline"),
     ]
-    if words := verdict_words(report.calibration):
-        calibrated = report.calibration is not None and report.calibration["calibrated"]
-        body.insert(0, paragraph(words, "note" if calibrated else "warning"))
+    good = report.tuned and report.calibration is not None and report.calibration["calibrated"]
+    body = [paragraph(words, "note" if good else "warning") for words in warnings_of(report)] + body
     for key, (title, words, figure) in figures(report, data, shown).items():
         body.append(section(title, paragraph(words), drawn(figure, key)))
     body += [comparison_section(report, shown), _accounts(report, list(dict.fromkeys((shown, data.reference))))]
@@ -71,7 +69,7 @@ def headline(report: Report, shown: str) -> str:
     if paired is not None:
         sure = "more than chance" if paired.delta_usd_per_1k.excludes_zero else "no more than chance may explain"
         words.append(
-            f"Against {paired.vs}, the best tuned heuristic, on the same requests, that is"
+            f"Against {paired.vs}, the best {'tuned ' * report.tuned}heuristic, on the same requests, that is"
             f" {_usd(paired.delta_usd_per_1k, '+')} per 1,000 requests ({paired.delta_pct:+.1f} % of contribution"
             f" margin), {paired.net_usd_per_1k:+.2f} net of what deciding costs: {sure} (p = {paired.p_holm:.3f})."
         )
@@ -88,7 +86,7 @@ def headline(report: Report, shown: str) -> str:
         words.append(
             f"No policy can earn more than {bounds['clairvoyant']:.2f}, and none that cannot foresee which answers are"
             f" good more than {bounds['same_information']:.2f}; {shown} reaches {100 * share.mean:.1f} % of the first"
-            " (contribution margin)."
+            " (before GPU-hours that are paid in any case)."
         )
     return " ".join(words)
 
@@ -96,8 +94,7 @@ def headline(report: Report, shown: str) -> str:
 def markdown(report: Report, shown: str) -> str:
     """The comparison as a Markdown card: headline, table and accounts."""
     heads = ("policy", "margin", "95 %", "delta", "p", "contribution", "IQM", "SLO %", "good %", "lost %")
-    verdict = verdict_words(report.calibration)
-    lines = [f"**{verdict}**", ""] if verdict else []
+    lines = [line for words in warnings_of(report) for line in (f"**{words}**", "")]
     lines += [f"# {report.scenario}: {shown}", "", headline(report, shown), "", "| " + " | ".join(heads) + " |"]
     lines.append("| --- |" + " ---: |" * (len(heads) - 1))
     lines += ["| " + " | ".join(row) + " |" for row in _rows(report)]

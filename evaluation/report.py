@@ -20,6 +20,7 @@ import numpy as np
 from envs.economics.ledger import ACCOUNTS
 from evaluation.assumptions import Assumption
 from evaluation.bounds import Bounds
+from evaluation.calibration import verdict_words
 from evaluation.results import EpisodeResults, Floats, check_paired
 from evaluation.router_cost import router_usd_per_1k
 from evaluation.statistics import (
@@ -76,6 +77,7 @@ class Report:
         bounds: of the same episodes; None where they were not computed.
         calibration: verdict of the last backtest of the scenario; None where there was none.
         assumptions: the inputs and where they come from.
+        tuned: whether the heuristics are tuned; else rules of thumb as they come.
     """
 
     scenario: str
@@ -88,6 +90,7 @@ class Report:
     bounds: Bounds | None = None
     calibration: Mapping[str, Any] | None = None
     assumptions: Sequence[Assumption] = ()
+    tuned: bool = True
 
     @property
     def episodes(self) -> int:
@@ -119,13 +122,16 @@ class Report:
         return None if untuned is None else untuned.mean
 
     def share_of_bound(self, name: str) -> Estimate | None:
-        """Contribution margin over that of the clairvoyant bound, same episodes; None without a positive bound."""
+        """Of the clairvoyant bound, same episodes; None without a positive one.
+
+        Both before the GPU-hours that are paid in any case: contribution margins, unless replicas are rented.
+        """
         if self.bounds is None:
             return None
         of_bound_usd = self.bounds.clairvoyant_usd - self.bounds.gpu_usd
         if not (of_bound_usd > 0.0).all():
             return None
-        return paired_estimate(self.results[name].contribution_usd, of_bound_usd)
+        return paired_estimate(self.results[name].margin_usd - self.bounds.gpu_usd, of_bound_usd)
 
     def gap_closed(self, name: str) -> float | None:
         """(policy - best heuristic) / (same-information bound - best heuristic); None where there is no room."""
@@ -146,6 +152,7 @@ def build_report(
     bounds: Bounds | None = None,
     calibration: Mapping[str, Any] | None = None,
     assumptions: Sequence[Assumption] = (),
+    tuned: bool = True,
 ) -> Report:
     """Computes intervals and paired differences.
 
@@ -156,6 +163,7 @@ def build_report(
         bounds: of the same episodes, where known.
         calibration: of the scenario, see `evaluation.calibration`.
         assumptions: of the scenario, see `evaluation.assumptions`.
+        tuned: whether the heuristics among the results are.
 
     Raises:
         InputError: the results are not from the same requests, or the bounds from other episodes.
@@ -198,7 +206,14 @@ def build_report(
         bounds=bounds,
         calibration=calibration,
         assumptions=assumptions,
+        tuned=tuned,
     )
+
+
+def warnings_of(report: Report) -> list[str]:
+    """What stands above a report: the verdict of a backtest, and whether nothing was tuned."""
+    untuned = "No tuned baseline is in this comparison: its rules of thumb are as they come; train.py tunes them."
+    return [words for words in (verdict_words(report.calibration), "" if report.tuned else untuned) if words]
 
 
 def accounts_usd_per_1k(results: EpisodeResults) -> dict[str, float]:

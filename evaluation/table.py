@@ -13,10 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from envs.economics.ledger import ACCOUNTS
-from evaluation.calibration import verdict_words
 from evaluation.controls import CONTROLS, MATCHED_COST, SHUFFLED_MIX
 from evaluation.fairness import fairness_documents
-from evaluation.report import PER_1K, Paired, Report, accounts_usd_per_1k, action_shares, shed_shares
+from evaluation.report import PER_1K, Paired, Report, accounts_usd_per_1k, action_shares, shed_shares, warnings_of
 from evaluation.results import EpisodeResults, Floats
 from evaluation.router_cost import router_words
 from evaluation.statistics import Estimate, ratio_of_sums
@@ -60,7 +59,7 @@ def print_report(report: Report, console: Console | None = None, title: str | No
     """Prints the comparison: policies by margin, then their accounts."""
     console = console or stdout_console()
     first = next(iter(report.results.values()))
-    if words := verdict_words(report.calibration):
+    for words in warnings_of(report):
         console.print(f"{words}\n", style="bold", markup=False)
     console.print(
         f"[bold]{title or report.scenario}[/bold]: {report.episodes} held-out episodes, {first.first_calls.sum():,}"
@@ -88,8 +87,8 @@ def _note(report: Report, first: EpisodeResults) -> str:
         clairvoyant, same = report.bounds_usd_per_1k.values()
         note = (
             f"{note}. Upper bounds of the margin: {clairvoyant:.2f} with all knowledge, {same:.2f} on average without"
-            " that of the outcomes; of bound: contribution margin over that of the first; gap closed: of the way from *"
-            " to the second"
+            " that of the outcomes; of bound: of the first, both before GPU-hours that are paid in any case; gap"
+            " closed: of the way from * to the second"
         )
     if any(report.untuned_usd_per_1k(name) is not None for name in report.results):
         note = f"{note}. untuned: margin of the same composite with its parameters as they come"

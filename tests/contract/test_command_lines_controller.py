@@ -105,8 +105,10 @@ def test_export_writes_what_the_gates_said(finished, tmp_path, learned, capsys):
 def test_evaluate_plays_the_chain_and_every_controller(finished, tmp_path, capsys):
     target = tmp_path / "report.json"
     arguments = ["day_night", "--policy", str(finished), "--episodes", "2", "--no-cache", "--set", *SETS]
-    assert evaluate.main([*arguments, "--json", str(target)]) == 0
+    assert evaluate.main([*arguments, "--bound", "--json", str(target)]) == 0
     document = json.loads(target.read_text())
+    margins = [x["margin_usd_per_1k_requests"]["mean"] for x in document["policies"].values()]
+    assert max(margins) <= document["bounds"]["same_information"] <= document["bounds"]["clairvoyant"]
     rule = Run(finished).info()["controller"]["rule"]
     assert document["best_heuristic"] == f"bid-price-fitted + {rule}"
     assert {f"bid-price-fitted + {name}" for name in ("static", "hpa", "keda", "predictive-edf")} <= set(

@@ -9,7 +9,8 @@ from sizes import TINY
 from agents import baselines
 from agents.objective import Objective
 from agents.quality import fit_quality
-from agents.tuning import Budget, cascades, tier_prices, tune_baselines, tune_others, untuned
+from agents.rules_of_thumb import nothing_to_tune
+from agents.tuning import Budget, cascades, tier_prices, tune_baselines, tune_others
 from envs.scenario import load_scenario
 from envs.worlds import Plant
 from marginroute.errors import InputError
@@ -61,11 +62,11 @@ def test_a_cascade_is_tuned_where_somebody_looks(tiny_tuned):
     pair = [Cascade("cascade", (0, 3), (x,)) for x in (0.0, 0.9)]
     together = objective(list(pair))
     np.testing.assert_array_equal(together, [objective([x])[0] for x in pair])
-    assert "cascade" not in untuned(plant)
+    assert "cascade" not in nothing_to_tune(plant)
 
 
 def test_rules_without_parameters_are_there_in_old_files_too(tiny_plant):
-    rules = untuned(tiny_plant)
+    rules = nothing_to_tune(tiny_plant)
     assert set(rules) == {"session-affinity", "cascade"}
     assert rules["cascade"].order == (int(np.argmin(tier_prices(tiny_plant))),)
 

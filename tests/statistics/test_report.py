@@ -121,6 +121,7 @@ class DocumentModel(Strict):
     episodes: Annotated[int, Field(ge=1)]
     policies: dict[str, PolicyModel]
     best_heuristic: str | None
+    tuned: bool
     paired: dict[str, PairedModel]
     router: RouterModel
     bounds: BoundsModel
