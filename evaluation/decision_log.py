@@ -1,6 +1,7 @@
 """Reads logs of DecisionRecords for off-policy evaluation: views as arrays, and what every decision earned.
 
-Only decisions that carry their probability and an outcome count.
+Only decisions that were carried out, with their probability and an outcome, count: what the gateway chose itself, in
+shadow mode or in the control group of a canary, has no probability that anybody knows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from evaluation.progress import Progress, silent
 from marginroute import earnings
 from marginroute import view as v
 from marginroute.bundle import Bundle
+from marginroute.errors import InputError
 from marginroute.features import FEATURE_VERSION
 from marginroute.record import unpacked
 from marginroute.view import REQUEST_NAMES, Array, View
@@ -43,6 +45,10 @@ _COLUMNS: dict[str, Any] = {
 _NEEDED = ("id", "schema", "mode", "choice", "probability", "request", "legal", "signals", "status")
 
 
+class ShadowError(InputError):
+    """Nothing in a log was decided by us."""
+
+
 @dataclass(frozen=True, eq=False)
 class Decisions:
     """Settled decisions of a log, n of them.
@@ -55,7 +61,7 @@ class Decisions:
         completed: (n,) bool, whether there was an answer.
         numbers: (5, n) ttft_s, e2e_s, prompt_tokens, output_tokens, cost_usd; NaN where unknown.
         good: (n,) 1 good, 0 bad, NaN unknown.
-        skipped: lines without an outcome before these.
+        skipped: lines without an outcome or of shadow mode before these.
     """
 
     view: View
@@ -88,11 +94,17 @@ def read_decisions(path: Path, bundle: Bundle, progress: Progress = silent) -> I
 
     Raises:
         InputError: a line that cannot be used: its number, what it holds, what is legal.
+        ShadowError: every line is of shadow mode.
     """
     reader = _Reader(path, bundle)
     for decisions in reader.log.pieces(reader.arrays, reader.explain, progress):
         if len(decisions.choice):
             yield decisions
+    if reader.log.lines and reader.shadow == reader.log.lines:
+        raise ShadowError(
+            f"{path}: all was decided in shadow mode, where the gateway's own choice has no probability; legal is a "
+            "log of decisions that were carried out (mode canary or live, explore_share above 0)"
+        )
 
 
 class _Reader:
@@ -102,15 +114,17 @@ class _Reader:
         self.log = LineLog(path, _COLUMNS, _NEEDED)
         self.bundle, self.layout = bundle, bundle.layout
         self.names = pl.DataFrame({"name": self.layout.names}).with_row_index("candidate")
-        self.skipped = 0
+        self.skipped = self.shadow = 0
 
     def arrays(self, table: pl.DataFrame) -> Decisions:
         """Settled rows of a table as arrays; raises ValueError if anything is not as it should be."""
-        settled = table.filter(pl.col("status").is_in(SETTLED))
+        shadow = pl.col("mode") == "shadow"
+        settled = table.filter(pl.col("status").is_in(SETTLED) & ~shadow)
+        self.shadow += table.filter(shadow).height
         self.skipped += table.height - settled.height
         n, width = settled.height, self.layout.n_candidates
         probability = settled["probability"].to_numpy()
-        usable = (table["feature_version"] == FEATURE_VERSION).all() and not (table["mode"] == "shadow").any()
+        usable = (table["feature_version"] == FEATURE_VERSION).all()
         if not usable or not ((probability > 0.0) & (probability <= 1.0)).all():
             raise ValueError
         numbers = np.stack([settled[name].to_numpy().astype(np.float64) for name in _NUMBERS])
@@ -162,10 +176,7 @@ class _Reader:
         if version != FEATURE_VERSION:
             raise refuse(number, f"has feature_version {version!r}; legal is {FEATURE_VERSION}, that of this version")
         if record["mode"] == "shadow":
-            raise refuse(
-                number, "was decided in shadow mode, where the gateway's own choice has no probability; legal is a log "
-                "of decisions that were carried out"
-            )  # fmt: skip
+            return
         known = ", ".join(self.layout.names)
         for name in (record["choice"], *record["legal"], *(record.get("support") or ())):
             if name not in self.layout.names:

@@ -17,18 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from agents.export import make_bundle
 from agents.log_quality import FittedAbilities, Labels, fit_abilities
 from envs.scenario import Scenario
-from envs.vector_env import default_advice
 from envs.worlds import Plant
-from evaluation.decision_log import read_decisions
+from evaluation.decision_log import ShadowError
+from evaluation.logged_requests import read_requests
 from evaluation.off_policy import evaluate_log
 from evaluation.off_policy_show import overlap_words
 from evaluation.progress import Progress, silent
 from marginroute import view as v
 from marginroute.bundle import Bundle
 from marginroute.errors import InputError
+from marginroute.view import Layout
 
 FIT_SHARE = 0.7  # of the lines
 LEAST_LABELS = 100
@@ -48,10 +48,8 @@ def refit(scenario: Scenario, log: Path, progress: Progress = silent) -> tuple[d
     Raises:
         InputError: a line that cannot be used, or too few labelled answers.
     """
-    plant = Plant(scenario)
-    rule = default_advice(plant)
     with _part(log, first=True) as part:
-        labels = read_labels(part, make_bundle(plant, rule, rule, {}, {}), progress)
+        labels = read_labels(part, Plant(scenario).layout, progress)
     if len(labels) < LEAST_LABELS:
         raise InputError(
             f"{log}: its first {FIT_SHARE:.0%} hold {len(labels)} answers of which it says whether they were good; "
@@ -68,24 +66,25 @@ def refit(scenario: Scenario, log: Path, progress: Progress = silent) -> tuple[d
     return overrides, found
 
 
-def read_labels(log: Path, bundle: Bundle, progress: Progress = silent) -> Labels:
-    """The labelled answers of a log."""
-    columns: list[tuple[Any, ...]] = []
-    for piece in read_decisions(log, bundle, progress):
-        tier = bundle.layout.tier[piece.choice]
-        known = piece.completed & ~np.isnan(piece.good) & (tier >= 0)
-        request = piece.view.request[:, known]
-        columns.append(
-            (tier[known], request[v.TASK_INDEX].astype(int), request[v.DIFFICULTY_SIGNAL], piece.good[known])
-        )
-    empty = (np.zeros(0, dtype=np.int64),) * 4
-    return Labels(*(np.concatenate(parts) for parts in zip(*(columns or [empty]), strict=True)))
+def read_labels(log: Path, layout: Layout, progress: Progress = silent) -> Labels:
+    """The labelled answers of a log, whoever chose who gives them: shadow mode serves."""
+    candidates = [name for name, kind in zip(layout.names, layout.kind, strict=True) if kind <= v.PROVIDER]
+    found = read_requests(log, candidates, layout.class_names, layout.task_names, progress)
+    known = found.completed & ~np.isnan(found.good) & ~np.isnan(found.difficulty_signal) & (found.candidate >= 0)
+    tier = layout.tier[found.candidate[known]]
+    return Labels(tier, found.task_index[known], found.difficulty_signal[known], found.good[known])
 
 
 def judge(log: Path, bundle: Bundle, progress: Progress = silent) -> dict[str, Any]:
-    """Off-policy evaluation of a bundle on the part of the log that nothing was fitted on; as `evaluate_log`."""
+    """Off-policy evaluation of a bundle on the part of the log that nothing was fitted on; as `evaluate_log`.
+
+    Of a log of shadow mode only the `refusal`.
+    """
     with _part(log, first=False) as part:
-        return evaluate_log(part, bundle, progress)
+        try:
+            return evaluate_log(part, bundle, progress)
+        except ShadowError:
+            return {"refusal": "it was written in shadow mode, where choices have no probabilities"}
 
 
 def judged_line(judged: dict[str, Any]) -> str:

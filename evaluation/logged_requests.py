@@ -21,6 +21,7 @@ from marginroute.errors import InputError
 Array = np.ndarray[Any, Any]
 
 _REQUEST = ("prompt_tokens", "expected_output_tokens", "class_index", "task_index", "waited_s")
+_NAMED = ("asked_tokens", "expected_tokens", *_REQUEST[2:], "difficulty_signal")  # the request's own, renamed
 _NUMBERS = ("ttft_s", "e2e_s", "prompt_tokens", "output_tokens", "cost_usd")
 _COLUMNS: dict[str, Any] = {
     "id": pl.String,
@@ -30,7 +31,7 @@ _COLUMNS: dict[str, Any] = {
     "choice": pl.String,
     "served_by": pl.String,
     "status": pl.String,
-    "request": pl.Struct(dict.fromkeys(_REQUEST, pl.Float64)),
+    "request": pl.Struct(dict.fromkeys((*_REQUEST, "difficulty_signal"), pl.Float64)),
     "good": pl.Boolean,
     **dict.fromkeys(_NUMBERS, pl.Float64),
 }
@@ -51,6 +52,7 @@ class LoggedRequests:
         completed, abandoned: (n,) bool; neither: it failed.
         ttft_s, e2e_s, cost_usd: (n,) NaN where unknown.
         good: (n,) 1 or 0 by the feedback, NaN where there is none.
+        difficulty_signal: (n,) NaN where there is none.
         skipped: lines about requests that no candidate was asked for (shed, stored answers, no outcome).
     """
 
@@ -67,6 +69,7 @@ class LoggedRequests:
     e2e_s: Array
     cost_usd: Array
     good: Array
+    difficulty_signal: Array
     skipped: int
 
 
@@ -114,6 +117,7 @@ def read_requests(
         e2e_s=column("e2e_s"),
         cost_usd=column("cost_usd"),
         good=column("good"),
+        difficulty_signal=column("difficulty_signal"),
         skipped=reader.log.lines - table.height,
     )
 
@@ -133,7 +137,7 @@ class _Reader:
         sent = served.when(pl.col("mode") != "shadow").then("choice").otherwise(pl.lit(""))
         rows = (
             table.filter(pl.col("status").is_in(ENDED))
-            .with_columns(pl.col("request").struct.rename_fields(["asked_tokens", "expected_tokens", *_REQUEST[2:]]))
+            .with_columns(pl.col("request").struct.rename_fields(list(_NAMED)))
             .unnest("request")
             .with_columns(sent.alias("sent"), *((pl.col("status") == ended).alias(ended) for ended in ENDED))
             .filter(~pl.col("sent").is_in(["cache", "defer", "shed"]))
@@ -153,7 +157,7 @@ class _Reader:
             raise ValueError
         wanted = (
             *("decided_at_s", "waited_s", "candidate", "class_index", "task_index", "completed", "abandoned"),
-            *("asked_tokens", "expected_tokens", *_NUMBERS),
+            *("asked_tokens", "expected_tokens", "difficulty_signal", *_NUMBERS),
             pl.col("good").cast(pl.Float64),
         )
         return rows.with_columns(pl.col("candidate").fill_null(-1)).select(wanted)

@@ -191,7 +191,8 @@ def evaluate_log(path: Path, bundle: Bundle, progress: Progress = silent) -> dic
 
     Returns:
         policy, learned, scenario, overlap, refusal, usd_per_1k_decisions: {estimator: {mean, low, high}}, skipped:
-        decisions without an outcome, labelled: share of answers of which the log says whether they were good.
+        decisions without an outcome or of shadow mode, labelled: share of answers of which the log says whether they
+        were good.
 
     Raises:
         InputError: a line that cannot be used, or a bundle without a margin rule.

@@ -54,7 +54,8 @@ def overlap_words(document: Mapping[str, Any]) -> str:
     overlap = document["overlap"]
     share = 100.0 * overlap["effective"] / overlap["decisions"]
     return (
-        f"{overlap['decisions']:,} decisions with an outcome ({document['skipped']:,} without are left out), worth"
+        f"{overlap['decisions']:,} decisions with an outcome ({document['skipped']:,} without, or of shadow mode,"
+        " are left out), worth"
         f" {overlap['effective']:,.0f} of the policy's own ({share:.0f} %); it takes the logged candidate in"
         f" {100.0 * overlap['agreement']:.0f} %, one that the log could not have taken in"
         f" {100.0 * overlap['uncovered']:.1f} %; mean weight {overlap['mean_weight']:.2f}, largest"

@@ -7,9 +7,11 @@ import pytest
 from sizes import TINY
 
 from agents import baselines
+from agents.control_tuning import FIRST_VALIDATION_SEED, ControlObjective
 from agents.objective import Objective
 from agents.quality import fit_quality
 from agents.rules_of_thumb import nothing_to_tune
+from agents.train import router_scenario
 from agents.tuning import Budget, cascades, tier_prices, tune_baselines, tune_others
 from envs.scenario import load_scenario
 from envs.worlds import Plant
@@ -197,6 +199,15 @@ def test_shipped_baselines_earn_what_their_file_says(path):
     scenario = load_scenario(path.stem)
     document, rules = baselines.load(path)
     assert document["scenario_hash"] == scenario.hash
-    validation = Objective(Plant(scenario), "validation", range(document["budget"]["validation_episodes"]))
+    plant, episodes = Plant(router_scenario(scenario)), document["budget"]["validation_episodes"]
+    validation = Objective(plant, "validation", range(episodes))
     said = document["baselines"]["bid-price-fitted"]["validation_usd_per_1k"]
     assert float(validation([rules["bid-price-fitted"]])[0]) == pytest.approx(said, abs=2e-6)
+    if scenario.control is None:
+        return
+    control = ControlPlant(scenario)
+    controllers, best = baselines.load_controllers(path, control.layout)
+    said = document["controllers"]["rules"][best]["validation_usd_per_1k"]
+    seeds = range(FIRST_VALIDATION_SEED, FIRST_VALIDATION_SEED + document["controllers"]["budget"]["validation_episodes"])
+    days = ControlObjective(control, "validation", seeds)
+    assert float(days([controllers[best]])[0]) == pytest.approx(said, abs=2e-6)

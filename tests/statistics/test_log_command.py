@@ -105,7 +105,6 @@ BAD = {
     ),
     "infinite cost": (lambda line: changed(line, cost_usd=1e999), "line 3: has cost_usd"),
     "no signals": (lambda line: changed(line, signals="AAAA"), "line 3: has no signals of"),
-    "shadow": (lambda line: changed(line, mode="shadow"), "line 3: was decided in shadow mode"),
     "truncated": (lambda line: line[: len(line) // 2], "line 3: is not a JSON object"),
     "an array": (lambda line: "[1]", "line 3: is not a JSON object"),
 }
@@ -118,6 +117,19 @@ def test_a_bad_line_is_named(case, folder, tmp_path, capsys):
     lines[2] = change(json.dumps(json.loads(lines[2])))
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
     refuse(folder, tmp_path, sentence, capsys)
+
+
+def test_the_control_group_of_a_canary_is_left_out(folder, tmp_path, capsys):
+    """What the gateway chose itself has no probability; a log of nothing else is refused."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    half = len(lines) // 2
+    carried_out, own = lines[:half], [changed(line, mode="shadow") for line in lines[half:]]
+    for name, some in (("part", carried_out), ("canary", [*own, *carried_out]), ("log", own)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(some) + "\n")
+    bundle = bundles.load(folder / "bundle")
+    part, canary = (evaluate_log(tmp_path / f"{name}.jsonl", bundle) for name in ("part", "canary"))
+    assert canary["overlap"] == pytest.approx(part["overlap"]) and canary["skipped"] == part["skipped"] + len(own)
+    refuse(folder, tmp_path, "all was decided in shadow mode", capsys)
 
 
 def test_duplicated_and_unfinished_lines(folder, tmp_path, capsys):

@@ -7,10 +7,11 @@ import pytest
 
 import train
 from agents.baselines import baselines_for
+from agents.export import make_bundle
 from agents.run import Run
 from envs.scenario import load_scenario
 from envs.worlds import Plant
-from evaluation.log_training import judge, read_labels, refit
+from evaluation.log_training import judge, judged_line, read_labels, refit
 from evaluation.simulated_log import write_log
 from marginroute import bundle as bundles
 from marginroute.errors import InputError
@@ -58,6 +59,19 @@ def test_a_log_without_labels_is_refused(log, tmp_path):
         refit(load_scenario("quickstart"), tmp_path / "none.jsonl")
 
 
+def test_a_log_of_shadow_mode_teaches_the_same(log, tmp_path):
+    """What answered counts, not what the bundle would have chosen; nothing can be said off-policy."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    path = tmp_path / "shadow.jsonl"
+    shadow = [row | {"mode": "shadow", "choice": "small/0", "kind": "replica", "probability": 1.0} for row in rows]
+    path.write_text("\n".join(map(json.dumps, shadow)) + "\n")
+    scenario = load_scenario("quickstart", WRONG)
+    np.testing.assert_array_equal(refit(scenario, path)[1].ability, refit(scenario, log)[1].ability)
+    rule, plant = baselines_for(load_scenario("quickstart"))["bid-price"], Plant(load_scenario("quickstart"))
+    judged = judge(path, make_bundle(plant, rule, rule, {}, {}))
+    assert judged_line(judged).endswith("no answer, it was written in shadow mode, where choices have no probabilities")
+
+
 def test_train_from_a_log(log, tiny_arguments, tmp_path, capsys):
     """The command: refitted, tuned and trained in the refitted world, judged on the lines that it did not see."""
     run = tmp_path / "run"
@@ -69,5 +83,5 @@ def test_train_from_a_log(log, tiny_arguments, tmp_path, capsys):
     assert info["off_policy"]["overlap"]["decisions"] > 1000 and info["log_overrides"].keys() >= set(BLIND)
     bundle = bundles.load(run / "bundle")
     assert judge(log, bundle)["overlap"] == info["off_policy"]["overlap"]
-    assert len(read_labels(log, bundle)) > 400
+    assert len(read_labels(log, bundle.layout)) > 400
     assert "fleet.tiers.small.quality.ability.chat=" in out  # the evaluation of the run is one in its world
