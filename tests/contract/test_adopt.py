@@ -46,15 +46,15 @@ def test_the_week_can_be_lived(tmp_path, monkeypatch, capsys):
         rest = words[2:] if words[0] == "python" else words[1:]
         assert importlib.import_module(module).main([*rest, *extra(words)]) == 0, command
         said[shlex.join(words)] = capsys.readouterr().out
-    assert len(said) == 7
+    assert len(said) == 7  # of three scripts and a gateway's command
     assert [path.name for path in sorted(tmp_path.iterdir()) if path.is_dir()] == ["bundles", "cache", "runs"]
     assert (tmp_path / "report.html").stat().st_size > 100_000
     for start, words in (
-        ("python evaluate.py quickstart --log", "contribution"),
+        ("python evaluate.py quickstart --log", "What the log has earned"),
         ("python train.py", "labelled answers move the tiers' abilities"),
         ("python evaluate.py --policy", "Upper bounds of the margin"),
-        ("marginroute replay", "fallback"),
-        ("python evaluate.py --log", "effective"),
+        ("marginroute replay", "by the guard's fallback"),
+        ("python evaluate.py --log", "logged: what the log itself earned"),
     ):
         assert any(key.startswith(start) and words in out for key, out in said.items()), (start, said)
 

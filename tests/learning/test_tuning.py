@@ -13,6 +13,7 @@ from agents.quality import fit_quality
 from agents.rules_of_thumb import nothing_to_tune
 from agents.train import router_scenario
 from agents.tuning import Budget, cascades, tier_prices, tune_baselines, tune_others
+from envs.control_plant import ControlPlant
 from envs.scenario import load_scenario
 from envs.worlds import Plant
 from marginroute.errors import InputError
@@ -208,6 +209,6 @@ def test_shipped_baselines_earn_what_their_file_says(path):
     control = ControlPlant(scenario)
     controllers, best = baselines.load_controllers(path, control.layout)
     said = document["controllers"]["rules"][best]["validation_usd_per_1k"]
-    seeds = range(FIRST_VALIDATION_SEED, FIRST_VALIDATION_SEED + document["controllers"]["budget"]["validation_episodes"])
-    days = ControlObjective(control, "validation", seeds)
+    episodes = document["controllers"]["budget"]["validation_episodes"]
+    days = ControlObjective(control, "validation", range(FIRST_VALIDATION_SEED, FIRST_VALIDATION_SEED + episodes))
     assert float(days([controllers[best]])[0]) == pytest.approx(said, abs=2e-6)
