@@ -14,11 +14,13 @@ from itertools import islice
 
 import numpy as np
 
-from marginroute import contracts, verification
+from marginroute import verification
 from marginroute import view as v
 from marginroute.bundle import Bundle
 from marginroute.capabilities import able
+from marginroute.contract_terms import ContractTerms
 from marginroute.counters import COUNTERS, Counters, Entry
+from marginroute.elsewhere import FRESH_S, Elsewhere
 from marginroute.errors import InputError
 from marginroute.facts import Trial
 from marginroute.feedback import QualityPosterior, shifted
@@ -27,7 +29,6 @@ from marginroute.latency import (
     RECENT_ARRIVALS,
     RECENT_JUDGED,
     RECENT_LENGTHS,
-    beyond,
     recent_quality,
     running_mean,
 )
@@ -36,9 +37,6 @@ from marginroute.response_cache import PUBLIC_HALF, PUBLIC_WIDTH, Hit, p_reuse
 from marginroute.session_map import SessionMap
 from marginroute.slo_windows import SloWindows
 from marginroute.view import Array, Layout, View
-
-FRESH_S = 0.1  # age to which a metrics page is set beside what this gateway has in flight now
-CONTRACT = v.REQUEST_NAMES[v.INPUT_PRICE_USD : v.MISS_USD]  # request signals that the contract of a class fixes
 
 
 class GatewayState:
@@ -82,18 +80,12 @@ class GatewayState:
         self._others = [(c, int(self.layout.kind[c])) for c in range(serving, self.layout.n_candidates)]
         self._block_tokens = prefix_block_tokens
         self._prefixes = _prefix_index(bundle.static_signals, prefix_block_tokens)
-        self._elsewhere: Array | None = None  # (S, C) what other workers have at each candidate
-        self._beyond = np.zeros((3, self.layout.n_candidates))  # of the last scrape: `latency.beyond`
-        self._crowded, self._prefill_tokens = False, (0.0, 0.0)  # whether there is any; mean of a prompt, prompts
-        self._elsewhere_per_s = 0.0
-        self._elsewhere_at_engines = np.zeros(self.layout.n_candidates)
+        self._elsewhere = Elsewhere(self.layout.n_candidates)
         self._sessions = SessionMap()
         self._scraped_at_s = np.full(self.layout.n_candidates, np.nan)
-        self._terms = np.array([_contract(bundle, name) for name in self.layout.class_names])
-        self._contracts = [bundle.terms[name] for name in self.layout.class_names]
-        self._windows = SloWindows(self._contracts, clock())
+        self._contracts = ContractTerms(bundle)
+        self._windows = SloWindows(self._contracts.terms, clock())
         self._allowed, self._models = bundle.allowed, v.answering_tiers(self.layout, bundle.allowed)
-        self._delay_tolerant = [bundle.terms[name].get("delay_tolerant", 0.0) > 0.0 for name in self.layout.class_names]
         self._lengths = bundle.output_tokens.copy()
         self._lengths_weight = np.full_like(self._lengths, PRIOR_LENGTHS)
         self._judged = False  # whether any answer was
@@ -141,7 +133,7 @@ class GatewayState:
                 self._prefixes.insert(candidate, hashes[:MAX_BLOCKS], now_s)
             self._counters.begin(id, entry)
             if candidate < self.layout.n_replicas:
-                self._prefill_tokens = running_mean(*self._prefill_tokens, entry.prefill_tokens, RECENT_LENGTHS)
+                self._elsewhere.sent(entry.prefill_tokens)
 
     def first_token(self, id: str, ago_s: float = 0.0) -> None:
         """The first token of an answer came `ago_s` seconds ago; ignored if unknown or seen before."""
@@ -205,7 +197,9 @@ class GatewayState:
             self._counters.signals[[v.WAITING, v.RUNNING, v.KV_USAGE], candidate] = waiting, running, kv_usage
             self._scraped_at_s[candidate] = self._clock() - age_s
             if age_s <= FRESH_S:
-                self._note_beyond(candidate)
+                mine = self._counters.signals[:, candidate]
+                held = max(mine[v.IN_FLIGHT] - mine[v.IN_FLIGHT_CAP], 0.0) if "hold" in self._can else 0.0
+                self._elsewhere.scraped(self._counters.signals, candidate, held)
 
     def view(
         self,
@@ -262,17 +256,10 @@ class GatewayState:
             if self._judged:
                 quality = recent_quality(*self._surprise[:, :, cell[1]])
                 signals[v.RECENT_QUALITY, : self._serving] = quality.take(self._tier)
-            if self._elsewhere is not None:
-                signals += self._elsewhere
-            if self._crowded:
-                waiting, decoding, tokens = self._beyond
-                signals[v.IN_FLIGHT] += waiting + decoding
-                signals[v.PENDING_PREFILL_TOKENS] += waiting * self._prefill_tokens[0]
-                signals[v.DECODING] += decoding
-                signals[v.DECODING_TOKENS] += tokens
+            self._elsewhere.add_to(signals)
             np.fmax(now_s - self._scraped_at_s, 0.0, out=signals[v.TELEMETRY_AGE_S])  # 0: there is nothing to scrape
             output_tokens, arrival_rate_per_s = self._lengths.item(cell), 1.0 / max(self._gap_s, 1e-6)
-            arrival_rate_per_s += self._elsewhere_per_s
+            arrival_rate_per_s += self._elsewhere.arrivals_per_s
             miss_usd = self._windows.miss_usd(cell[0], now_s) if standing in ("within", "overage") else 0.0
             held_tokens = self._cached_tokens(prompt_tokens, hashes, block_tokens, now_s)
             if held_tokens is not None:
@@ -281,7 +268,7 @@ class GatewayState:
                 signals[v.SESSION_IDLE_S, last[0]] = now_s - last[1]
             sequence = self._sequence
             self._sequence += 1
-        request = self._terms[cell[0]].copy()
+        request = self._contracts.request(cell[0])
         request[: v.INPUT_PRICE_USD] = (
             max(prompt_tokens, 1),
             output_tokens,
@@ -303,7 +290,7 @@ class GatewayState:
             signals[v.SIMILARITY, c], signals[v.ENTRY_AGE_S, c] = cached.similarity, cached.age_s
         if trial is not None:
             self._show_trial(trial, p_good, signals)
-        refused = self._stand(cell[0], request, standing, quota_left)
+        refused = self._contracts.show(cell[0], request, standing, quota_left)
         request[[v.MISS_USD, v.UNSERVED_CREDIT_USD]] += miss_usd
         usable = cached is not None and bool(self._models[cell[0], cached.tier])
         legal = self._legal(cell[0], deadline_left_s, available, usable, trial is not None)
@@ -335,7 +322,7 @@ class GatewayState:
             self._counters.take_over(old._counters, candidates, classes, tasks)
             self._sessions.take_over(old._sessions, candidates)
             for theirs, c in candidates.items():
-                self._scraped_at_s[c], self._beyond[:, c] = old._scraped_at_s[theirs], old._beyond[:, theirs]
+                self._scraped_at_s[c] = old._scraped_at_s[theirs]
                 if self._prefixes and old._prefixes and self._block_tokens == old._block_tokens:
                     self._prefixes.insert_all(c, old._prefixes.blocks(theirs))
             for k_old, k in classes.items():
@@ -345,7 +332,7 @@ class GatewayState:
             for t_old, t in _places(self.layout.tier_names, old.layout.tier_names).items():
                 for j_old, j in tasks.items():
                     self._surprise[:, t, j] = old._surprise[:, t_old, j_old]
-            self._crowded, self._prefill_tokens = bool(self._beyond.any()), old._prefill_tokens
+            self._elsewhere.take_over(old._elsewhere, candidates)
             self._judged = old._judged
             self._windows.take_over(old._windows, classes)
             self._arrivals, self._sequence = old._arrivals, old._sequence
@@ -375,7 +362,7 @@ class GatewayState:
 
     def in_flight_at(self, candidate: int) -> float:
         """Requests in flight at one candidate, with those that wait for it here; other workers' at the engine too."""
-        return float(self._counters.signals[v.IN_FLIGHT, candidate] + self._elsewhere_at_engines[candidate])
+        return float(self._counters.signals[v.IN_FLIGHT, candidate] + self._elsewhere.at_engines[candidate])
 
     @property
     def arrivals_per_s(self) -> float:
@@ -386,30 +373,8 @@ class GatewayState:
 
     def others(self, rows: Mapping[int, Array], at_engines: Array, arrivals_per_s: float) -> None:
         """What other workers of this gateway have: rows of signals, (C,) each; those at the engines; their arrivals."""
-        made = None
-        if rows:
-            made = np.zeros_like(self._counters.signals)
-            for row, values in rows.items():
-                made[row] = values
         with self._lock:
-            self._elsewhere, self._elsewhere_at_engines, self._elsewhere_per_s = made, at_engines, arrivals_per_s
-
-    def _note_beyond(self, c: int) -> None:
-        """Takes what an engine has just told beyond what is known to be there for others' requests."""
-        mine = self._counters.signals[:, c]
-        at_engine = mine[v.IN_FLIGHT] + self._elsewhere_at_engines[c]
-        if "hold" in self._can:
-            at_engine -= max(mine[v.IN_FLIGHT] - mine[v.IN_FLIGHT_CAP], 0.0)
-        known = mine if self._elsewhere is None else mine + self._elsewhere[:, c]
-        self._beyond[:, c] = beyond(
-            mine[v.WAITING],
-            mine[v.RUNNING],
-            mine[v.KV_USAGE] * mine[v.KV_CAPACITY_TOKENS],
-            at_engine,
-            known[v.DECODING],
-            known[v.DECODING_TOKENS],
-        )
-        self._crowded = bool(self._beyond.any())
+            self._elsewhere.told(rows, at_engines, arrivals_per_s)
 
     def _cached_tokens(
         self, prompt_tokens: int, hashes: Sequence[int], block_tokens: float | None, now_s: float
@@ -463,7 +428,7 @@ class GatewayState:
             if kind == v.CACHE:
                 may = may and cached
             elif kind == v.DEFER:
-                may = may and self._delay_tolerant[k] and deadline_left_s > 2.0 * self._hold_s
+                may = may and self._contracts.delay_tolerant[k] and deadline_left_s > 2.0 * self._hold_s
             legal[c] = may
         legal &= self._allowed[k]
         if in_hand:
@@ -471,27 +436,6 @@ class GatewayState:
         if not legal.any():
             legal[-1] = True
         return legal
-
-    def _stand(self, k: int, request: Array, standing: str, quota_left: float) -> bool:
-        """Writes what an answer brings as the request stands; True if its contract refuses it."""
-        terms, stands = self._contracts[k], _index(standing, contracts.STANDINGS, "standing")
-        if request[v.PROMPT_TOKENS] > terms.get("context_tokens", math.inf):
-            stands = contracts.REFUSED
-        request[[v.STANDING, v.QUOTA_LEFT]] = stands, quota_left
-        committed = terms.get("committed_usd", 0.0) > 0.0
-        if stands == contracts.REFUSED:
-            return True
-        if stands != contracts.WITHIN or committed:
-            contracts.show_standing(
-                request,
-                stands,
-                float(committed and quota_left > 0.0),
-                terms.get("beyond_factor", 1.0),
-                terms.get("overage_usd", 0.0),
-                terms.get("bad_lifetime_usd", 0.0),
-                terms.get("unserved_lifetime_usd", 0.0),
-            )
-        return False
 
     def _arrive(self, now_s: float) -> None:
         self._arrivals += 1
@@ -537,16 +481,3 @@ def _prefix_index(static_signals: Array, block_tokens: int) -> PrefixIndex | Non
         return None
     capacity_blocks = [int(tokens) // block_tokens for tokens in capacity_tokens]
     return PrefixIndex(capacity_blocks, [math.inf if s >= v.UNLIMITED or s <= 0.0 else float(s) for s in ttl_s])
-
-
-def _contract(bundle: Bundle, class_name: str) -> Array:
-    """(Q,) request signals of a class; those that its contract does not fix are 0."""
-    terms = bundle.terms.get(class_name, {})
-    missing = [name for name in CONTRACT if name not in terms]
-    if missing:
-        raise InputError(f"the bundle has no {missing[0]} for class {class_name!r}; export the policy again")
-    request = np.array([terms[name] if name in CONTRACT else 0.0 for name in v.REQUEST_NAMES])
-    request[v.BAD_ANSWER_USD] += terms.get("bad_lifetime_usd", 0.0)
-    request[v.UNSERVED_CREDIT_USD] += terms.get("unserved_lifetime_usd", 0.0)
-    request[v.MISS_USD] = terms.get("missed_lifetime_usd", 0.0)
-    return request
