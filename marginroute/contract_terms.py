@@ -47,7 +47,7 @@ class ContractTerms:
         terms, stands = self.terms[k], contracts.STANDINGS.index(standing)
         if request[v.PROMPT_TOKENS] > terms.get("context_tokens", math.inf):
             stands = contracts.REFUSED
-        request[[v.STANDING, v.QUOTA_LEFT]] = stands, quota_left
+        request[v.STANDING], request[v.QUOTA_LEFT] = stands, quota_left
         committed = terms.get("committed_usd", 0.0) > 0.0
         if stands == contracts.REFUSED:
             return True

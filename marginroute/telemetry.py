@@ -6,6 +6,7 @@ on what it was trained on.
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -37,6 +38,8 @@ from marginroute.response_cache import PUBLIC_HALF, PUBLIC_WIDTH, Hit, p_reuse
 from marginroute.session_map import SessionMap
 from marginroute.slo_windows import SloWindows
 from marginroute.view import Array, Layout, View
+
+_ZERO = np.array(0.0)  # see `View.asked`
 
 
 class GatewayState:
@@ -76,8 +79,6 @@ class GatewayState:
         self._counters = Counters(self.layout, bundle.static_signals, stale_after_s)
         self._serving = serving = int((self.layout.kind <= v.PROVIDER).sum())
         self._tier, self._shifts = self.layout.tier[:serving], bool(self._shift.any())
-        self._all = np.arange(self.layout.n_candidates) < serving
-        self._others = [(c, int(self.layout.kind[c])) for c in range(serving, self.layout.n_candidates)]
         self._block_tokens = prefix_block_tokens
         self._prefixes = _prefix_index(bundle.static_signals, prefix_block_tokens)
         self._elsewhere = Elsewhere(self.layout.n_candidates)
@@ -86,6 +87,7 @@ class GatewayState:
         self._contracts = ContractTerms(bundle)
         self._windows = SloWindows(self._contracts.terms, clock())
         self._allowed, self._models = bundle.allowed, v.answering_tiers(self.layout, bundle.allowed)
+        self._may = self._every_mask()
         self._lengths = bundle.output_tokens.copy()
         self._lengths_weight = np.full_like(self._lengths, PRIOR_LENGTHS)
         self._judged = False  # whether any answer was
@@ -257,7 +259,8 @@ class GatewayState:
                 quality = recent_quality(*self._surprise[:, :, cell[1]])
                 signals[v.RECENT_QUALITY, : self._serving] = quality.take(self._tier)
             self._elsewhere.add_to(signals)
-            np.fmax(now_s - self._scraped_at_s, 0.0, out=signals[v.TELEMETRY_AGE_S])  # 0: there is nothing to scrape
+            age_s = np.subtract(now_s, self._scraped_at_s, out=signals[v.TELEMETRY_AGE_S])
+            np.fmax(age_s, _ZERO, out=age_s)  # 0: there is nothing to scrape
             output_tokens, arrival_rate_per_s = self._lengths.item(cell), 1.0 / max(self._gap_s, 1e-6)
             arrival_rate_per_s += self._elsewhere.arrivals_per_s
             miss_usd = self._windows.miss_usd(cell[0], now_s) if standing in ("within", "overage") else 0.0
@@ -291,7 +294,8 @@ class GatewayState:
         if trial is not None:
             self._show_trial(trial, p_good, signals)
         refused = self._contracts.show(cell[0], request, standing, quota_left)
-        request[[v.MISS_USD, v.UNSERVED_CREDIT_USD]] += miss_usd
+        if miss_usd:
+            request[[v.MISS_USD, v.UNSERVED_CREDIT_USD]] += miss_usd
         usable = cached is not None and bool(self._models[cell[0], cached.tier])
         legal = self._legal(cell[0], deadline_left_s, available, usable, trial is not None)
         if refused:
@@ -413,26 +417,31 @@ class GatewayState:
             p_good[self._predicted] = predicted[self._model]
         return shifted(p_good, self._shift[:, task]) if self._shifts else p_good, difficulty_signal
 
+    def _every_mask(self) -> dict[tuple[int, bool, bool], Array]:
+        """(C,) bool by class, whether it may be deferred, and whether there is an answer: all that serve are there."""
+        able, kind = np.array(self._able, dtype=np.bool_), self.layout.kind
+        found = {}
+        for k, defer, answer in itertools.product(range(len(self.layout.class_names)), (False, True), (False, True)):
+            may = (kind <= v.PROVIDER) | able
+            may &= ((kind != v.CACHE) | answer) & ((kind != v.DEFER) | defer)
+            found[k, defer, answer] = may & self._allowed[k]
+        return found
+
     def _legal(
         self, k: int, deadline_left_s: float, available: Collection[int] | None, cached: bool, in_hand: bool
     ) -> Array:
         """(C,) bool: what this gateway could carry out now and the class is entitled to; shedding is the last resort
         even where there is no way to. An answer in hand is one from where the class is entitled to.
         """
-        legal = self._all.copy()
-        if available is not None:
-            legal[:] = False
-            legal[list(available)] = True
-        for c, kind in self._others:
-            may = bool(self._able[c])
-            if kind == v.CACHE:
-                may = may and cached
-            elif kind == v.DEFER:
-                may = may and self._contracts.delay_tolerant[k] and deadline_left_s > 2.0 * self._hold_s
-            legal[c] = may
-        legal &= self._allowed[k]
+        defer = self._contracts.delay_tolerant[k] and deadline_left_s > 2.0 * self._hold_s
+        others, serving = self._may[k, defer, cached or in_hand], self._serving
+        legal: Array = others.copy()
         if in_hand:
-            legal[self._serving] = bool(self._able[self._serving])
+            legal[serving] = self._able[serving]
+        if available is not None:
+            legal[:serving] = False
+            here = [c for c in available if c < serving]
+            legal[here] = self._allowed[k, here]
         if not legal.any():
             legal[-1] = True
         return legal
