@@ -51,6 +51,8 @@ def plain_choice(kinds, stations, replicas, desks, loads, legal, debts, share, c
     desk = desks[w]
     load = loads[w, desk.current]
     k, n = load.class_index, kinds.shape[0]
+    if desk.hedging == 1:
+        return load.answered_by  # it hedges nothing
     if legal[w, n - 3]:
         return n - 3
     if desk.offered == 0 and load.attempts + load.turned_down == 0:

@@ -112,6 +112,7 @@ def check_modelled(plant: Plant) -> None:
         if term["cached_input_usd_per_token"] != term["input_usd_per_token"]:
             found.append("cached_input_usd_per_token")
         found += [] if may.all() else ["entitlements"]
+        found += ["hedge_after_s"] if plant.scenario.plans.classes[name].hedge_after_s is not None else []
         if found:
             raise InputError(
                 f"scenario {plant.scenario.name!r}: class {name} has {found[0]}, which the fluid surrogate of the "

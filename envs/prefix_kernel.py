@@ -143,13 +143,13 @@ def forget(index, loads, w, g, c):
 
 
 @kernel
-def note_send(index, desks, loads, requests, signals, w, c):
-    """The current request leaves for replica or provider `c`, with what its View expected to be cached there."""
+def note_send(index, desks, loads, requests, signals, w, c, row):
+    """The current request, `row` of `requests`, leaves for candidate `c` with what its View expected cached there."""
     desk = desks[w]
     i = desk.current
     load = loads[w, i]
     load.cached_tokens = int(signals[v.CACHED_TOKENS, w, c])
-    requests[w, i].expected_cached_tokens = load.cached_tokens
+    requests[w, row].expected_cached_tokens = load.cached_tokens
     insert(index, loads, w, c, i, desk.now_s)
 
 

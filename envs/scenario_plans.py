@@ -193,6 +193,9 @@ class CustomerClass(Section):
     used_at_start: Annotated[list[NonNegative], Field(min_length=2, max_length=2)] = Field(
         [0.0, 1.0], description="Lowest and highest share of its allowances that a customer has used at the start."
     )
+    hedge_after_s: Positive | None = Field(
+        None, description="Seconds without a first token after which a call may be sent twice; left out: never."
+    )
     limits: Limits = Field(Limits(), description="Rate limit and longest prompt of a customer.")
     entitlements: Entitlements = Field(Entitlements(), description="What may answer the class.")
     retention: Retention | None = Field(None, description="Lifetime value at stake; left out: none.")

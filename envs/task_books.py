@@ -11,6 +11,7 @@ from envs.fleet.state import record_array
 from envs.scenario import Scenario
 from envs.workload.requests import Workload
 from envs.workload.sessions import SessionKind, draw_sessions
+from envs.world_hedge import HEDGE, NOWHERE, TIMER
 from envs.world_tasks import TASK, TRIAL, VERIFIER, WORKFLOW, WORKFLOW_COUNTS, TaskArrays
 from marginroute.verification import passes_from, separation
 from marginroute.view import Array
@@ -64,7 +65,7 @@ def _mean_calls(kind: SessionKind) -> float:
 
 
 class TaskBooks:
-    """Verifiers and tasks of N worlds.
+    """Verifiers, tasks and second calls of N worlds.
 
     Args:
         table: (K, J) `VERIFIER`.
@@ -72,13 +73,22 @@ class TaskBooks:
         shared_luck: whether one luck decides for all models.
         lookup_s: of a tool's result that is kept; inf: none is.
         n_worlds: N.
+        hedges: whether a class may hedge.
 
     Attributes:
         arrays: what the kernels take.
     """
 
-    def __init__(self, table: Array, paid: Array, shared_luck: bool, lookup_s: float, n_worlds: int) -> None:
-        self.lookup_s = lookup_s
+    def __init__(
+        self,
+        table: Array,
+        paid: Array,
+        shared_luck: bool,
+        lookup_s: float,
+        n_worlds: int,
+        hedges: bool,
+    ) -> None:
+        self.lookup_s, self.hedges = lookup_s, hedges
         self.verified, self.attempts = table["max_attempts"], int(table["max_attempts"].max(initial=0))
         self.least_verify_s = float(table["verify_s"][self.verified > 0].min(initial=np.inf))
         self.arrays = TaskArrays(
@@ -91,17 +101,20 @@ class TaskBooks:
             counts=np.zeros((n_worlds, len(WORKFLOW_COUNTS), len(paid))),
             before=np.zeros((n_worlds, len(ACCOUNTS))),
             shared_luck=np.array([float(shared_luck)]),
+            hedges=record_array((n_worlds, 0), HEDGE),
+            timers=record_array((n_worlds, len(table)), TIMER),
             results=np.full((n_worlds, 0), -np.inf),
         )
 
     def make_room(self, workload: Workload) -> bool:
         """Grows the arrays for an episode; running ones survive. True if anything changed."""
         old, n = self.arrays, len(self.arrays.before)
-        has = (old.trials.shape[1], old.tasks.shape[1], old.results.shape[1])
+        has = (old.trials.shape[1], old.tasks.shape[1], old.results.shape[1], old.hedges.shape[1])
         wanted = (
             workload.n_requests if self.attempts else 0,
             int(workload.session_index.max(initial=-1)) + 1,
             int(workload.tool_key.max(initial=-1)) + 1,
+            workload.n_requests if self.hedges else 0,
         )
         size = tuple(max(pair) for pair in zip(has, wanted, strict=True))
         if size == has:
@@ -111,7 +124,9 @@ class TaskBooks:
             luck=np.zeros((n, size[0], self.attempts, 3)),
             tasks=record_array((n, size[1]), TASK),
             results=np.full((n, size[2]), -np.inf),
+            hedges=record_array((n, size[3]), HEDGE),
         )
+        new.hedges[:, : has[3]] = old.hedges
         new.results[:, : has[2]] = old.results
         new.trials[:, : has[0]], new.luck[:, : has[0]], new.tasks[:, : has[1]] = old.trials, old.luck, old.tasks
         self.arrays = new
@@ -129,6 +144,10 @@ class TaskBooks:
         books, m = self.arrays, workload.n_requests
         books.usd[w] = books.counts[w] = 0.0
         books.results[w] = -np.inf
+        books.timers["head"][w] = books.timers["tail"][w] = -1
+        if self.hedges:
+            books.hedges["row"][w, :m], books.hedges["second"][w, :m] = np.arange(m), -1
+            books.hedges["state"][w, :m] = NOWHERE
         load["tool_key"], load["tool_usd"] = workload.tool_key, workload.tool_usd
         if self.lookup_s < np.inf and (workload.tool_key >= 0).any():
             desk["least_think_s"] = np.minimum(desk["least_think_s"], self.lookup_s)
@@ -136,6 +155,7 @@ class TaskBooks:
         load["verified"] = self.verified[workload.class_index, workload.task_index] if self.attempts else 0
         load["leads"] = (load["first_child"] >= 0) | (load["verified"] > 0)
         desk["session_station"], desk["tried"] = -1, 1
+        desk["race_head"] = desk["shown_at"] = -1
         if self.attempts:
             desk["least_think_s"] = np.minimum(desk["least_think_s"], self.least_verify_s)
             books.luck[w, :m] = attempts(workload.attempt_luck, self.attempts)

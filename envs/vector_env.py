@@ -29,7 +29,7 @@ from envs.scenario import Scenario, load_scenario
 from envs.workload.requests import Workload
 from envs.world import WAIT
 from envs.worlds import FleetWorlds, Plant
-from marginroute import features
+from marginroute import features, hedging, latency
 from marginroute import view as v
 from marginroute.features import CLIP, MIN_LOGIT, FeatureSpec
 from marginroute.heuristics import MarginParameters, MarginRule
@@ -69,6 +69,7 @@ class ObservedWorlds(FleetWorlds):
         self._seen = Seen(
             np.empty((0, 0), dtype=np.float32), *(np.zeros((n_worlds, c)) for _ in range(5)), np.zeros((3, n_worlds, c))
         )
+        self._pair: hedging.Pair | None = None
         self.floor_usd: Array | None = None
         self.shadow_price = True
 
@@ -85,18 +86,33 @@ class ObservedWorlds(FleetWorlds):
 
     def observe(self) -> Array:
         """(N, D) float32, a fresh array."""
+        self._pair = None
+        if self.hedges and self.signals[v.UNDER_WAY_S].any():
+            return self._observe_hedging()
         seen = self._seen._replace(observation=np.empty((self.n_worlds, *self.observation_space.shape), np.float32))
         kernel.observe(
             self._rule, self.signals, self.request, self.legal, self.spec.n_candidate, self.spec.n_context, seen
         )
         return seen.observation
 
+    def _observe_hedging(self) -> Array:
+        """The same where some world stands at a hedge timer, by the formulas that the kernel repeats without those."""
+        view = self.view()
+        found, seen = self.advice.assess(view), self._seen
+        seen.p_good[:], seen.bad_usd[:], seen.score_usd[:] = found.p_good, found.bad_usd, found.score_usd
+        seen.stay[:], seen.congestion_usd[:] = found.stay, found.parts_usd[3]
+        if found.kept is not None:
+            seen.kept[:] = found.kept
+        self._pair = hedging.pair_of(view, latency.estimate(view)[0][0], self.advice.parameters.sharpness)
+        return features.observe(view, found, self.spec)
+
     def signal_usd(self, choices: Array) -> Array:
         """(N,) learning signal of choices made on the last observation, before they are carried out."""
         a, rows = self._seen, np.arange(self.n_worlds)
         legal = self.legal[rows, choices]
         choices = np.where(legal, choices, self.plant.layout.n_candidates - 1)
-        known = self.p_true[rows, choices] - a.p_good[rows, choices]
+        p_true = self.p_true if self._pair is None else self._pair.of_winner(self.p_true)
+        known = p_true[rows, choices] - a.p_good[rows, choices]
         signal_usd = a.score_usd[rows, choices] + known * a.bad_usd[rows, choices]
         if not self.shadow_price:
             signal_usd += a.congestion_usd[rows, choices]

@@ -7,7 +7,8 @@ on the way and the seconds that passed, and (4) writes what the gateway can know
 The batch queue is first in, first out: a deferred request comes back as a new decision after `hold_s`, and may be
 deferred again while its deadline leaves room; under a controller it comes back when that releases it (world_hold.py).
 A request of a session arrives once the one before it has been answered (world_sessions.py). A request that a fault has
-ended comes back as a new decision too (world_elastic.py). At the horizon the backlog is settled in the last step: the
+ended comes back as a new decision too (world_elastic.py), and one that waits too long may be sent twice
+(world_hedge.py). At the horizon the backlog is settled in the last step: the
 fleet runs dry without new arrivals, and jobs still in the batch queue are bought from the dearest provider (or go
 unserved), so that nothing is gained by parking work at the end.
 
@@ -30,6 +31,7 @@ from envs import world_cache as answers
 from envs import world_elastic as elastic
 from envs import world_feedback as feedback
 from envs import world_gateways as gateways
+from envs import world_hedge as hedge
 from envs import world_hold as held_queue
 from envs import world_sessions as sessions
 from envs import world_tasks as tasks
@@ -62,7 +64,8 @@ def _post_finished(
     counts, w, i,
 ):  # fmt: skip
     """Posts request `i`, which left the fleet, and learns from it what the gateway can learn."""
-    load, request = loads[w, i], requests[w, i]
+    row = hedge.row_of(follow, w, i)
+    load, request = loads[w, i], requests[w, row]
     k, c = load.class_index, load.answered_by
     account = books.ENERGY if c < config[0].n_replicas else books.API_SPEND
     cached_tokens = request.cached_tokens if c < config[0].n_replicas else load.cached_tokens
@@ -80,7 +83,7 @@ def _post_finished(
                 max(prompt_tokens - cached_tokens, 0), request.computed - prompt_tokens,
                 static[v.INPUT_USD, c], static[v.OUTPUT_USD, c],
             )  # fmt: skip
-        if not elastic.try_again(config, requests, desks, loads, ledger_usd, counts, w, i, account, cost_usd):
+        if not elastic.try_again(config, requests, desks, loads, ledger_usd, counts, w, i, row, account, cost_usd):
             request.status = FAILED
             _post_unserved(
                 terms, follow, lengths, desks, loads, ledger_usd, counts, w, i, books.FAILED, account, cost_usd
@@ -171,6 +174,47 @@ def _hold(config, desks, loads, w, i):
 
 
 @kernel
+def _send(
+    config, static, sigmas, pools, tables, worlds, replicas, slots, providers, requests, desks, load, row, w, c
+):  # fmt: skip
+    """Sends a request, `row` of `requests`, to replica or provider `c` now."""
+    p = c - config[0].n_replicas
+    if p < 0:
+        engine.submit(pools, tables, worlds, replicas, slots, providers, requests, w, c, row, desks[w].now_s)
+        return
+    ttft_s, tpot_s = _provider_latency(static, sigmas, load, c, p)
+    submit_provider(
+        pools, tables, worlds, replicas, slots, providers, requests, w, p, row, desks[w].now_s, ttft_s, tpot_s
+    )
+
+
+@kernel
+def _hedge(
+    config, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests, desks, loads, index,
+    own, follow, counts, actions, signals, legal, w, c,
+):  # fmt: skip
+    """Carries out the choice at a hedge timer: another candidate gets the request too; any other choice is to wait."""
+    desk = desks[w]
+    i = desk.current
+    load = loads[w, i]
+    desk.hedging = 0
+    if c < 0 or c >= kinds.shape[0] or not legal[w, c]:
+        desk.illegal += 1
+        return
+    if c == load.answered_by:
+        return
+    cached_tokens = 0
+    if desk.prefix_block_tokens > 0:
+        cached_tokens = int(signals[v.CACHED_TOKENS, w, c])
+        prefix_kernel.insert(index, loads, w, c, i, desk.now_s)
+    sessions.sent(desk, load, own[w, c])
+    counts[w, books.HEDGED, load.class_index] += 1
+    actions[w, kinds[c]] += 1
+    row = hedge.take_row(requests, desk, loads, follow, w, i, c, cached_tokens, own[w, c].price_times)
+    _send(config, static, sigmas, pools, tables, worlds, replicas, slots, providers, requests, desks, load, row, w, c)
+
+
+@kernel
 def _act(
     config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, entries, follow, lengths, ledger_usd, counts, actions, legal, w, c,
@@ -185,14 +229,12 @@ def _act(
     actions[w, kind] += 1
     load = loads[w, i]
     k = load.class_index
-    if kind == v.REPLICA:
+    if kind <= v.PROVIDER:
         load.answered_by = c
-        engine.submit(pools, tables, worlds, replicas, slots, providers, requests, w, c, i, now_s)
-    elif kind == v.PROVIDER:
-        p = c - config[0].n_replicas
-        ttft_s, tpot_s = _provider_latency(static, sigmas, load, c, p)
-        load.answered_by = c
-        submit_provider(pools, tables, worlds, replicas, slots, providers, requests, w, p, i, now_s, ttft_s, tpot_s)
+        _send(config, static, sigmas, pools, tables, worlds, replicas, slots, providers, requests, desks, load,
+              hedge.row_of(follow, w, i), w, c)  # fmt: skip
+        if follow.hedges.shape[1] > 0:
+            hedge.set_timer(follow, loads, w, i, now_s)
     elif kind == v.CACHE:
         tasks.mark(follow, ledger_usd, loads, w, i)
         if load.turned_down > 0:
@@ -216,6 +258,52 @@ def _act(
 
 
 @kernel
+def _post_spare(config, static, requests, desks, loads, own, follow, ledger_usd, counts, w, i, row):
+    """Posts what the call in `row`, which ended without answering request `i`, has cost."""
+    load, call, calls = loads[w, i], requests[w, row], follow.hedges[w, i]
+    k, c = load.class_index, calls.second
+    sessions.ended(desks[w], load, own[w, c])
+    counts[w, books.RESTARTS, k] += call.restarts
+    prompt_tokens, tokens = load.prompt_tokens, 0
+    if call.status == COMPLETED:
+        tokens = load.output_tokens
+    elif not math.isnan(call.first_token_at_s):
+        tokens = 1  # it was cancelled at that instant
+    tasks.mark(follow, ledger_usd, loads, w, i)
+    if c < config[0].n_replicas:
+        prompt_tokens = max(min(call.computed, prompt_tokens) - call.cached_tokens, 0)
+        usd = books.tokens_usd(prompt_tokens, tokens, static[v.INPUT_USD, c], static[v.OUTPUT_USD, c])
+        books.post(ledger_usd, w, books.ENERGY, k, -usd)
+    elif call.status == COMPLETED or call.status == ABANDONED:
+        usd = books.answer_usd(
+            prompt_tokens, min(calls.second_cached, prompt_tokens), tokens,
+            static[v.INPUT_USD, c], static[v.CACHED_INPUT_USD, c], static[v.OUTPUT_USD, c],
+        )  # fmt: skip
+        books.post(ledger_usd, w, books.API_SPEND, k, -calls.second_times * usd)
+    tasks.book(follow, ledger_usd, loads, w, i)
+    calls.second = -1
+
+
+@kernel
+def _note_end(config, static, requests, desks, loads, own, follow, ledger_usd, counts, w, row):
+    """The call in `row` has ended; returns the request that is over with it, or -1 if that has another call."""
+    i = row - desks[w].n_requests if row >= desks[w].n_requests else row
+    calls = follow.hedges[w, i]
+    if calls.state == hedge.RACING:  # and it has ended without a token
+        hedge.end_race(desks[w], follow, w, i)
+        if row == calls.row:
+            hedge.change_over(desks[w], loads, follow, w, i)
+        if requests[w, row].status == LOST:
+            elastic.note_call(own[w, calls.second], True, requests[w, row].completed_at_s)
+    elif row == calls.row:
+        if calls.state == hedge.TIMED:
+            hedge.drop_timer(follow, loads, w, i)
+        return i
+    _post_spare(config, static, requests, desks, loads, own, follow, ledger_usd, counts, w, i, row)
+    return -1
+
+
+@kernel
 def _collect(
     config, terms, static, tiers, worlds, requests, desks, loads, truth, good, own, entries, follow, lengths,
     ledger_usd, counts, w,
@@ -223,12 +311,15 @@ def _collect(
     """Posts every request that finished since the last call."""
     i = engine.pop_finished(worlds, requests, w)
     while i >= 0:
-        tasks.mark(follow, ledger_usd, loads, w, i)
-        _post_finished(
-            config, terms, static, tiers, requests, desks, loads, truth, good, own, entries, follow, lengths,
-            ledger_usd, counts, w, i,
-        )  # fmt: skip
-        tasks.book(follow, ledger_usd, loads, w, i)
+        if follow.hedges.shape[1] > 0:
+            i = _note_end(config, static, requests, desks, loads, own, follow, ledger_usd, counts, w, i)
+        if i >= 0:
+            tasks.mark(follow, ledger_usd, loads, w, i)
+            _post_finished(
+                config, terms, static, tiers, requests, desks, loads, truth, good, own, entries, follow, lengths,
+                ledger_usd, counts, w, i,
+            )  # fmt: skip
+            tasks.book(follow, ledger_usd, loads, w, i)
         i = engine.pop_finished(worlds, requests, w)
 
 
@@ -241,7 +332,7 @@ def _buy_out(
 
     A request with an answer in hand gets that.
     """
-    load, request = loads[w, i], requests[w, i]
+    load, request = loads[w, i], requests[w, hedge.row_of(follow, w, i)]
     p = terms.last_provider[load.class_index]
     tasks.mark(follow, ledger_usd, loads, w, i)
     if load.turned_down > 0:
@@ -270,6 +361,20 @@ def _buy_out(
 
 
 @kernel
+def _run_races(pools, tables, worlds, replicas, slots, providers, requests, desk, loads, follow, counts, w):
+    """At the horizon: runs the fleet until no race can be decided any more."""
+    now_s = desk.now_s
+    while True:
+        now_s = hedge.safe_until_s(replicas, requests, desk, follow, w, now_s)
+        if math.isinf(now_s):
+            return
+        engine.advance(pools, tables, worlds, replicas, slots, providers, requests, w, now_s)
+        hedge.decide_races(
+            pools, tables, worlds, replicas, slots, providers, requests, desk, loads, follow, counts, w, now_s
+        )  # fmt: skip
+
+
+@kernel
 def _settle(
     config, terms, static, sigmas, tiers, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, truth, good, own, entries, follow, lengths, ledger_usd, counts, w,
@@ -289,6 +394,10 @@ def _settle(
     desk.held_tail = -1
     if desk.elastic == 1:
         elastic.lose_hanging(pools, worlds, replicas, slots, requests, w, desk.now_s)
+    if desk.race_head >= 0:
+        _run_races(
+            pools, tables, worlds, replicas, slots, providers, requests, desk, loads, follow, counts, w
+        )  # fmt: skip
     engine.drain(pools, tables, worlds, replicas, slots, providers, requests, w)
     _collect(
         config, terms, static, tiers, worlds, requests, desks, loads, truth, good, own, entries, follow, lengths,
@@ -302,6 +411,8 @@ def _settle(
         )  # fmt: skip
     if follow.workflows.shape[0] > 0:
         tasks.end_episode(follow, ledger_usd, w)
+    if follow.hedges.shape[1] > 0:
+        hedge.end_episode(requests, desk, follow, w)
     if desk.window_closes_s < np.inf:
         contracts.close_windows(terms, desk, ledger_usd, w, np.inf)
     desk.done = 1
@@ -358,12 +469,19 @@ def _go_on(
         ready_s = sessions.ready_s(desk, loads, w)
         next_s = min(arrival_s, offer_s, retry_s, ready_s)
         pause_s = min(change_s, desk.window_closes_s, sessions.safe_until_s(worlds, replicas, desk, own, w))
+        if follow.hedges.shape[1] > 0:
+            pause_s = min(pause_s, hedge.due_s(follow, requests, desk, loads, w))
+            pause_s = min(pause_s, hedge.safe_until_s(replicas, requests, desk, follow, w, desk.now_s))
         last = min(next_s, pause_s) >= desk.horizon_s
         until_s = desk.horizon_s if last else min(next_s, pause_s)
         if desk.elastic == 1:
             scaling.advance(pools, tables, worlds, replicas, slots, providers, requests, w, until_s)
         else:
             engine.advance(pools, tables, worlds, replicas, slots, providers, requests, w, until_s)
+        if desk.race_head >= 0:
+            hedge.decide_races(
+                pools, tables, worlds, replicas, slots, providers, requests, desk, loads, follow, counts, w, until_s
+            )  # fmt: skip
         _collect(
             config, terms, static, tiers, worlds, requests, desks, loads, truth, good, own, entries, follow, lengths,
             ledger_usd, counts, w,
@@ -377,6 +495,11 @@ def _go_on(
             elastic.apply_changes(pools, tables, worlds, replicas, slots, providers, requests, desks, own, changes, w)
             if desk.window_closes_s <= desk.now_s:
                 contracts.close_windows(terms, desk, ledger_usd, w, desk.now_s)
+            if follow.hedges.shape[1] > 0:
+                i = hedge.pop_due(terms, replicas, providers, requests, desk, loads, follow, w)
+                if i >= 0:
+                    desk.current, desk.hedging, desk.elapsed_s = i, 1, until_s - begun_s
+                    return
             continue
         desk.elapsed_s = until_s - begun_s
         if last:
@@ -464,10 +587,14 @@ def _show(
     elif desk.tried == 1:
         tasks.show_nothing(signals, request_view, w)
         desk.tried = 0
+    if desk.shown_at >= 0:
+        hedge.show_nothing(desk, signals, w)
     term = terms.by_class[load.class_index]
     deadline_left_s = load.arrived_at_s + load.deadline_s - desk.now_s
     legal[w, c + 1] = term.delay_tolerant > 0.0 and deadline_left_s > 2.0 * config[0].hold_s
     legal[w, c + 2] = True
+    if desk.hedging == 1:
+        hedge.show(requests, desk, loads, follow, signals, legal, w, c)
 
     request_view[v.PROMPT_TOKENS, w] = load.prompt_tokens
     request_view[v.EXPECTED_OUTPUT_TOKENS, w] = lengths[load.gateway, load.class_index, load.task_index].value
@@ -545,7 +672,13 @@ def step(
             statics[member],
             all_sigmas[member],
         )
-        if c != BEGIN:
+        if desks[w].hedging == 1:
+            _hedge(
+                config, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests, desks,
+                loads, index, own, follow, counts, actions, signals, legal, w, c,
+            )  # fmt: skip
+            desks[w].sequence += 1
+        elif c != BEGIN:
             if 0 <= c < kinds.shape[0] and kinds[c] <= v.PROVIDER and legal[w, c]:
                 sessions.sent(desks[w], loads[w, desks[w].current], own[w, c])
                 loads[w, desks[w].current].price_times = own[w, c].price_times
@@ -555,7 +688,8 @@ def step(
                         gateways.note_prefill(lengths, loads[w, desks[w].current], signals[v.CACHED_TOKENS, w, c])
                 tasks.note_send(follow, desks, loads, w, c)
                 if desks[w].prefix_block_tokens > 0:
-                    prefix_kernel.note_send(index, desks, loads, requests, signals, w, c)
+                    row = hedge.row_of(follow, w, desks[w].current)
+                    prefix_kernel.note_send(index, desks, loads, requests, signals, w, c, row)
             _act(
                 config, terms, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests,
                 desks, loads, entries, follow, lengths, ledger_usd, counts, actions, legal, w, c,
@@ -574,3 +708,6 @@ def step(
             )  # fmt: skip
             if desks[w].prefix_block_tokens > 0:
                 prefix_kernel.show_cached(index, replicas, desks, loads, signals, legal, w)
+        elif desks[w].shown_at >= 0:
+            hedge.show_nothing(desks[w], signals, w)
+            legal[w, kinds.shape[0] - 1] = True

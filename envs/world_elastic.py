@@ -57,16 +57,16 @@ def pop_retry(desks, loads, w):
 
 
 @kernel
-def try_again(config, requests, desks, loads, ledger_usd, counts, w, i, account, cost_usd):
-    """Posts what a lost attempt has cost and queues the next one; False if that was the last."""
-    load, request = loads[w, i], requests[w, i]
+def try_again(config, requests, desks, loads, ledger_usd, counts, w, i, row, account, cost_usd):
+    """Posts what a lost attempt, `row` of `requests`, has cost, and queues the next one; False if that was the last."""
+    load, request = loads[w, i], requests[w, row]
     load.attempts += 1
     if load.attempts >= config[0].max_attempts:
         return False
     books.post(ledger_usd, w, account, load.class_index, -cost_usd)
     counts[w, books.RETRIES, load.class_index] += 1
     at_s = request.completed_at_s + config[0].backoff_s
-    engine.reset_request(requests, w, i)
+    engine.reset_request(requests, w, row)
     queue_retry(desks, loads, w, i, at_s)
     return True
 
@@ -150,5 +150,6 @@ def set_replicas(
                 pools, tables, worlds, replicas, slots, providers, requests, w, p, targets[w, p], desk.now_s
             )
         for r in range(replicas.shape[1]):
-            may = allowed[loads[w, desk.current].class_index, r]
-            legal[w, r] = may and scaling.takes_requests(replicas[w, r])
+            load = loads[w, desk.current]
+            legal[w, r] = allowed[load.class_index, r] and scaling.takes_requests(replicas[w, r])
+            legal[w, r] |= desk.hedging == 1 and r == load.answered_by

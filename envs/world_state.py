@@ -98,6 +98,9 @@ DESK = np.dtype(
         ("change", "i4"),  # next row of the world's faults
         ("n_changes", "i4"),
         ("sequence", "i4"),
+        ("hedging", "i4"),  # 1: the current decision is about a second call, see world_hedge.py
+        ("race_head", "i4"),  # requests that have two calls under way, -1: none
+        ("shown_at", "i4"),  # candidate at which the View shows the current request under way, -1: none
         ("judged_head", "i4"),  # answers whose judgement is on its way
         ("judged_tail", "i4"),
         ("lru_head", "i4"),  # least recently used key of the response cache

@@ -29,6 +29,7 @@ import numpy as np
 
 from envs import world_accounts as contracts
 from envs import world_elastic as elastic
+from envs import world_hedge as hedging
 from envs import world_sessions as sessions
 from envs.economics import ledger as books
 from envs.fleet import engine
@@ -107,7 +108,7 @@ BEGUN, DONE, LOST, CALLS, ANSWERED = range(5)
 
 
 class TaskArrays(NamedTuple):
-    """Verifiers and tasks of all worlds."""
+    """Verifiers, tasks and second calls of all worlds."""
 
     verifiers: Any  # (K, J) VERIFIER
     trials: Any  # (N, M) TRIAL, or no columns
@@ -118,6 +119,8 @@ class TaskArrays(NamedTuple):
     counts: Any  # (N, 5, W)
     before: Any  # (N, A) scratch: a class's accounts before a posting
     shared_luck: Any  # (1,) 1.0 or 0.0
+    hedges: Any  # (N, M) world_hedge.HEDGE, or no columns
+    timers: Any  # (N, K) world_hedge.TIMER
     results: Any  # (N, T) when the latest result of a tool's key came in, -inf: never
 
 
@@ -140,7 +143,7 @@ def passes(follow, requests, loads, ledger_usd, w, i, answer):
 
     The time of the look passes in either case; the last answer that is allowed is delivered without one.
     """
-    load, request = loads[w, i], requests[w, i]
+    load, request = loads[w, i], requests[w, hedging.row_of(follow, w, i)]
     verifier = follow.verifiers[load.class_index, load.task_index]
     if load.turned_down + 1 >= verifier.max_attempts:
         return True
@@ -156,7 +159,8 @@ def passes(follow, requests, loads, ledger_usd, w, i, answer):
 @kernel
 def turn_down(follow, requests, desks, loads, ledger_usd, counts, w, i, tier, answer, account, cost_usd):
     """Posts the cost of an answer that failed, keeps it in hand, queues the next decision; False if the user leaves."""
-    load, request, trial = loads[w, i], requests[w, i], follow.trials[w, i]
+    row = hedging.row_of(follow, w, i)
+    load, request, trial = loads[w, i], requests[w, row], follow.trials[w, i]
     k = load.class_index
     counts[w, books.TURNED_DOWN, k] += 1
     leave_share = follow.verifiers[k, load.task_index].leave_share
@@ -168,7 +172,7 @@ def turn_down(follow, requests, desks, loads, ledger_usd, counts, w, i, tier, an
     trial.tier, trial.good, trial.tried = tier, answer, trial.tried | (1 << tier)
     trial.first_token_at_s, trial.at_s = request.first_token_at_s, request.completed_at_s
     load.turned_down += 1
-    engine.reset_request(requests, w, i)
+    engine.reset_request(requests, w, row)
     elastic.queue_retry(desks, loads, w, i, trial.at_s)
     return True
 
@@ -176,7 +180,7 @@ def turn_down(follow, requests, desks, loads, ledger_usd, counts, w, i, tier, an
 @kernel
 def deliver_in_hand(config, terms, follow, requests, desks, loads, ledger_usd, counts, w, i):
     """Request `i` gets the answer that it has in hand, now."""
-    load, request, trial = loads[w, i], requests[w, i], follow.trials[w, i]
+    load, request, trial = loads[w, i], requests[w, hedging.row_of(follow, w, i)], follow.trials[w, i]
     now_s = desks[w].now_s
     request.status, request.first_token_at_s, request.completed_at_s = COMPLETED, trial.first_token_at_s, now_s
     ttft_s, gaps = trial.first_token_at_s - load.arrived_at_s, max(load.output_tokens - 1, 1)

@@ -78,6 +78,7 @@ class Plant:
         shared_luck: whether one luck decides for all models.
         static_signals: (S_static, C) first rows of the View's signals.
         sigmas: (max(V, 1), 2) spread of ln TTFT and ln TPOT of providers.
+        hedge_after_s: (K,) without a first token, after which a second call is decided about; inf: never.
         gpu_usd_per_s: (R,) price of each replica while it is paid.
         hazard_usd: (3, K) lifetime value that a bad answer, a missed SLO and no answer cost in expectation.
         priority: (K,) of the classes, where a pool schedules by it.
@@ -100,6 +101,7 @@ class Plant:
         self.sigmas = np.array(sigmas or [(0.0, 0.0)], dtype=np.float64)
         self.gpu_usd_per_s = self._gpu_usd_per_s()
         self.hazard_usd = scenario_terms.hazard_usd(scenario)
+        self.hedge_after_s = np.array([c.hedge_after_s or np.inf for c in scenario.plans.classes.values()])
         self.priority = np.array([customer.priority for customer in scenario.plans.classes.values()], dtype=np.int64)
         self.slots = np.array([float(p.max_num_seqs) for p in self.spec.pools])
         quality = scenario.workload_spec.quality
@@ -265,8 +267,9 @@ class FleetWorlds:
         self._rows = 0
         self.customers = CustomerAccounts([member.terms for member in self.plant.members], n)
         self.answers = CachedAnswers(self.plant.cache_access, self.plant.config[0], n)
-        self.books = TaskBooks(self.plant.verifiers, self.plant.workflows, self.plant.shared_luck, self._lookup_s(), n)
-        sends = int(self.plant.config[0]["max_attempts"]) + max(self.books.attempts - 1, 0)
+        plant, self.hedges = self.plant, any((x.hedge_after_s < np.inf).any() for x in self.plant.members)
+        self.books = TaskBooks(plant.verifiers, plant.workflows, plant.shared_luck, self._lookup_s(), n, self.hedges)
+        sends = (int(plant.config[0]["max_attempts"]) + max(self.books.attempts - 1, 0)) * (1 + self.hedges)
         self.prefixes = GatewayPrefixes(self.plant.static_signals, stations, n, sends, gateways)
         self._allocate(max_requests, 0)
         self._caps = self._per_replica(None)
@@ -343,7 +346,7 @@ class FleetWorlds:
     def load(self, w: int, workload: Workload) -> None:
         """Puts a new episode into world `w` and takes it to its first decision."""
         m, member = workload.n_requests, self.plant.members[workload.variant]
-        hashes = hashes_of(workload, self.plant.spec)
+        hashes = self._hashes(workload)
         self._make_room([workload])
         load = self.loads[w, :m]
         for name in ("arrived_at_s", "deadline_s", "patience_s", "difficulty_signal", "class_index", "task_index"):
@@ -361,13 +364,14 @@ class FleetWorlds:
             load["gateway"] += self.n_worlds * instance_of(workload, gateways, self.plant.scenario.fleet.gateway_spread)
         self.prefixes.load(w, workload, load)
         self.prior[w, :m], self.truth[w, :m], self.good[w, :m] = workload.p_good_prior, workload.p_good, workload.good
-        requests = self.fleet.requests[w, :m]
-        requests["prompt_tokens"], requests["output_tokens"] = workload.prompt_tokens, workload.output_tokens
-        requests["priority"] = member.priority[workload.class_index]
-        requests["patience_until_s"] = workload.arrived_at_s + workload.patience_s - embed_s
-        requests["expected_cached_tokens"] = 0
+        for requests in (self.fleet.requests[w, :m], self.fleet.requests[w, m : 2 * m])[: 1 + self.hedges]:
+            requests["prompt_tokens"], requests["output_tokens"] = workload.prompt_tokens, workload.output_tokens
+            requests["priority"] = member.priority[workload.class_index]
+            requests["patience_until_s"] = workload.arrived_at_s + workload.patience_s - embed_s
+            requests["expected_cached_tokens"] = 0
         load_hashes(self.fleet, w, hashes, check=False)
         self.signals[v.CACHED_TOKENS, w], self.signals[v.SESSION_IDLE_S, w] = 0.0, v.UNLIMITED
+        self.signals[v.UNDER_WAY_S, w] = 0.0
         self.request[v.TASK_VALUE_USD, w] = self.request[v.TASK_CALL, w] = 0.0
         desk = self.desks[w : w + 1]
         desk[...] = np.zeros((), dtype=DESK)
@@ -379,6 +383,7 @@ class FleetWorlds:
         self._load_faults(w, workload)
         load_sessions(workload, desk, load)
         self.books.load(w, workload, desk, load)
+        self.books.arrays.timers["after_s"][w] = member.hedge_after_s
         desk["window_closes_s"] = self.customers.load(w, workload, load, self._arguments[1].by_class[workload.variant])
         static, stations = member.static_signals, self.own.shape[1]
         self.signals[: v.N_STATIC_SIGNALS, w] = static
@@ -402,11 +407,16 @@ class FleetWorlds:
         choices[w] = kernel.BEGIN
         kernel.step(*self._arguments, choices)
 
+    def _hashes(self, workload: Workload) -> tuple[Array, Array]:
+        """Block hashes of the rows of `requests`, ragged; twice where a request may have two calls."""
+        counts, flat = hashes_of(workload, self.plant.spec)
+        return (np.tile(counts, 2), np.tile(flat, 2)) if self.hedges else (counts, flat)
+
     def _make_room(self, workloads: Sequence[Workload]) -> None:
         """Grows every array that one of these episodes does not fit into."""
         self._allocate(
-            max(x.n_requests for x in workloads),
-            max(len(hashes_of(x, self.plant.spec)[1]) for x in workloads),
+            max(x.n_requests for x in workloads) * (1 + self.hedges),
+            max(len(self._hashes(x)[1]) for x in workloads),
         )
         rooms = (self.prefixes, self.answers, self.books, self.customers)
         if any([room.make_room(x) for x in workloads for room in rooms]):

@@ -159,6 +159,8 @@ def _class_document(results: EpisodeResults, k: int) -> dict[str, Any]:
         "failed": float(results.share("failed")[k]),
         "refused": float(results.share("refused")[k]),
         "deferred": float(results.share("deferred")[k]),
+        "hedged": float(results.share("hedged")[k]),
+        "hedges_won": float(results.share("hedges_won")[k]),
         **{
             f"{metric}_s": {f"p{q}": float(results.latency_s(metric, q / 100.0)[k]) for q in LATENCY_PERCENTILES}
             for metric in METRICS

@@ -104,6 +104,9 @@ def _note(report: Report, first: EpisodeResults) -> str:
         note = f"{note}. lifetime: customer lifetime value lost, {'part of' if counted else 'beside'} the margin"
     if any(results.count("refused").any() for results in report.results.values()):
         note = f"{note}. refused: turned away by contract (429), of all calls; the other shares are of the rest"
+    if any(results.count("hedged").any() for results in report.results.values()):
+        twice = {n: r.count("hedged").sum() / r.count("calls").sum() for n, r in report.results.items()}
+        note = f"{note}. Sent twice, of all calls: {', '.join(f'{n} {x:.1%}' for n, x in twice.items())}"
     if fairness_documents(first):
         note = f"{note}. Jain's index: of the SLO attainment of a class's customers; 1: all alike"
     return f"{note}. SLO: answered inside every SLO of the class; lost: shed, abandoned or failed."

@@ -10,8 +10,8 @@ a single decision:
 - The rest runs over rows (C,) of one buffer per thread, in such an order that neighbours go through a call together,
   and that a sum of rows, weighted by numbers of the request, is one product of a vector and a matrix.
 
-A fast path says None wherever it does not apply (other constants, stale telemetry, drift, a number that is not
-finite): then the general path decides. A property test holds the two to each other.
+A fast path says None wherever it does not apply (other constants, stale telemetry, drift, a hedge timer, a number that
+is not finite): then the general path decides. A property test holds the two to each other.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ def worker_of(name: str, fleet: Fleet, scorer: Scorer | None, max_age_s: float, 
     later, explain = fast_parts.later_and_floors(fleet, buffer), fast_parts.explainer(name, fleet, buffer)
     rank = None if scorer is None else fast_parts.ranker(fleet, buffer, scorer, max_far)
     temperature_share = 0.0 if scorer is None else scorer.temperature_share
-    score_usd = buffer.score_usd
+    score_usd, shed = buffer.score_usd, fleet.layout.n_candidates - 1
 
     def decide(view: View) -> Decision | None:
+        if not view.legal.item(shed):
+            return None  # a hedge timer
         request = read(view)
         if request is None:
             return None

@@ -12,6 +12,7 @@ of a station (USD per second of engine work) tuned; it stands for the requests t
 (revenue management's bid price, Talluri & van Ryzin, The Theory and Practice of Revenue Management, ch. 3).
 A *floor* (a class must reach an SLO attainment or an answer quality, or may lose only so many requests) enters the
 score as its multiplier: so many USD per call of the class that meets its SLOs, gets a good answer, or gets one at all.
+At a hedge timer the candidates that would get a second call are worth what `marginroute.hedging` says.
 All functions work on (..., C) arrays.
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from marginroute import latency, pricing
+from marginroute import hedging, latency, pricing
 from marginroute import view as v
 from marginroute.decision import Decision, best_legal, explain
 from marginroute.errors import InputError
@@ -203,6 +204,7 @@ def assess(view: View, parameters: MarginParameters, quality: FittedQuality | No
     s, layout, asked = view.signals, view.layout, view.asked
     p_good = s[v.P_GOOD_PRIOR] if quality is None else quality.p_good(view)
     latency_s, work_s = latency.estimate(view)
+    pair = hedging.pair_of(view, latency_s[0], parameters.sharpness)
     prompt_tokens, output_tokens = asked(v.PROMPT_TOKENS), asked(v.EXPECTED_OUTPUT_TOKENS)
     usage_usd = np.asarray(
         asked(v.REQUEST_USD)
@@ -220,7 +222,12 @@ def assess(view: View, parameters: MarginParameters, quality: FittedQuality | No
     np.add(missed[0], missed[1] * output_tokens, out=missed[2])
     missed[3] = missed[0]
     missed = p_exceeds(missed, view.request[v.SLO_TTFT_S : v.PATIENCE_S + 1, ..., None], parameters.sharpness)
-    stay = (_ONE - missed[3]) * ((_ONE - s[v.RECENT_ERRORS]) * layout.answers)
+    errors = s[v.RECENT_ERRORS]
+    if pair is not None:
+        ttft, tpot, e2e, patience = missed
+        missed = np.array([pair.both(ttft), pair.of_winner(tpot), pair.both(e2e), pair.both(patience)])
+        errors, p_good = pair.both(errors), pair.of_winner(p_good)
+    stay = (_ONE - missed[3]) * ((_ONE - errors) * layout.answers)
     bad_usd = stay * bad_now_usd
     fill = s[v.IN_FLIGHT] / s[v.SLOTS]
 
@@ -231,6 +238,11 @@ def assess(view: View, parameters: MarginParameters, quality: FittedQuality | No
     )
     np.add(paid_usd, s[v.CALL_USD], out=cost_usd)
     cost_usd += s[v.CACHED_TOKENS] * np.asarray(asked(v.INPUT_PRICE_USD) - asked(v.CACHED_INPUT_PRICE_USD))
+    if pair is not None:
+        prompt_usd = pricing.answer_usd(
+            prompt_tokens, s[v.CACHED_TOKENS], 0.0, s[v.INPUT_USD], s[v.CACHED_INPUT_USD], s[v.OUTPUT_USD]
+        )
+        cost_usd[...] = pair.of_winner(cost_usd) + pair.of_loser(prompt_usd)
     credited_share = missed[0] * asked(v.TTFT_CREDIT_SHARE) + missed[1] * asked(v.TPOT_CREDIT_SHARE)
     credited_share += missed[2] * asked(v.E2E_CREDIT_SHARE)
     np.multiply(stay, pricing.service_credit_usd(value_usd, credited_share), out=credit_usd)
@@ -241,6 +253,9 @@ def assess(view: View, parameters: MarginParameters, quality: FittedQuality | No
     np.multiply(bad_share, bad_usd, out=refund_usd)
     rise = np.power(np.minimum(fill, _MAX_FILL), parameters.fill_power)
     np.multiply(parameters.price.take(layout.station, axis=-1) * work_s, rise, out=congestion_usd)
+
+    if pair is not None:
+        congestion_usd[...] = pair.taken(congestion_usd)
 
     margin_usd = stay * np.asarray(usage_usd + unserved_usd)
     margin_usd -= unserved_usd

@@ -61,7 +61,8 @@ SIGNALS = (
     ("pending_prefill_tokens", "prompt tokens in flight without a first token yet, less those expected to be cached"),
     ("waiting", "scraped: requests waiting in the engine"),
     ("telemetry_age_s", "s since the last scrape"),
-    ("tried", "1: its model has given this request an answer that was turned down"),
+    ("tried", "1: its model has given this request an answer that was turned down, or the request is under way there"),
+    ("under_way_s", "s since the request was sent there, at a hedge timer: choosing it means to wait; 0: it was not"),
 )
 SIGNAL_NAMES = tuple(name for name, _ in SIGNALS)
 (
@@ -100,6 +101,7 @@ SIGNAL_NAMES = tuple(name for name, _ in SIGNALS)
     WAITING,
     TELEMETRY_AGE_S,
     TRIED,
+    UNDER_WAY_S,
 ) = range(len(SIGNALS))
 N_STATIC_SIGNALS = P_GOOD_PRIOR
 

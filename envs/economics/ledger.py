@@ -9,7 +9,7 @@ happens, and follow-ups of sessions. `lost_calls` never will, since a request be
 were answered from the response cache; `wrong_hits` are those of them whose answer was to another question.
 `turned_down` counts answers that failed before a verifier; `tool_calls` and `tool_hits` what was asked of tools, and
 what was answered from the cache of their results instead. `refused` were turned away by their contract (429), with
-nothing owed.
+nothing owed. `hedged` were sent a second time while they waited, and `hedges_won` answered by that second call.
 
 *Owed*: whether a request's contract owes anything for it; nothing is paid back for one beyond a fair-use quota.
 """
@@ -82,6 +82,8 @@ COUNTS = (
     "tool_calls",
     "tool_hits",
     "refused",
+    "hedged",
+    "hedges_won",
 )
 (
     FIRST_CALLS,
@@ -107,7 +109,9 @@ COUNTS = (
     TOOL_CALLS,
     TOOL_HITS,
     REFUSED,
-) = range(23)
+    HEDGED,
+    HEDGES_WON,
+) = range(25)
 
 tokens_usd = kernel(pricing.tokens_usd, inline="always")
 answer_usd = kernel(pricing.answer_usd, inline="always")

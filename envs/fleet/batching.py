@@ -559,6 +559,19 @@ def _complete(world, rep, requests, w, i, now_s):
 
 
 @kernel
+def drop_decode(pool, extras, world, rep, slots, requests, w, r, i, now_s):
+    """Ends a decode before its last token, between two iterations."""
+    heap_remove(slots, w, rep.slot_at, rep.batch, i)
+    _leave_batch(pool, extras, rep, slots, requests, w, r, i)
+    running_remove(rep, requests, w, i)
+    rep.decoding -= 1
+    rep.decoding_tokens -= requests[w, i].computed + 1
+    _end_request(world, rep, requests, w, i, ABANDONED, now_s)
+    if rep.hold_head >= 0:
+        release_held(pool, extras, rep, slots, requests, w)
+
+
+@kernel
 def _end_prefill(pool, extras, world, rep, slots, requests, w, r, i, now_s):
     """A prefill is complete and has produced a token."""
     request = requests[w, i]

@@ -173,3 +173,28 @@ def end_provider_calls(world, providers, requests, w, until_s):
             request.status = ABANDONED
             world.abandoned += 1
         finished_append(world, requests, w, i)
+
+
+@kernel
+def cancel_call(world, providers, requests, w, i, now_s):
+    """Ends a call that nobody waits for any more as ABANDONED; what it has used of the rate limits stays used."""
+    request = requests[w, i]
+    provider = providers[w, -1 - request.replica]
+    if math.isnan(request.first_token_at_s) and request.completed_at_s < request.patience_until_s:
+        world.doomed_calls -= 1
+    p = 0
+    while requests[w, p].call_heap != i:
+        p += 1
+    while p > 0:
+        parent = (p - 1) >> 1
+        requests[w, p].call_heap = requests[w, parent].call_heap
+        p = parent
+    requests[w, 0].call_heap = i
+    _pop_call(world, requests, w)
+    provider.in_flight -= 1
+    if request.first_token_at_s <= now_s:
+        _take_tokens(provider, 1, now_s)
+    else:
+        request.first_token_at_s = math.nan
+    world.abandoned += 1
+    _end_at_once(world, requests, w, i, ABANDONED, now_s)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from envs import world_sessions as sessions
 from envs.economics import ledger as books
-from envs.fleet.state import ABANDONED, COMPLETED, FAILED, NOT_SUBMITTED
+from envs.fleet.state import ABANDONED, COMPLETED, FAILED, IN_FLIGHT, NOT_SUBMITTED
 from envs.scenario import Scenario
 from envs.worlds import FleetWorlds
 from marginroute import view as v
@@ -101,6 +101,15 @@ def shaky_scenarios(draw):
     return Scenario.model_validate(data)
 
 
+@st.composite
+def hedged_scenarios(draw):
+    """The shaky scenarios with classes that send a late call twice."""
+    data = draw(shaky_scenarios()).model_dump(exclude={"ranges", "conditions"})
+    for customer in data["plans"]["classes"].values():
+        customer["hedge_after_s"] = draw(st.sampled_from([None, 0.02, 0.3]))
+    return Scenario.model_validate(data)
+
+
 def held_jobs(worlds, w, head="held_head"):
     """Requests in the batch queue, or in that of retries, by walking its list."""
     i, jobs = int(worlds.desks[head][w]), []
@@ -116,9 +125,12 @@ def check_step(worlds):
     calls = worlds.counts[:, books.CALLS].sum(axis=1)
     fleet = worlds.fleet
     flying = fleet.replicas["in_flight"].sum(axis=1) + fleet.providers["in_flight"].sum(axis=1)
+    second = (worlds.books.arrays.hedges["second"] >= 0) & in_episode(worlds, worlds.books.arrays.hedges.shape[1])
+    flying -= second.sum(axis=1)  # of two calls of a request one is in charge
+    hedging = worlds.desks["hedging"] == 1
     for w in range(worlds.n_worlds):
         held = len(held_jobs(worlds, w)) + len(held_jobs(worlds, w, "retry_head"))
-        deciding = 0 if worlds.done[w] else 1
+        deciding = 0 if worlds.done[w] or hedging[w] else 1
         assert calls[w] == ended[w] + flying[w] + held + deciding
     assert (worlds.counts >= 0).all() and (worlds.action_counts >= 0).all()
     assert np.isfinite(worlds.ledger_usd).all()
@@ -127,12 +139,17 @@ def check_step(worlds):
     counters = worlds.signals[[v.IN_FLIGHT, v.HELD, v.PENDING_PREFILL_TOKENS, v.DECODING, v.DECODING_TOKENS]]
     assert (counters >= 0.0).all()
     assert (worlds.signals[v.HELD] <= worlds.signals[v.IN_FLIGHT]).all()
-    assert worlds.legal[:, -1].all()
+    assert (worlds.legal[:, -1] | hedging).all() and worlds.legal.any(axis=1).all()
     np.testing.assert_allclose(worlds.desks["margin_usd"], worlds.ledger_usd.sum(axis=(1, 2)), rtol=1e-12, atol=1e-12)
 
 
-def check_end(worlds, workloads):
-    """What holds when every world has been settled."""
+def in_episode(worlds, rows):
+    """(N, M) bool: rows of the episodes."""
+    return np.arange(rows) < worlds.desks["n_requests"][:, None]
+
+
+def check_end(worlds, workloads, offers):
+    """What holds when every world has been settled, after so many decisions at hedge timers, (N,)."""
     fleet = worlds.fleet
     for field in ("in_flight", "held", "waiting", "running", "kv_used_blocks", "pending_prefill_tokens", "decoding"):
         assert not fleet.replicas[field].any(), field
@@ -164,7 +181,11 @@ def check_end(worlds, workloads):
         assert (cached_tokens == 0) == (from_cache == 0)
         decisions = worlds.desks["sequence"][w]
         again = counts[books.DEFERRED].sum() + counts[books.RETRIES].sum() - settled(worlds, w)
-        assert worlds.action_counts[w].sum() == decisions == counts[books.CALLS].sum() + again
+        assert decisions - offers[w] == counts[books.CALLS].sum() + again
+        hedged = counts[books.HEDGED].sum()
+        assert worlds.action_counts[w].sum() == decisions - offers[w] + hedged
+        assert counts[books.HEDGES_WON].sum() <= hedged <= offers[w]
+        assert worlds.desks["race_head"][w] == -1 and (worlds.books.arrays.timers["head"][w] == -1).all()
 
 
 def check_follow_ups(worlds, w, workload):
@@ -202,7 +223,7 @@ def play_at_random(scenario, seed, illegal, scaling, linked):
     worlds.set_in_flight_caps(None)
     rng = np.random.default_rng(seed)
     weights = rng.random(worlds.legal.shape[1]) ** 3  # most policies prefer something
-    steps = 0
+    steps, offers = 0, np.zeros(2, dtype=np.int64)
     while not worlds.done.all():
         draw = rng.random(worlds.legal.shape) * weights
         choices = np.where(worlds.legal, draw, -1.0).argmax(axis=1)
@@ -210,13 +231,14 @@ def play_at_random(scenario, seed, illegal, scaling, linked):
             choices = np.where(rng.random(2) < 0.2, rng.integers(-1, worlds.legal.shape[1] + 1, 2), choices)
         if scaling and rng.random() < 0.3:
             worlds.set_replicas(rng.integers(0, 6, (2, len(worlds.plant.slots))))
-            assert worlds.legal[:, -1].all()
+            assert (worlds.legal[:, -1] | (worlds.desks["hedging"] == 1)).all()
             continue
+        offers += worlds.desks["hedging"]
         worlds.step(choices)
         check_step(worlds)
         steps += 1
         assert steps < 5000
-    check_end(worlds, workloads)
+    check_end(worlds, workloads, offers)
     return worlds, workloads
 
 
@@ -256,6 +278,23 @@ def test_so_it_is_when_replicas_fail_and_come_and_go(scenario, seed, illegal, sc
         assert (worlds.utilisation[w] <= 1.0 + 1e-9).all()
 
 
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    scenario=hedged_scenarios(),
+    seed=st.integers(0, 1000),
+    illegal=st.booleans(),
+    scaling=st.booleans(),
+    linked=st.booleans(),
+)
+def test_so_it_is_when_late_calls_are_sent_twice(scenario, seed, illegal, scaling, linked):
+    worlds, workloads = play_at_random(scenario, seed, illegal, scaling, linked)
+    for w, workload in enumerate(workloads):
+        world, m = worlds.fleet.worlds[w], workload.n_requests
+        assert world["submitted"] == world["completed"] + world["abandoned"] + world["failed"] + world["lost"]
+        assert (worlds.books.arrays.hedges["second"][w, :m] == -1).all()
+        assert (worlds.fleet.requests["status"][w, : 2 * m] != IN_FLIGHT).all()
+
+
 def test_the_policies_above_reach_every_kind_of_end(hand_scenario):
     """The property is about something: under load all kinds of actions and ends occur."""
     data = copy.deepcopy(by_hand.SCENARIO)
@@ -263,6 +302,8 @@ def test_the_policies_above_reach_every_kind_of_end(hand_scenario):
     data["fleet"]["pools"]["one"] |= {"in_flight_cap": 1}
     data |= {"horizon_s": 10.0, "requests_per_episode": 200}
     data["workload"]["recurring"]["share"] = 0.8
+    for customer in data["plans"]["classes"].values():
+        customer["hedge_after_s"] = 0.2
     scenario = Scenario.model_validate({"name": "busy", **data})
     worlds = FleetWorlds(scenario, 1)
     worlds.load(0, scenario.generate(0))
@@ -270,6 +311,7 @@ def test_the_policies_above_reach_every_kind_of_end(hand_scenario):
     while not worlds.done.all():
         worlds.step(np.where(worlds.legal, rng.random(worlds.legal.shape), -1.0).argmax(axis=1))
     assert (worlds.action_counts[0] > 0).all()
+    assert worlds.counts[0, books.HEDGED].sum() > worlds.counts[0, books.HEDGES_WON].sum() > 0
     assert (worlds.counts[0, [books.SERVED, books.SHED, books.ABANDONED, books.DEFERRED]].sum(axis=1) > 0).all()
 
 

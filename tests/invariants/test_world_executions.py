@@ -15,10 +15,11 @@ from envs.worlds import FleetWorlds
 ROOT = Path(__file__).parents[2]
 
 
-def episode():
+def episode(hedging):
     """Two short worlds of quickstart, one with sessions and prefixes, random legal play: every figure as exact text."""
     caching = {f"fleet.pools.{pool}.prefix_caching": True for pool in ("small", "large")}
-    scenario = load_scenario("quickstart", {"horizon_s": 5.0, "requests_per_episode": 24} | caching)
+    late = {f"plans.classes.{name}.hedge_after_s": 0.05 for name in ("enterprise", "team") if hedging}
+    scenario = load_scenario("quickstart", {"horizon_s": 5.0, "requests_per_episode": 24} | caching | late)
     worlds = FleetWorlds(scenario, 2)
     plain, linked = (scenario.generate(seed, "validation") for seed in (3, 4))
     worlds.load_all([plain, as_sessions(linked, 0, 0.3)])
@@ -38,7 +39,7 @@ def episode():
 
 
 def test_the_interpreter_gives_the_same_numbers():
-    script = "import json, test_world_executions as t; print(json.dumps(t.episode()))"
+    script = "import json, test_world_executions as t; print(json.dumps([t.episode(False), t.episode(True)]))"
     paths = os.pathsep.join(str(folder) for folder in (ROOT, Path(__file__).parent, Path(__file__).parents[1]))
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -49,7 +50,8 @@ def test_the_interpreter_gives_the_same_numbers():
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    interpreted, compiled = json.loads(done.stdout), episode()
-    assert interpreted == compiled
+    interpreted, (compiled, hedged) = json.loads(done.stdout), (episode(False), episode(True))
+    assert interpreted == [compiled, hedged]
+    assert hedged["counts"] != compiled["counts"] and len(hedged["views"]) > len(compiled["views"])
     assert sum(compiled["actions"][0]) >= 24 and sum(compiled["actions"][1]) >= 12
     assert np.count_nonzero(np.sum(compiled["actions"], axis=0)) >= 4

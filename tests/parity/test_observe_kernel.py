@@ -119,6 +119,7 @@ def test_every_part_of_a_view_matters(hand_scenario):
     """Nothing is left out: what changes the gateway's observation changes the compiled one, and the other way round."""
     plant = Plant(hand_scenario)
     worlds = ObservedWorlds(plant, 64, rule(plant.layout, "floors"), None)
+    worlds.hedges = True  # as if a class hedged: only then is the row of hedge timers looked at
     rng = np.random.default_rng(3)
     scramble(worlds, rng)
     before = worlds.observe()
