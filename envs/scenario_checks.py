@@ -113,9 +113,6 @@ def _plans(scenario: Scenario) -> Iterator[Problem]:
             legal = ", ".join(plans.classes)
             yield "workload.class_share", f"has no share for class {name}; legal is one for each of {legal}"
         yield from _entitlements(scenario, name)
-        if customer.hedge_after_s is not None and scenario.fleet.gateways > 1:
-            path = f"plans.classes.{name}.hedge_after_s"
-            yield path, f"{customer.hedge_after_s:g} with {scenario.fleet.gateways} gateways; legal is fleet.gateways 1"
         yield from _allowances(scenario, name)
     tolerant = [name for name, customer in plans.classes.items() if customer.delay_tolerant is not None]
     yield from _batch_endpoints(scenario, tolerant)

@@ -73,7 +73,7 @@ def _post_finished(
     sessions.ended(desks[w], load, own[w, c])
     mine = own[load.gateway, c]
     if config[0].gateways > 1:
-        gateways.ended(own, loads, w, i, c)
+        gateways.ended(own, loads, w, row, c)
     if request.status == LOST:
         elastic.note_call(mine, True, request.completed_at_s)
         prompt_tokens = min(request.computed, load.prompt_tokens)
@@ -191,7 +191,7 @@ def _send(
 @kernel
 def _hedge(
     config, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests, desks, loads, index,
-    own, follow, counts, actions, signals, legal, w, c,
+    own, follow, lengths, counts, actions, signals, legal, w, c,
 ):  # fmt: skip
     """Carries out the choice at a hedge timer: another candidate gets the request too; any other choice is to wait."""
     desk = desks[w]
@@ -211,6 +211,10 @@ def _hedge(
     counts[w, books.HEDGED, load.class_index] += 1
     actions[w, kinds[c]] += 1
     row = hedge.take_row(requests, desk, loads, follow, w, i, c, cached_tokens, own[w, c].price_times)
+    if config[0].gateways > 1:
+        gateways.sent(own, loads, w, row, c)
+        if c < config[0].n_replicas:
+            gateways.note_prefill(lengths, load, cached_tokens)
     _send(config, static, sigmas, pools, tables, worlds, replicas, slots, providers, requests, desks, load, row, w, c)
 
 
@@ -263,6 +267,8 @@ def _post_spare(config, static, requests, desks, loads, own, follow, ledger_usd,
     load, call, calls = loads[w, i], requests[w, row], follow.hedges[w, i]
     k, c = load.class_index, calls.second
     sessions.ended(desks[w], load, own[w, c])
+    if config[0].gateways > 1:
+        gateways.ended(own, loads, w, row, c)
     counts[w, books.RESTARTS, k] += call.restarts
     prompt_tokens, tokens = load.prompt_tokens, 0
     if call.status == COMPLETED:
@@ -294,7 +300,7 @@ def _note_end(config, static, requests, desks, loads, own, follow, ledger_usd, c
         if row == calls.row:
             hedge.change_over(desks[w], loads, follow, w, i)
         if requests[w, row].status == LOST:
-            elastic.note_call(own[w, calls.second], True, requests[w, row].completed_at_s)
+            elastic.note_call(own[loads[w, i].gateway, calls.second], True, requests[w, row].completed_at_s)
     elif row == calls.row:
         if calls.state == hedge.TIMED:
             hedge.drop_timer(follow, loads, w, i)
@@ -349,7 +355,7 @@ def _buy_out(
     load.answered_by, load.cached_tokens, load.price_times = c, 0, own[w, c].price_times
     sessions.sent(desks[w], load, own[w, c])
     if config[0].gateways > 1:
-        gateways.sent(own, loads, w, i, c)
+        gateways.sent(own, loads, w, hedge.row_of(follow, w, i), c)
     request.status, request.dispatched_at_s = COMPLETED, desks[w].now_s
     request.first_token_at_s = desks[w].now_s + ttft_s
     request.completed_at_s = request.first_token_at_s + tpot_s * (load.output_tokens - 1)
@@ -675,7 +681,7 @@ def step(
         if desks[w].hedging == 1:
             _hedge(
                 config, static, sigmas, kinds, pools, tables, worlds, replicas, slots, providers, requests, desks,
-                loads, index, own, follow, counts, actions, signals, legal, w, c,
+                loads, index, own, follow, lengths, counts, actions, signals, legal, w, c,
             )  # fmt: skip
             desks[w].sequence += 1
         elif c != BEGIN:
@@ -683,7 +689,7 @@ def step(
                 sessions.sent(desks[w], loads[w, desks[w].current], own[w, c])
                 loads[w, desks[w].current].price_times = own[w, c].price_times
                 if config[0].gateways > 1:
-                    gateways.sent(own, loads, w, desks[w].current, c)
+                    gateways.sent(own, loads, w, hedge.row_of(follow, w, desks[w].current), c)
                     if kinds[c] == v.REPLICA:
                         gateways.note_prefill(lengths, loads[w, desks[w].current], signals[v.CACHED_TOKENS, w, c])
                 tasks.note_send(follow, desks, loads, w, c)

@@ -6,10 +6,10 @@ rate, which prompt blocks and which session it sent where. Scraped metrics, heal
 rate limits, customers' accounts, SLO windows, the response cache and the line of held requests are common to all.
 
 Memory of world w at instance g is row g N + w of `own`, `lengths` and the prefix index (`loads.gateway`), so that with
-one instance it is row w. With more, its counters are the sums over the requests that it has in flight, which each row
-of `own` lists, and what others have there by `latency.beyond`: at each scrape an instance takes what the engine says
-beyond its own for theirs, until the next one. Arrival rate, number of decisions and prompt tokens that it sends for
-prefill stand in three more rows of `lengths`.
+one instance it is row w. With more, its counters are the sums over the calls that it has in flight, which each row of
+`own` lists by their row of `requests`, and what others have there by `latency.beyond`: at each scrape an instance takes
+what the engine says beyond its own for theirs, until the next one. Arrival rate, number of decisions and prompt tokens
+that it sends for prefill stand in three more rows of `lengths`.
 
 Shapes: N worlds, G instances, M requests, S replicas and providers.
 """

@@ -362,6 +362,8 @@ class FleetWorlds:
         load["gateway"] = w
         if gateways > 1:
             load["gateway"] += self.n_worlds * instance_of(workload, gateways, self.plant.scenario.fleet.gateway_spread)
+        if self.hedges:
+            self.loads["gateway"][w, m : 2 * m] = load["gateway"]
         self.prefixes.load(w, workload, load)
         self.prior[w, :m], self.truth[w, :m], self.good[w, :m] = workload.p_good_prior, workload.p_good, workload.good
         for requests in (self.fleet.requests[w, :m], self.fleet.requests[w, m : 2 * m])[: 1 + self.hedges]:

@@ -256,9 +256,23 @@ def test_the_view_does_not_know_what_is_coming(tmp_path):
     assert seen[0] == seen[1] and len(seen[0]) == 7
 
 
+def test_each_gateway_instance_counts_its_own_second_call(tmp_path):
+    """Of two instances the one that decides sees both calls of its own request, and none of the other's."""
+    world = by_hand.scenario(tmp_path, HEDGING | {"fleet.gateways": 2})
+    rows = [{}, *({"arrived_at_s": 0.25, "class_index": SEATS} for _ in range(6))]
+    worlds = FleetWorlds(world, 1)
+    worlds.load(0, workload(world, *rows))
+    mine, seen = int(worlds.loads["gateway"][0, 0]), []
+    for choice in [API, ONE, *[SHED] * 6]:
+        seen.append((int(worlds.loads["gateway"][0, worlds.desks["current"][0]]), worlds.view().signals[:, 0].copy()))
+        worlds.step(np.array([choice]))
+    assert worlds.done[0] and len({gateway for gateway, _ in seen}) == 2
+    for gateway, signals in seen[2:]:
+        assert signals[v.IN_FLIGHT, [ONE, API]].tolist() == [float(gateway == mine), 0.0]
+    assert (worlds.own["sent_head"] == -1).all()
+
+
 def test_what_does_not_go_together_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"hedge_after_s.*legal is fleet\.gateways 1"):
-        by_hand.scenario(tmp_path, HEDGING | {"fleet.gateways": 2})
     plant = Plant(load_scenario("quickstart", {"plans.classes.team.hedge_after_s": 0.5}))
     with pytest.raises(InputError, match="hedge_after_s, which the fluid surrogate"):
         FluidWorlds(plant, 1)

@@ -105,6 +105,7 @@ def shaky_scenarios(draw):
 def hedged_scenarios(draw):
     """The shaky scenarios with classes that send a late call twice."""
     data = draw(shaky_scenarios()).model_dump(exclude={"ranges", "conditions"})
+    data["fleet"]["gateways"] = draw(st.integers(1, 2))
     for customer in data["plans"]["classes"].values():
         customer["hedge_after_s"] = draw(st.sampled_from([None, 0.02, 0.3]))
     return Scenario.model_validate(data)

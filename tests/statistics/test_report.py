@@ -51,6 +51,8 @@ class ClassModel(Strict):
     failed: Share | None
     refused: Share | None
     deferred: float | None
+    hedged: float | None
+    hedges_won: Share | None
     ttft_s: Percentiles
     tpot_s: Percentiles
     e2e_s: Percentiles
