@@ -3,8 +3,10 @@
 `env_steps_per_cpu_s` is train.py's path: rollouts in one kernel call over all worlds, elapsed-time discount, update.
 The reference is the same environment, network and hyperparameters behind 8 single environments in Stable-Baselines3's
 DummyVecEnv, with its own rollout loop (scalar discount, ledger reward), in the same process. `stock_sb3` is PPO as it
-is usually set up there: MlpPolicy, no mask, 8 environments, batch 64, 10 epochs. Wall figures run one and
-two processes at once, one thread each; they are meaningful on idle cores only.
+is usually set up there: MlpPolicy, no mask, 8 environments, batch 64, 10 epochs; `stock_sbx` the same on JAX, where
+sbx-rl is installed (its threads count as CPU time). CleanRL's package (0.4.8) drives gym, not gymnasium, and so none of
+these environments. Wall figures run one and two processes at once, one thread each; they are meaningful on idle cores
+only.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import time
 from typing import Any
@@ -21,7 +22,7 @@ from envs.worlds import Plant
 from marginroute import features
 
 
-def cpu_seconds(model: PPO, steps: int) -> float:
+def cpu_seconds(model: Any, steps: int) -> float:
     """CPU-seconds of learning `steps` after a first rollout and update that compile and allocate."""
     model.learn(model.n_steps * model.n_envs)
     start = time.process_time()
@@ -65,6 +66,17 @@ def dummy(steps: int, stock: bool) -> float:
     return steps / cpu_seconds(model, steps)
 
 
+def sbx(steps: int) -> float | None:
+    """Steps per CPU-second of Stable-Baselines3's PPO on JAX with `dummy`'s stock settings; None: not installed."""
+    if importlib.util.find_spec("sbx") is None:
+        return None
+    import sbx
+
+    scenario = load_scenario("quickstart")
+    env = DummyVecEnv([lambda: FleetEnv(scenario) for _ in range(8)])
+    return steps / cpu_seconds(sbx.PPO("MlpPolicy", env, n_steps=256, batch_size=64, n_epochs=10, seed=0), steps)
+
+
 def wall_speedup(steps: int) -> float:
     """Two trainings at once against one, per wall second."""
     context = multiprocessing.get_context("spawn")
@@ -90,11 +102,13 @@ def measured(quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     reference = dummy(rollout if quick else 4 * rollout, stock=False)
     common.note("stock Stable-Baselines3")
     stock = dummy(2048 if quick else 16384, stock=True)
+    jax = sbx(2048 if quick else 16384)
     figures: dict[str, Any] = {
         "env_steps_per_cpu_s": round(ours),
         "dummy_vec_env_steps_per_cpu_s": round(reference),
         "ratio_to_dummy_vec_env": round(ours / reference, 2),
         "stock_sb3_steps_per_cpu_s": round(stock),
+        "stock_sbx_steps_per_cpu_s": None if jax is None else round(jax),
     }
     if not quick:
         common.note("one and two processes")
