@@ -15,7 +15,7 @@ from marginroute import view as v
 from marginroute.errors import InputError
 from marginroute.view import Array, Layout
 
-ABILITIES = ("shed", "cache", "defer", "hold")
+ABILITIES = ("shed", "cache", "defer", "hold", "hedge")
 OF_KIND = {v.CACHE: "cache", v.DEFER: "defer", v.SHED: "shed"}  # what a candidate of this kind asks of a gateway
 
 
@@ -30,7 +30,7 @@ class Capabilities:
         acts: whether it can carry anything out; one that only watches decides in shadow mode.
         can: beside sending a request on, any of `ABILITIES`: answer with status 429 (`shed`) or from a response cache
             (`cache`), keep batch work until it is released (`defer`), keep requests until a full replica has room
-            (`hold`).
+            (`hold`), send a call a second time while it has no first token (`hedge`).
         retries: whether a failed attempt is decided again.
         when_we_fail: what becomes of requests while our process is dead or slow.
     """

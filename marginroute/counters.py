@@ -105,6 +105,11 @@ class Counters:
         if entry.estimate_s is not None:
             heapq.heappush(self._expected_first, (entry.begun_at_s + entry.estimate_s[0], id))
 
+    def begun(self, id: str) -> bool:
+        """Whether an entry has its first token, or is not there."""
+        entry = self._entries.get(id)
+        return entry is None or entry.first_token_at_s is not None
+
     def first_token(self, id: str, at_s: float, now_s: float) -> None:
         """The first token came at `at_s`; ignored for an unknown request, or one that has its first token."""
         entry = self._entries.get(id)

@@ -2,7 +2,7 @@
 
 An adapter tells, in this order for one request id:
 
-    decide -> (sent -> first_token? -> progress* -> attempt_failed? -> decide?)* -> finished
+    decide -> (sent -> hedge? -> first_token? -> progress* -> attempt_failed? -> decide?)* -> finished
 
 and carries a decision out where the verdict says `acting`. A request that is decided again after a failed attempt
 avoids the candidates that failed it, as long as there is another. A request of which nothing more is heard for
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from marginroute import latency
+from marginroute import latency, second_call
 from marginroute import view as v
 from marginroute.bundle import Bundle
 from marginroute.control_loop import Report
@@ -78,6 +78,7 @@ class Gateway:
     Attributes:
         decided: decisions by candidate, kind, guard, and whether they are acted on.
         limits: what has been used of each.
+        hedges: times that a second call was asked for, made, and first.
         workers: that share their counters, this one included.
 
     Raises:
@@ -113,6 +114,7 @@ class Gateway:
         self._lock = threading.RLock()
         self._count = 0
         self.decided: dict[tuple[str, str, str, bool], int] = {}
+        self.hedges = {"asked": 0, "sent": 0, "won": 0}
         self.limits, self.workers = LimitBook(limits), 1
         self._companions: list[Companion] = []
         self.holding: Holding | None = None
@@ -224,6 +226,11 @@ class Gateway:
         pending = self._pending.get(id)
         return None if pending is None else pending.arrived_at_s
 
+    def sent_to(self, id: str) -> str:
+        """Candidate that has a pending request; empty: none has. Of two, the first one."""
+        pending = self._pending.get(id)
+        return "" if pending is None else pending.sent_to
+
     def waited_s(self, id: str) -> float | None:
         """Seconds since a pending request's first decision, by the clock that never jumps."""
         pending = self._pending.get(id)
@@ -242,7 +249,11 @@ class Gateway:
                 return False
             if pending.sent_to == candidate and candidate not in pending.tried:
                 return self.holding is not None and self.holding.waits(id)
-            pending.sent_to, waits = candidate, False
+            if candidate == pending.second:
+                return False  # `hedge` has counted it
+            second_call.over(self.state, pending)
+            pending.calls = ()
+            pending.sent_to, pending.sent_s, waits = candidate, self._clock(), False
             if self.holding is not None and pending.verdict.acting:
                 self.state.end(id, "moved")
                 waits = self.holding.sent(id, candidate, runtime.state.in_flight_at(c), self._rank(pending.facts))
@@ -298,23 +309,83 @@ class Gateway:
             self.finished(id, Outcome("abandoned"))
         return left_s
 
-    def first_token(self, id: str, ago_s: float = 0.0) -> None:
-        """The first token of a stream came `ago_s` seconds ago."""
+    def hedge(self, id: str, available: Collection[str] | None = None) -> Verdict | None:
+        """No first token of a request has come so far: who gets it, too. Who has it, means nobody: wait.
+
+        None where there is nothing to decide: this gateway cannot hedge, or the request is with no candidate.
+
+        Args:
+            id: of the request.
+            available: candidates that may serve it now; None: those of its last decision.
+        """
+        if "hedge" not in self._can:
+            return None
         with self._lock:
-            self.state.first_token(id, ago_s)
+            pending, runtime, now_s = self._pending.get(id), self._runtime, self._clock()
+            c = None if pending is None else runtime.index.get(pending.sent_to)
+            if pending is None or c is None or pending.sent_to in pending.tried:
+                return None
+            self._seen(id, pending)
+            facts = pending.facts if available is None else replace(pending.facts, available=available)
+            waits = self.holding is not None and self.holding.waits(id)
+            free = not (waits or pending.calls or self.state.begun(id))
+            if free and self.limits:
+                free = self.limits.ask(facts, self._class(facts), pending.verdict.attempt + 1) is None
+        under_way = c, max(now_s - pending.sent_s, 1e-6)
+        view = view_of(runtime, facts, 2, now_s - pending.began_s, pending.tried, under_way)
+        if pending.runtime is runtime:
+            view.signals[v.P_GOOD_PRIOR] = pending.changing[v.P_GOOD_PRIOR - v.N_STATIC_SIGNALS]
+        second_call.narrow(view, c, free)
+        decision = decision_of(runtime, view, False, reason="drift" if runtime.drift and runtime.drift.drifted else "")
+        acting, attempt = pending.verdict.acting, pending.verdict.attempt
+        with self._lock:
+            self._count += 1
+            key = decision.name, decision.kind, decision.guard, acting
+            self.decided[key] = self.decided.get(key, 0) + 1
+            self.hedges["asked"] += 1
+            still = self._pending.get(id) is pending and runtime.index.get(pending.sent_to) == c and not pending.calls
+            if acting and still and decision.candidate != c:
+                self.hedges["sent"] += 1
+                pending.second, pending.calls = decision.name, (pending.sent_to, decision.name)
+                runtime.state.begin(
+                    second_call.second_key(id),
+                    decision.candidate,
+                    facts.prompt_tokens,
+                    self._class(facts),
+                    facts.task_name,
+                    None,
+                    facts.hashes,
+                    facts.block_tokens,
+                )
+            elif decision.candidate != c and acting:  # it has been answered meanwhile
+                decision = replace(decision, candidate=c, name=pending.sent_to, kind=v.KINDS[view.layout.kind[c]])
+        return Verdict(decision, acting, attempt)
+
+    def first_token(self, id: str, ago_s: float = 0.0, candidate: str = "") -> None:
+        """The first token of a stream came `ago_s` seconds ago; of two calls, from `candidate`; empty: the first."""
+        with self._lock:
+            pending = self._pending.get(id)
+            if pending is not None and pending.second:
+                self.hedges["won"] += second_call.answered_by(self.state, pending, candidate or pending.sent_to)
+            self.state.first_token(id if pending is None else second_call.key_of(pending), ago_s)
 
     def progress(self, id: str, tokens: int) -> None:
         """An answer has streamed `tokens` output tokens so far."""
         with self._lock:
-            self.state.progress(id, tokens)
-
-    def attempt_failed(self, id: str) -> None:
-        """One attempt failed; the gateway may try again."""
-        with self._lock:
-            self.state.end(id, "failed")
             pending = self._pending.get(id)
-            if pending is not None and pending.sent_to:
-                pending.tried.add(pending.sent_to)
+            self.state.progress(id if pending is None else second_call.key_of(pending), tokens)
+
+    def attempt_failed(self, id: str, candidate: str = "") -> None:
+        """One attempt failed; the gateway may try again. Of two calls that at `candidate`; empty: both."""
+        with self._lock:
+            pending = self._pending.get(id)
+            if pending is None:
+                self.state.end(id, "failed")
+            elif not second_call.failed(self.state, pending, candidate):
+                return
+            elif pending.sent_to:
+                pending.tried |= {pending.sent_to, *pending.calls}
+                pending.calls = ()
             if self.holding is not None:
                 self.holding.queue.leave(id)
         self.turn()
@@ -332,8 +403,15 @@ class Gateway:
             runtime = self._runtime
             kind = runtime.bundle.layout.kind[runtime.index.get(outcome.served_by, -1)]
             taught = outcome.output_tokens if kind <= v.PROVIDER else None  # a stored answer says nothing of an engine
-            self.state.end(id, outcome.status, taught, outcome.attempt_ttft_s, outcome.attempt_e2e_s)
             pending = self._pending.pop(id, None)
+            key = id
+            if pending is not None:
+                if pending.second:
+                    self.hedges["won"] += second_call.answered_by(self.state, pending, outcome.served_by)
+                key = second_call.key_of(pending)
+            self.state.end(key, outcome.status, taught, outcome.attempt_ttft_s, outcome.attempt_e2e_s)
+            if pending is not None:
+                second_call.over(self.state, pending)
             if pending is not None and outcome.status == "completed":
                 self._remember_answer(pending, outcome.served_by)
         if pending is None:
@@ -342,6 +420,8 @@ class Gateway:
         for name in ("status", "served_by", "ttft_s", "e2e_s", "prompt_tokens", "output_tokens"):
             setattr(record, name, getattr(outcome, name))
         record.cost_usd = cost_usd_of(pending, outcome) if outcome.cost_usd is None else outcome.cost_usd
+        if pending.calls and outcome.cost_usd is None and record.cost_usd is not None:
+            record.cost_usd += second_call.spare_usd(pending, outcome)
         if self.limits:
             with self._lock:
                 self._settle_spend(pending, record.cost_usd or 0.0)
@@ -453,6 +533,7 @@ class Gateway:
             "decisions": self._count,
             "workers": self.workers,
             **({} if self.holding is None else self.holding.status()),
+            **({"hedges": dict(self.hedges)} if "hedge" in self._can else {}),
         }
 
     def keep(self, companion: Companion) -> None:

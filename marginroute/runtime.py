@@ -53,8 +53,18 @@ class Runtime:
             self.drift.saw(features.context_features(view, self.estimate.assess(view)))
 
 
-def view_of(runtime: Runtime, facts: Facts, attempt: int, waited_s: float, tried: Collection[str]) -> View:
-    """What is known for a decision; candidates that have failed this request are left out while there are others."""
+def view_of(
+    runtime: Runtime,
+    facts: Facts,
+    attempt: int,
+    waited_s: float,
+    tried: Collection[str],
+    under_way: tuple[int, float] | None = None,
+) -> View:
+    """What is known for a decision; candidates that have failed this request are left out while there are others.
+
+    `under_way`: at a hedge timer, who has the request and for how many seconds.
+    """
     layout, index = runtime.bundle.layout, runtime.index
     able = [name for c, name in enumerate(layout.names) if layout.kind[c] <= v.PROVIDER] if tried else ()
     names: Collection[str] | None = facts.available
@@ -80,6 +90,7 @@ def view_of(runtime: Runtime, facts: Facts, attempt: int, waited_s: float, tried
         prompt=facts.prompt,
         session=facts.session,
         trial=facts.trial,
+        under_way=under_way,
     )
 
 

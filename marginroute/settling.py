@@ -31,6 +31,10 @@ class Pending:
         tried: candidates that have failed it.
         sent_to: candidate of the attempt under way.
         reserved_usd: of the spend limits.
+        sent_s: own clock when the attempt under way was sent.
+        second: candidate of a second call while nobody has answered; empty: there is none.
+        second_answers: whether the call that goes on is the second one.
+        calls: candidates that got the request at a time, if two did.
     """
 
     facts: Facts
@@ -47,6 +51,10 @@ class Pending:
     tried: set[str] = field(default_factory=set)
     sent_to: str = ""
     reserved_usd: float = 0.0
+    sent_s: float = 0.0
+    second: str = ""
+    second_answers: bool = False
+    calls: tuple[str, ...] = ()
 
     def view(self) -> View:
         """What the policy saw, at the precision of a record."""

@@ -148,6 +148,16 @@ class GatewayState:
         with self._lock:
             self._counters.progress(id, tokens, self._clock())
 
+    def begun(self, id: str) -> bool:
+        """Whether a request has its first token, or is not in flight (any more)."""
+        with self._lock:
+            return self._counters.begun(id)
+
+    def moved(self, session: str, candidate: str) -> None:
+        """A session's call is answered by another candidate than it was first sent to."""
+        with self._lock:
+            self._sessions.note(session, self.layout.names.index(candidate), self._clock())
+
     def end(
         self,
         id: str,
@@ -222,6 +232,7 @@ class GatewayState:
         prompt: str | None = None,
         session: str = "",
         trial: Trial | None = None,
+        under_way: tuple[int, float] | None = None,
     ) -> View:
         """What is known for the next decision; counts as one, and as an arrival if it is the request's first.
 
@@ -244,6 +255,7 @@ class GatewayState:
                 predictor; it is not kept.
             session: conversation or agent run; empty: none.
             trial: what a verifier has turned down; its last answer may be delivered in place of a stored one.
+            under_way: at a hedge timer: candidate that has the request, whose choice means to wait, and for how long.
 
         Raises:
             InputError: a class, task or tier that the bundle does not know.
@@ -300,6 +312,10 @@ class GatewayState:
         legal = self._legal(cell[0], deadline_left_s, available, usable, trial is not None)
         if refused:
             legal[:] = np.arange(len(legal)) == len(legal) - 1
+        if under_way is not None:
+            signals[v.UNDER_WAY_S, under_way[0]], signals[v.TRIED, under_way[0]] = under_way[1], 1.0
+            legal[self._serving :] = False
+            legal[under_way[0]] = True
         return View(self.layout, signals, request, legal)
 
     def _show_trial(self, trial: Trial, p_good: Array, signals: Array) -> None:

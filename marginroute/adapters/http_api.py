@@ -51,6 +51,18 @@ def decide_schema(layout: Layout) -> Schema:
     )
 
 
+def hedge_schema(layout: Layout) -> Schema:
+    """What `POST /v1/hedge` takes."""
+    return fields(
+        {
+            "id": _ID,
+            "available": array(_candidate(layout), MOST_CANDIDATES, "that may serve it now; left out: as decided"),
+            "explain": boolean("whether to say why, in USD"),
+        },
+        ("id",),
+    )
+
+
 def _trial(layout: Layout) -> Schema:
     return fields(
         {
@@ -88,14 +100,15 @@ def events_schema(layout: Layout) -> Schema:
         "running": number(0.0, 1e6, "requests running in the engine"),
         "kv_usage": number(0.0, 1.0, "share of KV blocks in use"),
     }
+    one_of_two = one_of(layout.names, "whose, where two have it; left out: the first one's, of a failure both")
     of_request, pool = {"id": _ID}, one_of(layout.station_names, "a pool of the bundle")
     replicas = number(0.0, 1e5, "replicas")
     scaled = {"starting": replicas, "draining": replicas, "next_ready_s": number(0.0, MOST_S, "until one is ready")}
     kinds = [
         _event("sent", "it leaves for a candidate", of_request | {"candidate": candidate}, streamed=streamed),
-        _event("first_token", "its first token came", of_request, ago_s=ago_s),
+        _event("first_token", "its first token came", of_request, ago_s=ago_s, candidate=one_of_two),
         _event("progress", "so many tokens have streamed", of_request | {"tokens": integer(0, MOST_TOKENS, "so far")}),
-        _event("attempt_failed", "it may be decided again", of_request),
+        _event("attempt_failed", "it may be decided again", of_request, candidate=one_of_two),
         _event("judged", "its answer turned out good or bad", of_request | {"good": boolean("whether it was good")}),
         _event("finished", "it is over", of_request | {"status": outcome.pop("status")}, **outcome),
         _event("replicas", "what an autoscaler has of a pool", {"pool": pool, "ready": replicas}, **scaled),
@@ -127,6 +140,19 @@ DECISION = fields(
         "probability": number(0.0, 1.0, "with `explain`: that it was chosen"),
     },
     ("id", "candidate", "kind", "endpoint", "acting", "held", "attempt", "retry_after_s", "policy", "guard"),
+)
+HEDGE = fields(
+    {
+        "id": string(200, "of the request"),
+        "wait": boolean("true: nobody else gets it now, which is all that is ever said of an unknown request"),
+        "candidate": string(200, "who gets the request, too; empty: nobody"),
+        "endpoint": string(1000, "where that is reached, if the settings say; else empty"),
+        "acting": boolean("true: do it; false (shadow mode, or not in the canary): go on as without us"),
+        "reason_usd": {"type": "object", "additionalProperties": {"type": "number"}, "description": "with `explain`"},
+        "runner_up": string(200, "with `explain`: what came second"),
+        "runner_up_usd": number(-1e9, 1e9, "with `explain`: by how many USD"),
+    },
+    ("id", "wait", "candidate", "endpoint", "acting"),
 )
 COUNTED = fields(
     {"known": integer(0, MOST_EVENTS, "events of requests that are known (under way, lately answered), and scrapes")},
@@ -179,6 +205,7 @@ def document(layout: Layout, token: bool) -> dict[str, Any]:
         },
         "paths": {
             "/v1/decide": {"post": _call("Where a request should go.", decide_schema(layout), DECISION)},
+            "/v1/hedge": {"post": _call("Who else gets a call without first token.", hedge_schema(layout), HEDGE)},
             "/v1/events": {"post": _call("What became of requests.", events_schema(layout), COUNTED)},
             "/v1/scale": {"get": scale},
             "/v1/status": {"get": _call("Mode, bundle and what is under way.", None, _ANYTHING)},

@@ -58,6 +58,7 @@ class App:
         self._posts: dict[str, Callable[[bytes], dict[str, Any]]] = {
             "/v1/decide": self.decide,
             "/v1/events": self.events,
+            "/v1/hedge": self.hedge,
         }
         self._gets: dict[str, Callable[[], tuple[int, bytes, bytes]]] = {
             "/v1/scale": self._scale,
@@ -189,6 +190,23 @@ class App:
             held = self._gateway.sent(facts.id, decision.name, streamed)
         return self._said(facts.id, verdict, held, asked.get("explain", False))
 
+    def hedge(self, asked: Any) -> dict[str, Any]:
+        """`POST /v1/hedge`.
+
+        Raises:
+            InputError: the request is not what the API takes.
+        """
+        schema.check(asked, http_api.hedge_schema(self._gateway.bundle.layout))
+        id, gateway = asked["id"], self._gateway
+        verdict = gateway.hedge(id, asked.get("available", tuple(self.desk.endpoint) or None))
+        waits = verdict is None or verdict.decision.name == gateway.sent_to(id)
+        said: dict[str, Any] = {"id": id, "wait": waits, "candidate": "", "endpoint": "", "acting": False}
+        if verdict is not None:
+            found = self._said(id, verdict, False, asked.get("explain", False))
+            said |= {"acting": verdict.acting} if waits else {name: found[name] for name in said if name in found}
+            said |= {name: x for name, x in found.items() if name in ("reason_usd", "runner_up", "runner_up_usd")}
+        return said
+
     async def _turn(self, asked: dict[str, Any], answer: dict[str, Any], receive: Receive) -> dict[str, Any]:
         """Keeps the caller on the line until its request may go on, for `wait_s` at most."""
         loop, id = asyncio.get_running_loop(), answer["id"]
@@ -304,11 +322,11 @@ class App:
         if kind == "sent":
             gateway.sent(id, event["candidate"], event.get("streamed", False))
         elif kind == "first_token":
-            gateway.first_token(id, float(event.get("ago_s", 0.0)))
+            gateway.first_token(id, float(event.get("ago_s", 0.0)), event.get("candidate", ""))
         elif kind == "progress":
             gateway.progress(id, event["tokens"])
         elif kind == "attempt_failed":
-            gateway.attempt_failed(id)
+            gateway.attempt_failed(id, event.get("candidate", ""))
         else:
             self._finished(id, event)
         return True

@@ -276,7 +276,8 @@ def test_the_document_is_plain_openapi(make):
     document = json.loads(call(make(), "GET", "/openapi.json")[2])
     assert document["openapi"] == "3.0.3"
     assert set(document["paths"]) == {
-        "/v1/decide", "/v1/events", "/v1/scale", "/v1/status", "/metrics", "/health", "/ready", "/openapi.json",
+        "/v1/decide", "/v1/events", "/v1/hedge", "/v1/scale", "/v1/status", "/metrics", "/health", "/ready",
+        "/openapi.json",
     }  # fmt: skip
 
 
