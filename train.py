@@ -317,7 +317,8 @@ def finish(
         print(verdict_line(verdict, advice.name))
     if levers is not None:
         print(controller_line(run.info()["controller"]))
-    print(f"run folder {run.folder}; compare it: {compare_command(run)}")
+    command = shlex.join(["python", "evaluate.py", "--policy", str(run.folder)])  # plays what the run was trained on
+    print(f"run folder {run.folder}; compare it: {command}")
     return 0
 
 
@@ -423,14 +424,6 @@ def verdict_line(verdict: dict[str, Any], advice: str) -> str:
         f"gate: learned minus {advice} = {verdict['delta_usd_per_1k']:+.4f} USD per 1k validation requests, 95 % "
         f"{interval} of {verdict['observations']} observations{floors}; exported: {exported}{why}"
     )
-
-
-def compare_command(run: Run) -> str:
-    """The evaluation of a run on its own scenario."""
-    scenario, *trace = scenario_words(run)
-    command = ["python", "evaluate.py", scenario, "--policy", str(run.folder), *trace]
-    changes = overrides(run)
-    return shlex.join([*command, *(["--set", *changes] if changes else [])])
 
 
 def tuned_baselines(run: Run, plant: Any, whole: bool, crew: Crew | None) -> Path:

@@ -59,29 +59,11 @@ def compare(args: argparse.Namespace, scenario: Scenario, contest: Contest, play
     print_report(report)
 
 
-def page_suffix(scenario: Scenario) -> str:
-    """Of the report that a scenario can have: the page's figures play one router at a time, without a controller."""
-    return ".html" if scenario.control is None else ".md"
-
-
-def check_report(path: Path | None, scenario: Scenario) -> None:
-    """Refuses a page about a controller.
-
-    Raises:
-        InputError: it is asked for.
-    """
-    if path is not None and path.suffix != ".md" and page_suffix(scenario) == ".md":
-        raise InputError(
-            f"--report {path}: scenario {scenario.name!r} has a controller; legal is a file that ends in .md"
-        )
-
-
 def write_report(path: Path, scenario: Scenario, report: Report, contest: Contest, play: Play) -> None:
     """A page, or a Markdown card."""
     from evaluation.page import markdown, write_page
     from evaluation.page_data import collect
 
-    check_report(path, scenario)
     if path.suffix == ".md":
         write_text(path, markdown(report, contest.shown))
         return

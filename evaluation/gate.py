@@ -39,7 +39,8 @@ def paired_by_blocks(scenario: Scenario, ours: EpisodeResults, theirs: EpisodeRe
     gain_usd, calls = ours.margin_usd - theirs.margin_usd, ours.first_calls
     if scenario.trace is not None:
         block = np.unique([scenario.block(int(seed), "validation") for seed in ours.seeds], return_inverse=True)[1]
-        gain_usd, calls = np.bincount(block, gain_usd), np.bincount(block, calls).astype(np.float64)
+        gain_usd = np.bincount(block, gain_usd).astype(np.float64)
+        calls = np.bincount(block, calls).astype(np.int64)
     return paired_estimate(gain_usd, calls, scale=1000.0), len(calls)
 
 

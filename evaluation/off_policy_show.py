@@ -9,8 +9,9 @@ from rich import box
 from rich.table import Table
 
 from evaluation.calibration import verdict_words
-from evaluation.page_figures import PALETTE
+from evaluation.page_figures import PALETTE, error_bars
 from evaluation.page_parts import drawn, frame, paragraph, section, table, text
+from evaluation.statistics import Estimate
 from evaluation.table import stdout_console
 
 ESTIMATORS = {
@@ -99,12 +100,7 @@ def _figure(document: Mapping[str, Any]) -> Any:
         y=[ESTIMATORS[name] for name in names],
         mode="markers",
         marker={"size": 10, "color": [PALETTE[1] if name == "logged" else PALETTE[0] for name in names]},
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": [estimates[name]["high"] - estimates[name]["mean"] for name in names],
-            "arrayminus": [estimates[name]["mean"] - estimates[name]["low"] for name in names],
-        },
+        error_x=error_bars([Estimate(**estimates[name]) for name in names]),
     )
     figure.update_xaxes(title="USD per 1,000 decisions", automargin=True)
     figure.update_yaxes(automargin=True)

@@ -74,7 +74,7 @@ class Swaps:
 
 @dataclass(frozen=True)
 class PageData:
-    """Everything that takes simulation beyond the comparison.
+    """Everything that takes simulation beyond the comparison; nothing of it in a scenario with a controller.
 
     Attributes:
         reference: name of the policy that the shown one is set beside.
@@ -116,6 +116,8 @@ def collect(
         workers: a crew, or processes.
         use_cache: whether episodes that were played before are looked up.
     """
+    if scenario.control is not None:  # a decision's worth, and days under other conditions, are a router's
+        return PageData(reference, {}, None, {})
     plant = Plant(scenario)
     names = list(dict.fromkeys((shown, reference)))
     worlds = {name: changed(scenario, changes) for name, changes in CONDITIONS.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from evaluation.page_data import PageData
 from evaluation.page_sensitivity import tornado_figure
 from evaluation.report import PER_1K, Report, action_shares
 from evaluation.results import EpisodeResults
+from evaluation.statistics import Estimate
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 """Okabe and Ito (2008)."""
@@ -51,13 +53,14 @@ def figures(report: Report, data: PageData, shown: str) -> Figures:
             "Share of answers that were faster, by class; time to first token left, whole answer right.",
             _latency(report.results[shown]),
         ),
-        "timeline": (
+    }
+    if data.timelines:
+        made["timeline"] = (
             "Over the episode",
             "Means over episodes: arrivals, margin as it is earned, requests in flight and waiting.",
             _timeline(data, names),
-        ),
-        "actions": ("What was decided", "Share of decisions by kind.", _actions(report, names)),
-    }
+        )
+    made["actions"] = ("What was decided", "Share of decisions by kind.", _actions(report, names))
     if data.swaps is not None:
         made["swaps"] = (
             "What deciding otherwise was worth",
@@ -98,6 +101,16 @@ def _figure(height: int, **layout: Any) -> Any:
     return figure
 
 
+def error_bars(rows: Sequence[Estimate]) -> dict[str, Any]:
+    """Intervals as plotly draws them."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [np.nan_to_num(row.high - row.mean) for row in rows],
+        "arrayminus": [np.nan_to_num(row.mean - row.low) for row in rows],
+    }
+
+
 def _margins(report: Report) -> Any:
     figure = _figure(90 + 24 * len(report.ranking), showlegend=False)
     names = report.ranking[::-1]
@@ -108,12 +121,7 @@ def _margins(report: Report) -> Any:
         y=[f"{name} *" if name == report.best_heuristic else name for name in names],
         mode="markers",
         marker={"size": 9, "color": PALETTE[0]},
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": [np.nan_to_num(row.high - row.mean) for row in rows],
-            "arrayminus": [np.nan_to_num(row.mean - row.low) for row in rows],
-        },
+        error_x=error_bars(rows),
     )
     for (name, usd), dash in zip(report.bounds_usd_per_1k.items(), ("dash", "dot"), strict=True):
         if usd is not None:
@@ -281,12 +289,7 @@ def _robustness(data: PageData) -> Any:
         x=[row.mean for row in rows],
         mode="markers",
         marker={"size": 10, "color": PALETTE[0]},
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": [np.nan_to_num(row.high - row.mean) for row in rows],
-            "arrayminus": [np.nan_to_num(row.mean - row.low) for row in rows],
-        },
+        error_x=error_bars(rows),
     )
     figure.add_vline(x=0.0, line_color="#555")
     figure.update_xaxes(title="gain, USD per 1,000 requests")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from evaluation.compare import judged, page_suffix, write_report
+from evaluation.compare import judged, write_report
 from evaluation.contest import Contest, Play, enter, hold, usual_episodes
 from evaluation.document import to_document, write_json, write_text
 from evaluation.page_parts import command_line, frame, paragraph, text
@@ -69,8 +69,7 @@ def run_suite(args: argparse.Namespace, load: Callable[[str], Scenario], play: P
     rows = summarise(found)
     document = {"schema": SCHEMA, "scenarios": sorted(found), "left_out": left_out, "summary": summary_document(rows)}
     write_json(out / "suite.json", document)
-    pages = {name: f"{name}{page_suffix(load(name))}" for name in found}
-    links = " ".join(f'<a href="{html.escape(page)}">{text(name)}</a>' for name, page in pages.items())
+    links = " ".join(f'<a href="{html.escape(name)}.html">{text(name)}</a>' for name in found)
     missing = [paragraph(f"{name} is left out: {why}", "warning") for name, why in left_out.items()]
     body = ["<h1>The suite of scenarios</h1>", *missing, summary_section("Gains", "scenario", rows), f"<p>{links}</p>"]
     write_text(out / "suite.html", frame("suite", "".join(body), command_line()))
@@ -89,7 +88,7 @@ def _one(args: argparse.Namespace, scenario: Scenario, out: Path, play: Play) ->
     contest = hold(scenario, entrants, play)
     report = judged(scenario, contest, play, args.bound, forgiving=True)
     write_json(out / f"{scenario.name}.json", to_document(report))
-    write_report(out / f"{scenario.name}{page_suffix(scenario)}", scenario, report, contest, play)
+    write_report(out / f"{scenario.name}.html", scenario, report, contest, play)
     with contextlib.closing(io.StringIO()) as shown:
         print_report(report, Console(file=shown, width=PIPE_COLUMNS, highlight=False))
         write_text(out / f"{scenario.name}.txt", shown.getvalue())

@@ -84,4 +84,4 @@ def test_train_from_a_log(log, tiny_arguments, tmp_path, capsys):
     bundle = bundles.load(run / "bundle")
     assert judge(log, bundle)["overlap"] == info["off_policy"]["overlap"]
     assert len(read_labels(log, bundle.layout)) > 400
-    assert "fleet.tiers.small.quality.ability.chat=" in out  # the evaluation of the run is one in its world
+    assert f"compare it: python evaluate.py --policy {run}" in out  # which plays the run's own world
