@@ -84,6 +84,8 @@ def uncovered(plant: Plant) -> list[str]:
     quality = plant.scenario.workload_spec.quality
     if quality.sees_task and quality.loadings and any(item.tier for item in plant.scenario.drift.values()):
         found.append("drift of ability beside a predictor of several factors")
+    if (plant.hedge_after_s < np.inf).any():
+        found.append("class setting hedge_after_s")
     return list(dict.fromkeys(found))
 
 

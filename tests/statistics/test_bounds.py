@@ -235,6 +235,8 @@ def test_processes_change_nothing():
 def test_what_the_bounds_do_not_model_is_refused(monkeypatch):
     scenario = load_scenario("quickstart", SMALL)
     assert uncovered(Plant(scenario)) == []
+    hedging = load_scenario("quickstart", SMALL | {"plans.classes.enterprise.hedge_after_s": 1.0})
+    assert uncovered(Plant(hedging)) == ["class setting hedge_after_s"]
     monkeypatch.setattr("evaluation.bounds.MODELLED", MODELLED - {"output_usd_per_token"})
     with pytest.raises(InputError, match="no upper bound yet: it uses contract term output_usd_per_token"):
         bound_episodes(scenario, range(1), workers=1)
