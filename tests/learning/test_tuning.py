@@ -21,6 +21,9 @@ from marginroute.gateway_rules import REPLICA_RULES, TIER_RULES
 from marginroute.heuristics import Cascade, DifficultyThreshold, MarginParameters, MarginRule, from_dict, to_dict
 from marginroute.quality import normal_cdf
 
+SHIPPED = sorted(baselines.SHIPPED.glob("*.yaml"))
+CONTROLLED = [path for path in SHIPPED if load_scenario(path.stem).control]
+
 NAMES = ("random", "round-robin", "least-in-flight", "difficulty-threshold", "cascade", "expected-margin", "bid-price")
 
 
@@ -194,7 +197,7 @@ def test_baselines_whose_restarts_differ_are_told(tiny_tuned, tiny_plant, tmp_pa
     assert f"{beyond} (0.6 %)" in said and f"{within} (" not in said
 
 
-@pytest.mark.parametrize("path", sorted(baselines.SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_baselines_earn_what_their_file_says(path):
     """In the scenario and the world of today, on the validation episodes that chose them."""
     scenario = load_scenario(path.stem)
@@ -204,8 +207,13 @@ def test_shipped_baselines_earn_what_their_file_says(path):
     validation = Objective(plant, "validation", range(episodes))
     said = document["baselines"]["bid-price-fitted"]["validation_usd_per_1k"]
     assert float(validation([rules["bid-price-fitted"]])[0]) == pytest.approx(said, abs=2e-6)
-    if scenario.control is None:
-        return
+
+
+@pytest.mark.slow  # two minutes of days
+@pytest.mark.parametrize("path", CONTROLLED, ids=lambda path: path.stem)
+def test_shipped_controllers_earn_what_their_file_says(path):
+    scenario = load_scenario(path.stem)
+    document = baselines.load(path)[0]
     control = ControlPlant(scenario)
     controllers, best = baselines.load_controllers(path, control.layout)
     said = document["controllers"]["rules"][best]["validation_usd_per_1k"]
