@@ -15,8 +15,8 @@ engine's line stays there until the scheduler reaches it, and keeps its row mean
 request before that.
 
 While calls race the fleet runs no further at a time than to the next instant at which one of them can get its first
-token. Timers are due in order of sending within a class. None of this costs anything in a world without hedging, where
-`hedges` has no columns.
+token. Timers are due in order of sending within a class. A world without hedging, where `hedges` has no columns, pays a
+few comparisons per decision.
 
 Shapes: N worlds, M requests, K classes.
 """
