@@ -35,6 +35,7 @@ def test_the_week_can_be_lived(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(PAGE.parents[1] / "examples")
     monkeypatch.setattr(baselines, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr("evaluation.calibration.FOLDER", tmp_path / "cache" / "verdicts")
     monkeypatch.setattr("evaluation.page_data.SWAPPED", 8)
     said = {}
     for command, whole in commands_in(PAGE.read_text()):
