@@ -101,9 +101,20 @@ def section(command: str, document: dict[str, Any], quick: bool) -> str:
     machine = document["machine"]
     where = f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, commit {document['commit']}"
     lines = [f"## {document['benchmark']}", "", f"`{command}`{' (a quick run: rough)' if quick else ''}; {where}.", ""]
+    figures = document["figures"]
+    tables = {name: rows for name, rows in figures.items() if isinstance(rows, list) and rows and _alike(rows)}
     lines += ["| figure | value |", "| --- | --- |"]
-    lines += [f"| {name} | {shown(value)} |" for name, value in flat(document["figures"])]
+    rest = {name: value for name, value in figures.items() if name not in tables}
+    lines += [f"| {name} | {shown(value)} |" for name, value in flat(rest)]
+    for rows in tables.values():
+        lines += ["", f"| {' | '.join(rows[0])} |", f"| {' | '.join('---' for _ in rows[0])} |"]
+        lines += [f"| {' | '.join(map(shown, row.values()))} |" for row in rows]
     return "\n".join([*lines, "", ""])
+
+
+def _alike(rows: list[Any]) -> bool:
+    """Whether these are the rows of one table."""
+    return all(isinstance(row, dict) and list(row) == list(rows[0]) and len(flat(row)) == len(row) for row in rows)
 
 
 def flat(figures: Any, name: str = "") -> list[tuple[str, Any]]:

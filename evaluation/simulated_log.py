@@ -10,6 +10,7 @@ import numpy as np
 from envs.fleet.state import ABANDONED, COMPLETED, FAILED
 from envs.worlds import FleetWorlds, Plant
 from marginroute import view as v
+from marginroute.errors import InputError
 from marginroute.exploration import ExploringPolicy
 from marginroute.record import DecisionRecord, record_of
 from marginroute.record_log import RecordLog
@@ -32,7 +33,14 @@ def write_log(
 
     Returns:
         Number of records.
+
+    Raises:
+        InputError: a class sends calls twice; a record says of one call who answered.
     """
+    if (plant.hedge_after_s < np.inf).any():
+        raise InputError(
+            f"scenario {plant.scenario.name!r} hedges (hedge_after_s); a simulated log has no record of that"
+        )
     log, written = RecordLog(path), 0
     rng = np.random.default_rng([len(seeds), 1])
     for seed in seeds:

@@ -45,6 +45,17 @@ def test_every_figure_stands_beside_machine_commit_and_command(runs, tmp_path):
         assert row in text
 
 
+def test_rows_of_one_kind_are_a_table():
+    figures = {
+        "cpu_s": 2,
+        "rows": [{"replicas": 1, "mode": "base"}, {"replicas": 16, "mode": "parity"}],
+        "odd": [{"a": 1}, 2],
+    }
+    text = page.section("python -m benchmarks.x", {**DOCUMENT, "figures": figures}, quick=False)
+    assert "| cpu_s | 2 |\n| odd 0 a | 1 |\n| odd 1 | 2 |\n" in text
+    assert "\n\n| replicas | mode |\n| --- | --- |\n| 1 | base |\n| 16 | parity |\n" in text
+
+
 def test_what_is_not_rerun_stays_and_what_cannot_run_is_said(runs, tmp_path, capsys):
     calls, ends = runs
     out = tmp_path / "figures.md"

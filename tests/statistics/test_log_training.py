@@ -59,6 +59,14 @@ def test_a_log_without_labels_is_refused(log, tmp_path):
         refit(load_scenario("quickstart"), tmp_path / "none.jsonl")
 
 
+def test_a_world_that_hedges_writes_no_log(tmp_path):
+    plant = Plant(load_scenario("quickstart", {"plans.classes.team.hedge_after_s": 0.5}))
+    policy = baselines_for(load_scenario("quickstart"))["bid-price"]
+    with pytest.raises(InputError, match="hedges"):
+        write_log(tmp_path / "log.jsonl", plant, ExploringPolicy(policy, policy, 0.1, 0.01), [0])
+    assert not (tmp_path / "log.jsonl").exists()
+
+
 def test_a_log_of_shadow_mode_teaches_the_same(log, tmp_path):
     """What answered counts, not what the bundle would have chosen; nothing can be said off-policy."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
