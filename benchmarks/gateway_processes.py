@@ -23,6 +23,12 @@ from marginroute.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 600.0
 STARTED = "Application startup complete"  # uvicorn, once per worker
+UVICORN_LOG = {  # LITELLM_LOG would silence that, too
+    "version": 1,
+    "disable_existing_loggers": False,
+    "handlers": {"out": {"class": "logging.StreamHandler"}},
+    "loggers": {"uvicorn.error": {"handlers": ["out"], "level": "INFO"}, "uvicorn.access": {"level": "ERROR"}},
+}
 AUTH = '''
 """Keys `sk-CLASS` belong to that class."""
 
@@ -172,8 +178,9 @@ def proxy(
     for name in ("marginroute", "benchmarks"):
         (folder / "path" / name).symlink_to(ROOT / name)
     (folder / "settings.yaml").write_text(json.dumps(settings or {}))
+    (folder / "log.json").write_text(json.dumps(UVICORN_LOG))
     code = "import sys; from litellm import run_server; sys.exit(run_server())"
-    flags = ["--config", "config.yaml", "--host", "127.0.0.1", "--port", str(port)]
+    flags = ["--config", "config.yaml", "--log_config", "log.json", "--host", "127.0.0.1", "--port", str(port)]
     flags += ["--num_workers", str(workers)] if workers > 1 else []
     kept = {k: x for k, x in os.environ.items() if not k.startswith(("MARGINROUTE", "LITELLM", "PYTHON"))}
     more = {
