@@ -31,7 +31,7 @@ SEATS = {
 def main(argv: list[str] | None = None) -> int:
     """Plays, prints one JSON object, writes the page."""
     parse = common.parser(__doc__)
-    parse.add_argument("names", nargs="*", help="scenarios (default: all that ship)")
+    parse.add_argument("names", nargs="*", help="scenarios to play (default: all); the page has them all")
     parse.add_argument("--episodes", type=int, default=16, help="held-out episodes (default: 16)")
     parse.add_argument("--bounded", type=int, default=8, help="of those that are bounded (default: 8)")
     parse.add_argument("--describe", action="store_true", help="play nothing, only describe")
@@ -45,11 +45,14 @@ def main(argv: list[str] | None = None) -> int:
         args.episodes = args.bounded = 2
     play = Play(args.episodes)
     found: dict[str, tuple[Scenario, Measured | None]] = {}
-    for name in args.names or scenario_names():
-        common.note(name)
+    for name in dict.fromkeys((*scenario_names(), *args.names)):
         scenario = load_scenario(name)
+        if args.describe or (args.names and name not in args.names):
+            found[name] = scenario, None
+            continue
+        common.note(name)
         try:
-            found[name] = scenario, None if args.describe else measure(scenario, play, args.bounded)
+            found[name] = scenario, measure(scenario, play, args.bounded)
         except InputError as error:
             common.note(f"{name}: {error}")
             found[name] = scenario, None
