@@ -32,11 +32,11 @@ Usd = tuple[float, float, float, float]
 def reader(buffer: Buffer, max_age_s: float) -> Callable[[View], list[float] | None]:
     """Copies what changes into the rows and returns the request's numbers; None where telemetry is too old."""
     copied, copied_from = buffer.rows[: len(COPIED_ROWS)], signals_of_copied_rows()
-    ages_s = buffer.row["telemetry_age_s"]
+    ages_s, where = buffer.row["telemetry_age_s"], np.where
 
     def read(view: View) -> list[float] | None:
         view.signals.take(copied_from, 0, copied, "clip")
-        if not ages_s.item(ages_s.argmax()) <= max_age_s:
+        if not ages_s.item(ages_s.argmax()) <= max_age_s and not where(view.legal, ages_s, 0.0).max() <= max_age_s:
             return None
         found: list[float] = view.request.tolist()
         return found

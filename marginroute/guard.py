@@ -23,7 +23,8 @@ class GuardLimits:
     """Limits beyond which the fallback decides.
 
     Attributes:
-        telemetry_age_s: oldest scrape of any replica that is still trusted.
+        telemetry_age_s: oldest scrape that is still trusted, of the replicas that may be chosen: one that is down
+            answers none, and is nobody's choice.
         drift_features: number of context features that may lie more than ten standard deviations away from training.
     """
 
@@ -62,8 +63,8 @@ class GuardedPolicy:
         return self.policy.name
 
     def _stale(self, view: View) -> Array:
-        """(...,) whether a scrape is older than the limit, or of unknown age."""
-        age_s = np.maximum.reduce(view.signals[v.TELEMETRY_AGE_S], axis=-1)
+        """(...,) whether a scrape of a candidate that may be chosen is older than the limit, or of unknown age."""
+        age_s = np.maximum.reduce(np.where(view.legal, view.signals[v.TELEMETRY_AGE_S], 0.0), axis=-1)
         return np.logical_not(age_s <= self.limits.telemetry_age_s)
 
     def drift(self, context: Array, spec: FeatureSpec) -> Array:

@@ -107,6 +107,21 @@ def test_a_decision_of_the_guard_is_not_explored(made):
     assert {d.guard for d in decisions} == {"stale"} and {d.probability for d in decisions} == {1.0}
 
 
+def test_a_replica_that_may_not_be_chosen_makes_nothing_stale(made):
+    """It is down and answers no scrape; once it may be chosen again, its age counts."""
+    gateway = made("live")
+    gateway.state.scraped(0, 0.0, 0.0, 0.0, age_s=1000.0)
+    down = gateway.decide(Facts("a", 100, available=["large/0", "api"])).decision
+    assert (down.guard, down.policy) == ("", gateway.bundle.policy.name)
+    assert gateway.decide(Facts("b", 100)).decision.guard == "stale"
+    view = gateway.state.view(100, available=[1, 2])
+    guarded = gateway.bundle.guarded()
+    for policy in (guarded, dataclasses.replace(guarded, fast=None)):
+        assert policy.decide(view).guard == ""
+        many = v.View(view.layout, view.signals[:, None], view.request[:, None], view.legal[None])
+        assert not policy.objects(many)[0]
+
+
 def test_what_is_shed_is_not_explored(made):
     gateway = made(explore=(0.9, 100.0))
     for i in range(400):

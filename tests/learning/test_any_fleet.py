@@ -42,7 +42,7 @@ def specialists(replicas):
 @pytest.fixture(scope="module")
 def trained():
     """A network trained on two replicas per tier, as the numpy runtime runs it."""
-    settings = {"n_envs": 16, "rollout_steps": 32, "minibatch": 256, "width": 16, "learning_rate": 0.01}
+    settings = {"n_envs": 16, "rollout_steps": 32, "minibatch": 256, "width": 16, "learning_rate": 0.005}
     settings |= {"normaliser_episodes": 4, "temperature_share": 0.1, "steps": 20_480, "target_kl": None, "tau_s": 0.0}
     plant, config = specialists(2), load_training(None, settings)
     torch.set_num_threads(1)
@@ -67,8 +67,8 @@ def right_share(plant, policy):
     return right / decisions
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 4, 16])
-def test_trained_on_four_replicas_right_on_two_to_thirty_two(trained, replicas):
+@pytest.mark.parametrize("replicas", [1, 2, 4, 8])
+def test_trained_on_four_replicas_right_on_two_to_sixteen(trained, replicas):
     plant = specialists(replicas)
     assert 0.3 < right_share(plant, trained.advice) < 0.7
     assert right_share(plant, trained) > 0.95
@@ -106,6 +106,7 @@ def test_replicas_that_are_not_there_change_nothing(trained):
     shape = (len(v.SIGNALS), 1, large.layout.n_candidates)
     wide = v.View(large.layout, np.ones(shape), view.request, np.zeros(shape[1:], dtype=np.bool_))
     wide.signals[: v.N_STATIC_SIGNALS] = large.static_signals[:, None]
+    wide.signals[v.UNDER_WAY_S] = 0.0  # nobody has the request yet
     wide.signals[..., same], wide.legal[..., same] = view.signals, view.legal
     for policy in (trained, trained.advice):
         assert isinstance(policy, ResidualPolicy | MarginRule)
