@@ -390,11 +390,10 @@ class FleetWorlds:
         static, stations = member.static_signals, self.own.shape[1]
         self.signals[: v.N_STATIC_SIGNALS, w] = static
         own = self.own[w :: self.n_worlds]
+        own[...] = np.zeros((), dtype=OWN)
         own["gpu_usd_per_s"][:, : self.plant.spec.n_replicas] = member.gpu_usd_per_s
         own["recent_ttft_s"] = static[v.FIXED_TTFT_S, :stations]
         own["recent_tpot_s"] = static[v.FIXED_TPOT_S, :stations] + static[v.BASE_S, :stations]
-        for name in ("weight", "leading", "error_share", "error_at_s", "paid_s"):
-            own[name] = 0.0
         own["price_times"], own["sent_head"] = 1.0, -1
         k = len(self.plant.terms)
         lengths = self.lengths[w :: self.n_worlds]

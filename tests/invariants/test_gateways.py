@@ -70,6 +70,23 @@ def _with(fleet, speculation):
     return type(fleet).model_validate(fleet.model_dump() | {"pools": pools})
 
 
+def test_what_others_had_is_forgotten_with_the_episode(tmp_path):
+    """A world that has played a busy episode plays the next one as a new world does."""
+    scenario = _busy(tmp_path, 3)
+    used, fresh = FleetWorlds(scenario, 1), FleetWorlds(scenario, 1)
+    used.load(0, scenario.generate(0))
+    used.run(RoundRobin("round-robin"))
+    assert used.own["scraped_at_s"].any()
+    for worlds in (used, fresh):
+        worlds.load(0, scenario.generate(1))
+    while not fresh.done.all():
+        np.testing.assert_array_equal(used.signals, fresh.signals)
+        choice = RoundRobin("round-robin").decide_batch(fresh.view())
+        for worlds in (used, fresh):
+            worlds.step(choice)
+    assert fresh.own["others_decoding"].any() and used.done.all()
+
+
 def test_an_instance_sees_its_own_only(tmp_path):
     """Nine requests at once, one to each replica and the API in turn, round and round."""
     scenario = by_hand.scenario(tmp_path, {"fleet.gateways": 2, "fleet.providers.api.burst_requests": 20.0})
