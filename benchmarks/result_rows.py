@@ -85,12 +85,14 @@ def adjust(found: Sequence[dict[str, Any]]) -> None:
         row["gain"]["p_holm"] = float(p)
 
 
-def markdown(found: Sequence[Mapping[str, Any]], commit: str) -> str:
-    """The rows as a page."""
+def markdown(found: Sequence[Mapping[str, Any]], commit: str, command: str) -> str:
+    """The rows as a page that names the command and the commit they come from."""
     lines = [
         "# Results",
         "",
-        f"Written by `python -m benchmarks.results --out docs/results.md` at commit {commit}. Gains are USD per 1k",
+        f"    {command}",
+        "",
+        f"Written by it at commit {commit}. Gains are USD per 1k",
         "first calls, mean over training seeds, paired by held-out episode, of the policies as exported and by argmax",
         "(where the gate did not let the network pass, the bundle is the heuristic itself, and says so); %: of",
         "contribution margin; p: sign-flip test, adjusted over all rows (Holm); learned: seeds whose gates exported",

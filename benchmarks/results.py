@@ -12,6 +12,7 @@ Try:
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -61,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = [_trained(name, seed, steps, args.runs) for seed in seeds]
         found += result_rows.rows(scenario, runs, 4 if args.quick else args.episodes)
     result_rows.adjust(found)
-    text = result_rows.markdown(found, common.commit())
+    command = shlex.join(["python", "-m", "benchmarks.results", *(sys.argv[1:] if argv is None else argv)])
+    text = result_rows.markdown(found, common.commit(), command)
     if args.out is None:
         common.note(text)
     else:

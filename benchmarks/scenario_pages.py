@@ -50,12 +50,14 @@ class Measured:
 
 def write_pages(found: Mapping[str, tuple[Scenario, Measured | None]], episodes: int, bounded: int) -> str:
     """The page as Markdown."""
-    measured = any(m for _, m in found.values())
+    played = [name for name, (_, measured) in found.items() if measured is not None]
+    options = f" --episodes {episodes} --bounded {bounded}" if played else " --describe"
+    names = "" if len(played) in (0, len(found)) else "".join(f" {name}" for name in played)
     parts = [
         "# Scenarios",
         "Generated from `configs/scenarios` and from held-out episodes; do not edit. Margins, shares of the bounds and "
         "ledgers stand here once they are measured; `--describe` leaves them out.",
-        "    " + COMMAND.format(f" --episodes {episodes} --bounded {bounded}" if measured else " --describe"),
+        "    " + COMMAND.format(names + options),
         "Each is a story with figures that have a source or are named as assumptions (in its file), a *training range* "
         "in whose worlds policies are trained and tuned, and *conditions* that nobody is trained for "
         "(`python evaluate.py NAME --condition all`). *Of the bound* is the contribution margin (before GPU-hours) of "

@@ -34,7 +34,7 @@ def test_gains_are_differences_of_margins_on_the_same_episodes(tiny_plant, finis
 
 
 def test_the_page_has_a_line_per_row_with_all_its_columns(found):
-    lines = result_rows.markdown(found, "abc").splitlines()
+    lines = result_rows.markdown(found, "abc", "a command").splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("| scenario, condition"))
     assert {line.count("|") for line in lines[head : head + 2 + len(found)]} == {lines[head].count("|")}
     assert any(line.startswith("| quickstart | ") for line in lines)
