@@ -91,17 +91,23 @@ def set_timer(follow, loads, w, i, now_s):
 
 
 @kernel
-def drop_timer(follow, loads, w, i):
-    """Takes request `i` out of the line of timers."""
-    hedge, timer = follow.hedges[w, i], follow.timers[w, loads[w, i].class_index]
+def _leave_line(follow, w, hedge):
+    """Takes a request out of the line that it is in, of timers or of races; the line's ends are the caller's."""
     hedge.state = NOWHERE
     if hedge.before >= 0:
         follow.hedges[w, hedge.before].after = hedge.after
-    else:
-        timer.head = hedge.after
     if hedge.after >= 0:
         follow.hedges[w, hedge.after].before = hedge.before
-    else:
+
+
+@kernel
+def drop_timer(follow, loads, w, i):
+    """Takes request `i` out of the line of timers."""
+    hedge, timer = follow.hedges[w, i], follow.timers[w, loads[w, i].class_index]
+    _leave_line(follow, w, hedge)
+    if hedge.before < 0:
+        timer.head = hedge.after
+    if hedge.after < 0:
         timer.tail = hedge.before
 
 
@@ -168,13 +174,9 @@ def take_row(requests, desk, loads, follow, w, i, c, cached_tokens, price_times)
 def end_race(desk, follow, w, i):
     """The calls of request `i` race no more."""
     hedge = follow.hedges[w, i]
-    hedge.state = NOWHERE
-    if hedge.before >= 0:
-        follow.hedges[w, hedge.before].after = hedge.after
-    else:
+    _leave_line(follow, w, hedge)
+    if hedge.before < 0:
         desk.race_head = hedge.after
-    if hedge.after >= 0:
-        follow.hedges[w, hedge.after].before = hedge.before
 
 
 @kernel
