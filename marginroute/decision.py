@@ -26,6 +26,7 @@ class Decision:
         knobs: levers set beside the choice, such as `{"in_flight_cap": {"large": 24}}`.
         guard: which guard handed the decision to the fallback; empty if none did.
         support: names of the candidates that might have been chosen; empty: only this one.
+        left_out: names of replicas that the guard took out of the choice, since their scrape is too old.
         estimate_s: expected TTFT and TPOT of the choice, where they are at hand (`latency.estimate` tells them always).
     """
 
@@ -40,6 +41,7 @@ class Decision:
     knobs: dict[str, dict[str, int]] = field(default_factory=dict)
     guard: str = ""
     support: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     estimate_s: tuple[float, float] | None = field(default=None, compare=False)
 
 
@@ -67,6 +69,7 @@ def decided(
         knobs={},
         guard="",
         support=(),
+        left_out=(),
         estimate_s=estimate_s,
     )
     return decision

@@ -29,6 +29,7 @@ from marginroute import view as v
 from marginroute.bundle import Bundle
 from marginroute.control_loop import Report
 from marginroute.counters import COUNTERS
+from marginroute.decision import Decision
 from marginroute.drift import DriftMonitor
 from marginroute.exploration import ExploringPolicy
 from marginroute.facts import Facts, Outcome, Verdict
@@ -77,6 +78,7 @@ class Gateway:
 
     Attributes:
         decided: decisions by candidate, kind, guard, and whether they are acted on.
+        left_out: decisions that a replica was left out of, since its scrape was too old, by candidate.
         limits: what has been used of each.
         hedges: times that a second call was asked for, made, and first.
         workers: that share their counters, this one included.
@@ -114,6 +116,7 @@ class Gateway:
         self._lock = threading.RLock()
         self._count = 0
         self.decided: dict[tuple[str, str, str, bool], int] = {}
+        self.left_out: dict[str, int] = {}
         self.hedges = {"asked": 0, "sent": 0, "won": 0}
         self.limits, self.workers = LimitBook(limits), 1
         self._companions: list[Companion] = []
@@ -209,8 +212,7 @@ class Gateway:
         )
         with self._lock:
             self._pending[facts.id] = pending
-            key = decision.name, decision.kind, decision.guard, acting
-            self.decided[key] = self.decided.get(key, 0) + 1
+            self._note_decision(decision, acting)
             if self.limits:
                 self._settle_spend(earlier, 0.0)
                 pending.reserved_usd = abs(decision.reason_usd.get("cost", 0.0)) if not shed else 0.0
@@ -340,8 +342,7 @@ class Gateway:
         acting, attempt = pending.verdict.acting, pending.verdict.attempt
         with self._lock:
             self._count += 1
-            key = decision.name, decision.kind, decision.guard, acting
-            self.decided[key] = self.decided.get(key, 0) + 1
+            self._note_decision(decision, acting)
             self.hedges["asked"] += 1
             still = self._pending.get(id) is pending and runtime.index.get(pending.sent_to) == c and not pending.calls
             if acting and still and decision.candidate != c:
@@ -578,6 +579,12 @@ class Gateway:
 
     def _class(self, facts: Facts) -> str:
         return facts.class_name or self._runtime.bundle.layout.class_names[0]
+
+    def _note_decision(self, decision: Decision, acting: bool) -> None:
+        key = decision.name, decision.kind, decision.guard, acting
+        self.decided[key] = self.decided.get(key, 0) + 1
+        for name in decision.left_out:
+            self.left_out[name] = self.left_out.get(name, 0) + 1
 
     def _settle_spend(self, pending: Pending | None, cost_usd: float) -> None:
         """What was reserved for a request becomes what it cost."""

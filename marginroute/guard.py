@@ -1,4 +1,10 @@
-"""The guard: when a learned decision must not be trusted, the fallback heuristic decides, and the decision says so."""
+"""The guard: when a learned decision must not be trusted, the fallback heuristic decides, and the decision says so.
+
+A replica whose scrape is too old is nobody's choice, the fallback's neither, while there are others: a replica with a
+fresh one, or a provider if no second replica is as old. Where all of several replicas are too old, it is telemetry that
+has failed and not they: then the fallback decides among all of them. The same where the request of a hedge timer is
+under way at such a replica, which may be waited for.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +29,7 @@ class GuardLimits:
     """Limits beyond which the fallback decides.
 
     Attributes:
-        telemetry_age_s: oldest scrape that is still trusted, of the replicas that may be chosen: one that is down
-            answers none, and is nobody's choice.
+        telemetry_age_s: oldest scrape that is still trusted, of the replicas that may be chosen.
         drift_features: number of context features that may lie more than ten standard deviations away from training.
     """
 
@@ -62,6 +67,17 @@ class GuardedPolicy:
         """Name of the guarded policy."""
         return self.policy.name
 
+    def trusted(self, view: View) -> View:
+        """The same without replicas whose scrape is too old, where others can answer; itself if there are none."""
+        stale = view.legal & (view.signals[v.TELEMETRY_AGE_S] > self.limits.telemetry_age_s)
+        if not stale.any():
+            return view
+        stale &= view.signals[v.UNDER_WAY_S] == 0.0
+        able = view.legal & ~stale & (view.layout.kind <= v.PROVIDER)
+        alone = stale.sum(axis=-1) == 1
+        others = able[..., : view.layout.n_replicas].any(axis=-1) | (alone & able.any(axis=-1))
+        return View(view.layout, view.signals, view.request, view.legal & ~(stale & others[..., None]))
+
     def _stale(self, view: View) -> Array:
         """(...,) whether a scrape of a candidate that may be chosen is older than the limit, or of unknown age."""
         age_s = np.maximum.reduce(np.where(view.legal, view.signals[v.TELEMETRY_AGE_S], 0.0), axis=-1)
@@ -76,6 +92,13 @@ class GuardedPolicy:
         """The policy's decision, or the fallback's with the guard's reason."""
         if self.fast is not None and (decision := self.fast.decide(view)) is not None:
             return decision
+        trusted = self.trusted(view)
+        if trusted is view:
+            return self._decide(view)
+        decision = None if self.fast is None else self.fast.decide(trusted)
+        return replace(decision or self._decide(trusted), left_out=_left_out(view, trusted))
+
+    def _decide(self, view: View) -> Decision:
         if self._stale(view):
             return self.hand_over(view, "stale")
         if isinstance(self.policy, ResidualPolicy):
@@ -91,11 +114,13 @@ class GuardedPolicy:
 
     def hand_over(self, view: View, reason: str) -> Decision:
         """The fallback's decision, on signals without NaN."""
-        clean = View(view.layout, np.nan_to_num(view.signals), np.nan_to_num(view.request, posinf=np.inf), view.legal)
-        return replace(self.fallback.decide(clean), guard=reason)
+        legal = self.trusted(view).legal
+        clean = View(view.layout, np.nan_to_num(view.signals), np.nan_to_num(view.request, posinf=np.inf), legal)
+        return replace(self.fallback.decide(clean), guard=reason, left_out=_left_out(view, clean))
 
     def objects(self, view: View) -> Array:
         """(N,) whether the fallback decides in each of N worlds."""
+        view = self.trusted(view)
         objected: Array = self._broken(view)
         if isinstance(self.policy, ResidualPolicy):
             objected = objected | self.drift(self.policy.inputs(view).context, self.policy.spec)
@@ -106,6 +131,7 @@ class GuardedPolicy:
 
     def decide_batch(self, view: View) -> Array:
         """As `decide` for N worlds at once."""
+        view = self.trusted(view)
         objected = self._broken(view)
         if isinstance(self.policy, ResidualPolicy):
             inputs = self.policy.inputs(view)
@@ -118,3 +144,8 @@ class GuardedPolicy:
     def in_flight_caps(self, layout: Layout, slots: Array) -> Array | None:
         """The policy's caps."""
         return self.policy.in_flight_caps(layout, slots)
+
+
+def _left_out(view: View, trusted: View) -> tuple[str, ...]:
+    """Names of the candidates of one decision that are legal in the first alone."""
+    return tuple(view.layout.names[c] for c in np.flatnonzero(view.legal & ~trusted.legal))

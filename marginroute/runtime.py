@@ -99,7 +99,7 @@ def decision_of(runtime: Runtime, view: View, acting: bool, breach: Breach | Non
 
     Args:
         runtime: decides.
-        view: what is known; a limit that refuses leaves *shed* alone legal in it.
+        view: what is known; a limit that refuses leaves *shed* alone legal in it, the guard takes out what is too old.
         acting: whether it is carried out.
         breach: a limit that the request is beyond.
         reason: why the fallback decides, if it does for a reason of the gateway's.
@@ -107,9 +107,10 @@ def decision_of(runtime: Runtime, view: View, acting: bool, breach: Breach | Non
     if breach is not None and breach.refuse:
         view.legal[:] = view.layout.kind == v.SHED
         return replace(runtime.policy.decide(view), guard=breach.reason)
-    if reason := breach.reason if breach is not None else reason:
-        return runtime.policy.hand_over(view, reason)
-    decision = runtime.policy.decide(view)
+    reason = breach.reason if breach is not None else reason
+    decision = runtime.policy.hand_over(view, reason) if reason else runtime.policy.decide(view)
+    if decision.left_out:
+        view.legal[[runtime.index[name] for name in decision.left_out]] = False
     if acting and runtime.explorer is not None and not decision.guard and decision.kind in CALLS:
         return runtime.explorer.explore(view, decision)
     return decision

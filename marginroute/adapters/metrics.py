@@ -88,7 +88,7 @@ class _Collector:
 
 
 def _guards(core: Any, gateway: Gateway) -> Iterator[Any]:
-    """Decisions that the guard took, requests beyond limits, and drift by feature."""
+    """Decisions of the guard, and those that it left replicas out of; requests beyond limits; drift by feature."""
     handed: dict[str, float] = {}
     for (_, _, guard, _), count in list(gateway.decided.items()):
         if guard:
@@ -96,6 +96,12 @@ def _guards(core: Any, gateway: Gateway) -> Iterator[Any]:
     family = core.CounterMetricFamily("marginroute_guard", "Decisions of the guard, by reason", labels=("guard",))
     for guard, number in handed.items():
         family.add_metric((guard,), number)
+    yield family
+    family = core.CounterMetricFamily(
+        "marginroute_stale", "Decisions that a replica was left out of, its scrape being too old", labels=("candidate",)
+    )
+    for name, number in list(gateway.left_out.items()):
+        family.add_metric((name,), number)
     yield family
     monitor = gateway.drift
     if monitor is not None:

@@ -118,8 +118,8 @@ def test_all_telemetry_is_gone(tmp_path):
         acted = 0
         for _ in range(seconds):
             clock.now_s += 1.0
-            if scrape:
-                gateway.state.scraped(0, 0.0, 0.0, 0.0)
+            for c in (0, 1) if scrape else ():
+                gateway.state.scraped(c, 0.0, 0.0, 0.0)
             verdict = gateway.decide(Facts(f"r{clock.now_s}", 100))
             gateway.finished(f"r{clock.now_s}", answer(verdict.decision.name))
             acted += verdict.acting

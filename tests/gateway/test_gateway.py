@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from bundles import TERMS, small_bundle
 
 from marginroute import latency
 from marginroute import view as v
+from marginroute.adapters import metrics
 from marginroute.errors import InputError
 from marginroute.facts import Facts, Outcome
 from marginroute.gateway import Gateway
@@ -17,6 +19,7 @@ from marginroute.heuristics import LeastInFlight
 from marginroute.modes import ModeSettings
 from marginroute.operation import OperationSettings, event_path, open_gateway
 from marginroute.record_log import RecordLog
+from marginroute.replay import replay
 
 ANSWER = Outcome("completed", "small/0", 0.1, 1.0, 0.1, 1.0, 100, 120)
 
@@ -102,7 +105,8 @@ def test_exploration_only_where_it_acts_and_within_its_limit(made, tmp_path):
 
 def test_a_decision_of_the_guard_is_not_explored(made):
     gateway = made(explore=(0.9, 100.0))
-    gateway.state.scraped(0, 0.0, 0.0, 0.0, age_s=1000.0)
+    for c in (0, 1):
+        gateway.state.scraped(c, 0.0, 0.0, 0.0, age_s=1000.0)
     decisions = [gateway.decide(Facts(str(i), 100)).decision for i in range(50)]
     assert {d.guard for d in decisions} == {"stale"} and {d.probability for d in decisions} == {1.0}
 
@@ -112,14 +116,40 @@ def test_a_replica_that_may_not_be_chosen_makes_nothing_stale(made):
     gateway = made("live")
     gateway.state.scraped(0, 0.0, 0.0, 0.0, age_s=1000.0)
     down = gateway.decide(Facts("a", 100, available=["large/0", "api"])).decision
-    assert (down.guard, down.policy) == ("", gateway.bundle.policy.name)
-    assert gateway.decide(Facts("b", 100)).decision.guard == "stale"
+    assert (down.guard, down.policy, down.left_out) == ("", gateway.bundle.policy.name, ())
+    assert gateway.decide(Facts("b", 100, available=["small/0"])).decision.guard == "stale"
     view = gateway.state.view(100, available=[1, 2])
     guarded = gateway.bundle.guarded()
     for policy in (guarded, dataclasses.replace(guarded, fast=None)):
         assert policy.decide(view).guard == ""
         many = v.View(view.layout, view.signals[:, None], view.request[:, None], view.legal[None])
         assert not policy.objects(many)[0]
+
+
+def test_a_replica_that_is_too_old_is_left_out_while_there_are_others(made, tmp_path):
+    gateway = made("live", explore=(0.9, 100.0))
+    gateway.state.scraped(0, 0.0, 0.0, 0.0, age_s=1000.0)
+    decisions = [gateway.decide(Facts(str(i), 100)).decision for i in range(50)]
+    assert {d.guard for d in decisions} == {""} and {d.left_out for d in decisions} == {("small/0",)}
+    assert {d.name for d in decisions} == {"large/0", "api"}  # what is drawn neither is the one left out
+    assert gateway.left_out == {"small/0": 50}
+    gateway.state.scraped(0, 0.0, 0.0, 0.0)
+    assert gateway.decide(Facts("back", 100)).decision.left_out == ()
+    gateway.close()
+    assert {tuple(r["legal"]) for r in records(tmp_path)} == {
+        ("large/0", "api", "shed"),
+        ("small/0", "large/0", "api", "shed"),
+    }
+    assert replay(tmp_path / "log.jsonl", gateway.bundle).handed_over == 0
+
+
+def test_metrics_say_what_was_left_out(made):
+    pytest.importorskip("prometheus_client", reason="pip install prometheus-client")
+    gateway = made("live")
+    gateway.state.scraped(1, 0.0, 0.0, 0.0, age_s=1000.0)
+    gateway.decide(Facts("a", 100))
+    source = SimpleNamespace(gateway=gateway, took=metrics.Histogram(), errors={})
+    assert 'marginroute_stale_total{candidate="large/0"} 1.0' in metrics.exposition(source).decode()
 
 
 def test_what_is_shed_is_not_explored(made):

@@ -189,7 +189,7 @@ def test_a_page_becomes_a_view_with_its_age(gateway, engine, answer):
 
 
 @pytest.mark.parametrize(("answer", "says"), [(503, "status 503"), ("hang", "in time"), ("cut", "closed")])
-def test_an_outage_lets_the_age_grow_until_the_guard_takes_over(gateway, engine, caplog, answer, says):
+def test_an_outage_lets_the_age_grow_until_the_guard_leaves_it_out(gateway, engine, caplog, answer, says):
     scraper = Scraper(gateway, {"small/0": engine.url}, every_s=0.05, timeout_s=0.04)
     gateway.keep(scraper.start())
     wait_for(lambda: scraper.scrapes >= 2)
@@ -199,12 +199,14 @@ def test_an_outage_lets_the_age_grow_until_the_guard_takes_over(gateway, engine,
     assert sum("fails" in record.message for record in caplog.records) == 1
     assert signals(gateway, v.WAITING)[0, 0] == 3.0  # what was known stays
     gateway.state._clock = lambda: time.monotonic() + 61.0
-    assert gateway.decide(Facts("a", 10)).decision.guard == "stale"
+    assert gateway.decide(Facts("a", 10)).decision.left_out == ("small/0",)
+    assert gateway.decide(Facts("alone", 10, available=["small/0"])).decision.guard == "stale"
     gateway.state._clock = time.monotonic
     engine.answer = 200
     wait_for(lambda: not scraper.failing)
     assert "is back" in caplog.text
-    assert gateway.decide(Facts("b", 10)).decision.guard == ""
+    found = gateway.decide(Facts("b", 10)).decision
+    assert (found.guard, found.left_out) == ("", ())
 
 
 def test_one_slow_engine_holds_up_no_other(gateway, engine):

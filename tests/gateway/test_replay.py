@@ -83,7 +83,7 @@ def test_the_guards_share_is_counted(logged, tmp_path):
 
     for record in lines[:50]:
         signals = unpacked(record["signals"], 6).copy()
-        signals[v.TELEMETRY_AGE_S - v.N_STATIC_SIGNALS, 0] = 100.0
+        signals[v.TELEMETRY_AGE_S - v.N_STATIC_SIGNALS, :2] = 100.0
         record["signals"] = packed(signals)
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
     bundles.save(small_bundle(), tmp_path / "bundle")

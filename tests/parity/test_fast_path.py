@@ -191,6 +191,32 @@ def ready():
     return rng, general, general.prepared(layout, static), layout, static
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), learned=st.booleans())
+def test_replicas_that_are_too_old_are_left_out_by_both(seed, learned):
+    rng = np.random.default_rng(seed)
+    layout, static = fleet(rng)
+    rule = rule_of(rng, layout)
+    policy = network_of(rng, layout, rule) if learned else rule
+    general = GuardedPolicy(policy, heuristics.LeastInFlight("least-in-flight"), GuardLimits(20.0, drift_features=99))
+    guarded = general.prepared(layout, static)
+    for _ in range(4):
+        view = view_of(rng, layout, static)
+        old = rng.random(layout.n_replicas) < rng.choice([0.2, 0.6, 1.0])
+        view.signals[v.TELEMETRY_AGE_S, : layout.n_replicas] += np.where(old, 21.0, 0.0)
+        slow, both = general.decide(view), guarded.decide(view)
+        assert (both.guard, both.left_out) == (slow.guard, slow.left_out)
+        assert not set(slow.left_out) & {slow.name, slow.runner_up, both.name, both.runner_up}
+        many = View(layout, view.signals[:, None], view.request[:, None], view.legal[None])
+        assert general.objects(many)[0] == (slow.guard == "stale") and general.decide_batch(many)[0] == slow.candidate
+        if slow.guard:
+            assert both == slow
+        else:
+            narrowed = view.copy()
+            narrowed.legal[[layout.names.index(name) for name in slow.left_out]] = False
+            agree(replace(general.decide(narrowed), left_out=slow.left_out), both, narrowed, policy)
+
+
 def spoilt(ready, change):
     """What both say of a view that `change` has changed."""
     rng, general, guarded, layout, static = ready
