@@ -101,6 +101,7 @@ def make_bundle(
         provenance=provenance,
         predictor=predictor,
         controller=None if levers is None else levers.controller,
+        rate_limits={provider.name: provider.rate_limit for provider in plant.spec.providers},
     )
 
 

@@ -26,6 +26,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from marginroute.heuristics import MarginRule
 from marginroute.policy import WEIGHT_NAMES, Network, Policy, ResidualPolicy
 from marginroute.predictor import QualityPredictor
 from marginroute.quality import QualityPrior
+from marginroute.rate_limits import RateLimit, rate_limits_from
 from marginroute.rules import RuleOfThumb
 from marginroute.view import REQUEST_NAMES, SIGNAL_NAMES, Array, Layout
 
@@ -76,6 +78,7 @@ class Bundle:
         predictor: of P(good answer) from the prompt, its models named as tiers; None: the prior is all there is.
         controller: sets the levers of a control tick, `controller.decide(view)`; None: the scenario has no controller.
         histograms: of context features in training, which drift is judged by; None: it is not.
+        rate_limits: of providers, by name; those that are missing have none.
         digest: sha256 of the manifest that it was loaded from; empty for a bundle in the making.
     """
 
@@ -95,6 +98,7 @@ class Bundle:
     predictor: QualityPredictor | None = None
     controller: Controller | None = None
     histograms: Histograms | None = None
+    rate_limits: Mapping[str, RateLimit] = field(default_factory=dict)
     digest: str = ""
 
     @property
@@ -232,6 +236,7 @@ def save(
                 name: [c for c, may in zip(bundle.layout.names, row, strict=True) if may]
                 for name, row in zip(bundle.layout.class_names, bundle.allowed, strict=True)
             },
+            "rate_limits": {name: limit.to_dict() for name, limit in bundle.rate_limits.items()},
             "output_tokens": bundle.output_tokens.tolist(),
             "prior": bundle.prior.to_dict(),
             "quality": None if bundle.predictor is None else _described(bundle.predictor),
@@ -390,5 +395,6 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Bundle:
         predictor=predictor,
         controller=controller,
         histograms=histograms,
+        rate_limits=rate_limits_from(manifest.get("rate_limits", {})),
         digest=manifest["digest"],
     )

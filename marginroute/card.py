@@ -42,6 +42,7 @@ def model_card(folder: str | Path) -> str:
         ("Advice", "advice"),
         ("Fallback", "fallback"),
         ("Guard", "guard"),
+        ("Rate limits of providers", "rate_limits"),
         ("Controller", "controller"),
         ("Prior of P(good answer), by tier", "prior"),
         ("Predictor of P(good answer)", "quality"),

@@ -37,6 +37,7 @@ from marginroute.feedback import QualityPosterior
 from marginroute.holding import Holding
 from marginroute.limits import Limit, LimitBook
 from marginroute.modes import ModeSettings, ModeSwitch
+from marginroute.rate_limits import RateLimit, split
 from marginroute.record import changing_rows
 from marginroute.record_log import RecordLog
 from marginroute.runtime import Runtime, decision_of, retry_after_s, view_of
@@ -75,6 +76,7 @@ class Gateway:
         waiting: `hold_s` and `lease_s` of requests that wait here (see `hold_queue.HoldQueue`).
         priority: by class, from 1 (first) up; requests that wait for a full replica go by it.
         limits: on spend, rate and retries.
+        rate_limits: by provider, in place of the bundle's.
 
     Attributes:
         decided: decisions by candidate, kind, guard, and whether they are acted on.
@@ -102,10 +104,11 @@ class Gateway:
         waiting: tuple[float, float] = (60.0, 30.0),
         priority: Mapping[str, int] | None = None,
         limits: Sequence[Limit] = (),
+        rate_limits: Mapping[str, RateLimit] | None = None,
     ) -> None:
         self.clock = self._clock = clock
         self._on_event, self._explore, self._hold_s = on_event, explore, waiting[0]
-        self._priority = dict(priority or {})
+        self._priority, self._rate_limits = dict(priority or {}), dict(rate_limits or {})
         self.switch = ModeSwitch(settings or ModeSettings(), clock, self._tell)
         self._records, self._stale_after_s, self._can = records, stale_after_s, frozenset(can)
         self._prefix_block_tokens = prefix_block_tokens
@@ -185,7 +188,8 @@ class Gateway:
                 if runtime.drift.wants(self._clock()):
                     runtime.saw(view)
         drifted = runtime.drift is not None and runtime.drift.drifted
-        reason = "drift" if drifted else "" if view.legal[: view.layout.n_answering].any() else "missing"
+        here = view.legal[: view.layout.n_answering].any() or self._only_spent(facts)
+        reason = "drift" if drifted else "" if here else "missing"
         refused = breach is not None and breach.refuse
         if holding is not None and not refused:
             with self._lock:
@@ -376,10 +380,15 @@ class Gateway:
             pending = self._pending.get(id)
             self.state.progress(id if pending is None else second_call.key_of(pending), tokens)
 
-    def attempt_failed(self, id: str, candidate: str = "") -> None:
-        """One attempt failed; the gateway may try again. Of two calls that at `candidate`; empty: both."""
+    def attempt_failed(self, id: str, candidate: str = "", retry_after_s: float | None = None) -> None:
+        """One attempt failed; the gateway may try again. Of two calls that at `candidate`; empty: both.
+
+        `retry_after_s`: a provider has refused it, its rate limit being spent, and takes the next call after that time.
+        """
         with self._lock:
             pending = self._pending.get(id)
+            if retry_after_s is not None and pending is not None:
+                self.rate_limit_told(candidate or pending.sent_to, retry_after_s=retry_after_s)
             if pending is None:
                 self.state.end(id, "failed")
             elif not second_call.failed(self.state, pending, candidate):
@@ -397,6 +406,19 @@ class Gateway:
             c = self._runtime.index.get(candidate)
             if c is not None:
                 self.state.scraped(c, waiting, running, kv_usage, age_s)
+
+    def rate_limit_told(
+        self,
+        candidate: str,
+        requests_left: float | None = None,
+        tokens_left: float | None = None,
+        retry_after_s: float | None = None,
+        ago_s: float = 0.0,
+    ) -> bool:
+        """A provider's response said what is left of its rate limits (see `RateBook.told`); False: it is none."""
+        with self._lock:
+            c = self._runtime.index.get(candidate, -1)
+            return self.state.rates.told(c, requests_left, tokens_left, retry_after_s, ago_s)
 
     def finished(self, id: str, outcome: Outcome) -> bool:
         """Records what happened; False if the request is unknown or was recorded before."""
@@ -500,12 +522,16 @@ class Gateway:
             rows = np.array([*(counters[name] for name in COUNTERS), queued]).T.tolist()
             told = {name: row for name, row in zip(names, rows, strict=True) if any(row)}
             fresh, asked = self.limits.to_share()
+            used, rates = self.state.rates.to_share()
+            fresh, asked = fresh | used, [*asked, *rates]
         return {"counts": told, "arrivals_per_s": self.state.arrivals_per_s}, fresh, asked
 
     def not_shared(self, fresh: Mapping[str, float]) -> None:
         """The exchange failed: what was used is told the next time."""
         with self._lock:
-            for name, amount in fresh.items():
+            limits, rates = split(fresh)
+            self.state.rates.not_shared(rates)
+            for name, amount in limits.items():
                 self.limits.fresh[name] = self.limits.fresh.get(name, 0.0) + amount
 
     def shared(self, others: Mapping[str, Any], totals: Mapping[str, float]) -> None:
@@ -519,7 +545,9 @@ class Gateway:
             by_row = {v.SIGNAL_NAMES.index(name): rows[i] for i, name in enumerate(COUNTERS)} if others else {}
             at_engines = rows[COUNTERS.index("in_flight")] - rows[-1]
             self.state.others(by_row, at_engines, float(others.get("arrivals_per_s", 0.0)))
-            self.limits.shared(totals)
+            limits, rates = split(totals)
+            self.limits.shared(limits)
+            self.state.rates.shared(rates)
         self.turn()
 
     def status(self) -> dict[str, Any]:
@@ -561,6 +589,7 @@ class Gateway:
             stale_after_s=self._stale_after_s,
             prefix_block_tokens=self._prefix_block_tokens,
             posterior=posterior,
+            rate_limits=self._rate_limits,
         )
         guarded, explorer = bundle.guarded(), None
         if self._explore is not None:
@@ -579,6 +608,12 @@ class Gateway:
 
     def _class(self, facts: Facts) -> str:
         return facts.class_name or self._runtime.bundle.layout.class_names[0]
+
+    def _only_spent(self, facts: Facts) -> bool:
+        """Whether a provider may serve a request but for its rate limit."""
+        names = self.bundle.layout.names
+        spent = [names[c] for c in self.state.rates.spent(facts.prompt_tokens)]
+        return any(facts.available is None or name in facts.available for name in spent)
 
     def _note_decision(self, decision: Decision, acting: bool) -> None:
         key = decision.name, decision.kind, decision.guard, acting

@@ -18,6 +18,7 @@ from marginroute.feedback import QualityPosterior, load_posterior
 from marginroute.gateway import Gateway
 from marginroute.limits import limits_from
 from marginroute.modes import ModeSettings
+from marginroute.rate_limits import check_providers, rate_limits_from
 from marginroute.record_log import AuditLog
 from marginroute.reload import BundleWatch
 from marginroute.rollback import RollbackLimits
@@ -62,6 +63,7 @@ class OperationSettings:
         shared_s: seconds between two exchanges; shared_prefix: of the keys.
         otel: an OpenTelemetry span per decision, exported as the OTEL_* variables say.
         limits: on spend, rate and retries (see `limits`).
+        rate_limits: of providers, by name, in place of the bundle's (see `rate_limits.RateLimit`).
         lease_s: that the place of a waiting request is kept while its caller is not on the line.
     """
 
@@ -90,6 +92,7 @@ class OperationSettings:
     hold_s: float = 60.0
     lease_s: float = 30.0
     limits: Sequence[Mapping[str, Any]] = ()
+    rate_limits: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     shared: str = ""
     shared_s: float = 0.2
     shared_prefix: str = "marginroute"
@@ -139,7 +142,8 @@ def open_gateway(
     if settings.prefix_block_tokens < 0:
         raise InputError(f"prefix_block_tokens {settings.prefix_block_tokens} is not legal; legal is 0 (none) or more")
     modes, (bundle, posterior) = settings.modes(), settings.load()
-    limits = limits_from(settings.limits)
+    limits, rate_limits = limits_from(settings.limits), rate_limits_from(settings.rate_limits)
+    check_providers(rate_limits, bundle.layout)
     check_priority(settings.priority, bundle.layout.class_names)
     if not (settings.hold_s > 0.0 and settings.lease_s > 0.0):
         raise InputError(f"hold_s {settings.hold_s}, lease_s {settings.lease_s}; legal are numbers above 0")
@@ -160,6 +164,7 @@ def open_gateway(
         waiting=(settings.hold_s, settings.lease_s),
         priority=settings.priority,
         limits=limits,
+        rate_limits=rate_limits,
     )
     if settings.reload_s is not None:
         watch = BundleWatch(gateway, settings.load, settings.watched(), settings.reload_s, events.write)

@@ -10,7 +10,7 @@ from marginroute.errors import InputError
 from marginroute.operation import OperationSettings
 
 _WANTED = {"bundle": "folder written by export.py", "log": "JSONL file for decision records"}
-_MAPPINGS = ("rollback", "candidates", "priority", "telemetry")
+_MAPPINGS = ("rollback", "candidates", "priority", "telemetry", "rate_limits")
 _LISTS = ("canary_tenants",)
 
 S = TypeVar("S", bound=OperationSettings)

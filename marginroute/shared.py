@@ -8,8 +8,8 @@ Nothing can leak: a worker's counters stand under a lease that it renews, and co
 (killed, hung, cut off). A worker that Redis is lost to goes on with its own counters alone, and says so once.
 
 Keys, all under one prefix: hash `PREFIX:workers` (worker -> JSON with its lease by Redis' clock), and one number with
-an expiry for each limit, whom it is of, and period, `PREFIX:limit:...`. They hold candidates, classes, tenants and
-sessions by name; no text, no key of a customer.
+an expiry for each limit, whom it is of, and period, and for each rate limit of a provider, `PREFIX:limit:...`. They
+hold candidates, classes, tenants and sessions by name; no text, no key of a customer.
 """
 
 from __future__ import annotations

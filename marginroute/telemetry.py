@@ -34,6 +34,7 @@ from marginroute.latency import (
     running_mean,
 )
 from marginroute.prefix_index import MAX_BLOCKS, PrefixIndex
+from marginroute.rate_limits import RateBook, RateLimit
 from marginroute.response_cache import PUBLIC_HALF, PUBLIC_WIDTH, Hit, p_reuse
 from marginroute.session_map import SessionMap
 from marginroute.slo_windows import SloWindows
@@ -55,6 +56,10 @@ class GatewayState:
         prefix_block_tokens: tokens that a block hash of a prompt stands for, about; 0: prompts are not hashed.
         posterior: what feedback says of P(good), if anything.
         reuse: what is assumed of stored answers: `half` and `width` of `response_cache.p_reuse`.
+        rate_limits: by provider, in place of the bundle's.
+
+    Attributes:
+        rates: what is left of the providers' rate limits.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class GatewayState:
         prefix_block_tokens: int = 0,
         posterior: QualityPosterior | None = None,
         reuse: tuple[float, float] = (PUBLIC_HALF, PUBLIC_WIDTH),
+        rate_limits: Mapping[str, RateLimit] | None = None,
     ) -> None:
         self.layout, self._prior, self._clock = bundle.layout, bundle.prior, clock
         self._predictor, self._shift = bundle.predictor, quality_shift(bundle.layout, posterior)
@@ -83,6 +89,7 @@ class GatewayState:
         self._prefixes = _prefix_index(bundle.static_signals, prefix_block_tokens)
         self._elsewhere = Elsewhere(self.layout.n_candidates)
         self._sessions = SessionMap()
+        self.rates = RateBook(self.layout, {**bundle.rate_limits, **(rate_limits or {})}, clock)
         self._scraped_at_s = np.full(self.layout.n_candidates, np.nan)
         self._contracts = ContractTerms(bundle)
         self._windows = SloWindows(self._contracts.terms, clock())
@@ -134,6 +141,7 @@ class GatewayState:
                 entry.cached_tokens = int(cached[candidate])
                 self._prefixes.insert(candidate, hashes[:MAX_BLOCKS], now_s)
             self._counters.begin(id, entry)
+            self.rates.sent(candidate, prompt_tokens)
             if candidate < self.layout.n_replicas:
                 self._elsewhere.sent(entry.prefill_tokens)
 
@@ -180,6 +188,8 @@ class GatewayState:
             entry = self._counters.end(id)
             if entry is None:
                 return False
+            if entry.candidate >= self.layout.n_replicas:
+                self.rates.answered(entry.candidate, self._used_tokens(entry, status, output_tokens))
             if status in ("completed", "failed"):
                 self._counters.note_call(entry.candidate, status == "failed", self._clock())
             if status == "completed" and output_tokens:
@@ -189,6 +199,12 @@ class GatewayState:
                     self._lengths[entry.cell], self._lengths_weight[entry.cell], output_tokens, RECENT_LENGTHS
                 )
             return True
+
+    def _used_tokens(self, entry: Entry, status: str, output_tokens: int | None) -> float:
+        """What a call has used of a provider's tokens since it was sent; less the prompt if it was refused."""
+        if status == "completed":
+            return float(output_tokens or self._lengths.item(entry.cell))
+        return -entry.prompt_tokens if status == "failed" and not entry.tokens else entry.tokens
 
     def judged(self, tier: int, task: int, surprise: float) -> None:
         """An answer of a tier turned out good (1) or bad (0), which is `surprise` more than the P(good) expected."""
@@ -308,8 +324,9 @@ class GatewayState:
         refused = self._contracts.show(cell[0], request, standing, quota_left)
         if miss_usd:
             request[[v.MISS_USD, v.UNSERVED_CREDIT_USD]] += miss_usd
+        spent = self.rates.spent(max(prompt_tokens, 1))
         usable = cached is not None and bool(self._models[cell[0], cached.tier])
-        legal = self._legal(cell[0], deadline_left_s, available, usable, trial is not None)
+        legal = self._legal(cell[0], deadline_left_s, available, usable, trial is not None, spent)
         if refused:
             legal[:] = np.arange(len(legal)) == len(legal) - 1
         if under_way is not None:
@@ -353,6 +370,7 @@ class GatewayState:
                 for j_old, j in tasks.items():
                     self._surprise[:, t, j] = old._surprise[:, t_old, j_old]
             self._elsewhere.take_over(old._elsewhere, candidates)
+            self.rates.take_over(old.rates, candidates)
             self._judged = old._judged
             self._windows.take_over(old._windows, classes)
             self._arrivals, self._sequence = old._arrivals, old._sequence
@@ -444,10 +462,17 @@ class GatewayState:
         return found
 
     def _legal(
-        self, k: int, deadline_left_s: float, available: Collection[int] | None, cached: bool, in_hand: bool
+        self,
+        k: int,
+        deadline_left_s: float,
+        available: Collection[int] | None,
+        cached: bool,
+        in_hand: bool,
+        spent: Sequence[int],
     ) -> Array:
         """(C,) bool: what this gateway could carry out now and the class is entitled to; shedding is the last resort
-        even where there is no way to. An answer in hand is one from where the class is entitled to.
+        even where there is no way to, unless providers whose limits are spent may refuse by themselves. An answer in
+        hand is one from where the class is entitled to.
         """
         defer = self._contracts.delay_tolerant[k] and deadline_left_s > 2.0 * self._hold_s
         others, serving = self._may[k, defer, cached or in_hand], self._serving
@@ -458,6 +483,12 @@ class GatewayState:
             legal[:serving] = False
             here = [c for c in available if c < serving]
             legal[here] = self._allowed[k, here]
+        if spent and (missed := [c for c in spent if legal[c]]):
+            legal[missed] = False
+            if legal.any():
+                self.rates.note_left_out(missed)
+            else:
+                legal[missed] = True
         if not legal.any():
             legal[-1] = True
         return legal

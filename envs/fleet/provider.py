@@ -1,8 +1,7 @@
 """Third-party providers: a call ends at ttft + tpot (output - 1) after it was sent; token buckets limit the rates.
 
-Requests per minute: a call takes 1 from a bucket that fills at the limit. Tokens per minute: a call takes its prompt
-when it is sent and its answer when that is complete; it needs room for the prompt (a full bucket is enough for a longer
-one), so that answers may leave a debt. Both levels are known to a gateway: providers tell them with every response.
+The buckets are those of `marginroute.rate_limits`. Both levels are known to a gateway: it keeps the same, and providers
+tell them with every response.
 
 In an outage (`down`) a call ends with an error after `error_after_s`, without tokens and without a bill; calls that
 were sent before go on. A degradation (`slowdown`) multiplies TTFT and TPOT of the calls sent while it lasts.
@@ -18,39 +17,37 @@ import math
 from envs.fleet.queues import finished_append
 from envs.fleet.state import ABANDONED, COMPLETED, FAILED, IN_FLIGHT, LOST
 from envs.kernels import kernel
+from marginroute import contracts, rate_limits
+
+refilled = kernel(contracts.refilled, inline="always")
+has_room = kernel(rate_limits.has_room, inline="always")
 
 
 @kernel
 def requests_left(provider, now_s):
     """Requests that the rate limit allows at once."""
-    if math.isinf(provider.requests_per_s):
-        return math.inf
-    return min(provider.bucket_size, provider.bucket + (now_s - provider.bucket_at_s) * provider.requests_per_s)
+    return refilled(provider.bucket, provider.bucket_size, provider.requests_per_s, now_s - provider.bucket_at_s)
 
 
 @kernel
-def _token_bucket(provider, now_s):
+def _tokens_left(provider, now_s):
     """Tokens that the rate limit allows at once."""
-    if math.isinf(provider.tokens_per_s):
-        return math.inf
-    filled = provider.token_bucket + (now_s - provider.token_bucket_at_s) * provider.tokens_per_s
-    return min(provider.token_bucket_size, filled)
+    elapsed_s = now_s - provider.token_bucket_at_s
+    return refilled(provider.token_bucket, provider.token_bucket_size, provider.tokens_per_s, elapsed_s)
 
 
 @kernel
 def provider_available(providers, w, v, now_s, prompt_tokens=1):
     """Whether a call to provider v is legal now, as far as its rate limits go."""
     provider = providers[w, v]
-    if math.isinf(provider.tokens_per_s):
-        return requests_left(provider, now_s) >= 1.0
-    room = _token_bucket(provider, now_s) >= min(prompt_tokens, provider.token_bucket_size)
-    return room and requests_left(provider, now_s) >= 1.0
+    requests, tokens = requests_left(provider, now_s), _tokens_left(provider, now_s)
+    return has_room(requests, tokens, prompt_tokens, provider.token_bucket_size)
 
 
 @kernel
 def _take_tokens(provider, tokens, now_s):
     if not math.isinf(provider.tokens_per_s):
-        provider.token_bucket = _token_bucket(provider, now_s) - tokens
+        provider.token_bucket = _tokens_left(provider, now_s) - tokens
         provider.token_bucket_at_s = now_s
 
 

@@ -31,6 +31,7 @@ import numpy.typing as npt
 from envs.fleet.profile import Profile, flatten_profile
 from envs.fleet.speculation import MOST_DRAFT_TOKENS, Speculation
 from marginroute.errors import InputError
+from marginroute.rate_limits import RateLimit
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -363,11 +364,16 @@ class ProviderSpec:
     ttft_sigma: float = 0.0
     tpot_s: float = 0.02
     tpot_sigma: float = 0.0
-    requests_per_minute: float = math.inf
-    burst_requests: float = 0.0  # size of the token bucket; 0: ten seconds of the limit
+    requests_per_minute: float = math.inf  # this and the next three: see `marginroute.rate_limits.RateLimit`
+    burst_requests: float = 0.0
     tokens_per_minute: float = math.inf
-    burst_tokens: float = 0.0  # 0: ten seconds of the limit
+    burst_tokens: float = 0.0
     error_after_s: float = 0.0
+
+    @property
+    def rate_limit(self) -> RateLimit:
+        """What it lets through."""
+        return RateLimit(self.requests_per_minute, self.burst_requests, self.tokens_per_minute, self.burst_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -564,9 +570,9 @@ def allocate(spec: FleetSpec, n_worlds: int, max_requests: int, max_hashes: int 
 def limit_providers(records: Any, spec: FleetSpec) -> None:
     """Sets rate limits and times to an error in (..., V) records."""
     for v, provider in enumerate(spec.providers):
-        rate, token_rate = provider.requests_per_minute / 60.0, provider.tokens_per_minute / 60.0
-        records["requests_per_s"][..., v] = rate
-        records["bucket_size"][..., v] = provider.burst_requests or max(1.0, 10.0 * rate)
-        records["tokens_per_s"][..., v] = token_rate
-        records["token_bucket_size"][..., v] = provider.burst_tokens or 10.0 * token_rate
+        limit = provider.rate_limit
+        records["requests_per_s"][..., v] = limit.requests_per_s
+        records["bucket_size"][..., v] = limit.size_requests
+        records["tokens_per_s"][..., v] = limit.tokens_per_s
+        records["token_bucket_size"][..., v] = limit.size_tokens
         records["error_after_s"][..., v] = provider.error_after_s

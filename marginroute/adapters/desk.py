@@ -112,4 +112,5 @@ def _fits(value: Any, setting: Field[Any]) -> bool:
     if not isinstance(default, dict):
         return isinstance(value, str)
     named = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-    return named and (setting.name in ("rollback", "priority") or all(isinstance(x, str) for x in value.values()))
+    other = setting.name in ("rollback", "priority", "rate_limits")
+    return named and (other or all(isinstance(x, str) for x in value.values()))

@@ -25,6 +25,7 @@ from marginroute.adapters import chat
 from marginroute.adapters import envoy_messages as em
 from marginroute.adapters.account import account_of
 from marginroute.adapters.answer import Answer
+from marginroute.adapters.rate_headers import told_by
 from marginroute.facts import Facts, Outcome, Verdict
 
 if TYPE_CHECKING:
@@ -279,6 +280,8 @@ class Exchange:
                 self._served = served
                 streamed = self._answer.streamed and self._response_mode != em.NONE
                 self._picker.gateway.sent(self.id, served, streamed)
+            if self._served and (limits := told_by(self._code, told)):
+                self._picker.gateway.rate_limit_told(self._served, **limits)
             if message.response_headers.end_of_stream:
                 self._end(status_of(self._code))
         return [self._messages.go_on["response_headers"]]

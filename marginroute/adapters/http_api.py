@@ -100,6 +100,13 @@ def events_schema(layout: Layout) -> Schema:
         "running": number(0.0, 1e6, "requests running in the engine"),
         "kv_usage": number(0.0, 1.0, "share of KV blocks in use"),
     }
+    refused_s = number(0.0, MOST_S, "a provider's limit is spent (429): its Retry-After, 0 if it names none")
+    rates = {
+        "requests_left": number(0.0, 1e12, "of the limit on requests (x-ratelimit-remaining-requests)"),
+        "tokens_left": number(0.0, 1e12, "of the limit on tokens (x-ratelimit-remaining-tokens)"),
+        "retry_after_s": refused_s,
+        "ago_s": ago_s,
+    }
     one_of_two = one_of(layout.names, "whose, where two have it; left out: the first one's, of a failure both")
     of_request, pool = {"id": _ID}, one_of(layout.station_names, "a pool of the bundle")
     replicas = number(0.0, 1e5, "replicas")
@@ -108,11 +115,12 @@ def events_schema(layout: Layout) -> Schema:
         _event("sent", "it leaves for a candidate", of_request | {"candidate": candidate}, streamed=streamed),
         _event("first_token", "its first token came", of_request, ago_s=ago_s, candidate=one_of_two),
         _event("progress", "so many tokens have streamed", of_request | {"tokens": integer(0, MOST_TOKENS, "so far")}),
-        _event("attempt_failed", "it may be decided again", of_request, candidate=one_of_two),
+        _event("attempt_failed", "it may be decided again", of_request, candidate=one_of_two, retry_after_s=refused_s),
         _event("judged", "its answer turned out good or bad", of_request | {"good": boolean("whether it was good")}),
         _event("finished", "it is over", of_request | {"status": outcome.pop("status")}, **outcome),
         _event("replicas", "what an autoscaler has of a pool", {"pool": pool, "ready": replicas}, **scaled),
         _event("scraped", "an engine's metrics, of no request", {"candidate": candidate, **scrape}, ago_s=ago_s),
+        _event("rate_limit", "what a provider's response says of its limits", {"candidate": candidate}, **rates),
     ]
     events = array(either("event", kinds), MOST_EVENTS, "in the order in which they happened")
     return fields({"events": events}, ("events",))

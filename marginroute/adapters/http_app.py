@@ -315,6 +315,9 @@ class App:
             index = gateway.bundle.layout.names.index(event["candidate"])
             gateway.state.scraped(index, waiting, running, kv_usage, float(event.get("ago_s", 0.0)))
             return True
+        if kind == "rate_limit":
+            told = {key: float(x) for key, x in event.items() if key not in ("event", "candidate")}
+            return gateway.rate_limit_told(event["candidate"], **told)
         if kind == "judged":
             return gateway.judged(id, event["good"])
         if gateway.arrived_at_s(id) is None:
@@ -326,7 +329,7 @@ class App:
         elif kind == "progress":
             gateway.progress(id, event["tokens"])
         elif kind == "attempt_failed":
-            gateway.attempt_failed(id, event.get("candidate", ""))
+            gateway.attempt_failed(id, event.get("candidate", ""), event.get("retry_after_s"))
         else:
             self._finished(id, event)
         return True

@@ -120,7 +120,7 @@ def callback(observer: Observer | None) -> Any:
             self, request_data: Any, exception: Exception, call_type: Any, fallback_depth: int | None = None
         ) -> None:
             try:
-                watch.attempt_failed(request_data)
+                watch.attempt_failed(request_data, exception)
             except Exception as error:
                 watch.failed("end of a call", error)
 

@@ -18,6 +18,7 @@ from marginroute import view as v
 from marginroute.adapters import litellm_request as read
 from marginroute.adapters.adapter import Adapter
 from marginroute.adapters.litellm_request import Settings
+from marginroute.adapters.rate_headers import told_by
 from marginroute.facts import Facts, Outcome, Verdict
 from marginroute.gateway import Gateway
 from marginroute.latency import running_mean
@@ -175,10 +176,13 @@ class Observer(Adapter[Settings]):
         if streamed and id in self._calls:
             self._awaited[id] = kwargs.get("litellm_logging_obj")
 
-    def attempt_failed(self, kwargs: Mapping[str, Any]) -> None:
+    def attempt_failed(self, kwargs: Mapping[str, Any], error: Exception) -> None:
         """An attempt failed; LiteLLM may try again."""
         id = kwargs.get("litellm_call_id", "")
         self._awaited.pop(id, None)
+        told = told_by(*read.response_of(error))
+        if told:
+            self.gateway.rate_limit_told(self.gateway.sent_to(id), **told)
         self.gateway.attempt_failed(id)
 
     def request_failed(self, data: Mapping[str, Any]) -> None:
@@ -215,7 +219,15 @@ class Observer(Adapter[Settings]):
             cost_usd=cost_usd if cost_usd > 0.0 else None,
         )
         self._remember(call.cache_key, outcome.served_by)
+        self._see_rate_limit(payload, outcome)
         self.gateway.finished(id, outcome)
+
+    def _see_rate_limit(self, payload: Mapping[str, Any], outcome: Outcome) -> None:
+        """What the headers of an answer said, which came with its first token."""
+        told = told_by(200, read.headers_of(payload))
+        if told and outcome.served_by != CACHE:
+            since_s = (outcome.attempt_e2e_s or 0.0) - (outcome.attempt_ttft_s or outcome.attempt_e2e_s or 0.0)
+            self.gateway.rate_limit_told(outcome.served_by, **told, ago_s=since_s)
 
     def _forget(self, id: str) -> _Call | None:
         self._awaited.pop(id, None)

@@ -113,6 +113,22 @@ def traceparent_of(kwargs: Mapping[str, Any]) -> str:
     return str(headers.get("traceparent") or "")[:100]
 
 
+def response_of(error: Exception) -> tuple[int, dict[str, object]]:
+    """Status and headers of the response that a provider's error stands for; 0 and none for LiteLLM's own refusals."""
+    if str(getattr(error, "category", "")).startswith("litellm"):
+        return 0, {}
+    headers = getattr(error, "litellm_response_headers", None) or getattr(
+        getattr(error, "response", None), "headers", None
+    )
+    return int(getattr(error, "status_code", None) or 0), {str(k).lower(): x for k, x in dict(headers or {}).items()}
+
+
+def headers_of(payload: Mapping[str, Any]) -> dict[str, object]:
+    """Headers of a response, as LiteLLM's standard logging object has them."""
+    headers = (payload.get("hidden_params") or {}).get("additional_headers") or {}
+    return {str(name).lower().replace("_", "-"): value for name, value in headers.items()}
+
+
 def body_of(kwargs: Mapping[str, Any]) -> Any:
     """Where text stands in bodies without messages."""
     body = (kwargs.get("proxy_server_request") or {}).get("body") or {}

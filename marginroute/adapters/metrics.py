@@ -88,7 +88,7 @@ class _Collector:
 
 
 def _guards(core: Any, gateway: Gateway) -> Iterator[Any]:
-    """Decisions of the guard, and those that it left replicas out of; requests beyond limits; drift by feature."""
+    """Decisions of the guard, and those that candidates were left out of; requests beyond limits; drift by feature."""
     handed: dict[str, float] = {}
     for (_, _, guard, _), count in list(gateway.decided.items()):
         if guard:
@@ -102,6 +102,14 @@ def _guards(core: Any, gateway: Gateway) -> Iterator[Any]:
     )
     for name, number in list(gateway.left_out.items()):
         family.add_metric((name,), number)
+    yield family
+    family = core.CounterMetricFamily(
+        "marginroute_rate_limited",
+        "Decisions that a provider was left out of, its rate limit being spent",
+        labels=("candidate",),
+    )
+    for c, number in list(gateway.state.rates.left_out.items()):
+        family.add_metric((gateway.bundle.layout.names[c],), number)
     yield family
     monitor = gateway.drift
     if monitor is not None:

@@ -80,9 +80,9 @@ def body(data, end=True, observed=False):
     return message
 
 
-def response(status="200", end=False, served="", kind="application/json", **more):
+def response(status="200", end=False, served="", kind="application/json", headers=(), **more):
     message = protos.ProcessingRequest(**more)
-    for name, value in {":status": status, "content-type": kind}.items():
+    for name, value in {":status": status, "content-type": kind, **dict(headers)}.items():
         header = message.response_headers.headers.headers.add()
         header.key, header.raw_value = name, value.encode()
     message.response_headers.end_of_stream = end
@@ -130,6 +130,18 @@ def test_headers_alone(make):
     assert (record["mode"], record["status"], record["served_by"]) == ("live", "completed", "large/0")
     assert record["request"]["prompt_tokens"] == 80.0  # a fifth of the content length
     assert picker.gateway.state.in_flight == 0 and not picker.live
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"), [("429", {"retry-after": "30"}), ("200", {"x-ratelimit-remaining-requests": "0"})]
+)
+def test_a_provider_says_that_its_limit_is_spent(make, status, headers):
+    picker = make(endpoints={"api": "cluster:api"}, rate_limits={"api": {"requests_per_minute": 6}})
+    said = response(status, served="cluster:api", headers=headers, end=True)
+    first, _ = play(Exchange(picker), request(end=True), said)
+    assert not first[0].HasField("immediate_response")
+    (refused,) = play(Exchange(picker), request(end=True))
+    assert refused[0].immediate_response.status.code == 429
 
 
 @pytest.mark.parametrize("mode", [em.BUFFERED, em.BUFFERED_PARTIAL])

@@ -35,6 +35,7 @@ mode: live
 use_cache: true
 reload_s: 0.2
 priority: {{premium: 1}}
+rate_limits: {{api: {{requests_per_minute: 30, burst_requests: 50}}}}
 rollback: {{error_rate: 0.5, min_requests: 10, window_s: 2.0, slo_attainment: null, margin_loss: null}}
 """
 
@@ -54,7 +55,7 @@ class Live:
         self.bundle, self.log = folder / "bundle", folder / "records.jsonl"
         bundles.save(bundle_preferring(1), self.bundle)
         (folder / "settings.yaml").write_text(SETTINGS.format(bundle=self.bundle, log=self.log))
-        self.upstreams = {"a": Upstream("a"), "b": Upstream("b")}
+        self.upstreams = {name: Upstream(name) for name in ("a", "b", "c")}
         urls = {name: upstream.url for name, upstream in self.upstreams.items()}
         deployments = [
             ("chat", "a", urls["a"], "small/0"),
@@ -62,6 +63,7 @@ class Live:
             ("only-a", "a", urls["a"], "small/0"),
             ("dead", "dead", "http://127.0.0.1:9/v1", "large/0"),
             ("dead", "a", urls["a"], "small/0"),
+            ("bought", "c", urls["c"], "api"),
         ]
         environ = {"MARGINROUTE_CONFIG": str(folder / "settings.yaml")}
         cache = ", cache: true, cache_params: {type: local}"
@@ -131,6 +133,32 @@ def test_a_dead_endpoint_costs_one_attempt(live):
     assert live.proxy.ask("dead", "anyone there") == (200, "a " * 8)
     first, second = live.records(2)
     assert (first["choice"], second["served_by"]) == ("large/0", "small/0")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_api_that_says_that_nothing_is_left_is_left_alone(live, stream):
+    """Its limit refills in 2 s."""
+    api = live.upstreams["c"]
+    time.sleep(2.2)  # also after the one before
+    api.headers = {"x-ratelimit-remaining-requests": "0"}
+    assert live.proxy.ask("bought", "the last one", stream) == (200, "c " * 8)
+    live.records(1)
+    api.headers, before = {}, len(api.calls)
+    assert live.proxy.ask("bought", "too early", stream, num_retries=0)[0] == 429
+    assert len(api.calls) == before and live.records(1)[0]["status"] == "shed"
+
+
+def test_an_api_that_refuses_is_left_alone_until_the_time_it_names(live):
+    api = live.upstreams["c"]
+    time.sleep(2.2)
+    assert live.proxy.ask("bought", "now limit", num_retries=0)[0] == 429
+    before, started = len(api.calls), time.monotonic()
+    assert live.records(1)[0]["status"] == "failed"
+    assert live.proxy.ask("bought", "too early", num_retries=0)[0] == 429
+    assert time.monotonic() - started < 2.0 and len(api.calls) == before
+    time.sleep(2.2)
+    assert live.proxy.ask("bought", "now") == (200, "c " * 8)
+    live.records(2)
 
 
 def test_a_request_that_only_costs_is_shed_at_once(live):

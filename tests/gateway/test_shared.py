@@ -1,5 +1,6 @@
 """Workers that share counters through a real Redis: sums, leases, limits together, and Redis going away."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from marginroute.facts import Facts, Outcome
 from marginroute.gateway import Gateway
 from marginroute.limits import limits_from
 from marginroute.modes import ModeSettings
+from marginroute.rate_limits import RateLimit
 from marginroute.shared import SharedCounters, without_secrets
 
 redis = pytest.importorskip("redis", reason="pip install 'marginroute[redis]'")
@@ -142,6 +144,20 @@ def test_limits_are_counted_together(workers):
     (spend,) = [n for n in pairs[0][0].limits.used if n.startswith("1:")]
     reserved = sum(p.reserved_usd for gateway, _ in pairs for p in gateway._pending.values())
     assert pairs[0][0].limits.amount(spend) == pytest.approx(6 * 0.001 + reserved)
+
+
+def test_rate_limits_of_providers_are_used_up_together(workers):
+    """Six calls at once, then one a minute: three workers with two each, and nobody gets a seventh."""
+    pairs = workers(3)
+    for gateway, _ in pairs:
+        gateway.swap(dataclasses.replace(small_bundle(), rate_limits={"api": RateLimit(1.0, 6.0)}))
+    exchange(pairs)
+    for w, (gateway, _) in enumerate(pairs):
+        for i in range(2):
+            send(gateway, f"{w}{i}", "api")
+    assert [gateway.state.rates.spent(1) for gateway, _ in pairs] == [[], [], []]
+    exchange(pairs)
+    assert [gateway.state.rates.spent(1) for gateway, _ in pairs] == [[2], [2], [2]]
 
 
 def test_a_cap_holds_over_all_workers(workers):

@@ -44,6 +44,7 @@ def bundle_of(plant):
             quality.nobody_can_share,
         ),
         scenario={},
+        rate_limits={provider.name: provider.rate_limit for provider in plant.spec.providers},
     )
 
 
@@ -126,6 +127,11 @@ SEMANTIC = {
 }
 
 
+LIMITED = {"fleet.providers.api.requests_per_minute": 40, "fleet.providers.api.burst_requests": 3} | {
+    "fleet.providers.api.tokens_per_minute": 60_000, "fleet.providers.api.burst_tokens": 4_000,
+}  # fmt: skip
+
+
 class Answers:
     """A gateway's response cache beside a world; prompts of different intents have nothing in common."""
 
@@ -156,11 +162,11 @@ class Answers:
             self.cache.store(*self.names(i), int(self.layout.tier[self.loads[i]["answered_by"]]), at_s)
 
 
-@pytest.fixture(scope="module", params=["judged", "prefixes", "semantic"])
+@pytest.fixture(scope="module", params=["judged", "prefixes", "semantic", "limited"])
 def views(request):
     """Pairs of the world's View and the gateway's, decision by decision."""
     caching = request.param == "prefixes"
-    overrides = {"judged": JUDGED, "prefixes": CACHING, "semantic": SEMANTIC}[request.param]
+    overrides = {"judged": JUDGED, "prefixes": CACHING, "semantic": SEMANTIC, "limited": LIMITED}[request.param]
     scenario = load_scenario("quickstart", overrides)
     worlds = FleetWorlds(scenario, 1)
     episode = scenario.generate(3, split="validation")
@@ -186,7 +192,7 @@ def views(request):
         for r in range(layout.n_replicas):
             state.scraped(r, *theirs.signals[[v.WAITING, v.RUNNING, v.KV_USAGE, v.TELEMETRY_AGE_S], r])
         load = worlds.loads[0, i]
-        serving = np.flatnonzero(theirs.legal & (layout.kind <= v.PROVIDER))
+        serving = np.flatnonzero(np.where(layout.kind == v.PROVIDER, True, theirs.legal) & (layout.kind <= v.PROVIDER))
         cache = layout.names.index("cache")
         hit = answers.look_up(i, now_s)
         ours = state.view(
@@ -251,6 +257,13 @@ def test_request_is_the_worlds(views, name):
 def test_legal_is_the_worlds(views):
     for theirs, ours in views:
         assert ours.legal.tolist() == theirs.legal.tolist()
+
+
+def test_the_providers_limits_were_met(views, request):
+    """Under `limited`: nothing but its limits bars the API here, and nobody tells the gateway of them."""
+    api = np.array([theirs.legal[3] for theirs, _ in views])
+    if request.node.callspec.params["views"] == "limited":
+        assert 0.1 < api.mean() < 0.9
 
 
 def test_prefixes_were_found_and_forgotten(views):

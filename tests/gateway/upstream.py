@@ -1,8 +1,8 @@
 """A small OpenAI-compatible upstream for gateway tests: streams or not, slow or not, and fails when told to.
 
 The last user message may carry orders, word by word: `fail` answers 500, `fail:NAME` does so only at the upstream of
-that name, `refuse` answers 400, `break` closes a stream after its first chunk, `slow` waits 0.5 s before the first
-token, `long` streams 40 words.
+that name, `refuse` answers 400, `limit` 429 with a Retry-After of 2 s, `break` closes a stream after its first chunk,
+`slow` waits 0.5 s before the first token, `long` streams 40 words.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Upstream:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.headers: dict[str, str] = {}  # of answers
         self.calls: list[tuple[str, int]] = []  # last message and status, in order
         self.lock, self.busy, self.peak = threading.Lock(), 0, 0  # calls before their first token, and the most of them
         upstream = self
@@ -63,7 +64,8 @@ class Upstream:
     def answer(self, handler: BaseHTTPRequestHandler, body: dict) -> None:
         message = body["messages"][-1]["content"]
         orders = message.split()
-        status = 400 if "refuse" in orders else 500 if "fail" in orders or f"fail:{self.name}" in orders else 200
+        told = {"refuse": 400, "limit": 429, "fail": 500, f"fail:{self.name}": 500}
+        status = next((code for order, code in told.items() if order in orders), 200)
         self.calls.append((message, status))
         if status != 200:
             self._json(handler, status, {"error": {"message": "as told", "type": "server_error", "code": status}})
@@ -87,10 +89,15 @@ class Upstream:
     def _head(self, kind: str, body: dict) -> dict:
         return {"id": "chatcmpl-1", "object": kind, "created": int(time.time()), "model": body["model"]}
 
+    def _head_of(self, handler: BaseHTTPRequestHandler, status: int) -> None:
+        for name, value in {**self.headers, **({"Retry-After": "2"} if status == 429 else {})}.items():
+            handler.send_header(name, value)
+
     def _json(self, handler: BaseHTTPRequestHandler, status: int, data: dict) -> None:
         payload = json.dumps(data).encode()
         handler.send_response(status)
         handler.send_header("Content-Type", "application/json")
+        self._head_of(handler, status)
         handler.send_header("Content-Length", str(len(payload)))
         handler.end_headers()
         handler.wfile.write(payload)
@@ -99,6 +106,7 @@ class Upstream:
         handler.send_response(200)
         handler.send_header("Content-Type", "text/event-stream")
         handler.send_header("Transfer-Encoding", "chunked")
+        self._head_of(handler, 200)
         handler.end_headers()
         head = self._head("chat.completion.chunk", body)
 
