@@ -104,10 +104,8 @@ class ControlPlant:
                 [c.delay_tolerant.deadline_s if c.delay_tolerant and queue else math.inf for c in customers]
             ),
             season_per_s=self._season(),
-            allowance=np.array(
-                [p.burst_requests or max(1.0, p.requests_per_minute / 6.0) for p in spec.providers], dtype=np.float64
-            ),
-            refill_per_s=np.array([p.requests_per_minute / 60.0 for p in spec.providers], dtype=np.float64),
+            allowance=np.array([p.rate_limit.size_requests for p in spec.providers], dtype=np.float64),
+            refill_per_s=np.array([p.rate_limit.requests_per_s for p in spec.providers], dtype=np.float64),
         )
 
     def _season(self) -> Array:

@@ -172,7 +172,7 @@ class Emulator:
         if answer.lost:
             raise RequestError(503, f"{station.name} does not answer", "unavailable")
         if answer.refused and station.provider is not None:
-            retry_s = self.live.retry_after_s(station)
+            retry_s = self.live.retry_after_s(station, asked.prompt_tokens)
             raise RequestError(429, f"rate limit of provider {station.name}", "rate_limit_exceeded", retry_s)
         if answer.refused:
             words = f"{asked.prompt_tokens} prompt and {answer.output_tokens} output tokens"

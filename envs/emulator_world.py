@@ -218,11 +218,17 @@ class LiveFleet:
         self._look()
         self._schedule()
 
-    def retry_after_s(self, station: Station) -> float:
-        """Seconds on the wall until a provider takes the next call."""
-        provider = self.fleet.providers[0][station.provider]
-        missing = 1.0 - float(provider["bucket"])
-        return max(missing, 0.0) / float(provider["requests_per_s"]) / self.speed
+    def retry_after_s(self, station: Station, prompt_tokens: int) -> float:
+        """Seconds on the wall until a provider takes such a call, if it has no other."""
+        row, now_s = self.fleet.providers[0][station.provider], float(self.fleet.worlds[0]["clock_s"])
+        limit = self.spec.providers[station.provider].rate_limit
+        tokens = min(prompt_tokens, limit.size_tokens)
+        opens_s = (
+            float(row["bucket_at_s"]) + (1.0 - float(row["bucket"])) / limit.requests_per_s,
+            float(row["token_bucket_at_s"]) + (tokens - float(row["token_bucket"])) / limit.tokens_per_s,
+        )
+        left_s = [at_s - now_s for at_s in opens_s if math.isfinite(at_s)]  # not finite: there is no such limit
+        return max([0.0, *left_s]) / self.speed
 
     def stop(self) -> None:
         """Ends every answer where it is."""

@@ -185,9 +185,8 @@ def allocate_fluid(spec: FluidSpec, n_worlds: int) -> Fluid:
     pools["lag_s"], pools["replicas"], pools["in_flight_cap"] = spec.lag_s, spec.replicas, spec.in_flight_caps
     providers = record_array(len(spec.providers), PROVIDER)
     for v, provider in enumerate(spec.providers):
-        rate = provider.requests_per_minute / 60.0
-        providers["requests_per_s"][v] = rate
-        providers["bucket_size"][v] = provider.burst_requests or max(1.0, 10.0 * rate)
+        providers["requests_per_s"][v] = provider.rate_limit.requests_per_s
+        providers["bucket_size"][v] = provider.rate_limit.size_requests
     fluid = Fluid(
         spec=spec,
         pools=pools,

@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import math
 import re
 import signal
 import time
@@ -15,8 +16,11 @@ from served import FLEET, served
 
 from envs.__main__ import main
 from envs.emulator_requests import estimated_tokens
+from envs.emulator_world import LiveFleet, Station
 from envs.endpoint_client import Client
+from envs.fleet.profile import constant_profile
 from envs.fleet.replay import replay
+from envs.fleet.state import FleetSpec, PoolSpec, ProviderSpec
 from envs.simulate import load_fleet
 
 SLOW = 0.5  # of the timing test's server: seconds there are two here, so that the machine's noise counts half
@@ -96,6 +100,21 @@ def test_refusals(url):
     assert status == 400
     assert "maximum context length is 32000" in json.loads(body)["error"]["message"]
     assert call(plain, {"prompt": "x", "emulate": {"output_tokens": -1}})[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "tokens", "after_s"), [(30, 600.0, 3.0), (500, 600.0, 6.5), (30, math.inf, 0.0)]
+)
+def test_a_refusal_says_when_there_is_room(prompt_tokens, tokens, after_s):
+    """A call in a second, 10 tokens in a second, at twice the speed; 50 tokens of debt, as of 2 s, and it is 4 s."""
+    api = ProviderSpec("api", requests_per_minute=60.0, tokens_per_minute=tokens, burst_tokens=100.0)
+    live = LiveFleet(FleetSpec((PoolSpec("p", constant_profile(1.0)),), (api,)), 2.0, 0, lambda *seen: None)
+    row = live.fleet.providers[0, :1]
+    row["bucket"], row["bucket_at_s"], row["token_bucket"], row["token_bucket_at_s"] = 0.25, 3.0, -50.0, 2.0
+    if math.isinf(tokens):
+        row["token_bucket"] = math.inf
+    live.fleet.worlds["clock_s"] = 4.0
+    assert live.retry_after_s(Station("api", "m", None, 0, 1000), prompt_tokens) == after_s
 
 
 @pytest.mark.slow  # measures wall-clock latency: needs idle cores
