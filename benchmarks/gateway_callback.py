@@ -33,6 +33,10 @@ class _Slow:
     def first_token(self, id: str, ago_s: float = 0.0) -> None:
         self._gateway.first_token(id, ago_s * self._speed)
 
+    def rate_limit_told(self, candidate: str, **told: float) -> bool:
+        seen = {name: x * self._speed if name.endswith("_s") else x for name, x in told.items()}
+        return self._gateway.rate_limit_told(candidate, **seen)
+
     def waited_s(self, id: str) -> float | None:
         waited_s = self._gateway.waited_s(id)
         return None if waited_s is None else waited_s / self._speed

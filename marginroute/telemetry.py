@@ -324,7 +324,7 @@ class GatewayState:
         refused = self._contracts.show(cell[0], request, standing, quota_left)
         if miss_usd:
             request[[v.MISS_USD, v.UNSERVED_CREDIT_USD]] += miss_usd
-        spent = self.rates.spent(max(prompt_tokens, 1))
+        spent = self.rates.spent(prompt_tokens)
         usable = cached is not None and bool(self._models[cell[0], cached.tier])
         legal = self._legal(cell[0], deadline_left_s, available, usable, trial is not None, spent)
         if refused:
@@ -483,9 +483,10 @@ class GatewayState:
             legal[:serving] = False
             here = [c for c in available if c < serving]
             legal[here] = self._allowed[k, here]
-        if spent and (missed := [c for c in spent if legal[c]]):
-            legal[missed] = False
-            if legal.any():
+        if spent and (missed := [c for c in spent if legal.item(c)]):
+            for c in missed:
+                legal[c] = False
+            if legal.item(-1) or legal.any():
                 self.rates.note_left_out(missed)
             else:
                 legal[missed] = True
