@@ -130,13 +130,20 @@ def _describe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what", metavar="TRACE|SCENARIO", help="file of recorded requests, or a scenario's name or file"
     )
-    parser.add_argument("--against", metavar="TRACE|SCENARIO", help="a second one, beside it")
+    parser.add_argument(
+        "--against",
+        metavar="TRACE|SCENARIO|fit",
+        help="a second one, beside it; fit: what is fitted to the first",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="write plots to a self-contained page")
     parser.add_argument("--trace-format", metavar="NAME", help="layout of traces (default: told from them)")
     parser.add_argument("--columns", metavar="OURS=THEIRS,...", help="csv: our column names to the file's")
     parser.add_argument("--from-s", type=float, default=0.0, metavar="S", help="start of the stretch of traces (0)")
     parser.add_argument("--to-s", type=float, metavar="S", help="its end (default: the trace's)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (0)")
+    parser.add_argument(
+        "--draws", type=int, default=8, metavar="N", help="streams drawn, whose figures are averaged (8)"
+    )
     parser.add_argument(
         "--duration-s", type=float, metavar="S", help="seconds drawn from a scenario (default: as long as the other)"
     )
@@ -174,6 +181,7 @@ COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None], s
         """
         python -m envs describe quickstart
         python -m envs describe log.csv --against azure_conversation --out beside.html
+        python -m envs describe log.csv --against fit
         """,
     ),
     "fetch": (

@@ -1,13 +1,18 @@
 """`python -m envs describe TRACE|SCENARIO [--against ...]`: what matters about requests, as a table and as plots.
 
-A scenario, or a workload alone, is drawn for as long as the other stream lasts, or for `--duration-s`. Where one side
-was recorded on a coarse clock, dispersion is measured with both sides rounded to it.
+A scenario, or a workload alone, is drawn for as long as the other stream lasts, or for `--duration-s`, and `--draws`
+times: its figures are means over the drawn streams, since a single one says little about a generator of bursts.
+`--against fit` fits the generator to the trace itself. Beside goals stands how far two parts of the recording are from
+each other: nothing that is drawn can be expected to come nearer than that.
+Where one side was recorded on a coarse clock, dispersion is measured with both sides rounded to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +22,20 @@ from envs import scenario_files
 from envs.describe_page import page
 from envs.scenario import Scenario, load_scenario
 from envs.tables import write_whole
+from envs.workload.fit_model import parts
 from envs.workload.requests import Workload
-from envs.workload.statistics import CACHE_TOKENS, FANO_WINDOWS_S, Summary, clock_of, ks_two_samples, summary
+from envs.workload.statistics import CACHE_TOKENS, FANO_WINDOWS_S, Summary, clock_of, ks_two_samples, mean_of, summary
 from envs.workload.traces import FORMATS, Trace, parse_columns, read_trace
 from marginroute.errors import InputError
 
 Array = np.ndarray[Any, Any]
 
 _DEFAULT_S = 3600.0
+FIT = "fit"  # in place of a scenario: the generator fitted to the trace
+_FEWEST_ROWS = 200  # of a recording whose halves are compared
 MOST_KS, MOST_FANO, MOST_HITS = 0.07, 0.30, 0.03  # how far a fitted generator may be off, see docs/workloads.md
 Row = tuple[str, ...]
+Generator = Callable[[float, int], Trace]  # seconds and seed to a stream
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,32 +43,51 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out is not None and not arguments.out.parent.is_dir():
         raise InputError(f"--out {arguments.out}: no such folder; legal is a file in one that exists")
     names = [name for name in (arguments.what, arguments.against) if name]
-    streams = _streams(names, arguments)
-    clock_s = max(clock_of(stream) for stream in streams)
-    figures = [summary(stream, clock_s) for stream in streams]
-    titles = [Path(name).name for name in names]
-    distances = _distances(streams)
-    rows = [*table(figures, distances), *goals(figures, distances)]
-    _print(titles, rows, streams, clock_s)
+    columns = _columns(names, arguments)
+    clock_s = max(clock_of(streams[0]) for streams in columns)
+    figures = [mean_of([summary(stream, clock_s) for stream in streams]) for streams in columns]
+    titles = [f"{Path(name).name}{_times(streams)}" for name, streams in zip(names, columns, strict=True)]
+    distances = _distances(columns)
+    rows = [*table(figures, distances), *goals(figures, distances, _halves(columns, clock_s))]
+    first = [streams[0] for streams in columns]
+    _print(titles, rows, first, clock_s)
     if arguments.out is not None:
-        write_whole(arguments.out, page(titles, streams, rows, clock_s))
+        write_whole(arguments.out, page(titles, first, rows, clock_s))
         print(f"wrote {arguments.out}")
     return 0
 
 
-def _streams(names: list[str], arguments: argparse.Namespace) -> list[Trace]:
-    """The streams in order; scenarios after traces, since they are drawn for as long as a trace lasts."""
-    found: dict[int, Trace] = {}
-    scenarios: dict[int, Scenario] = {}
+def _times(streams: list[Trace]) -> str:
+    return f" x {len(streams)}" if len(streams) > 1 else ""
+
+
+def _columns(names: list[str], arguments: argparse.Namespace) -> list[list[Trace]]:
+    """The streams of each name: a trace alone, or those drawn for as long as a trace lasts."""
+    if arguments.draws < 1:
+        raise InputError(f"--draws {arguments.draws} is not legal; legal is 1 or more")
+    found: dict[int, list[Trace]] = {}
+    generators: dict[int, Generator] = {}
     for place, name in enumerate(names):
-        if _is_trace(name, arguments):
-            found[place] = _trace(name, arguments)
+        if name == FIT and place:
+            generators[place] = _fitted(names[0], arguments)
+        elif _is_trace(name, arguments):
+            found[place] = [_trace(name, arguments)]
         else:
-            scenarios[place] = _generator(name)
-    lasting = max((stream.span_s for stream in found.values()), default=_DEFAULT_S)
-    for place, scenario in scenarios.items():
-        found[place] = drawn(scenario, arguments.duration_s or lasting, arguments.seed)
+            generators[place] = partial(drawn, _generator(name))
+    lasting_s = max((streams[0].span_s for streams in found.values()), default=_DEFAULT_S)
+    for place, generator in generators.items():
+        seeds = range(arguments.seed, arguments.seed + arguments.draws)
+        found[place] = [generator(arguments.duration_s or lasting_s, seed) for seed in seeds]
     return [found[place] for place in range(len(names))]
+
+
+def _fitted(name: str, arguments: argparse.Namespace) -> Generator:
+    """The generator fitted to the whole trace; of a description, to the stretch that is sampled."""
+    from envs.workload.fit_model import fit
+
+    if not _is_trace(name, arguments):
+        raise InputError(f"--against {FIT} beside {name}; legal is a file of recorded requests before it")
+    return fit(_trace(name, arguments, whole=True)).draw
 
 
 def _generator(name: str) -> Scenario:
@@ -82,7 +110,8 @@ def _is_trace(name: str, arguments: argparse.Namespace) -> bool:
     return path.exists() and path.suffix not in (".yaml", ".yml")
 
 
-def _trace(name: str, arguments: argparse.Namespace) -> Trace:
+def _trace(name: str, arguments: argparse.Namespace, whole: bool = False) -> Trace:
+    """The stretch of it that is asked for, or all of it; a description is sampled over the stretch in any case."""
     columns = parse_columns(arguments.columns) if arguments.columns else None
     trace_format = arguments.trace_format or ""
     sampled = Path(name).is_dir() or (trace_format or _told(name, columns)) == "servegen"
@@ -90,7 +119,7 @@ def _trace(name: str, arguments: argparse.Namespace) -> Trace:
         options = {"start_s": arguments.from_s, "end_s": arguments.to_s, "seed": arguments.seed}
         return read_trace(name, "servegen", None, **options)
     trace = read_trace(name, trace_format, columns)
-    if not arguments.from_s and arguments.to_s is None:
+    if whole or (not arguments.from_s and arguments.to_s is None):
         return trace
     return trace.between(arguments.from_s, math.inf if arguments.to_s is None else arguments.to_s)
 
@@ -136,17 +165,30 @@ def as_trace(workload: Workload, name: str) -> Trace:
     )
 
 
-def _distances(streams: list[Trace]) -> list[tuple[float, float]]:
-    """Kolmogorov-Smirnov distances of prompt and output lengths of the first stream from the second."""
-    if len(streams) < 2:
+def _distances(columns: list[list[Trace]]) -> list[tuple[float, float]]:
+    """Kolmogorov-Smirnov distances of prompt and output lengths of the first streams from the second."""
+    if len(columns) < 2:
         return []
-    one, other = streams
-    return [
-        (
-            ks_two_samples(one.prompt_tokens, other.prompt_tokens),
-            ks_two_samples(one.output_tokens, other.output_tokens),
-        )
+    pooled = [
+        [np.concatenate([getattr(stream, f"{name}_tokens") for stream in streams]) for streams in columns]
+        for name in ("prompt", "output")
     ]
+    return [(ks_two_samples(*pooled[0]), ks_two_samples(*pooled[1]))]
+
+
+def _halves(columns: list[list[Trace]], clock_s: float) -> list[str]:
+    """How far the second half of a recording (of its sessions, where they are whole) is from the first, per goal."""
+    recorded = columns[0][0]
+    if len(columns) < 2 or len(columns[0]) > 1 or recorded.n_requests < _FEWEST_ROWS:
+        return []
+    one, other = parts(recorded, 0.5)
+    assert other is not None
+    ends_s = min(one.span_s, other.span_s)
+    if recorded.session_index is not None:  # both begin with no session under way, and are compared while some begin
+        ends_s = min(ends_s, recorded.span_s / 2.0)
+    pair = [part.between(0.0, np.nextafter(ends_s, np.inf)) for part in (one, other)]
+    figures = [summary(part, clock_s) for part in pair]
+    return [found for _, found, _ in goals(figures, _distances([[part] for part in pair]), [])]
 
 
 def table(figures: list[Summary], distances: list[tuple[float, float]]) -> list[Row]:
@@ -195,12 +237,17 @@ def table(figures: list[Summary], distances: list[tuple[float, float]]) -> list[
     return rows
 
 
-def goals(figures: list[Summary], distances: list[tuple[float, float]]) -> list[Row]:
-    """Whether the second stream is as near to the first as a generator should be: what was found, met or missed."""
+def goals(figures: list[Summary], distances: list[tuple[float, float]], halves: list[str]) -> list[Row]:
+    """Whether the second stream is as near to the first as a generator should be: what was found, met or missed.
+
+    `halves`: what is found so between the halves of the first; empty where that is not known.
+    """
     rows: list[Row] = []
 
     def judge(label: str, found: list[str], met: bool) -> None:
-        rows.append((f"goal: {label}", " / ".join(found), "met" if met else "missed"))
+        known = halves[len(rows) :][:1]
+        own = f" (its halves: {known[0]})" if known else ""
+        rows.append((f"goal: {label}", " / ".join(found) + own, "met" if met else "missed"))
 
     for (one, other), pair in zip([figures] if len(figures) == 2 else [], distances, strict=False):
         judge(f"lengths, KS <= {MOST_KS:g}", [f"{x:.3f}" for x in pair], max(pair) <= MOST_KS)

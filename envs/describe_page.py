@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.workload.statistics import fano, prefix_hits
+from envs.workload.statistics import fano, on_clock, prefix_hits
 from envs.workload.traces import Trace
 
 Array = np.ndarray[Any, Any]
@@ -84,7 +84,7 @@ def _arrivals(title: str, stream: Trace) -> Line:
 
 
 def _dispersion(title: str, stream: Trace, clock_s: float) -> Line:
-    arrived_s = stream.arrived_at_s if clock_s <= 0.0 else np.floor(stream.arrived_at_s / clock_s) * clock_s
+    arrived_s = on_clock(stream.arrived_at_s, clock_s)
     windows_s = _FANO_S[stream.span_s / 10.0 >= _FANO_S]
     return title, windows_s, np.array([fano(arrived_s, float(window_s)) for window_s in windows_s])
 

@@ -144,15 +144,19 @@ def fit_bursts(
     if math.isfinite(span_s):
         number = np.floor(span_s / windows_s)[:, None]
         seen = number / (number - 1.0) * (seen - fano_terms(np.array([span_s]), dwell_s) / number)
-    terms = rate_per_s * seen * weight[:, None]
-    target = (np.maximum(fano, 1.0) - 1.0) * weight
-    gram, goal = terms.T @ terms, terms.T @ target
-    strength = np.zeros(len(dwell_s))
-    for _ in range(steps):
-        for k in range(len(dwell_s)):
-            strength[k] = max(0.0, strength[k] + (goal[k] - gram[k] @ strength) / gram[k, k])
+    strength = non_negative(rate_per_s * seen * weight[:, None], (np.maximum(fano, 1.0) - 1.0) * weight, steps)
     used = np.flatnonzero(strength > 1e-3 * max(strength.sum(), 1e-12))
     root = np.sqrt(strength[used])
     cv = max(float(root.sum()), 0.25)  # the mildest streams that do; plain Poisson arrivals make up the rest
     share = tuple(float(x) for x in root / cv)
     return BurstArrivals(rate_per_s, share, tuple(float(x) for x in dwell_s[used]), (cv,) * len(used))
+
+
+def non_negative(terms: Array, target: Array, steps: int = 4000) -> Array:
+    """(K,) x >= 0 of least squares |terms x - target|, by coordinate descent; `terms` is (W, K), `target` (W,)."""
+    gram, goal = terms.T @ terms, terms.T @ target
+    found = np.zeros(terms.shape[1])
+    for _ in range(steps):
+        for k in range(len(found)):
+            found[k] = max(0.0, found[k] + (goal[k] - gram[k] @ found) / gram[k, k])
+    return found

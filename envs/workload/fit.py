@@ -6,10 +6,10 @@ The first part of the trace is fitted (of sessions that are recorded whole: the 
 with streams of the same length from the fitted generator. Printed are the sections of a workload file, with those
 comparisons as comments; `--fit-share 1` fits everything and compares with nothing.
 
-Arrivals: bursts on several time scales whose dispersion is the recorded one, or (`--arrivals mmpp`) a hidden Markov
-chain with Poisson counts per second by Baum-Welch. Lengths: mixtures of lognormals by expectation-maximisation. With
-tenants, each of the largest clients gets arrivals and lengths of its own; with sessions or block hashes, chats are
-fitted by `envs.workload.fit_sessions`.
+Arrivals: bursts on several time scales whose dispersion is the recorded one, or a hidden Markov chain with Poisson
+counts per second by Baum-Welch, where the stream falls silent as independent bursts cannot (`--arrivals`). Lengths:
+mixtures of lognormals by expectation-maximisation. With tenants, each of the largest clients gets arrivals and lengths
+of its own; with sessions or block hashes, chats are fitted by `envs.workload.fit_sessions`.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--columns", help="csv: our_name=name_in_file,...")
     parser.add_argument("--prompt-components", type=int, default=8, help="lognormal components of prompt lengths")
     parser.add_argument("--output-components", type=int, default=6, help="lognormal components of output lengths")
-    parser.add_argument("--arrivals", default="bursts", choices=("bursts", "mmpp"), help="arrival process (bursts)")
-    parser.add_argument("--states", type=int, default=2, help="states of mmpp")
+    parser.add_argument("--arrivals", default="auto", choices=("auto", "bursts", "mmpp"), help="process (auto)")
+    parser.add_argument("--states", type=int, default=5, help="states of mmpp (5)")
     parser.add_argument("--clients", type=int, default=12, help="clients with figures of their own (12)")
-    parser.add_argument("--kinds", type=int, default=6, help="kinds of sessions that are recorded whole (6)")
+    parser.add_argument("--kinds", type=int, default=10, help="kinds of sessions (10)")
     parser.add_argument("--fit-share", type=float, default=0.6, help="share that is fitted (0.6); the rest is tried on")
     parser.add_argument("--alternate-s", type=float, default=0.0, metavar="S", help="fit every second stretch of S s")
     parser.add_argument("--from-s", type=float, default=0.0, help="servegen: start of the sampled stretch")
@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not 0.1 <= options.fit_share <= 1.0:
         raise InputError(f"--fit-share {options.fit_share:g} is not legal; legal is 0.1 to 1")
+    if options.states < 2:
+        raise InputError(f"--states {options.states} is not legal; legal is 2 or more")
     columns = parse_columns(options.columns) if options.columns else None
     stretch = {"start_s": options.from_s, "end_s": options.to_s}
     trace = read_trace(options.trace, options.trace_format, columns, **stretch)
@@ -61,8 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     sizes = Sizes(*lengths, options.clients, options.arrivals, options.states, options.kinds)
     fitted_rows, later = parts(trace, options.fit_share, options.alternate_s)
     model = fit(fitted_rows, sizes)
-    notes = [f"Fitted to {fitted_rows.n_requests:,} of {trace.n_requests:,} requests of {Path(options.trace).name}:"]
-    notes += compare(model, fitted_rows, later, options.draws) if later is not None else []
+    name = Path(options.trace).name
+    notes = [f"Fitted to all {trace.n_requests:,} requests of {name}; how it does on others: docs/workloads.md."]
+    if later is not None:
+        notes = [f"Fitted to {fitted_rows.n_requests:,} of {trace.n_requests:,} requests of {name}:"]
+        notes += compare(model, fitted_rows, later, options.draws)
     text = text_of(model, notes, options.title, options.source)
     print(text, end="")
     if options.out is not None:

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from envs.workload.arrivals import Arrivals, GammaArrivals, MmppArrivals
-from envs.workload.arrivals_bursts import BurstArrivals
+from envs.workload.arrivals import Arrivals, GammaArrivals
 from envs.workload.clients import Client
 from envs.workload.compose import compose
-from envs.workload.fit_arrivals import fit_arrivals, fit_mmpp
+from envs.workload.fit_arrivals import as_dispersed, falls_silent, fit_arrivals, fit_mmpp
 from envs.workload.fit_lengths import fit_lengths
 from envs.workload.fit_sessions import Links, fit_session, link_calls
 from envs.workload.lengths import LengthMixture
@@ -19,7 +18,7 @@ from envs.workload.prefixes import PrefixSpec
 from envs.workload.quality import QualityTruth
 from envs.workload.sessions import SessionKind, draw_sessions
 from envs.workload.spec import Composition, WorkloadSpec
-from envs.workload.statistics import FANO_WINDOWS_S, clock_of
+from envs.workload.statistics import clock_of
 from envs.workload.traces import Trace
 from marginroute.errors import InputError
 
@@ -28,7 +27,8 @@ Array = np.ndarray[Any, Any]
 _CLIENT_COMPONENTS = 3
 _SESSION_SAMPLE = 20_000
 _FEWEST_REQUESTS = 50
-_FEWEST_SESSIONS = 40  # of a kind
+_FEWEST_SESSIONS = 40  # of a kind; follow-ups in all
+_FEWEST_THREADS = 500  # of a kind, where sessions are told from hashes
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,17 @@ class Sizes:
     Attributes:
         prompt_components, output_components: of length mixtures.
         clients: with figures of their own; the rest is one more.
-        arrivals: bursts or mmpp.
+        arrivals: bursts, mmpp, or auto: states where the stream falls silent as independent bursts cannot.
         states: of mmpp.
-        kinds: of sessions, where they were recorded whole.
+        kinds: of sessions.
     """
 
     prompt_components: int = 8
     output_components: int = 6
     clients: int = 12
-    arrivals: str = "bursts"
-    states: int = 2
-    kinds: int = 6
+    arrivals: str = "auto"
+    states: int = 5
+    kinds: int = 10
 
 
 @dataclass(frozen=True)
@@ -165,15 +165,17 @@ def fit(trace: Trace, sizes: Sizes = Sizes()) -> Model:
     output = fit_lengths(trace.output_tokens, sizes.output_components)
     clock_s = clock_of(trace)
     links = link_calls(trace)
-    if links is not None:
-        return _with_sessions(trace, sizes, clock_s, prompt, output)
-    if sizes.arrivals == "mmpp":
-        rate, dwell_s, jump = fit_mmpp(trace.arrived_at_s, sizes.states)
-        rows = tuple(tuple(float(x) for x in row) for row in jump)
-        arrivals: Arrivals = MmppArrivals(tuple(map(float, rate)), tuple(map(float, dwell_s)), rows)
-    else:
-        arrivals = fit_arrivals(trace.arrived_at_s, trace.span_s, clock_s)
-    return Model(arrivals, prompt, output, _clients(trace, sizes.clients, clock_s))
+    prefixes = None
+    if trace.prefix_hash is not None and links is not None:
+        prefixes = PrefixSpec(trace.prefix_block_tokens, links.common_tokens, (0,))
+    if links is not None and (links.parent >= 0).sum() >= _FEWEST_SESSIONS:
+        return replace(_with_sessions(trace, links, sizes, clock_s, prompt, output), prefixes=prefixes)
+    bursts = fit_arrivals(trace.arrived_at_s, trace.span_s, clock_s)
+    clients = _clients(trace, sizes.clients, clock_s)
+    silent = not clients and not clock_s and falls_silent(trace.arrived_at_s, trace.span_s, bursts)
+    if sizes.arrivals == "mmpp" or (sizes.arrivals == "auto" and silent):
+        return Model(fit_mmpp(trace.arrived_at_s, sizes.states), prompt, output, clients, (), prefixes)
+    return Model(bursts, prompt, output, clients, (), prefixes)
 
 
 def _clients(trace: Trace, most: int, clock_s: float) -> tuple[Client, ...]:
@@ -186,91 +188,72 @@ def _clients(trace: Trace, most: int, clock_s: float) -> tuple[Client, ...]:
     rank = np.empty(len(unique), dtype=np.int64)
     rank[np.argsort(-counts)] = np.arange(len(unique))
     place = np.minimum(rank[client], most)
-    found = []
-    for number in range(min(most + 1, len(unique))):
-        rows = np.flatnonzero(place == number)
-        arrivals = fit_arrivals(trace.arrived_at_s[rows], trace.span_s, clock_s)
-        found.append(
-            Client(
-                share=len(rows) / trace.n_requests,
-                class_index=0,
-                tenant_index=0,
-                arrivals=arrivals.scaled(1.0 / arrivals.mean_rate_per_s()),
-                prompt_lengths=fit_lengths(trace.prompt_tokens[rows], _CLIENT_COMPONENTS, steps=200),
-                output_lengths=fit_lengths(trace.output_tokens[rows], _CLIENT_COMPONENTS, steps=200),
-            )
+    rows_of = [np.flatnonzero(place == number) for number in range(min(most + 1, len(unique)))]
+    alone = [fit_arrivals(trace.arrived_at_s[rows], trace.span_s, clock_s) for rows in rows_of]
+    together = as_dispersed(alone, trace.arrived_at_s, trace.span_s, clock_s)
+    return tuple(
+        Client(
+            share=len(rows) / trace.n_requests,
+            class_index=0,
+            tenant_index=0,
+            arrivals=arrivals.scaled(1.0 / arrivals.mean_rate_per_s()),
+            prompt_lengths=fit_lengths(trace.prompt_tokens[rows], _CLIENT_COMPONENTS, steps=200),
+            output_lengths=fit_lengths(trace.output_tokens[rows], _CLIENT_COMPONENTS, steps=200),
         )
-    return _as_dispersed(tuple(found), trace, clock_s)
+        for rows, arrivals in zip(rows_of, together, strict=True)
+    )
 
 
-def _as_dispersed(clients: tuple[Client, ...], trace: Trace, clock_s: float) -> tuple[Client, ...]:
-    """Bursts of all clients scaled alike, so that together they are as dispersed as all requests.
-
-    Clients that were busy at different times vary less together than independent ones would.
-    """
-    windows_s = [window_s for window_s in FANO_WINDOWS_S if 10.0 * clock_s <= window_s < trace.span_s / 10.0]
-    together = fit_arrivals(trace.arrived_at_s, trace.span_s, clock_s)
-    rate_per_s = together.mean_rate_per_s()
-    ratio = []
-    for window_s in windows_s:
-        alone = sum(
-            client.share * (client.arrivals.scaled(rate_per_s * client.share).fano(window_s) - 1.0)
-            for client in clients
-            if isinstance(client.arrivals, BurstArrivals)
-        )
-        if alone > 0.0:
-            ratio.append(max(together.fano(window_s) - 1.0, 0.0) / alone)
-    factor = float(np.sqrt(np.mean(ratio))) if ratio else 1.0
-    scaled = []
-    for client in clients:
-        own = client.arrivals
-        if isinstance(own, BurstArrivals):
-            own = replace(own, cv=tuple(max(cv * factor, 1e-3) for cv in own.cv))
-        scaled.append(replace(client, arrivals=own))
-    return tuple(scaled)
-
-
-def _with_sessions(trace: Trace, sizes: Sizes, clock_s: float, prompt: LengthMixture, output: LengthMixture) -> Model:
-    links = link_calls(trace)
-    assert links is not None
+def _with_sessions(
+    trace: Trace, links: Links, sizes: Sizes, clock_s: float, prompt: LengthMixture, output: LengthMixture
+) -> Model:
     components = max(sizes.prompt_components, sizes.output_components)
-    roots_s = trace.arrived_at_s[links.parent < 0]
-    prefixes = None
-    if trace.prefix_hash is not None:
-        prefixes = PrefixSpec(trace.prefix_block_tokens, links.common_tokens, (0,))
+    kinds = _kinds(trace, links, sizes.kinds, min(components, 5))
     if links.complete:
-        starts = np.sort(roots_s)
+        starts = np.sort(trace.arrived_at_s[links.parent < 0])
         rate_per_s = (len(starts) - 1) / float(starts[-1] - starts[0])
-        kinds = _kinds(trace, links, sizes.kinds, min(components, 5))
-        return Model(GammaArrivals(rate_per_s, 0.05), prompt, output, (), kinds, prefixes, 0.0, True)
-    session = fit_session(trace, links, components)
-    calls = len(draw_sessions(session, np.random.default_rng(0), np.arange(_SESSION_SAMPLE)).root)
-    settled_s = min(float(np.nanquantile(links.gap_s, 0.95)), trace.span_s / 2.0)  # chats under way look like new ones
-    settled = roots_s[roots_s >= settled_s] - settled_s
-    process = fit_arrivals(settled, trace.span_s - settled_s, clock_s)
-    wanted = trace.n_requests / trace.span_s * _SESSION_SAMPLE / calls
-    arrivals = process.scaled(wanted / process.mean_rate_per_s())
+        return Model(GammaArrivals(rate_per_s, 0.05), prompt, output, (), kinds, complete=True)
+    drawn = [draw_sessions(kind, np.random.default_rng(0), np.arange(_SESSION_SAMPLE)).root for kind in kinds]
+    calls = sum(kind.share * len(root) / _SESSION_SAMPLE for kind, root in zip(kinds, drawn, strict=True))
+    process = fit_arrivals(trace.arrived_at_s, trace.span_s, clock_s)
+    # of all calls; follow-ups, minutes later, do not vary with the starts: these must vary `calls` times as much
+    arrivals = replace(process.scaled(1.0 / calls), cv=tuple(cv * calls for cv in process.cv))
     warm_up_s = min(4.0 * float(np.nanquantile(links.gap_s, 0.99)), 20_000.0)
-    return Model(arrivals, prompt, output, (), (session,), prefixes, warm_up_s)
+    return Model(arrivals, prompt, output, (), kinds, warm_up_s=warm_up_s)
 
 
 def _kinds(trace: Trace, links: Links, number: int, components: int) -> tuple[SessionKind, ...]:
-    """Kinds of whole sessions by their longest prompt, which tells the context window and how fast a session fills it.
+    """Kinds of sessions, alike in number: of whole ones by their longest prompt, of others by their first.
 
-    Growth, compaction and length of a session go together; kinds keep that, and each has a context limit of its own.
+    The longest prompt tells the context window and how fast a session fills it; growth, compaction and length of a
+    session go together, and kinds keep that.
     """
-    assert trace.session_index is not None
-    session = trace.session_index
+    whole = links.complete and trace.session_index is not None
+    session = trace.session_index if whole else links.session()
+    assert session is not None
     total = int(session.max()) + 1
-    longest = np.zeros(total)
-    np.maximum.at(longest, session, trace.prompt_tokens)
-    number = max(1, min(number, total // _FEWEST_SESSIONS))
-    edges = np.quantile(longest, np.arange(1, number) / number)
-    group = np.searchsorted(edges, longest, side="right")
+    prompt = np.zeros(total)
+    rows = np.arange(trace.n_requests) if whole else np.flatnonzero(links.parent < 0)
+    np.maximum.at(prompt, session[rows], trace.prompt_tokens[rows])
+    number = max(1, min(number, total // (_FEWEST_SESSIONS if whole else _FEWEST_THREADS)))
+    group = np.searchsorted(np.quantile(prompt, np.arange(1, number) / number), prompt, side="right")
+    longest = int(trace.prompt_tokens.max())
     kinds = []
-    for index in range(number):
-        part = trace.pick(np.flatnonzero(group[session] == index))
-        own = link_calls(part)
-        if own is not None and (own.parent >= 0).any():
-            kinds.append(replace(fit_session(part, own, components), share=float((group == index).mean())))
+    for mine in _joined(group, np.bincount(session[links.parent >= 0], minlength=total)):
+        rows = np.flatnonzero(mine[session])
+        kind = fit_session(trace.pick(rows), links.pick(rows), components, longest)
+        kinds.append(replace(kind, share=float(mine.mean())))
     return tuple(kinds)
+
+
+def _joined(group: Array, follow_ups: Array) -> list[Array]:
+    """Sessions (S,) bool of each group, of several where one has too few follow-ups (S,) to tell what comes next."""
+    found = [np.zeros(len(group), dtype=np.bool_)]
+    for index in range(int(group.max()) + 1):
+        if follow_ups[found[-1]].sum() >= _FEWEST_SESSIONS:
+            found.append(np.zeros(len(group), dtype=np.bool_))
+        found[-1] |= group == index
+    if len(found) > 1 and follow_ups[found[-1]].sum() < _FEWEST_SESSIONS:
+        last = found.pop()
+        found[-1] |= last
+    return found

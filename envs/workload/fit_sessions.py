@@ -22,9 +22,12 @@ from envs.workload.traces import Trace
 Array = np.ndarray[Any, Any]
 
 CALL_EDGES = (1, 2, 3, 5, 10, 20, 50, 100, 200)
+STEP_EDGES = (1, 4, 19)  # last calls of the stretches in which prompts grow alike
 _COMMON_SHARE = 0.2
 _COMPACTED = 0.6  # of the prompt before: a shorter one that lost its prefix was compacted
+_FULL = 0.8  # of the longest prompt: one that is compacted from there on was full
 _NEARLY = 0.9  # of the prompt before: what keeps as much of its prefix is a continuation
+_FEW_EDITS = 8
 _FEW = 40  # rows that a part of its own needs
 
 
@@ -49,6 +52,20 @@ class Links:
     common_tokens: int
     ends_known: bool
     complete: bool
+
+    def session(self) -> Array:
+        """(M,) number of the thread that each call belongs to, dense from 0."""
+        first = np.arange(len(self.parent))
+        for row in np.flatnonzero(self.parent >= 0).tolist():  # parents come before their followers
+            first[row] = first[self.parent[row]]
+        return np.unique(first, return_inverse=True)[1]
+
+    def pick(self, rows: Array) -> Links:
+        """Those of the calls (R,) `rows`, ascending; a parent that is not among them is dropped."""
+        place = np.full(len(self.parent) + 1, -1, dtype=np.int64)
+        place[rows] = np.arange(len(rows))
+        columns = {name: getattr(self, name)[rows] for name in ("kept_tokens", "gap_s", "number")}
+        return replace(self, parent=place[self.parent[rows]], **columns)
 
 
 def link_calls(trace: Trace) -> Links | None:
@@ -127,13 +144,14 @@ def _parents_by_prefix(trace: Trace, common: int) -> tuple[Array, Array]:
     return parent, kept
 
 
-def fit_session(trace: Trace, links: Links, components: int) -> SessionKind:
+def fit_session(trace: Trace, links: Links, components: int, most_tokens: int = 0) -> SessionKind:
     """The kind of session whose calls are most like those of the trace.
 
     Args:
         trace: calls.
         links: from `link_calls`.
         components: of length mixtures.
+        most_tokens: longest prompt of any kind, which bounds one whose full contexts were never compacted.
     """
     parent, prompt, output = links.parent, trace.prompt_tokens.astype(np.int64), trace.output_tokens.astype(np.int64)
     main = _main(trace, links)
@@ -148,13 +166,12 @@ def fit_session(trace: Trace, links: Links, components: int) -> SessionKind:
     if trace.prefix_hash is None:
         whole[:] = True  # nothing tells what was kept
     compacted = ~whole & (prompt[rows] < _COMPACTED * prompt[before])
-    if compacted.sum() < _FEW:
-        compacted = np.zeros(len(rows), dtype=np.bool_)
+    full = compacted & (prompt[before] >= _FULL * prompt.max())
     edited = ~whole & ~compacted
     kept = float(links.kept_tokens[rows[edited]].sum() / max(int(prompt[before[edited]].sum()), 1))
     growth = prompt[rows] - prompt[before]
     answer_kept = 0.0 if (growth[whole] < output[before[whole]]).mean() > 0.2 else 1.0
-    new = np.where(edited, prompt[rows] - links.kept_tokens[rows], growth - answer_kept * output[before])
+    new = growth - answer_kept * output[before], prompt[rows] - links.kept_tokens[rows]
     steps = [
         replace(step, edit_keep=min(max(kept, 0.01), 1.0)) if step.edit_share else step
         for step in _steps(links.number[before], new, edited, whole, think, components)
@@ -169,9 +186,9 @@ def fit_session(trace: Trace, links: Links, components: int) -> SessionKind:
         output_lengths=_fit(output, components),
         follow_share=follow_shares(trace, links, main & (trace.arrived_at_s >= burn_in_s), think),
         steps=tuple(steps),
-        reset_share=float(compacted.mean()),
+        reset_share=float((compacted & ~full).mean()),
         reset_tokens=_fit(prompt[rows[compacted]] if compacted.any() else prompt[roots], components),
-        max_prompt_tokens=int(prompt.max()),
+        max_prompt_tokens=int(prompt.max()) if full.any() else max(int(prompt.max()), most_tokens),
         ttft_s=ttft_s,
         tpot_s=tpot_s,
         sub_agents=_sub_agents(trace, links, main, components),
@@ -181,24 +198,42 @@ def fit_session(trace: Trace, links: Links, components: int) -> SessionKind:
 
 
 def _steps(
-    number: Array, new: Array, edited: Array, whole: Array, think: SecondsMixture, components: int
+    number: Array, new: tuple[Array, Array], edited: Array, whole: Array, think: SecondsMixture, components: int
 ) -> list[Step]:
-    """What comes after the first call and after later ones: a first follow-up often brings the documents."""
+    """What comes after the first call and after later ones: the first follow-ups often bring the documents.
+
+    `new` tokens (R,) are those after the whole conversation and those after what was kept of it. Where edits are too
+    few to tell anything, they count by how much the prompt grew.
+    """
     steps = []
-    groups = ((1, 1), (2, MAX_CALLS))
-    if min(int((whole & (number == 1)).sum()), int((whole & (number > 1)).sum())) < _FEW:
-        groups = ((1, MAX_CALLS),)
-    for low, high in groups:
+    for low, high in _stretches(number[whole]):
         mine = (number >= low) & (number <= high)
-        share = float((edited & mine).sum()) / max(float(((edited | whole) & mine).sum()), 1.0)
-        for rows, weight, edit_share in ((whole & mine, 1.0 - share, 0.0), (edited & mine, share, 1.0)):
-            if rows.sum() >= _FEW:
-                tokens = _fit(new[rows], components)
-                steps.append(Step(weight, think, tokens, edit_share=edit_share, calls=(low, high)))
+        cut = edited & mine
+        if cut.sum() < _FEW_EDITS:
+            cut[:] = False
+        on = (whole | edited) & mine & ~cut
+        for rows, tokens, edit_share in ((on, new[0], 0.0), (cut, new[1], 1.0)):
+            if rows.any():
+                weight = float(rows.sum() / (on | cut).sum())
+                steps.append(
+                    Step(weight, think, _fit(tokens[rows], components), edit_share=edit_share, calls=(low, high))
+                )
     return steps
 
 
+def _stretches(number: Array) -> list[tuple[int, int]]:
+    """First and last call number of `STEP_EDGES`, joined where fewer than `_FEW` of the (R,) numbers lie in one."""
+    found: list[tuple[int, int]] = []
+    low = 1
+    for high in (*STEP_EDGES, MAX_CALLS):
+        if ((number >= low) & (number <= high)).sum() >= _FEW:
+            found.append((low, high))
+            low = high + 1
+    return [*found[:-1], (found[-1][0] if found else 1, MAX_CALLS)]
+
+
 def _fit(tokens: Array, components: int) -> LengthMixture:
+    components = min(components, 1 + len(tokens) // 8)
     return fit_lengths(np.maximum(tokens, 1).astype(np.int64), components, steps=200, restarts=4)
 
 

@@ -102,7 +102,7 @@ def _session(kind: SessionKind) -> list[str]:
     lines = [f"share: {int(kind.share * 1e4) / 1e4:.4f}", "first_tokens:", *_indented(_lengths(kind.first_tokens), 2)]
     lines += ["output_tokens:", *_indented(_lengths(kind.output_lengths), 2), _follow(kind.follow_share), "steps:"]
     for step in kind.steps:
-        name = ("edit" if step.edit_share else "next") + ("" if step.calls[0] == 1 else "-later")
+        name = ("edit" if step.edit_share else "next") + ("" if step.calls[0] == 1 else f"-from-{step.calls[0]}")
         lines += [f"  {name}:", f"    weight: {step.weight:.4g}", f"    from_call: {step.calls[0]}"]
         lines += [f"    to_call: {step.calls[1]}"] if step.calls[1] < MAX_CALLS else []
         lines += ["    think_s:", *_indented(_seconds(step.think_s), 6)]

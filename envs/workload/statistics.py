@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +73,10 @@ def summary(trace: Trace, clock_s: float = 0.0) -> Summary:
 
     Args:
         trace: the requests.
-        clock_s: arrivals are rounded down to multiples of it first, so that a stream can be compared with one that
-            was recorded on a coarse clock.
+        clock_s: arrivals are rounded to multiples of it first, so that a stream can be compared with one that was
+            recorded on a coarse clock.
     """
-    arrived_s = trace.arrived_at_s if clock_s <= 0.0 else np.floor(trace.arrived_at_s / clock_s) * clock_s
+    arrived_s = on_clock(trace.arrived_at_s, clock_s)
     gaps = np.diff(arrived_s)
     minutes = _counts(arrived_s, 60.0)
     return Summary(
@@ -95,10 +96,33 @@ def summary(trace: Trace, clock_s: float = 0.0) -> Summary:
     )
 
 
+def mean_of(figures: list[Summary]) -> Summary:
+    """Means over streams of one generator; a figure that one of them lacks is left out of its mean."""
+    means: dict[str, Any] = {}
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of figures that none of them has
+        for name, first in vars(figures[0]).items():
+            columns = np.array([getattr(figure, name) for figure in figures], dtype=np.float64)
+            mean = np.nanmean(columns, axis=0)
+            means[name] = tuple(mean.tolist()) if isinstance(first, tuple) else type(first)(mean)
+    return Summary(**means)
+
+
 def clock_of(trace: Trace) -> float:
     """Seconds to which the arrivals were rounded by the recorder; 0 for a fine clock."""
     gaps = np.diff(np.unique(trace.arrived_at_s))
     return float(np.median(gaps)) if len(gaps) > 10 and np.quantile(gaps, 0.01) >= _COARSE_CLOCK_S else 0.0
+
+
+def on_clock(arrived_s: Array, clock_s: float) -> Array:
+    """(M,) times rounded to the ticks of a recorder, each put into the middle of its tick; as they are where it is 0.
+
+    The phase of the ticks is told from the times, so that ticks that are some milliseconds off stay apart.
+    """
+    if clock_s <= 0.0:
+        return arrived_s
+    phase = np.angle(np.exp(2j * np.pi / clock_s * arrived_s).mean()) / (2.0 * np.pi)
+    return (np.rint(arrived_s / clock_s - phase) + 0.5) * clock_s
 
 
 def fano(arrived_s: Array, window_s: float) -> float:

@@ -180,10 +180,11 @@ def test_fit_recovers_a_known_mixture():
 def test_fit_recovers_a_known_mmpp():
     process = MmppArrivals((2.0, 12.0), (60.0, 20.0), ((0.0, 1.0), (1.0, 0.0)))
     arrived_s = process.draw(np.random.default_rng(6), 8000.0)
-    rate, dwell_s, jump = fit_mmpp(arrived_s, 2, steps=40)
-    np.testing.assert_allclose(rate, (2.0, 12.0), rtol=0.05)
-    np.testing.assert_allclose(dwell_s, (60.0, 20.0), rtol=0.3)
-    np.testing.assert_allclose(jump, [[0, 1], [1, 0]])
+    found = fit_mmpp(arrived_s, 2, steps=40)
+    np.testing.assert_allclose(found.rate_per_s, (2.0, 12.0), rtol=0.05)
+    np.testing.assert_allclose(found.dwell_s, (60.0, 20.0), rtol=0.3)
+    np.testing.assert_allclose(found.jump, [[0, 1], [1, 0]])
+    assert found.mean_rate_per_s() == pytest.approx(len(arrived_s) / 8000.0, rel=0.01)
 
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "traces"

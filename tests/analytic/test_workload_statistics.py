@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from envs.workload.prefix_hits import NEVER, hit_curve, needed_blocks
-from envs.workload.statistics import clock_of, fano, ks_two_samples, summary
+from envs.workload.statistics import clock_of, fano, ks_two_samples, mean_of, on_clock, summary
 from envs.workload.traces import Trace
 
 
@@ -69,7 +69,28 @@ def test_a_coarse_clock_is_noticed_and_applied():
     trace = poisson(10.0, 3000.0)
     rounded = Trace("", np.floor(trace.arrived_at_s / 3.0) * 3.0, trace.prompt_tokens, trace.output_tokens)
     assert clock_of(trace) == 0.0 and clock_of(rounded) == 3.0
-    np.testing.assert_allclose(summary(trace, 3.0).fano, summary(rounded).fano, rtol=0.01)
+    np.testing.assert_allclose(summary(trace, 3.0).fano, summary(rounded, 3.0).fano, rtol=0.1)
+
+
+@pytest.mark.parametrize("begins_s", [0.0, 1.4, 1.5])
+def test_ticks_that_are_milliseconds_off_stay_apart(begins_s):
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(30.0, 2000)
+    ticks_s = begins_s + 3.0 * np.arange(2000) + rng.uniform(-0.002, 0.002, 2000)
+    ticks_s[0] = begins_s
+    times_s = on_clock(np.repeat(ticks_s, counts), 3.0)
+    assert times_s[0] >= 0.0 and len(np.unique(times_s)) == 2000
+    kept = counts[:-1]  # the last tick fills no whole window
+    assert fano(times_s, 3.0) == pytest.approx(kept.var(ddof=1) / kept.mean())
+    np.testing.assert_array_equal(on_clock(ticks_s, 0.0), ticks_s)
+
+
+def test_figures_of_several_streams_are_means():
+    both = [summary(poisson(rate, 400.0)) for rate in (5.0, 15.0)]
+    mean = mean_of(both)
+    assert mean.requests == (both[0].requests + both[1].requests) // 2
+    assert mean.fano[1] == pytest.approx(0.5 * (both[0].fano[1] + both[1].fano[1]))
+    assert mean.hits == () and np.isnan(mean.repeat_share) and mean_of(both[:1]).prompt == both[0].prompt
 
 
 def test_ks_of_two_samples():

@@ -51,6 +51,15 @@ def test_goals_are_met_by_the_stream_itself_and_missed_by_another(chats, capsys,
     assert found["quickstart"][0] == "missed"
 
 
+def test_a_trace_beside_what_is_fitted_to_it(chats, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["describe", str(chats), "--against", "fit", "--draws", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "fit x 3" in out
+    lengths = next(line for line in out.splitlines() if line.startswith("goal: lengths"))
+    assert "its halves: 0.0" in lengths and lengths.endswith("met")  # all prompts are as long, outputs of one law
+
+
 def test_a_stretch_of_a_trace(chats, capsys):
     assert main(["describe", str(chats), "--from-s", "30", "--to-s", "60"]) == 0
     requests = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("requests"))
@@ -63,6 +72,8 @@ def test_what_is_wrong_is_one_sentence(chats, tmp_path, capsys):
         [str(chats), "--out", str(tmp_path / "no" / "page.html")],
         [str(chats), "--from-s", "9999"],
         [str(chats), "--trace-format", "parquet"],
+        [str(chats), "--against", "quickstart", "--draws", "0"],
+        ["quickstart", "--against", "fit"],
     ):
         assert main(["describe", *words]) == 2
         error = capsys.readouterr().err

@@ -1,5 +1,7 @@
 """The fit: figures that were put in come out, what it prints can be loaded, and the shipped files can be drawn."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import yaml
@@ -7,18 +9,19 @@ import yaml
 from envs.scenario import load_scenario
 from envs.scenario_files import CONFIGS, read_yaml
 from envs.scenario_workload import WorkloadSection
-from envs.workload.arrivals import GammaArrivals
+from envs.workload.arrivals import GammaArrivals, MmppArrivals
 from envs.workload.arrivals_bursts import BurstArrivals
 from envs.workload.clients import Client
 from envs.workload.durations import SecondsMixture
 from envs.workload.fit import main
+from envs.workload.fit_arrivals import as_dispersed, fit_arrivals
 from envs.workload.fit_check import compare
 from envs.workload.fit_model import Model, Sizes, fit, parts
 from envs.workload.fit_sessions import fit_session, link_calls
 from envs.workload.fit_text import text_of
 from envs.workload.lengths import LengthMixture
 from envs.workload.prefixes import PrefixSpec
-from envs.workload.sessions import SessionKind, Step
+from envs.workload.sessions import SessionKind, Step, draw_sessions
 from envs.workload.statistics import fano
 from envs.workload.traces import Trace
 from marginroute.errors import InputError
@@ -90,7 +93,100 @@ def test_clients_are_fitted_one_by_one():
     assert drawn == pytest.approx(fano(trace.arrived_at_s, 10.0), rel=0.3)
 
 
-def whole_sessions():
+def test_clients_that_are_busy_at_the_same_times_are_as_dispersed_as_all_requests():
+    """Two streams whose slow bursts are one: together they vary more in long windows than independent ones would."""
+    slow = BurstArrivals(4.0, (1.0,), (30.0,), (0.6,))
+    fast = BurstArrivals(4.0, (1.0,), (1.0,), (1.2,))
+    rng = np.random.default_rng(3)
+    shared = slow.scaled(2.0).draw(rng, 20_000.0)
+    mine = rng.random(len(shared)) < 0.5
+    times = [np.sort(np.append(shared[side], fast.draw(rng, 20_000.0))) for side in (mine, ~mine)]
+    together = np.sort(np.concatenate(times))
+    alone = [fit_arrivals(one, 20_000.0) for one in times]
+    scaled = as_dispersed(alone, together, 20_000.0)
+    for window_s in (1.0, 10.0, 60.0):
+        drawn = sum(part.rate_per_s * part.fano(window_s) for part in scaled) / sum(part.rate_per_s for part in scaled)
+        assert drawn == pytest.approx(fano(together, window_s), rel=0.1)
+    assert alone[0].fano(60.0) < 0.75 * fano(together, 60.0)
+
+
+def test_a_stream_that_falls_silent_is_fitted_by_states():
+    on_off = MmppArrivals((0.0, 9.0), (30.0, 10.0), ((0.0, 1.0), (1.0, 0.0)))
+    tokens = np.arange(40_000, dtype=np.int32) % 97 + 1
+    for process, kind in ((on_off, MmppArrivals), (GammaArrivals(3.0, 1.0), BurstArrivals)):
+        at_s = process.draw(np.random.default_rng(0), 4000.0)
+        trace = Trace("", at_s - at_s[0], tokens[: len(at_s)], tokens[: len(at_s)])
+        fitted = fit(trace, Sizes(2, 2, states=2)).arrivals
+        assert isinstance(fitted, kind)
+        assert fitted.mean_rate_per_s() == pytest.approx(len(at_s) / trace.span_s, rel=0.01)
+    assert isinstance(fit(trace, Sizes(2, 2, arrivals="mmpp")).arrivals, MmppArrivals)
+
+
+def test_chats_that_begin_with_a_long_prompt_may_go_on_more_rarely():
+    short, long = (
+        replace(
+            chats(),
+            share=0.5,
+            follow_share=((1, share),),
+            first_tokens=LengthMixture((1.0,), (tokens,), (0.3,), 1, 99_000),
+        )
+        for tokens, share in ((2000.0, 0.7), (12_000.0, 0.2))
+    )
+    model = replace(TRUTH, sessions=(short, long), prefixes=PrefixSpec(128, 128, (0,)))
+    kinds = fit(model.draw(4000.0, 0), Sizes(3, 3, kinds=2)).sessions
+    assert [dict(kind.follow_share)[1] for kind in kinds] == pytest.approx([0.7, 0.2], abs=0.06)
+    assert sum(kind.share for kind in kinds) == pytest.approx(1.0)
+
+
+def full_contexts():
+    """Sessions of 40 calls that grow by 1,000 tokens a call, and begin anew at 5,000 once they would pass 20,000."""
+    at, prompt, session, parent = [], [], [], []
+    for number in range(60):
+        tokens = 5000
+        for call in range(40):
+            at.append(100.0 * number + 2.0 * call)
+            prompt.append(tokens)
+            session.append(number)
+            parent.append(len(at) - 2 if call else -1)
+            tokens = tokens + 1000 if tokens < 20_000 else 5000
+    rows = len(at)
+    block = np.array(prompt) // 500
+    hashes, fresh = [], iter(range(10**9))
+    for row in range(rows):
+        kept = hashes[-1] if parent[row] >= 0 and prompt[row] > prompt[row - 1] else []
+        hashes.append([*kept, *(next(fresh) for _ in range(block[row] - len(kept)))])
+    return Trace(
+        "",
+        np.array(at),
+        np.array(prompt, dtype=np.int32),
+        np.full(rows, 50, dtype=np.int32),
+        session_index=np.array(session, dtype=np.int32),
+        parent_index=np.array(parent, dtype=np.int32),
+        think_s=np.where(np.array(parent) < 0, np.nan, 1.0),
+        e2e_s=np.ones(rows),
+        prefix_block_tokens=500,
+        prefix_count=block.astype(np.int32),
+        prefix_hash=np.concatenate(hashes),
+    )
+
+
+def test_contexts_that_were_full_are_compacted_there_and_nowhere_else():
+    trace = full_contexts()
+    kind = fit_session(trace, link_calls(trace), 2, 90_000)
+    assert (kind.reset_share, kind.max_prompt_tokens) == (0.0, 20_000)
+    assert kind.reset_tokens.mean_tokens() == pytest.approx(5000.0)
+    calls = draw_sessions(kind, np.random.default_rng(0), np.arange(200))
+    assert np.abs(np.quantile(calls.prompt_tokens, 0.5) - np.quantile(trace.prompt_tokens, 0.5)) <= 1000
+
+
+def test_prompts_grow_by_call_number():
+    trace = whole_sessions(first=2000, later=100)
+    steps = fit_session(trace, link_calls(trace), 2).steps
+    assert [step.calls for step in steps] == [(1, 1), (2, 4), (5, 100_000)]
+    assert [round(step.new_tokens.mean_tokens()) for step in steps] == [1950, 50, 50]
+
+
+def whole_sessions(first=250, later=250):
     """Sessions recorded to their end, one a minute."""
     rng = np.random.default_rng(1)
     rows = []
@@ -99,7 +195,7 @@ def whole_sessions():
         for _ in range(int(rng.integers(2, 9))):
             rows.append((at, prompt, 50, session, parent, 0.0 if parent == -1 else 20.0))
             parent = (session, at)
-            at, prompt = at + 1.0 + 20.0, prompt + 250
+            at, prompt = at + 1.0 + 20.0, prompt + (first if prompt == 1000 else later)
     rows.sort(key=lambda row: row[0])
     place = {(row[3], row[0]): number for number, row in enumerate(rows)}
     at, prompt, output, session, parent, think = zip(*rows, strict=True)
@@ -153,5 +249,7 @@ def test_errors_of_the_command(tmp_path, capsys):
     assert "to fit; legal is 50 or more" in capsys.readouterr().err
     assert main([str(few), "--fit-share", "0"]) == 2
     assert "legal is 0.1 to 1" in capsys.readouterr().err
+    assert main([str(few), "--states", "1"]) == 2
+    assert "legal is 2 or more" in capsys.readouterr().err
     with pytest.raises(InputError, match="keep chats together"):
         parts(TRUTH.draw(200.0, 1), 0.6, 60.0)
