@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ Array = np.ndarray[Any, Any]
 
 _DEFAULT_S = 3600.0
 FIT = "fit"  # in place of a scenario: the generator fitted to the trace
-_FEWEST_ROWS = 200  # of a recording whose halves are compared
+_FEWEST_ROWS = 100  # of a half of a recording that is compared with the other
 MOST_KS, MOST_FANO, MOST_HITS = 0.07, 0.30, 0.03  # how far a fitted generator may be off, see docs/workloads.md
 Row = tuple[str, ...]
+Lengths = tuple[Array, Array]  # prompt and output tokens
 Generator = Callable[[float, int], Trace]  # seconds and seed to a stream
 
 
@@ -44,40 +46,64 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--out {arguments.out}: no such folder; legal is a file in one that exists")
     names = [name for name in (arguments.what, arguments.against) if name]
     columns = _columns(names, arguments)
-    clock_s = max(clock_of(streams[0]) for streams in columns)
-    figures = [mean_of([summary(stream, clock_s) for stream in streams]) for streams in columns]
-    titles = [f"{Path(name).name}{_times(streams)}" for name, streams in zip(names, columns, strict=True)]
-    distances = _distances(columns)
-    rows = [*table(figures, distances), *goals(figures, distances, _halves(columns, clock_s))]
-    first = [streams[0] for streams in columns]
-    _print(titles, rows, first, clock_s)
+    firsts = [column.first for column in columns]
+    clock_s = max(clock_of(first) for first in firsts)
+    measured = [column.measured(clock_s) for column in columns]
+    figures, distances = [figure for figure, _ in measured], _distances([lengths for _, lengths in measured])
+    titles = [f"{Path(name).name}{column.times()}" for name, column in zip(names, columns, strict=True)]
+    halves = _halves(firsts[0], clock_s) if len(columns) == 2 and not columns[0].others else []
+    rows = [*table(figures, distances), *goals(figures, distances, halves)]
+    _print(titles, rows, firsts, clock_s)
     if arguments.out is not None:
-        write_whole(arguments.out, page(titles, first, rows, clock_s))
+        write_whole(arguments.out, page(titles, firsts, rows, clock_s))
         print(f"wrote {arguments.out}")
     return 0
 
 
-def _times(streams: list[Trace]) -> str:
-    return f" x {len(streams)}" if len(streams) > 1 else ""
+@dataclass(frozen=True)
+class _Column:
+    """A trace, or the first of several drawn streams and what draws the others: one at a time is in memory."""
+
+    first: Trace
+    others: tuple[Callable[[], Trace], ...] = ()
+
+    def times(self) -> str:
+        return f" x {1 + len(self.others)}" if self.others else ""
+
+    def measured(self, clock_s: float) -> tuple[Summary, Lengths]:
+        """Mean figures, and all prompt and output lengths."""
+        figures, lengths = [summary(self.first, clock_s)], [_lengths(self.first)]
+        for draw in self.others:
+            stream = draw()
+            figures.append(summary(stream, clock_s))
+            lengths.append(_lengths(stream))
+        prompt, output = zip(*lengths, strict=True)
+        return mean_of(figures), (np.concatenate(prompt), np.concatenate(output))
 
 
-def _columns(names: list[str], arguments: argparse.Namespace) -> list[list[Trace]]:
+def _lengths(stream: Trace) -> Lengths:
+    return stream.prompt_tokens, stream.output_tokens
+
+
+def _columns(names: list[str], arguments: argparse.Namespace) -> list[_Column]:
     """The streams of each name: a trace alone, or those drawn for as long as a trace lasts."""
     if arguments.draws < 1:
         raise InputError(f"--draws {arguments.draws} is not legal; legal is 1 or more")
-    found: dict[int, list[Trace]] = {}
+    found: dict[int, _Column] = {}
     generators: dict[int, Generator] = {}
     for place, name in enumerate(names):
         if name == FIT and place:
             generators[place] = _fitted(names[0], arguments)
         elif _is_trace(name, arguments):
-            found[place] = [_trace(name, arguments)]
+            found[place] = _Column(_trace(name, arguments))
         else:
             generators[place] = partial(drawn, _generator(name))
-    lasting_s = max((streams[0].span_s for streams in found.values()), default=_DEFAULT_S)
+    lasting_s = max((column.first.span_s for column in found.values()), default=_DEFAULT_S)
+    length_s = arguments.duration_s or lasting_s
     for place, generator in generators.items():
-        seeds = range(arguments.seed, arguments.seed + arguments.draws)
-        found[place] = [generator(arguments.duration_s or lasting_s, seed) for seed in seeds]
+        later = range(arguments.seed + 1, arguments.seed + arguments.draws)
+        others = tuple(partial(generator, length_s, seed) for seed in later)
+        found[place] = _Column(generator(length_s, arguments.seed), others)
     return [found[place] for place in range(len(names))]
 
 
@@ -165,30 +191,32 @@ def as_trace(workload: Workload, name: str) -> Trace:
     )
 
 
-def _distances(columns: list[list[Trace]]) -> list[tuple[float, float]]:
-    """Kolmogorov-Smirnov distances of prompt and output lengths of the first streams from the second."""
-    if len(columns) < 2:
+def _distances(lengths: list[Lengths]) -> list[tuple[float, float]]:
+    """Kolmogorov-Smirnov distances of the first prompt and output lengths from the second."""
+    if len(lengths) < 2:
         return []
-    pooled = [
-        [np.concatenate([getattr(stream, f"{name}_tokens") for stream in streams]) for streams in columns]
-        for name in ("prompt", "output")
-    ]
-    return [(ks_two_samples(*pooled[0]), ks_two_samples(*pooled[1]))]
+    one, other = lengths
+    return [(ks_two_samples(one[0], other[0]), ks_two_samples(one[1], other[1]))]
 
 
-def _halves(columns: list[list[Trace]], clock_s: float) -> list[str]:
-    """How far the second half of a recording (of its sessions, where they are whole) is from the first, per goal."""
-    recorded = columns[0][0]
-    if len(columns) < 2 or len(columns[0]) > 1 or recorded.n_requests < _FEWEST_ROWS:
+def _halves(recorded: Trace, clock_s: float) -> list[str]:
+    """How far the second half of a recording (of its sessions, where they are whole) is from the first, per goal.
+
+    Empty where a half has too few requests to tell.
+    """
+    if recorded.session_index is not None and recorded.session_index.max() < 1:
         return []
     one, other = parts(recorded, 0.5)
-    assert other is not None
+    if other is None or min(one.n_requests, other.n_requests) < _FEWEST_ROWS:
+        return []
     ends_s = min(one.span_s, other.span_s)
     if recorded.session_index is not None:  # both begin with no session under way, and are compared while some begin
         ends_s = min(ends_s, recorded.span_s / 2.0)
+    if ends_s <= other.arrived_at_s[0]:
+        return []
     pair = [part.between(0.0, np.nextafter(ends_s, np.inf)) for part in (one, other)]
     figures = [summary(part, clock_s) for part in pair]
-    return [found for _, found, _ in goals(figures, _distances([[part] for part in pair]), [])]
+    return [found for _, found, _ in goals(figures, _distances([_lengths(part) for part in pair]), [])]
 
 
 def table(figures: list[Summary], distances: list[tuple[float, float]]) -> list[Row]:

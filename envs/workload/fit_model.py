@@ -121,6 +121,8 @@ def parts(trace: Trace, share: float, alternate_s: float = 0.0) -> tuple[Trace, 
         alternate_s: above 0, stretches of this length are fitted and tried on in turn, joined into two streams.
     """
     whole = trace.parent_index is not None and bool((trace.parent_index >= 0).any())
+    if whole and trace.session_index is not None and trace.session_index.max() < 1 and (alternate_s or share < 1.0):
+        raise InputError(f"{trace.path}: has one session; legal is two or more, some to fit and some to try on")
     if alternate_s > 0.0:
         return _alternating(trace, alternate_s, whole)
     if share >= 1.0:

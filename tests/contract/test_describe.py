@@ -60,6 +60,15 @@ def test_a_trace_beside_what_is_fitted_to_it(chats, capsys, monkeypatch):
     assert "its halves: 0.0" in lengths and lengths.endswith("met")  # all prompts are as long, outputs of one law
 
 
+def test_a_recording_of_which_one_half_is_empty_has_no_halves(tmp_path, capsys):
+    path = tmp_path / "log.csv"
+    times = [*np.linspace(0.0, 10.0, 300), 1000.0]
+    path.write_text("arrived_at,prompt_tokens,output_tokens\n" + "".join(f"{at},5,5\n" for at in times))
+    assert main(["describe", str(path), "--against", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "goal: lengths" in out and "halves" not in out
+
+
 def test_a_stretch_of_a_trace(chats, capsys):
     assert main(["describe", str(chats), "--from-s", "30", "--to-s", "60"]) == 0
     requests = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("requests"))

@@ -251,5 +251,8 @@ def test_errors_of_the_command(tmp_path, capsys):
     assert "legal is 0.1 to 1" in capsys.readouterr().err
     assert main([str(few), "--states", "1"]) == 2
     assert "legal is 2 or more" in capsys.readouterr().err
+    trace = whole_sessions()
+    with pytest.raises(InputError, match="has one session; legal is two or more"):
+        parts(trace.pick(np.flatnonzero(trace.session_index == 3)), 0.6)
     with pytest.raises(InputError, match="keep chats together"):
         parts(TRUTH.draw(200.0, 1), 0.6, 60.0)
