@@ -14,6 +14,7 @@ from envs.worlds import FleetWorlds, Plant
 from marginroute import view as v
 from marginroute.gateway_rules import ShippedRule
 from marginroute.heuristics import Cascade, DifficultyThreshold, MarginParameters, MarginRule, RuleOfThumb
+from marginroute.quality import FittedQuality
 from marginroute.view import Array, Layout, View
 
 Rule = MarginRule | RuleOfThumb
@@ -41,6 +42,11 @@ class Exploring:
     def in_flight_caps(self, layout: Layout, slots: Array) -> Array | None:
         """The rule's caps."""
         return self._rule.in_flight_caps(layout, slots)
+
+    @property
+    def quality(self) -> FittedQuality | None:
+        """The rule's."""
+        return self._rule.quality
 
 
 def margins(worlds: FleetWorlds) -> Array:

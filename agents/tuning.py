@@ -252,7 +252,7 @@ def log_reuse(plant: Plant, rule: Rule, seeds: Iterable[int]) -> dict[str, Array
     """
     worlds = FleetWorlds(plant, len(list(seeds)))
     worlds.load_all([plant.scenario.generate(seed, "train") for seed in seeds])
-    worlds.set_in_flight_caps(rule.in_flight_caps(plant.layout, plant.slots))
+    worlds.follow(rule)
     rng, c = np.random.default_rng(0), plant.layout.names.index("cache")
     rows: list[Array] = []
     while not worlds.done.all():

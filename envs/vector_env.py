@@ -219,7 +219,7 @@ class FleetVecEnv(VecEnv):
         """Loads the episodes of now; some are begun staggered."""
         worlds, layout = self.worlds, self.worlds.plant.layout
         worlds.load_all([self._workload(w) for w in range(self.num_envs)])
-        worlds.set_in_flight_caps(worlds.advice.in_flight_caps(layout, worlds.plant.slots))
+        worlds.follow(worlds.advice)
         for w in np.flatnonzero(~staggered):
             worlds.load(int(w), self._workload(int(w)))  # once more: later episodes meet the caps from the start
         if self._stagger:

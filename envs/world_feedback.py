@@ -3,23 +3,23 @@
 A thumb, a regeneration, a failed validation or a claimed refund reaches the gateway for a share of the answers
 (`workload.feedback`). What it makes of them is one running mean per tier and task of
 
-    good - P(good) that was expected,
+    good - P(good) that the policy expected,
 
-over about the last `latency.RECENT_JUDGED` of them and drawn towards 0 while there are few: the View's
-`recent_quality`. A model that has become worse, or a kind of work that it does not do, shows there after a while,
-whatever was promised. The means stand behind those of output tokens: `lengths` (N, K + T, J), a row per class, then one
-per tier.
+over about the last `latency.RECENT_JUDGED` of them, and how many those are: the View's `surprise` is their product, good
+answers beyond expectation, and `judged` their number, once for the request's task and once over all tasks. A model that
+has become worse, or a kind of work that it does not do, shows there after a while, whatever was promised. The means
+stand behind those of output tokens: `lengths` (N, K + T, J), a row per class, then one per tier.
 """
 
 # ruff: noqa: ANN001, ANN201 (Numba infers the types of kernels)
 from __future__ import annotations
 
 from envs.kernels import kernel
-from marginroute import latency
+from marginroute import latency, quality
 from marginroute import view as v
 
 running_mean = kernel(latency.running_mean, inline="always")
-recent_quality = kernel(latency.recent_quality, inline="always")
+expected_good = kernel(quality.expected_good, inline="always")
 
 
 @kernel
@@ -55,13 +55,24 @@ def hear(desks, loads, prior, lengths, n_classes, w):
         else:
             loads[w, desk.judged_head].last_judged = -1
         mean = lengths[load.gateway, n_classes + load.judged_tier, load.task_index]
-        surprise = load.judged_good - prior[w, i, load.judged_tier]
+        p_good = prior[w, i, load.judged_tier]
+        expected = expected_good(p_good, mean.intercept, mean.slope, mean.length, load.prompt_tokens)
+        surprise = load.judged_good - expected
         mean.value, mean.weight = running_mean(mean.value, mean.weight, surprise, latency.RECENT_JUDGED)
 
 
 @kernel
 def show(config, tiers, lengths, signals, n_classes, w, load):
-    """Writes `recent_quality` of the request's task into the View."""
+    """Writes what judged answers tell of every candidate's model into the View."""
     for c in range(config[0].n_replicas + config[0].n_providers):
-        mean = lengths[load.gateway, n_classes + tiers[c], load.task_index]
-        signals[v.RECENT_QUALITY, w, c] = recent_quality(mean.value, mean.weight)
+        if c > 0 and tiers[c] == tiers[c - 1]:
+            for row in range(v.SURPRISE, v.TIER_JUDGED + 1):
+                signals[row, w, c] = signals[row, w, c - 1]
+            continue
+        mean, total, judged = lengths[load.gateway, n_classes + tiers[c], load.task_index], 0.0, 0.0
+        for j in range(lengths.shape[2]):
+            other = lengths[load.gateway, n_classes + tiers[c], j]
+            total += other.value * other.weight
+            judged += other.weight
+        signals[v.SURPRISE, w, c], signals[v.JUDGED, w, c] = mean.value * mean.weight, mean.weight
+        signals[v.TIER_SURPRISE, w, c], signals[v.TIER_JUDGED, w, c] = total, judged

@@ -162,5 +162,8 @@ OWN = np.dtype(
 )
 """What a gateway measured itself per replica and provider, `(G N, R + V)`; facts of the world in the first N rows."""
 
-MEAN = np.dtype([("value", "f8"), ("weight", "f8")])
-"""Running means, `(G N, K + T, J)`: output tokens by class and task, then surprise about quality by tier and task."""
+MEAN = np.dtype([("value", "f8"), ("weight", "f8"), ("intercept", "f8"), ("slope", "f8"), ("length", "f8")])
+"""Running means, `(G N, K + T, J)`: output tokens by class and task, then surprise about quality by tier and task.
+
+The latter hold beside it what is expected of an answer: `quality.expected_good` of the prior, as the policy fits it.
+"""

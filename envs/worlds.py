@@ -36,7 +36,7 @@ from marginroute import view as v
 from marginroute.errors import InputError
 from marginroute.policy import Policy
 from marginroute.prefix_index import PROVIDER_TOKENS
-from marginroute.quality import QualityPrior
+from marginroute.quality import FittedQuality, QualityPrior
 from marginroute.view import Array, Layout, View
 
 SHARED = re.compile(
@@ -254,6 +254,7 @@ class FleetWorlds:
         self.changes = record_array((n, 0), CHANGE)
         known = k + len(layout.tier_names) + (ROWS if gateways > 1 else 0)
         self.lengths = record_array((rows, known, len(layout.task_names)), MEAN)
+        self._quality: FittedQuality | None = None
         self.ledger_usd = np.zeros((n, len(ACCOUNTS), k + 1))
         self.counts = np.zeros((n, len(COUNTS), k), dtype=np.int64)
         self.action_counts = np.zeros((n, len(v.KINDS)), dtype=np.int64)
@@ -399,6 +400,7 @@ class FleetWorlds:
         lengths = self.lengths[w :: self.n_worlds]
         lengths[...] = np.zeros((), dtype=MEAN)
         lengths["value"][:, :k], lengths["weight"][:, :k] = member.output_tokens, latency.PRIOR_LENGTHS
+        self._write_expected(lengths)
         for array in (self.ledger_usd, self.counts, self.action_counts):
             array[w] = 0
         state.limit_providers(self.fleet.providers[w], member.spec)
@@ -445,6 +447,24 @@ class FleetWorlds:
         self._caps = self._per_replica(caps)
         kernel.set_in_flight_caps(*self.fleet.arrays, self.desks, self._caps)
         self.signals[v.IN_FLIGHT_CAP, :, : self.plant.spec.n_replicas] = self._caps
+
+    def follow(self, policy: Policy) -> None:
+        """Takes over what a policy sets beside its decisions: in-flight caps, and what it expects of answers."""
+        self.set_in_flight_caps(policy.in_flight_caps(self.plant.layout, self.plant.slots))
+        self.expect(policy.quality)
+
+    def expect(self, fitted: FittedQuality | None) -> None:
+        """Sets the P(good) that judged answers are held against; None: the prior."""
+        self._quality = fitted
+        self._write_expected(self.lengths)
+
+    def _write_expected(self, lengths: Array) -> None:
+        """Writes into rows (..., K + T, J) of `lengths` how P(good) is fitted."""
+        fitted, k = self._quality, len(self.plant.terms)
+        rows = lengths[..., k : k + len(self.plant.layout.tier_names), :]
+        rows["intercept"], rows["slope"], rows["length"] = 0.0, 1.0, 0.0
+        if fitted is not None:
+            rows["intercept"], rows["slope"], rows["length"] = fitted.intercept, fitted.slope, fitted.length[:, None]
 
     def set_replicas(self, targets: Array | None) -> None:
         """Scales pools towards so many replicas, (P,) or (N, P); None: as many as at the start.
@@ -499,7 +519,7 @@ class FleetWorlds:
 
     def run(self, policy: Policy, max_steps: int | None = None) -> None:
         """Lets a policy decide until every world is done (or for `max_steps` decisions)."""
-        self.set_in_flight_caps(policy.in_flight_caps(self.plant.layout, self.plant.slots))
+        self.follow(policy)
         while not self.done.all() and (max_steps is None or max_steps > 0):
             self.step(policy.decide_batch(self.view()))
             max_steps = None if max_steps is None else max_steps - 1

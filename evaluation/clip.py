@@ -37,7 +37,7 @@ def pictures(
     workload = scenario.generate(seed, "heldout")
     worlds = FleetWorlds(plant, 1)
     worlds.load_all([workload])
-    worlds.set_in_flight_caps(policy.in_flight_caps(plant.layout, plant.slots))
+    worlds.follow(policy)
     view = LiveView(plant, f"{scenario.name}: {policy.name}")
     drawn: list[Array] = []
     every_s, last = workload.horizon_s / max(frames - 1, 1), ""

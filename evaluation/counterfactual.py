@@ -114,7 +114,7 @@ def worth_usd(plant: Plant, policy: Policy, workload: Workload, decision: Ints, 
 def _start(plant: Plant, policy: Policy, workloads: list[Workload]) -> FleetWorlds:
     worlds = FleetWorlds(plant, len(workloads))
     worlds.load_all(workloads)
-    worlds.set_in_flight_caps(policy.in_flight_caps(plant.layout, plant.slots))
+    worlds.follow(policy)
     return worlds
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from marginroute.control_rules import Controller
 from marginroute.decision import Decision
 from marginroute.policy import Policy
+from marginroute.quality import FittedQuality
 from marginroute.view import Array, Layout, View
 
 if TYPE_CHECKING:
@@ -53,10 +54,16 @@ class Deciders:
         """None: caps are levers."""
         return None
 
+    @property
+    def quality(self) -> FittedQuality | None:
+        """The router's; None: there is none."""
+        return None if self.router is None else self.router.quality
+
     def run(self, worlds: FleetWorlds, max_ticks: int | None = None) -> None:
         """Plays loaded worlds until all are settled, or for `max_ticks`."""
         from envs.control_worlds import EngineControl
 
+        worlds.expect(self.quality)
         control, controller = EngineControl(worlds, self.controller.layout, self.router), self.controller.anew()
         while not control.done.all() and (max_ticks is None or max_ticks > 0):
             control.step(controller.act(control.view()))

@@ -56,7 +56,7 @@ def _episode(
 ) -> Iterator[DecisionRecord]:
     worlds = FleetWorlds(plant, 1)
     worlds.load_all([plant.scenario.generate(seed, split)])  # type: ignore[arg-type]
-    worlds.set_in_flight_caps(policy.in_flight_caps(plant.layout, plant.slots))
+    worlds.follow(policy)
     records: list[tuple[int, int, DecisionRecord]] = []
     while not worlds.done.all():
         view, i, now_s = worlds.view()[0], int(worlds.desks["current"][0]), float(worlds.desks["now_s"][0])

@@ -41,7 +41,7 @@ def record_timeline(plant: Plant, policy: Policy, workloads: Sequence[Workload],
     """Plays a policy and samples its worlds at every decision."""
     worlds = FleetWorlds(plant, len(workloads))
     worlds.load_all(workloads)
-    worlds.set_in_flight_caps(policy.in_flight_caps(plant.layout, plant.slots))
+    worlds.follow(policy)
     horizon_s = np.array([workload.horizon_s for workload in workloads])
     stations, pools = len(plant.layout.station_names), len(plant.spec.pools)
     engines = plant.spec.n_replicas + len(plant.spec.providers)

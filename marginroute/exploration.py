@@ -19,6 +19,7 @@ from marginroute.decision import Decision
 from marginroute.errors import InputError
 from marginroute.heuristics import MarginRule
 from marginroute.policy import Policy
+from marginroute.quality import FittedQuality
 from marginroute.view import KINDS, Array, Layout, View
 
 
@@ -103,6 +104,11 @@ class ExploringPolicy:
     def in_flight_caps(self, layout: Layout, slots: Array) -> Array | None:
         """The policy's caps."""
         return self.policy.in_flight_caps(layout, slots)
+
+    @property
+    def quality(self) -> FittedQuality | None:
+        """The policy's."""
+        return self.policy.quality
 
 
 def mixed(safe: Array, choice: Array, share: float) -> Array:

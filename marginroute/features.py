@@ -21,7 +21,7 @@ from marginroute import view as v
 from marginroute.heuristics import Assessment
 from marginroute.view import KINDS, Array, Layout, View
 
-FEATURE_VERSION = 4
+FEATURE_VERSION = 5
 CLIP = 10.0  # every feature stays inside +-CLIP before it is normalised
 MIN_STD = 0.05  # of a normalised feature, so that a nearly constant column cannot swamp the others
 MIN_LOGIT = -30.0  # advice logits below this are as good as never
@@ -144,7 +144,10 @@ CANDIDATE_FEATURES = (
     Feature("fill", "in flight per slot", "identity"),
     Feature("kv_usage", "share, scraped", "identity"),
     Feature("cached_share", "share of the prompt expected to be cached", "identity"),
-    Feature("recent_quality", "P(good) lately seen less expected", "identity"),
+    Feature("surprise", "good answers to the task beyond expectation, of those judged lately", "identity"),
+    Feature("judged", "how many those are", "identity"),
+    Feature("tier_surprise", "the same surprise over all tasks", "identity"),
+    Feature("tier_judged", "how many were judged over all tasks", "identity"),
     Feature("recent_errors", "share of recent calls", "identity"),
     Feature("similarity", "of the prompt and that of the stored answer", "identity"),
     Feature("ttft_to_slo", "ratio", "ln(x + 0.001)"),
@@ -161,7 +164,7 @@ CANDIDATE_FEATURES = (
     Feature("telemetry_age_s", "s", "ln(1 + x)"),
     Feature("tried", "0/1", "ln(1 + x)"),
 )
-_LOG_FROM, _LOG1P_FROM = 12, 18  # rows of the two groups of transforms above
+_LOG_FROM, _LOG1P_FROM = 15, 21  # rows of the two groups of transforms above
 CONTEXT_FEATURES = (
     Feature("difficulty_signal", "standard deviations", "identity"),
     Feature("fleet_fill", "mean in flight per slot over legal replicas", "identity"),
@@ -231,14 +234,14 @@ def candidate_features(view: View, assessment: Assessment) -> Array:
     rows[6] = a.fill
     rows[7] = s[v.KV_USAGE]
     np.divide(s[v.CACHED_TOKENS], view.asked(v.PROMPT_TOKENS), out=rows[8], casting="same_kind")
-    rows[9:12] = s[v.RECENT_QUALITY : v.SIMILARITY + 1]
+    rows[9:15] = s[v.SURPRISE : v.SIMILARITY + 1]
     slo_s = request[v.SLO_TTFT_S : v.SLO_TPOT_S + 1, ..., None]
-    np.divide(a.latency_s, slo_s, out=rows[12:14], casting="same_kind")
-    rows[14:16] = a.latency_s
-    rows[16:18] = s[v.RECENT_TTFT_S : v.RECENT_TPOT_S + 1]
+    np.divide(a.latency_s, slo_s, out=rows[15:17], casting="same_kind")
+    rows[17:19] = a.latency_s
+    rows[19:21] = s[v.RECENT_TTFT_S : v.RECENT_TPOT_S + 1]
     below_usd = np.maximum(a.best_usd - a.score_usd, _ZERO)
-    np.multiply(below_usd, np.asarray(10.0 * per_value), out=rows[18], casting="same_kind")
-    rows[19:25] = s[v.ENTRY_AGE_S : v.TRIED + 1]
+    np.multiply(below_usd, np.asarray(10.0 * per_value), out=rows[21], casting="same_kind")
+    rows[22:28] = s[v.ENTRY_AGE_S : v.TRIED + 1]
     logs = rows[_LOG_FROM:_LOG1P_FROM]
     logs += _SHIFT
     np.log(logs, out=logs)

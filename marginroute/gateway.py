@@ -463,7 +463,7 @@ class Gateway:
     def judged(self, id: str, good: bool) -> bool:
         """Somebody or something has judged the answer to a finished request; False if it is not remembered.
 
-        The View's `recent_quality` of its tier and task goes by it from the next decision on.
+        The View's `surprise` and `judged` of its tier and task go by it from the next decision on.
         """
         with self._lock:
             tier, task, expected = self._answered.pop(id, ("", "", 0.0))
@@ -479,6 +479,9 @@ class Gateway:
             return
         task = layout.task_names[int(pending.request[v.TASK_INDEX])]
         expected = float(pending.changing[v.P_GOOD_PRIOR - v.N_STATIC_SIGNALS, c])
+        if (fitted := pending.runtime.policy.quality) is not None:
+            tier, prompt_tokens = layout.tier[c], float(pending.request[v.PROMPT_TOKENS])
+            expected = fitted.of_one(expected, tier, int(pending.request[v.TASK_INDEX]), prompt_tokens)
         self._answered[pending.facts.id] = layout.tier_names[layout.tier[c]], task, expected
         while len(self._answered) > MOST_ANSWERED:
             self._answered.popitem(last=False)

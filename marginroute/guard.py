@@ -20,6 +20,7 @@ from marginroute.fast_path import FastPath, prepared
 from marginroute.features import FeatureSpec
 from marginroute.heuristics import MarginRule
 from marginroute.policy import Policy, ResidualPolicy
+from marginroute.quality import FittedQuality
 from marginroute.rules import RuleOfThumb
 from marginroute.view import Array, Layout, View
 
@@ -144,6 +145,11 @@ class GuardedPolicy:
     def in_flight_caps(self, layout: Layout, slots: Array) -> Array | None:
         """The policy's caps."""
         return self.policy.in_flight_caps(layout, slots)
+
+    @property
+    def quality(self) -> FittedQuality | None:
+        """The policy's."""
+        return self.policy.quality
 
 
 def _left_out(view: View, trusted: View) -> tuple[str, ...]:

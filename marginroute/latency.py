@@ -23,7 +23,7 @@ from marginroute.view import Array, View
 RECENT_ANSWERS = 10.0  # answers that the moving means of latency look back (LiteLLM's latency strategy keeps ten)
 RECENT_LENGTHS = 200.0  # answers of a class and task that the mean output length looks back
 RECENT_ARRIVALS = 50.0  # gaps between arrivals that the arrival rate looks back
-RECENT_JUDGED, PRIOR_JUDGED = 40.0, 8.0  # judged answers that recent quality looks back; those that say "as expected"
+RECENT_JUDGED = 40.0  # judged answers of a model and task that surprise looks back
 RECENT_CALLS = 5.0  # calls that the share of errors looks back
 ERROR_HALF_LIFE_S = 10.0  # an error that nothing followed counts half after this; LiteLLM cools down for 5 s
 _ZERO, _HALF, _ONE = np.array(0.0), np.array(0.5), np.array(1.0)  # see `View.asked`
@@ -34,11 +34,6 @@ def running_mean(mean: float, weight: float, value: float, horizon: float) -> tu
     """One step of a mean over about the last `horizon` values; returns the new (mean, weight)."""
     weight = min(weight + 1.0, horizon)
     return mean + (value - mean) / weight, weight
-
-
-def recent_quality(mean: Any, judged: Any) -> Any:
-    """What `judged` answers, on average `mean` better than expected, say of the next one."""
-    return mean * judged / (judged + PRIOR_JUDGED)
 
 
 def beyond(

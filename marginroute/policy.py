@@ -23,6 +23,7 @@ from marginroute import features
 from marginroute.decision import Decision, best_legal, explain
 from marginroute.features import FeatureSpec
 from marginroute.heuristics import Assessment, MarginRule
+from marginroute.quality import FittedQuality
 from marginroute.view import Array, Layout, View
 
 
@@ -42,6 +43,10 @@ class Policy(Protocol):
 
     def in_flight_caps(self, layout: Layout, slots: Array) -> Array | None:
         """In-flight cap per pool, (P,) float64, for replicas with `slots` (P,) sequences; None leaves them."""
+
+    @property
+    def quality(self) -> FittedQuality | None:
+        """How it fits P(good); None: it takes the prior. Judged answers surprise it by as much as they differ."""
 
 
 _ZERO = np.zeros((), dtype=np.float32)  # see `View.asked`
@@ -116,6 +121,11 @@ class ResidualPolicy:
     advice: MarginRule
     spec: FeatureSpec
     network: Network
+
+    @property
+    def quality(self) -> FittedQuality | None:
+        """Its advice's."""
+        return self.advice.quality
 
     @cached_property
     def folded(self) -> Network:

@@ -161,6 +161,13 @@ class QualityPrior:
         )
 
 
+def expected_good(prior: float, intercept: float, slope: float, length: float, prompt_tokens: float) -> float:
+    """P(good) of one answer by `FittedQuality`'s formula; intercept 0, slope 1 and length 0 give the prior."""
+    prior = min(max(prior, 1e-6), 1.0 - 1e-6)
+    logit = intercept + slope * math.log(prior / (1.0 - prior)) + length * math.log(max(prompt_tokens, 1.0) * 1e-3)
+    return 1.0 / (1.0 + math.exp(-logit))
+
+
 def reuse_columns(prior_logit: Array, similarity: Array, age_s: Array) -> Array:
     """(..., 4) what `FittedQuality.reuse` weighs of a stored answer."""
     columns = (np.ones_like(prior_logit), prior_logit, 10.0 * (1.0 - similarity), np.log1p(age_s / 60.0))
@@ -188,6 +195,11 @@ class FittedQuality:
     length: Array
     reuse: Array | None = None
     _bound: tuple[Layout, tuple[Array, Array, Array]] | None = field(default=None, init=False, repr=False)
+
+    def of_one(self, prior: float, tier: int, task: int, prompt_tokens: float) -> float:
+        """The probability for one answer."""
+        intercept, slope = self.intercept[tier, task], self.slope[tier, task]
+        return expected_good(prior, float(intercept), float(slope), float(self.length[tier]), prompt_tokens)
 
     def p_good(self, view: View) -> Array:
         """(..., C) probabilities for the candidates of a view."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from marginroute import view as v
 from marginroute.decision import Decision, best_legal, explain
+from marginroute.quality import FittedQuality
 from marginroute.response_cache import SHIPPED_SIMILARITY
 from marginroute.view import CACHE, PROVIDER, Array, Layout, View
 
@@ -63,6 +64,11 @@ class RuleOfThumb(ABC):
 
     def in_flight_caps(self, layout: Layout, slots: Array) -> Array | None:
         """Leaves the configured caps."""
+        return None
+
+    @property
+    def quality(self) -> FittedQuality | None:
+        """None: it goes by the public prior, if at all."""
         return None
 
 

@@ -30,7 +30,6 @@ from marginroute.latency import (
     RECENT_ARRIVALS,
     RECENT_JUDGED,
     RECENT_LENGTHS,
-    recent_quality,
     running_mean,
 )
 from marginroute.prefix_index import MAX_BLOCKS, PrefixIndex
@@ -98,7 +97,9 @@ class GatewayState:
         self._lengths = bundle.output_tokens.copy()
         self._lengths_weight = np.full_like(self._lengths, PRIOR_LENGTHS)
         self._judged = False  # whether any answer was
-        self._surprise = np.zeros((2, len(self.layout.tier_names), len(self.layout.task_names)))  # mean, answers
+        tiers, tasks = len(self.layout.tier_names), len(self.layout.task_names)
+        self._surprise = np.zeros((2, tiers, tasks))  # mean, answers
+        self._told = np.zeros((tasks, 4, tiers))  # the View's `surprise` to `tier_judged`
         self._arrivals, self._sequence, self._gap_s, self._last_arrival_s = 0, 0, 0.0, clock()
         caps = bundle.policy.in_flight_caps(self.layout, bundle.slots) if "hold" in self._can else None
         self._counters.signals[v.IN_FLIGHT_CAP] = v.UNLIMITED
@@ -209,9 +210,16 @@ class GatewayState:
     def judged(self, tier: int, task: int, surprise: float) -> None:
         """An answer of a tier turned out good (1) or bad (0), which is `surprise` more than the P(good) expected."""
         with self._lock:
-            self._judged = True
             mean, answers = self._surprise[:, tier, task]
             self._surprise[:, tier, task] = running_mean(mean, answers, surprise, RECENT_JUDGED)
+            self._tell(tier)
+
+    def _tell(self, tier: int) -> None:
+        """Works out what the View says of a tier's judged answers."""
+        mean, answers = self._surprise[:, tier]
+        self._judged = True
+        self._told[:, 0, tier], self._told[:, 1, tier] = mean * answers, answers
+        self._told[:, 2, tier], self._told[:, 3, tier] = (mean * answers).sum(), answers.sum()
 
     def settled(self, class_name: str | None, met: bool, value_usd: float) -> None:
         """A request met every SLO or did not (no answer: with a value of 0); its class's SLO window counts it."""
@@ -284,8 +292,7 @@ class GatewayState:
                 self._arrive(now_s)
             signals = self._counters.snapshot(now_s)
             if self._judged:
-                quality = recent_quality(*self._surprise[:, :, cell[1]])
-                signals[v.RECENT_QUALITY, : self._serving] = quality.take(self._tier)
+                self._told[cell[1]].take(self._tier, 1, signals[v.SURPRISE : v.TIER_JUDGED + 1, : self._serving])
             self._elsewhere.add_to(signals)
             age_s = np.subtract(now_s, self._scraped_at_s, out=signals[v.TELEMETRY_AGE_S])
             np.fmax(age_s, _ZERO, out=age_s)  # 0: there is nothing to scrape
@@ -369,9 +376,9 @@ class GatewayState:
             for t_old, t in _places(self.layout.tier_names, old.layout.tier_names).items():
                 for j_old, j in tasks.items():
                     self._surprise[:, t, j] = old._surprise[:, t_old, j_old]
+                self._tell(t)
             self._elsewhere.take_over(old._elsewhere, candidates)
             self.rates.take_over(old.rates, candidates)
-            self._judged = old._judged
             self._windows.take_over(old._windows, classes)
             self._arrivals, self._sequence = old._arrivals, old._sequence
             self._gap_s, self._last_arrival_s = old._gap_s, old._last_arrival_s

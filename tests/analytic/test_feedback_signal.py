@@ -1,4 +1,4 @@
-"""What judged answers do to the View's `recent_quality`: when, for whom, how much."""
+"""What judged answers do to the View's `surprise` and `judged`: when, for whom, how much, beyond which expectation."""
 
 import by_hand
 import numpy as np
@@ -8,9 +8,10 @@ from by_hand import API, ONE, SHED, TWO_A, TWO_B, Played
 from envs.fleet_env import FleetEnv
 from marginroute import latency
 from marginroute import view as v
+from marginroute.quality import FittedQuality
 
 DELAY_S = 3.0
-RECENT_QUALITY = v.RECENT_QUALITY
+TOLD = slice(v.SURPRISE, v.TIER_JUDGED + 1)  # surprise, judged, and both over all tasks
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +21,10 @@ def env(tmp_path_factory):
 
 
 def shown(env, rows, choices, judged):
-    """(B, C) `recent_quality` before each decision."""
+    """(B, 4, C) what the View tells of judged answers before each decision."""
     episode = by_hand.workload(env.worlds.plant.scenario, *rows)
     object.__setattr__(episode, "judged", np.array(judged, dtype=np.uint8))
-    return np.array([view.signals[RECENT_QUALITY] for view in Played(env, episode, choices).views])
+    return np.array([view.signals[TOLD] for view in Played(env, episode, choices).views])
 
 
 def test_one_judgement_is_heard_after_its_delay_by_tier_and_task(env):
@@ -31,21 +32,37 @@ def test_one_judgement_is_heard_after_its_delay_by_tier_and_task(env):
     bad = {"good": [0, 0, 0]}
     times = [0.0, 3.1, 3.12, 3.13]
     rows = [{"arrived_at_s": t} | bad for t in times[:3]] + [{"arrived_at_s": times[3], "task_index": 1} | bad]
-    quality = shown(env, rows, [TWO_A, SHED, SHED, SHED], [1, 0, 0, 0])
-    said = latency.recent_quality(-0.5, 1.0)
-    assert said == pytest.approx(-0.5 / (1.0 + latency.PRIOR_JUDGED))
-    assert not quality[:2].any() and not quality[3].any()  # not yet; another task
-    assert quality[2, [TWO_A, TWO_B]] == pytest.approx([said, said]) and not quality[2, [ONE, API]].any()
+    told = shown(env, rows, [TWO_A, SHED, SHED, SHED], [1, 0, 0, 0])
+    assert not told[:2].any()  # not yet
+    for c in (TWO_A, TWO_B):
+        assert told[2, :, c] == pytest.approx([-0.5, 1.0, -0.5, 1.0])
+        assert told[3, :, c] == pytest.approx([0.0, 0.0, -0.5, 1.0])  # another task of the same model
+    assert not told[:, :, [ONE, API]].any()
 
 
 def test_many_judgements_tend_to_the_true_surprise(env):
-    """Good answers of which half were expected to be good: +0.5, drawn towards 0 by the prior's weight."""
+    """Good answers of which half were expected to be good: +0.5 each, of the last forty or so."""
     n = 60
     rows = [{"arrived_at_s": 0.5 * i} for i in range(n)]
-    quality = shown(env, rows, [ONE] * n, [1] * n)
-    horizon = latency.RECENT_JUDGED
-    assert quality[-1, ONE] == pytest.approx(0.5 * horizon / (horizon + latency.PRIOR_JUDGED))
-    assert (np.diff(quality[:, ONE]) >= 0.0).all() and not quality[:, API].any()
+    told = shown(env, rows, [ONE] * n, [1] * n)
+    assert told[-1, :, ONE] == pytest.approx(np.array([0.5, 1.0, 0.5, 1.0]) * latency.RECENT_JUDGED)
+    assert (np.diff(told[:, 0, ONE]) >= 0.0).all() and not told[:, :, API].any()
+
+
+def test_surprise_is_what_differs_from_the_policys_own_fit(env):
+    """A fit that expects three of four answers of the first task of tier 0 to be good is surprised less by a good one."""
+    worlds = env.worlds
+    tiers, tasks = len(worlds.plant.layout.tier_names), len(worlds.plant.layout.task_names)
+    tier = worlds.plant.layout.tier[ONE]
+    intercept = np.zeros((tiers, tasks))
+    intercept[tier, 0] = np.log(3.0)  # at a prior of 0.5 and a thousand prompt tokens
+    worlds.expect(FittedQuality(intercept, np.ones((tiers, tasks)), np.full(tiers, 0.7)))
+    try:
+        rows = [{"arrived_at_s": t, "prompt_tokens": 1000} for t in (0.0, 9.0)]
+        told = shown(env, rows, [ONE, SHED], [1, 0])
+    finally:
+        worlds.expect(None)
+    assert told[1, :, ONE] == pytest.approx([0.25, 1.0, 0.25, 1.0])
 
 
 def test_what_is_not_judged_is_not_heard_of(env):

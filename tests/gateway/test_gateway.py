@@ -283,7 +283,7 @@ def test_settings_say_what_is_wrong(bundle_folder, tmp_path, more, says):
         open_gateway(OperationSettings(str(bundle_folder), str(tmp_path / "log.jsonl"), **more))
 
 
-def test_a_judged_answer_moves_recent_quality_once(made):
+def test_a_judged_answer_surprises_once(made):
     gateway = made()
     gateway.decide(Facts("a", 100))
     gateway.sent("a", "small/0", True)
@@ -291,10 +291,12 @@ def test_a_judged_answer_moves_recent_quality_once(made):
     gateway.finished("a", ANSWER)
     layout = gateway.bundle.layout
     tier = layout.tier[layout.names.index("small/0")]
-    expected = gateway.state.view(100).signals[v.P_GOOD_PRIOR, 0]
+    view = gateway.state.view(100)
+    fitted = gateway.runtime.policy.quality
+    expected = view.signals[v.P_GOOD_PRIOR, 0] if fitted is None else fitted.p_good(view)[0]
     assert gateway.judged("a", False) and not gateway.judged("a", False)
-    quality = gateway.state.view(100).signals[v.RECENT_QUALITY]
-    assert quality[0] == pytest.approx(latency.recent_quality(-expected, 1.0))
-    assert not quality[(layout.tier != tier) | (layout.kind > v.PROVIDER)].any()
+    told = gateway.state.view(100).signals[v.SURPRISE : v.TIER_JUDGED + 1]
+    assert told[:, 0] == pytest.approx([-expected, 1.0, -expected, 1.0])
+    assert not told[:, (layout.tier != tier) | (layout.kind > v.PROVIDER)].any()
     gateway.swap(small_bundle())
-    assert gateway.state.view(100).signals[v.RECENT_QUALITY, 0] == pytest.approx(quality[0])
+    assert gateway.state.view(100).signals[v.SURPRISE : v.TIER_JUDGED + 1] == pytest.approx(told)

@@ -169,7 +169,7 @@ def test_a_judgement_of_an_answer_reaches_the_view(make):
     assert tell(app, {"event": "finished", "id": "a", "status": "completed", "served_by": "large/0"}) == 1
     assert tell(app, {"event": "judged", "id": "a", "good": False}) == 1
     assert tell(app, {"event": "judged", "id": "a", "good": False}) == 0  # one answer, one judgement
-    assert app.desk.gateway.state.view(10).signals[v.RECENT_QUALITY, 1] < 0.0
+    assert app.desk.gateway.state.view(10).signals[v.SURPRISE, 1] < 0.0
 
 
 @pytest.mark.parametrize(
