@@ -83,6 +83,7 @@ class TrainingConfig(Section):
     validations: Count = Field(description="How often during training the policy is validated.")
     residual: bool = Field(True, description="Correct the advice's scores; false: the network decides alone.")
     fitted: bool = Field(True, description="Advice with P(good) fitted on outcomes; false: with the public prior.")
+    feedback: bool = Field(True, description="Let the network see what judged answers tell of each model.")
     signal: Literal["own", "ledger"] = Field(
         "own", description="Learn from a decision's own expected margin, or from the change of the ledger."
     )

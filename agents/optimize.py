@@ -53,7 +53,7 @@ def suggest(trial: optuna.Trial, config: TrainingConfig) -> TrainingConfig:
         "gae_lambda": trial.suggest_float("gae_lambda", 0.0, 1.0),
         "clip_range": trial.suggest_float("clip_range", 0.05, 0.4, log=True),
         "entropy_coefficient": trial.suggest_float("entropy_coefficient", 0.0, 0.02),
-        "tau_s": trial.suggest_float("tau_s", 0.5, 60.0, log=True),
+        "tau_s": trial.suggest_float("tau_s", 0.0, 30.0),
         "width": trial.suggest_int("width", 8, 128, log=True),
         "temperature_share": trial.suggest_float("temperature_share", 0.01, 0.1, log=True),
     }

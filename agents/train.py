@@ -35,6 +35,7 @@ from envs.scenario import Scenario
 from envs.scenario_family import middle
 from envs.vector_env import FleetVecEnv, ObservedWorlds
 from envs.worlds import Plant
+from marginroute import view as v
 from marginroute.errors import InputError
 from marginroute.features import FeatureSpec, feature_spec
 from marginroute.heuristics import MarginRule
@@ -81,9 +82,10 @@ def fit_normaliser(plant: Plant, advice: MarginRule, config: TrainingConfig) -> 
             contexts.append(observation[:, wide : wide + spec.n_context])
             signals.append(np.abs(worlds.signal_usd(choices)))
         worlds.step(choices)
-    return spec.with_normaliser(np.concatenate(candidates), np.concatenate(contexts)), max(
-        float(np.mean(signals)), MIN_SIGNAL_USD
-    )
+    spec = spec.with_normaliser(np.concatenate(candidates), np.concatenate(contexts))
+    if not config.feedback:
+        spec = spec.without(v.SIGNAL_NAMES[v.SURPRISE : v.TIER_JUDGED + 1])
+    return spec, max(float(np.mean(signals)), MIN_SIGNAL_USD)
 
 
 @dataclass

@@ -6,7 +6,7 @@ seed is a folder of its own under --out; what is finished there is not repeated,
 
 Try:
   python -m benchmarks.ablations --steps 300000 --seeds 0,1,2 --out runs/ablations
-  python -m benchmarks.ablations --only tau_0,no_shadow_price
+  python -m benchmarks.ablations --only no_feedback,no_shadow_price
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "no_residual": ("the network decides alone", {"residual": False}),
     "no_fitted": ("advice with the public prior of P(good)", {"fitted": False}),
     "no_shadow_price": ("no charge for the capacity taken", {"shadow_price": False}),
-    "ledger_signal": ("reward: the ledger's change", {"signal": "ledger"}),
+    "ledger_signal": ("reward: the ledger's change, discounted over 5 s", {"signal": "ledger", "tau_s": 5.0}),
     "no_stagger": ("all worlds start together", {"stagger": False}),
     "no_randomise": ("the middle of the scenario's ranges alone", {"randomise": False}),
-    "tau_0": ("a decision's own signal only", {"tau_s": 0.0}),
-    "tau_30": ("discount over 30 s instead of 5 s", {"tau_s": 30.0}),
+    "no_feedback": ("the network does not hear of judged answers", {"feedback": False}),
+    "tau_5": ("later decisions' signals count, discounted over 5 s", {"tau_s": 5.0}),
+    "tau_30": ("the same over 30 s", {"tau_s": 30.0}),
 }
 """Row: what is changed, in words and as overrides of the training configuration."""
 FIRST_SEED = 30_000  # of the validation episodes that rows are compared on

@@ -11,6 +11,7 @@ corrects. `FeatureSpec.version` changes whenever the meaning of any column chang
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,7 @@ from marginroute.view import KINDS, Array, Layout, View
 FEATURE_VERSION = 5
 CLIP = 10.0  # every feature stays inside +-CLIP before it is normalised
 MIN_STD = 0.05  # of a normalised feature, so that a nearly constant column cannot swamp the others
+UNSEEN_STD = 1e12  # of a feature that is switched off: normalised, it is always about 0
 MIN_LOGIT = -30.0  # advice logits below this are as good as never
 
 
@@ -91,6 +93,11 @@ class FeatureSpec:
             context_mean=context_mean,
             context_std=context_std,
         )
+
+    def without(self, names: Collection[str]) -> FeatureSpec:
+        """The same, with candidate features that tell the network nothing."""
+        hidden = np.array([feature.name in names for feature in self.candidate])
+        return replace(self, candidate_std=np.where(hidden, UNSEEN_STD, self.candidate_std))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a bundle's manifest."""

@@ -292,7 +292,7 @@ def test_a_judged_answer_surprises_once(made):
     layout = gateway.bundle.layout
     tier = layout.tier[layout.names.index("small/0")]
     view = gateway.state.view(100)
-    fitted = gateway.runtime.policy.quality
+    fitted = gateway._runtime.policy.quality
     expected = view.signals[v.P_GOOD_PRIOR, 0] if fitted is None else fitted.p_good(view)[0]
     assert gateway.judged("a", False) and not gateway.judged("a", False)
     told = gateway.state.view(100).signals[v.SURPRISE : v.TIER_JUDGED + 1]

@@ -58,12 +58,12 @@ def test_every_row_of_the_ablations_is_a_legal_configuration():
 
 def test_the_table_of_ablations_goes_on_where_it_stopped(tmp_path, tiny_plant, tiny_arguments, tuned_cache, capsys):
     sets = [word for word in tiny_arguments if "=" in word and not word.startswith("training.")]
-    words = ["quickstart", "--set", *sets, "--quick", "--only", "full,tau_0", "--out", str(tmp_path)]
+    words = ["quickstart", "--set", *sets, "--quick", "--only", "full,no_feedback", "--out", str(tmp_path)]
     assert ablations.main(words) == 0
     first = capsys.readouterr()
     results = sorted(tmp_path.rglob("ablation.json"))
     written = [path.stat().st_mtime_ns for path in results]
-    assert len(results) == 2 and "| tau_0 | a decision's own signal only |" in first.err
+    assert len(results) == 2 and "| no_feedback | the network does not hear of judged answers |" in first.err
     assert ablations.main(words) == 0
     assert [path.stat().st_mtime_ns for path in results] == written
     assert ablations.main([*words[:-4], "--only", "nothing"]) == 2
