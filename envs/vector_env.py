@@ -69,6 +69,7 @@ class ObservedWorlds(FleetWorlds):
         self._seen = Seen(
             np.empty((0, 0), dtype=np.float32), *(np.zeros((n_worlds, c)) for _ in range(5)), np.zeros((3, n_worlds, c))
         )
+        self.expect(self.advice.quality)
         self._pair: hedging.Pair | None = None
         self.floor_usd: Array | None = None
         self.shadow_price = True
