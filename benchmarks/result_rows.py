@@ -25,7 +25,7 @@ HEADS = ("scenario, condition", "learned", "margin", "best heuristic", "gain", "
 MORE_HEADS = ("over shipped", "%", "SLO", "good", "lost")
 
 
-def rows(scenario: Scenario, runs: Sequence[Path], episodes: int) -> list[dict[str, Any]]:
+def rows(scenario: Scenario, runs: Sequence[Path], episodes: int, conditions: bool = True) -> list[dict[str, Any]]:
     """A row for the scenario as it is, and one per condition; the best heuristic is chosen on validation, once."""
     bundles = {f"seed {i}": load_bundle(run, scenario) for i, run in enumerate(runs)}
     learned = {name: bundle.guarded() for name, bundle in bundles.items()}
@@ -33,7 +33,7 @@ def rows(scenario: Scenario, runs: Sequence[Path], episodes: int) -> list[dict[s
     best = str(choose_best(scenario, heuristics, Play(episodes)))
     kept = {name: heuristics[name] for name in {best, "shipped", *CHAIN} if name in heuristics}
     found = []
-    for condition in (ITSELF, *scenario.conditions):
+    for condition in (ITSELF, *(scenario.conditions if conditions else ())):
         world = scenario if condition == ITSELF else scenario.under(condition)
         results = evaluate_policies(world, {**learned, **kept}, episodes)
         row = _row(results, list(learned), best)

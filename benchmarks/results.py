@@ -8,6 +8,7 @@ table (Holm). The table goes to --out as Markdown.
 Try:
   python -m benchmarks.results --seeds 0,1,2 --out docs/results.md
   python -m benchmarks.results quickstart shaky --steps 1000000
+  python -m benchmarks.results --as-is --episodes 128
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def parser() -> Any:
     parse.add_argument("--seeds", default="0,1,2", metavar="A,B,...", help="training seeds (default: 0,1,2)")
     parse.add_argument("--steps", type=int, metavar="N", help="decisions per training (default: configs/training)")
     parse.add_argument("--episodes", type=int, default=32, metavar="N", help="held-out episodes per row (default: 32)")
+    parse.add_argument("--as-is", action="store_true", help="leave the held-out conditions out")
     parse.add_argument("--runs", type=Path, default=Path("runs/results"), metavar="DIR", help="run folders")
     parse.add_argument("--out", type=Path, metavar="FILE.md", help="where the table goes (default: stderr)")
     return parse
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             common.note(f"{name} is left out: it has no tuned baselines")
             continue
         runs = [_trained(name, seed, steps, args.runs) for seed in seeds]
-        found += result_rows.rows(scenario, runs, 4 if args.quick else args.episodes)
+        found += result_rows.rows(scenario, runs, 4 if args.quick else args.episodes, not args.as_is)
     result_rows.adjust(found)
     command = shlex.join(["python", "-m", "benchmarks.results", *(sys.argv[1:] if argv is None else argv)])
     text = result_rows.markdown(found, common.commit(), command)
