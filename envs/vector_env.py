@@ -218,7 +218,7 @@ class FleetVecEnv(VecEnv):
 
     def _begin(self, staggered: Array) -> None:
         """Loads the episodes of now; some are begun staggered."""
-        worlds, layout = self.worlds, self.worlds.plant.layout
+        worlds = self.worlds
         worlds.load_all([self._workload(w) for w in range(self.num_envs)])
         worlds.follow(worlds.advice)
         for w in np.flatnonzero(~staggered):

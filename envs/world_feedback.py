@@ -5,10 +5,10 @@ A thumb, a regeneration, a failed validation or a claimed refund reaches the gat
 
     good - P(good) that the policy expected,
 
-over about the last `latency.RECENT_JUDGED` of them, and how many those are: the View's `surprise` is their product, good
-answers beyond expectation, and `judged` their number, once for the request's task and once over all tasks. A model that
-has become worse, or a kind of work that it does not do, shows there after a while, whatever was promised. The means
-stand behind those of output tokens: `lengths` (N, K + T, J), a row per class, then one per tier.
+over about the last `latency.RECENT_JUDGED` of them, and how many those are: the View's `surprise` is their product,
+good answers beyond expectation, and `judged` their number, once for the request's task and once over all tasks. A model
+that has become worse, or a kind of work that it does not do, shows there after a while, whatever was promised. The
+means stand behind those of output tokens: `lengths` (N, K + T, J), a row per class, then one per tier.
 """
 
 # ruff: noqa: ANN001, ANN201 (Numba infers the types of kernels)

@@ -50,7 +50,7 @@ def test_many_judgements_tend_to_the_true_surprise(env):
 
 
 def test_surprise_is_what_differs_from_the_policys_own_fit(env):
-    """A fit that expects three of four answers of the first task of tier 0 to be good is surprised less by a good one."""
+    """Where a fit expects three of four answers to be good, a good one surprises less."""
     worlds = env.worlds
     tiers, tasks = len(worlds.plant.layout.tier_names), len(worlds.plant.layout.task_names)
     tier = worlds.plant.layout.tier[ONE]

@@ -42,7 +42,7 @@ def drawn(truth, n, seed=0):
 @pytest.mark.parametrize(
     ("name", "overrides", "digest"),
     [
-        ("quickstart", {"requests_per_episode": 500}, "f146c225de70f15e"),
+        ("quickstart", {"requests_per_episode": 500, "drift": {}}, "f146c225de70f15e"),
         ("azure_conversation", {}, "3077bbad3e26720d"),
     ],
 )

@@ -40,7 +40,7 @@ def test_workload_shapes_and_types(scenario):
     size, tiers = workload.n_requests, len(scenario.tier_names)
     shapes = {name: (size, tiers) for name in ("p_good", "p_good_prior", "good")} | {"provider_noise": (size, 2)}
     shapes |= {"prefix_hash": (workload.prefix_count.sum(),), "embedding": (size, 0), "attempt_luck": (size, 0, 3)}
-    shapes |= {"ability_shift": (size, 0)}
+    shapes |= {"ability_shift": (size, tiers if workload.ability_shift.any() else 0)}
     integers = ("class_index", "task_index", "tenant_index", "prompt_tokens", "output_tokens", "prompt_key")
     kinds = dict.fromkeys(
         (*integers, "prefix_count", "session_index", "parent_index", "workflow_index", "task_calls", "tool_key"), "i4"

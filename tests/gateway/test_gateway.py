@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from bundles import TERMS, small_bundle
 
-from marginroute import latency
 from marginroute import view as v
 from marginroute.adapters import metrics
 from marginroute.errors import InputError

@@ -97,7 +97,11 @@ def test_answers_are_right_with_the_stated_probability():
     assert (valid_s[task == 1] >= 50.0).mean() == pytest.approx(np.exp(-0.5), abs=0.01)
 
 
-OVER = {"workload.recurring.share": 0.0, "workload.intents": {"share": 0.9, "per_tenant": 5, "exact_share": 0.2}}
+OVER = {
+    "drift": {},
+    "workload.recurring.share": 0.0,
+    "workload.intents": {"share": 0.9, "per_tenant": 5, "exact_share": 0.2},
+}
 
 
 @pytest.mark.parametrize("more", [{}, {"workload.season": {"daily": [1.0, 1.2]}, "requests_per_episode": None}])
