@@ -212,12 +212,12 @@ class GatewayState:
         with self._lock:
             mean, answers = self._surprise[:, tier, task]
             self._surprise[:, tier, task] = running_mean(mean, answers, surprise, RECENT_JUDGED)
+            self._judged = True
             self._tell(tier)
 
     def _tell(self, tier: int) -> None:
         """Works out what the View says of a tier's judged answers."""
         mean, answers = self._surprise[:, tier]
-        self._judged = True
         self._told[:, 0, tier], self._told[:, 1, tier] = mean * answers, answers
         self._told[:, 2, tier], self._told[:, 3, tier] = (mean * answers).sum(), answers.sum()
 
@@ -377,6 +377,7 @@ class GatewayState:
                 for j_old, j in tasks.items():
                     self._surprise[:, t, j] = old._surprise[:, t_old, j_old]
                 self._tell(t)
+            self._judged = old._judged
             self._elsewhere.take_over(old._elsewhere, candidates)
             self.rates.take_over(old.rates, candidates)
             self._windows.take_over(old._windows, classes)

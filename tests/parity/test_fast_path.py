@@ -163,13 +163,18 @@ def agree(general, fast, view, policy):
     np.testing.assert_allclose(fast.estimate_s, latency.estimate(view)[0][:, fast.candidate], rtol=1e-9)
 
 
-@settings(max_examples=150, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), learned=st.booleans())
-def test_the_general_path_says_the_same(seed, learned):
+def drawn(seed, learned):
+    """A generator, a layout, its constants, a rule for it, and a policy: the rule, or a network that corrects it."""
     rng = np.random.default_rng(seed)
     layout, static = fleet(rng)
     rule = rule_of(rng, layout)
-    policy = network_of(rng, layout, rule) if learned else rule
+    return rng, layout, static, rule, network_of(rng, layout, rule) if learned else rule
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), learned=st.booleans())
+def test_the_general_path_says_the_same(seed, learned):
+    rng, layout, static, rule, policy = drawn(seed, learned)
     general = GuardedPolicy(policy, rule, GuardLimits(drift_features=99))
     fast = general.prepared(layout, static).fast
     for _ in range(4):
@@ -194,10 +199,7 @@ def ready():
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), learned=st.booleans())
 def test_replicas_that_are_too_old_are_left_out_by_both(seed, learned):
-    rng = np.random.default_rng(seed)
-    layout, static = fleet(rng)
-    rule = rule_of(rng, layout)
-    policy = network_of(rng, layout, rule) if learned else rule
+    rng, layout, static, _, policy = drawn(seed, learned)
     general = GuardedPolicy(policy, heuristics.LeastInFlight("least-in-flight"), GuardLimits(20.0, drift_features=99))
     guarded = general.prepared(layout, static)
     for _ in range(4):
