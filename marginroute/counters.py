@@ -60,6 +60,15 @@ class Entry:
         """Prompt tokens that are expected to be computed."""
         return self.prompt_tokens - self.cached_tokens
 
+    def used_tokens(self, status: str, answer_tokens: float) -> float:
+        """What the call has used of a provider's tokens since it was sent; less the prompt if it was refused.
+
+        `answer_tokens`: of the answer, known or expected.
+        """
+        if status == "completed":
+            return float(answer_tokens)
+        return -self.prompt_tokens if status == "failed" and not self.tokens else self.tokens
+
 
 class Counters:
     """Counters over the candidates of a layout; not thread-safe (see `telemetry.GatewayState`).

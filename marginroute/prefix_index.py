@@ -144,13 +144,6 @@ class PrefixIndex:
                 self._holders[block] = self._holders.get(block, 0) | bit
                 recent[block] = used_at_s
 
-    def forget(self, candidate: int) -> None:
-        """Empties a candidate's record, as after a restart of its engine."""
-        with self._lock:
-            for block in self._recent[candidate]:
-                self._drop(block, 1 << candidate)
-            self._recent[candidate].clear()
-
     def _expire(self, now_s: float) -> None:
         for c, life_s in self._mortal:
             recent = self._recent[c]

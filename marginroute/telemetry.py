@@ -6,38 +6,32 @@ on what it was trained on.
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import islice
 
 import numpy as np
 
-from marginroute import verification
 from marginroute import view as v
+from marginroute.answer_lengths import AnswerLengths
+from marginroute.arrivals import Arrivals
 from marginroute.bundle import Bundle
-from marginroute.capabilities import able
+from marginroute.cached_prompts import CachedPrompts
 from marginroute.contract_terms import ContractTerms
 from marginroute.counters import COUNTERS, Counters, Entry
 from marginroute.elsewhere import FRESH_S, Elsewhere
-from marginroute.errors import InputError
+from marginroute.expected_quality import ExpectedQuality
 from marginroute.facts import Trial
-from marginroute.feedback import QualityPosterior, shifted
-from marginroute.latency import (
-    PRIOR_LENGTHS,
-    RECENT_ARRIVALS,
-    RECENT_JUDGED,
-    RECENT_LENGTHS,
-    running_mean,
-)
-from marginroute.prefix_index import MAX_BLOCKS, PrefixIndex
+from marginroute.feedback import QualityPosterior
+from marginroute.latency import RECENT_JUDGED, running_mean
+from marginroute.legal_mask import LegalMask
+from marginroute.names import index_of, places
 from marginroute.rate_limits import RateBook, RateLimit
-from marginroute.response_cache import PUBLIC_HALF, PUBLIC_WIDTH, Hit, p_reuse
+from marginroute.response_cache import Hit
 from marginroute.session_map import SessionMap
 from marginroute.slo_windows import SloWindows
-from marginroute.view import Array, Layout, View
+from marginroute.view import Array, View
 
 _ZERO = np.array(0.0)  # see `View.asked`
 
@@ -54,11 +48,12 @@ class GatewayState:
         stale_after_s: silence after which a request in flight is taken for dead.
         prefix_block_tokens: tokens that a block hash of a prompt stands for, about; 0: prompts are not hashed.
         posterior: what feedback says of P(good), if anything.
-        reuse: what is assumed of stored answers: `half` and `width` of `response_cache.p_reuse`.
         rate_limits: by provider, in place of the bundle's.
 
     Attributes:
         rates: what is left of the providers' rate limits.
+        arrivals: of requests at this worker.
+        hashes_prompts: whether block hashes of a prompt tell this gateway anything.
     """
 
     def __init__(
@@ -70,37 +65,29 @@ class GatewayState:
         stale_after_s: float = 900.0,
         prefix_block_tokens: int = 0,
         posterior: QualityPosterior | None = None,
-        reuse: tuple[float, float] = (PUBLIC_HALF, PUBLIC_WIDTH),
         rate_limits: Mapping[str, RateLimit] | None = None,
     ) -> None:
-        self.layout, self._prior, self._clock = bundle.layout, bundle.prior, clock
-        self._predictor, self._shift = bundle.predictor, quality_shift(bundle.layout, posterior)
-        models = () if bundle.predictor is None else bundle.predictor.models
-        self._predicted = [t for t, name in enumerate(self.layout.tier_names) if name in models]  # tiers by index
-        self._model = [models.index(self.layout.tier_names[t]) for t in self._predicted]
-        self._can, self._hold_s, self._reuse = frozenset(can), hold_s, reuse
-        self._able = able(self.layout, self._can)
+        self.layout, self._clock, self._can = bundle.layout, clock, frozenset(can)
+        self._serving = serving = int((self.layout.kind <= v.PROVIDER).sum())
+        self._tier = self.layout.tier[:serving]
         self._lock = threading.Lock()
         self._counters = Counters(self.layout, bundle.static_signals, stale_after_s)
-        self._serving = serving = int((self.layout.kind <= v.PROVIDER).sum())
-        self._tier, self._shifts = self.layout.tier[:serving], bool(self._shift.any())
-        self._block_tokens = prefix_block_tokens
-        self._prefixes = _prefix_index(bundle.static_signals, prefix_block_tokens)
+        self._prompts = CachedPrompts(bundle.static_signals, prefix_block_tokens)
+        self.hashes_prompts = self._prompts.known
         self._elsewhere = Elsewhere(self.layout.n_candidates)
         self._sessions = SessionMap()
         self.rates = RateBook(self.layout, {**bundle.rate_limits, **(rate_limits or {})}, clock)
         self._scraped_at_s = np.full(self.layout.n_candidates, np.nan)
+        self._quality = ExpectedQuality(bundle, posterior)
         self._contracts = ContractTerms(bundle)
         self._windows = SloWindows(self._contracts.terms, clock())
-        self._allowed, self._models = bundle.allowed, v.answering_tiers(self.layout, bundle.allowed)
-        self._may = self._every_mask()
-        self._lengths = bundle.output_tokens.copy()
-        self._lengths_weight = np.full_like(self._lengths, PRIOR_LENGTHS)
+        self._legal = LegalMask(bundle, self._can, hold_s, self._contracts.delay_tolerant, self.rates)
+        self._lengths = AnswerLengths(bundle.output_tokens)
         self._judged = False  # whether any answer was
         tiers, tasks = len(self.layout.tier_names), len(self.layout.task_names)
         self._surprise = np.zeros((2, tiers, tasks))  # mean, answers
         self._told = np.zeros((tasks, 4, tiers))  # the View's `surprise` to `tier_judged`
-        self._arrivals, self._sequence, self._gap_s, self._last_arrival_s = 0, 0, 0.0, clock()
+        self.arrivals, self._sequence = Arrivals(clock()), 0
         caps = bundle.policy.in_flight_caps(self.layout, bundle.slots) if "hold" in self._can else None
         self._counters.signals[v.IN_FLIGHT_CAP] = v.UNLIMITED
         if caps is not None:
@@ -136,11 +123,8 @@ class GatewayState:
         with self._lock:
             now_s = self._clock()
             self._sessions.note(session, candidate, now_s)
-            cached = self._cached_tokens(prompt_tokens, hashes, block_tokens, now_s)
             entry = Entry(candidate, prompt_tokens, cell, now_s, now_s, estimate_s)
-            if cached is not None and self._prefixes is not None:
-                entry.cached_tokens = int(cached[candidate])
-                self._prefixes.insert(candidate, hashes[:MAX_BLOCKS], now_s)
+            entry.cached_tokens = self._prompts.sent(candidate, prompt_tokens, hashes, block_tokens, now_s)
             self._counters.begin(id, entry)
             self.rates.sent(candidate, prompt_tokens)
             if candidate < self.layout.n_replicas:
@@ -190,22 +174,15 @@ class GatewayState:
             if entry is None:
                 return False
             if entry.candidate >= self.layout.n_replicas:
-                self.rates.answered(entry.candidate, self._used_tokens(entry, status, output_tokens))
+                answer_tokens = output_tokens or self._lengths.tokens.item(entry.cell)
+                self.rates.answered(entry.candidate, entry.used_tokens(status, answer_tokens))
             if status in ("completed", "failed"):
                 self._counters.note_call(entry.candidate, status == "failed", self._clock())
             if status == "completed" and output_tokens:
                 e2e_s = self._clock() - entry.begun_at_s if e2e_s is None else e2e_s
                 self._counters.learn(entry, output_tokens, ttft_s, e2e_s)
-                self._lengths[entry.cell], self._lengths_weight[entry.cell] = running_mean(
-                    self._lengths[entry.cell], self._lengths_weight[entry.cell], output_tokens, RECENT_LENGTHS
-                )
+                self._lengths.learn(entry.cell, output_tokens)
             return True
-
-    def _used_tokens(self, entry: Entry, status: str, output_tokens: int | None) -> float:
-        """What a call has used of a provider's tokens since it was sent; less the prompt if it was refused."""
-        if status == "completed":
-            return float(output_tokens or self._lengths.item(entry.cell))
-        return -entry.prompt_tokens if status == "failed" and not entry.tokens else entry.tokens
 
     def judged(self, tier: int, task: int, surprise: float) -> None:
         """An answer of a tier turned out good (1) or bad (0), which is `surprise` more than the P(good) expected."""
@@ -285,27 +262,22 @@ class GatewayState:
             InputError: a class, task or tier that the bundle does not know.
         """
         cell = self._cell(class_name, task_name)
-        p_good, difficulty_signal = self._quality(prompt, difficulty_signal, cell[1])
+        p_good, difficulty_signal = self._quality.of_tiers(prompt, difficulty_signal, cell[1])
         with self._lock:
             now_s = self._clock()
             if attempt == 1:
-                self._arrive(now_s)
-            signals = self._counters.snapshot(now_s)
-            if self._judged:
-                self._told[cell[1]].take(self._tier, 1, signals[v.SURPRISE : v.TIER_JUDGED + 1, : self._serving])
-            self._elsewhere.add_to(signals)
-            age_s = np.subtract(now_s, self._scraped_at_s, out=signals[v.TELEMETRY_AGE_S])
-            np.fmax(age_s, _ZERO, out=age_s)  # 0: there is nothing to scrape
-            output_tokens, arrival_rate_per_s = self._lengths.item(cell), 1.0 / max(self._gap_s, 1e-6)
-            arrival_rate_per_s += self._elsewhere.arrivals_per_s
-            miss_usd = self._windows.miss_usd(cell[0], now_s) if standing in ("within", "overage") else 0.0
-            held_tokens = self._cached_tokens(prompt_tokens, hashes, block_tokens, now_s)
-            if held_tokens is not None:
-                signals[v.CACHED_TOKENS] = held_tokens
+                self.arrivals.note(now_s)
+            signals = self._signals(cell[1], now_s)
+            if (cached_tokens := self._prompts.tokens(prompt_tokens, hashes, block_tokens, now_s)) is not None:
+                signals[v.CACHED_TOKENS] = cached_tokens
             if (last := self._sessions.find(session)) is not None:
                 signals[v.SESSION_IDLE_S, last[0]] = now_s - last[1]
+            output_tokens = self._lengths.tokens.item(cell)
+            arrival_rate_per_s = self.arrivals.per_s + self._elsewhere.arrivals_per_s
+            miss_usd = self._windows.miss_usd(cell[0], now_s) if standing in ("within", "overage") else 0.0
             sequence = self._sequence
             self._sequence += 1
+        self._quality.show(signals, p_good, cached, trial)
         request = self._contracts.request(cell[0])
         request[: v.INPUT_PRICE_USD] = (
             max(prompt_tokens, 1),
@@ -319,21 +291,11 @@ class GatewayState:
             *((0.0, 0.0) if trial is None else (len(trial.tiers), trial.score)),
             *(0.0, 0.0),
         )
-        if "hold" in self._can:
-            signals[v.HELD] = np.maximum(signals[v.IN_FLIGHT] - signals[v.IN_FLIGHT_CAP], 0.0)
-        signals[v.P_GOOD_PRIOR, : self._serving] = p_good.take(self._tier)
-        if cached is not None:
-            c = self._serving
-            signals[v.P_GOOD_PRIOR, c] = p_good[cached.tier] * p_reuse(cached.similarity, *self._reuse)
-            signals[v.SIMILARITY, c], signals[v.ENTRY_AGE_S, c] = cached.similarity, cached.age_s
-        if trial is not None:
-            self._show_trial(trial, p_good, signals)
         refused = self._contracts.show(cell[0], request, standing, quota_left)
         if miss_usd:
             request[[v.MISS_USD, v.UNSERVED_CREDIT_USD]] += miss_usd
-        spent = self.rates.spent(prompt_tokens)
-        usable = cached is not None and bool(self._models[cell[0], cached.tier])
-        legal = self._legal(cell[0], deadline_left_s, available, usable, trial is not None, spent)
+        spent, stored_by = self.rates.spent(prompt_tokens), None if cached is None else cached.tier
+        legal = self._legal.of(cell[0], deadline_left_s, available, stored_by, trial is not None, spent)
         if refused:
             legal[:] = np.arange(len(legal)) == len(legal) - 1
         if under_way is not None:
@@ -342,16 +304,17 @@ class GatewayState:
             legal[under_way[0]] = True
         return View(self.layout, signals, request, legal)
 
-    def _show_trial(self, trial: Trial, p_good: Array, signals: Array) -> None:
-        """What a verifier's score says of every candidate, and the answer in hand in the place of a stored one."""
-        tried = [_index(name, self.layout.tier_names, "tier") for name in trial.tiers]
-        c, prior = self._serving, p_good[tried[-1]]
-        in_hand = verification.p_in_hand(prior, trial.score)
-        known = verification.p_of_other(p_good, prior, in_hand, float(self._prior.shared_luck))
-        known[tried[-1]] = verification.p_again(prior, in_hand, trial.fresh_share)
-        signals[v.P_GOOD_PRIOR, :c], signals[v.P_GOOD_PRIOR, c] = known.take(self._tier), in_hand
-        signals[v.TRIED, :c] = np.isin(self._tier, tried)
-        signals[v.SIMILARITY, c], signals[v.ENTRY_AGE_S, c] = 1.0, trial.age_s
+    def _signals(self, task: int, now_s: float) -> Array:
+        """(S, C) what is known of the candidates, whatever the request is but for its task."""
+        signals = self._counters.snapshot(now_s)
+        if self._judged:
+            self._told[task].take(self._tier, 1, signals[v.SURPRISE : v.TIER_JUDGED + 1, : self._serving])
+        self._elsewhere.add_to(signals)
+        age_s = np.subtract(now_s, self._scraped_at_s, out=signals[v.TELEMETRY_AGE_S])
+        np.fmax(age_s, _ZERO, out=age_s)  # 0: there is nothing to scrape
+        if "hold" in self._can:
+            signals[v.HELD] = np.maximum(signals[v.IN_FLIGHT] - signals[v.IN_FLIGHT_CAP], 0.0)
+        return signals
 
     def take_over(self, old: GatewayState) -> None:
         """Goes on where the state of an earlier bundle ends; candidates, classes and tasks are matched by name.
@@ -360,20 +323,16 @@ class GatewayState:
         stand for as many tokens.
         """
         with old._lock, self._lock:
-            candidates = _places(self.layout.names[: self._serving], old.layout.names[: old._serving])
-            classes = _places(self.layout.class_names, old.layout.class_names)
-            tasks = _places(self.layout.task_names, old.layout.task_names)
+            candidates = places(self.layout.names[: self._serving], old.layout.names[: old._serving])
+            classes = places(self.layout.class_names, old.layout.class_names)
+            tasks = places(self.layout.task_names, old.layout.task_names)
             self._counters.take_over(old._counters, candidates, classes, tasks)
             self._sessions.take_over(old._sessions, candidates)
+            self._prompts.take_over(old._prompts, candidates)
             for theirs, c in candidates.items():
                 self._scraped_at_s[c] = old._scraped_at_s[theirs]
-                if self._prefixes and old._prefixes and self._block_tokens == old._block_tokens:
-                    self._prefixes.insert_all(c, old._prefixes.blocks(theirs))
-            for k_old, k in classes.items():
-                for j_old, j in tasks.items():
-                    self._lengths[k, j] = old._lengths[k_old, j_old]
-                    self._lengths_weight[k, j] = old._lengths_weight[k_old, j_old]
-            for t_old, t in _places(self.layout.tier_names, old.layout.tier_names).items():
+            self._lengths.take_over(old._lengths, classes, tasks)
+            for t_old, t in places(self.layout.tier_names, old.layout.tier_names).items():
                 for j_old, j in tasks.items():
                     self._surprise[:, t, j] = old._surprise[:, t_old, j_old]
                 self._tell(t)
@@ -381,8 +340,8 @@ class GatewayState:
             self._elsewhere.take_over(old._elsewhere, candidates)
             self.rates.take_over(old.rates, candidates)
             self._windows.take_over(old._windows, classes)
-            self._arrivals, self._sequence = old._arrivals, old._sequence
-            self._gap_s, self._last_arrival_s = old._gap_s, old._last_arrival_s
+            self.arrivals.take_over(old.arrivals)
+            self._sequence = old._sequence
 
     @property
     def in_flight(self) -> int:
@@ -414,135 +373,16 @@ class GatewayState:
     def arrivals_per_s(self) -> float:
         """Requests per second that this worker gets; 0 before the first two, or once it has been quiet for long."""
         with self._lock:
-            quiet_s = self._clock() - self._last_arrival_s
-            return 0.0 if self._arrivals < 2 else 1.0 / max(self._gap_s, quiet_s / RECENT_ARRIVALS, 1e-6)
+            return self.arrivals.per_s_at(self._clock())
 
     def others(self, rows: Mapping[int, Array], at_engines: Array, arrivals_per_s: float) -> None:
         """What other workers of this gateway have: rows of signals, (C,) each; those at the engines; their arrivals."""
         with self._lock:
             self._elsewhere.told(rows, at_engines, arrivals_per_s)
 
-    def _cached_tokens(
-        self, prompt_tokens: int, hashes: Sequence[int], block_tokens: float | None, now_s: float
-    ) -> Array | None:
-        """(C,) prompt tokens that replicas and providers probably have cached; the last one is always computed."""
-        if self._prefixes is None or not hashes:
-            return None
-        blocks = self._prefixes.match(islice(hashes, MAX_BLOCKS), now_s)
-        each = self._block_tokens if block_tokens is None else block_tokens
-        return np.minimum(np.floor(blocks * each), max(prompt_tokens - 1, 0))
-
-    @property
-    def hashes_prompts(self) -> bool:
-        """Whether block hashes of a prompt tell this gateway anything."""
-        return self._prefixes is not None
-
-    def forget_prefixes(self, candidate: int) -> None:
-        """An engine has restarted: whatever it had cached is gone."""
-        if self._prefixes is not None:
-            self._prefixes.forget(candidate)
-
     def _cell(self, class_name: str | None, task_name: str | None) -> tuple[int, int]:
         layout = self.layout
         return (
-            _index(class_name, layout.class_names, "customer class"),
-            _index(task_name, layout.task_names, "task type"),
+            index_of(class_name, layout.class_names, "customer class"),
+            index_of(task_name, layout.task_names, "task type"),
         )
-
-    def _quality(self, prompt: str | None, difficulty_signal: float, task: int) -> tuple[Array, float]:
-        """(T,) P(good) of the tiers and the difficulty signal; a tier that the predictor lacks keeps its prior."""
-        if self._predictor is None or prompt is None:
-            p_good = np.array(self._prior.p_good_of_one(difficulty_signal, task))
-        else:
-            predicted, difficulty_signal = self._predictor.predict(prompt)
-            p_good = np.array(self._prior.p_good_of_one(difficulty_signal, task))
-            p_good[self._predicted] = predicted[self._model]
-        return shifted(p_good, self._shift[:, task]) if self._shifts else p_good, difficulty_signal
-
-    def _every_mask(self) -> dict[tuple[int, bool, bool], Array]:
-        """(C,) bool by class, whether it may be deferred, and whether there is an answer: all that serve are there."""
-        able, kind = np.array(self._able, dtype=np.bool_), self.layout.kind
-        found = {}
-        for k, defer, answer in itertools.product(range(len(self.layout.class_names)), (False, True), (False, True)):
-            may = (kind <= v.PROVIDER) | able
-            may &= ((kind != v.CACHE) | answer) & ((kind != v.DEFER) | defer)
-            found[k, defer, answer] = may & self._allowed[k]
-        return found
-
-    def _legal(
-        self,
-        k: int,
-        deadline_left_s: float,
-        available: Collection[int] | None,
-        cached: bool,
-        in_hand: bool,
-        spent: Sequence[int],
-    ) -> Array:
-        """(C,) bool: what this gateway could carry out now and the class is entitled to; shedding is the last resort
-        even where there is no way to, unless providers whose limits are spent may refuse by themselves. An answer in
-        hand is one from where the class is entitled to.
-        """
-        defer = self._contracts.delay_tolerant[k] and deadline_left_s > 2.0 * self._hold_s
-        others, serving = self._may[k, defer, cached or in_hand], self._serving
-        legal: Array = others.copy()
-        if in_hand:
-            legal[serving] = self._able[serving]
-        if available is not None:
-            legal[:serving] = False
-            here = [c for c in available if c < serving]
-            legal[here] = self._allowed[k, here]
-        if spent and (missed := [c for c in spent if legal.item(c)]):
-            for c in missed:
-                legal[c] = False
-            if legal.item(-1) or legal.any():
-                self.rates.note_left_out(missed)
-            else:
-                legal[missed] = True
-        if not legal.any():
-            legal[-1] = True
-        return legal
-
-    def _arrive(self, now_s: float) -> None:
-        self._arrivals += 1
-        gap_s = now_s - self._last_arrival_s
-        self._gap_s, _ = running_mean(self._gap_s, self._arrivals - 1, gap_s, RECENT_ARRIVALS)
-        self._last_arrival_s = now_s
-
-
-def quality_shift(layout: Layout, posterior: QualityPosterior | None) -> Array:
-    """(T, J) shifts of the log-odds of P(good) that feedback calls for; 0 without.
-
-    Raises:
-        InputError: the feedback is of other tiers or tasks.
-    """
-    if posterior is None:
-        return np.zeros((len(layout.tier_names), len(layout.task_names)))
-    if (posterior.tiers, posterior.tasks) != (layout.tier_names, layout.task_names):
-        raise InputError(
-            "the feedback is of other tiers or tasks than the bundle; run marginroute feedback with this one"
-        )
-    return posterior.shift()[0]
-
-
-def _places(new: Sequence[str], old: Sequence[str]) -> dict[int, int]:
-    """Old index -> new index of the names that both have."""
-    return {i: new.index(name) for i, name in enumerate(old) if name in new}
-
-
-def _index(name: str | None, known: tuple[str, ...], what: str) -> int:
-    if name is None:
-        return 0
-    if name not in known:
-        raise InputError(f"{what} {name!r} is not in the bundle; legal: {', '.join(known)}")
-    return known.index(name)
-
-
-def _prefix_index(static_signals: Array, block_tokens: int) -> PrefixIndex | None:
-    """An index over replicas and providers with a prefix cache; None where there is none, or nothing is hashed."""
-    capacity_tokens, ttl_s = static_signals[[v.PREFIX_CAPACITY_TOKENS, v.PREFIX_TTL_S]]
-    if block_tokens < 0:
-        raise InputError(f"prefix_block_tokens = {block_tokens}; legal is 0 (none) or more")
-    if block_tokens == 0 or not capacity_tokens.any():
-        return None
-    capacity_blocks = [int(tokens) // block_tokens for tokens in capacity_tokens]
-    return PrefixIndex(capacity_blocks, [math.inf if s >= v.UNLIMITED or s <= 0.0 else float(s) for s in ttl_s])

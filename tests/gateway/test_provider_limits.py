@@ -75,7 +75,7 @@ def test_tokens_of_prompts_and_answers():
     serve(gateway, "b", status="failed", available=API)
     assert left(clock.now_s) == 850.0
     serve(gateway, "c", output_tokens=None, available=API)
-    mean = float(gateway.state._lengths[0, 0])
+    mean = float(gateway.state._lengths.tokens[0, 0])
     assert left(clock.now_s) == pytest.approx(750.0 - mean)
     gateway.decide(Facts("d", 100, available=API))
     gateway.sent("d", "api", True)
