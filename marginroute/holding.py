@@ -24,7 +24,7 @@ from marginroute.hold_queue import QUEUED, RELEASED, HoldQueue, Wake
 from marginroute.view import View
 
 if TYPE_CHECKING:
-    from marginroute.gateway import Gateway
+    from marginroute.following import Following
     from marginroute.runtime import Runtime
 
 log = logging.getLogger("marginroute.gateway")
@@ -46,7 +46,7 @@ class Holding:
         errors: ticks that failed.
     """
 
-    def __init__(self, gateway: Gateway, can: Collection[str], hold_s: float, lease_s: float) -> None:
+    def __init__(self, gateway: Following, can: Collection[str], hold_s: float, lease_s: float) -> None:
         self._gateway, self._can = gateway, frozenset(can)
         self.queue = HoldQueue(hold_s, lease_s)
         self.loop: ControlLoop | None = None

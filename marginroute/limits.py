@@ -158,6 +158,11 @@ class LimitBook:
         self._told = {name: self.used.get(name, 0.0) for name in asked}
         return fresh, asked
 
+    def not_shared(self, fresh: Mapping[str, float]) -> None:
+        """The exchange failed: what was used is told the next time."""
+        for name, amount in fresh.items():
+            self.fresh[name] = self.fresh.get(name, 0.0) + amount
+
     def shared(self, totals: Mapping[str, float]) -> None:
         """What all workers have used, of the counters that were asked for."""
         if len(self.others) > MOST_KEYS or not totals:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,9 +15,11 @@ from marginroute.decision import Decision
 from marginroute.drift import DriftMonitor
 from marginroute.exploration import ExploringPolicy
 from marginroute.facts import Facts
+from marginroute.feedback import QualityPosterior
 from marginroute.guard import GuardedPolicy
 from marginroute.heuristics import MarginRule
 from marginroute.limits import Breach
+from marginroute.rate_limits import RateLimit
 from marginroute.response_cache import Hit
 from marginroute.telemetry import GatewayState
 from marginroute.view import View
@@ -51,6 +54,77 @@ class Runtime:
         """Shows the drift monitor a request."""
         if self.drift is not None and self.estimate is not None:
             self.drift.saw(features.context_features(view, self.estimate.assess(view)))
+
+    def begin(
+        self,
+        id: str,
+        candidate: int,
+        facts: Facts,
+        estimate_s: tuple[float, float] | None = None,
+        session: str = "",
+    ) -> None:
+        """A call leaves for a candidate (see `GatewayState.begin`); a class or task that is unknown is the first."""
+        layout = self.bundle.layout
+        self.state.begin(
+            id,
+            candidate,
+            facts.prompt_tokens,
+            facts.class_name if facts.class_name in layout.class_names else None,
+            facts.task_name if facts.task_name in layout.task_names else None,
+            estimate_s,
+            facts.hashes,
+            facts.block_tokens,
+            session,
+        )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a gateway was set up for, whichever bundle is at work.
+
+    Attributes:
+        clock: seconds that never jump.
+        can: what it could carry out beside sending a request on (see `telemetry.GatewayState`).
+        hold_s: seconds after which a deferred request is decided again.
+        stale_after_s: silence after which a request is written off.
+        prefix_block_tokens: tokens per block hash of a prompt (see `telemetry.GatewayState`).
+        rate_limits: by provider, in place of a bundle's.
+        explore: share of the decisions acted on that are drawn, and the USD that one may cost at most; None: none is.
+    """
+
+    clock: Callable[[], float]
+    can: frozenset[str]
+    hold_s: float
+    stale_after_s: float
+    prefix_block_tokens: int
+    rate_limits: Mapping[str, RateLimit]
+    explore: tuple[float, float] | None
+
+    def runtime(self, bundle: Bundle, posterior: QualityPosterior | None) -> Runtime:
+        """A bundle at work in this gateway, with what feedback says of its P(good), if anything.
+
+        Raises:
+            InputError: the bundle cannot do what the gateway was set up for, or the posterior is of another one.
+        """
+        state = GatewayState(
+            bundle,
+            self.clock,
+            can=self.can,
+            hold_s=self.hold_s,
+            stale_after_s=self.stale_after_s,
+            prefix_block_tokens=self.prefix_block_tokens,
+            posterior=posterior,
+            rate_limits=self.rate_limits,
+        )
+        guarded, explorer = bundle.guarded(), None
+        if self.explore is not None:
+            share, limit_usd = self.explore
+            seed = int.from_bytes(os.urandom(8), "big")
+            explorer = ExploringPolicy(guarded, bundle.required_estimate(), share, limit_usd, seed)
+        index = {name: c for c, name in enumerate(bundle.layout.names)}
+        blind = () if bundle.predictor is not None else ("difficulty_signal",)
+        drift = None if bundle.histograms is None else DriftMonitor(bundle.histograms, blind)
+        return Runtime(bundle, state, guarded, explorer, bundle.estimate, index, drift)
 
 
 def view_of(

@@ -8,7 +8,8 @@ leaves them once, whatever the caller tells or forgets.
 from __future__ import annotations
 
 from marginroute import view as v
-from marginroute.facts import Outcome
+from marginroute.decision import Decision
+from marginroute.runtime import Runtime
 from marginroute.settling import Pending
 from marginroute.telemetry import GatewayState
 from marginroute.view import View
@@ -31,6 +32,12 @@ def narrow(view: View, candidate: int, free: bool) -> None:
     others = view.signals[v.IN_FLIGHT] < view.signals[v.IN_FLIGHT_CAP]
     view.legal &= others & free
     view.legal[candidate] = True
+
+
+def send(runtime: Runtime, pending: Pending, decision: Decision) -> None:
+    """The request goes to who was decided on, too."""
+    pending.second, pending.calls = decision.name, (pending.sent_to, decision.name)
+    runtime.begin(second_key(pending.facts.id), decision.candidate, pending.facts)
 
 
 def answered_by(state: GatewayState, pending: Pending, candidate: str) -> bool:
@@ -68,10 +75,3 @@ def over(state: GatewayState, pending: Pending, status: str = CANCELLED) -> None
     """The request is sent somewhere else, or has ended: no second call is left."""
     state.end(second_key(pending.facts.id), status)
     pending.second, pending.second_answers = "", False
-
-
-def spare_usd(pending: Pending, outcome: Outcome) -> float:
-    """What the prompt of a call that did not answer costs, by the bundle's figures."""
-    static, index = pending.runtime.bundle.static_signals, pending.runtime.index
-    spare = [name for name in pending.calls if name != outcome.served_by]
-    return float(sum(static[v.INPUT_USD, index[name]] for name in spare) * (outcome.prompt_tokens or 0))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from marginroute import contracts, earnings, pricing
+from marginroute import contracts, earnings, latency, pricing
 from marginroute import view as v
 from marginroute.facts import Facts, Outcome, Verdict
 from marginroute.modes import Result
-from marginroute.record import DecisionRecord, record_of
+from marginroute.record import DecisionRecord, changing_rows, record_of
 from marginroute.runtime import Runtime, fallback_usd_of
 from marginroute.view import Array, View
 
@@ -61,6 +62,35 @@ class Pending:
         bundle = self.runtime.bundle
         return View(bundle.layout, np.concatenate([bundle.static_signals, self.changing]), self.request, self.legal)
 
+    def estimate_s(self, candidate: int) -> tuple[float, float]:
+        """TTFT and TPOT that are expected at a candidate."""
+        decision = self.verdict.decision
+        if decision.candidate == candidate and decision.estimate_s is not None:
+            return decision.estimate_s
+        (ttft_s, tpot_s), _ = latency.estimate(self.view())
+        return float(ttft_s[candidate]), float(tpot_s[candidate])
+
+
+def pending_of(
+    facts: Facts, runtime: Runtime, verdict: Verdict, view: View, now_s: float, compared: bool, earlier: Pending | None
+) -> Pending:
+    """A request that has just been decided, at `now_s` of the gateway's clock; `earlier`: its decision before."""
+    unix_s = time.time()
+    return Pending(
+        facts=facts if facts.prompt is None else replace(facts, prompt=None),
+        runtime=runtime,
+        verdict=verdict,
+        request=view.request,
+        changing=changing_rows(view.signals),
+        legal=view.legal,
+        decided_at_s=unix_s,
+        arrived_at_s=unix_s if earlier is None else earlier.arrived_at_s,
+        seen_s=now_s,
+        began_s=now_s if earlier is None else earlier.began_s,
+        compared=compared,
+        tried=set() if earlier is None else earlier.tried,
+    )
+
 
 def record_pending(pending: Pending) -> DecisionRecord:
     """Its record, without an outcome."""
@@ -74,6 +104,17 @@ def record_pending(pending: Pending) -> DecisionRecord:
     )
 
 
+def record_finished(pending: Pending, outcome: Outcome) -> DecisionRecord:
+    """Its record, with its outcome; the cost is by the bundle's figures where the gateway does not know it."""
+    record = record_pending(pending)
+    for name in ("status", "served_by", "ttft_s", "e2e_s", "prompt_tokens", "output_tokens"):
+        setattr(record, name, getattr(outcome, name))
+    record.cost_usd = cost_usd_of(pending, outcome) if outcome.cost_usd is None else outcome.cost_usd
+    if pending.calls and outcome.cost_usd is None and record.cost_usd is not None:
+        record.cost_usd += spare_usd(pending, outcome)
+    return record
+
+
 def cost_usd_of(pending: Pending, outcome: Outcome) -> float | None:
     """USD that the answer cost by the bundle's figures for who gave it; None if that or the tokens are unknown."""
     c = pending.runtime.index.get(outcome.served_by)
@@ -83,6 +124,13 @@ def cost_usd_of(pending: Pending, outcome: Outcome) -> float | None:
     tokens = outcome.prompt_tokens, min(float(cached[c]), outcome.prompt_tokens), outcome.output_tokens
     prices = static[v.INPUT_USD], static[v.CACHED_INPUT_USD], static[v.OUTPUT_USD]
     return float(static[v.CALL_USD] + pricing.answer_usd(*tokens, *prices))
+
+
+def spare_usd(pending: Pending, outcome: Outcome) -> float:
+    """What the prompt of a call that did not answer costs, by the bundle's figures."""
+    static, index = pending.runtime.bundle.static_signals, pending.runtime.index
+    spare = [name for name in pending.calls if name != outcome.served_by]
+    return float(sum(static[v.INPUT_USD, index[name]] for name in spare) * (outcome.prompt_tokens or 0))
 
 
 def outcome_of(pending: Pending, outcome: Outcome, slos_met: bool | None) -> tuple[bool, float] | None:

@@ -21,12 +21,15 @@ import socket
 import threading
 import urllib.parse
 import uuid
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from marginroute import view as v
 from marginroute.counters import COUNTERS
 from marginroute.errors import InputError
+from marginroute.rate_limits import split
 
 if TYPE_CHECKING:
     from marginroute.gateway import Gateway
@@ -102,7 +105,7 @@ class SharedCounters:
 
     def exchange(self) -> None:
         """One exchange; raises what redis-py raises."""
-        mine, fresh, asked = self._gateway.to_share()
+        mine, fresh, asked = to_share(self._gateway)
         with self._redis.pipeline(transaction=False) as pipe:
             pipe.time()
             pipe.hgetall(f"{self._prefix}:workers")
@@ -114,7 +117,7 @@ class SharedCounters:
             try:
                 (seconds, micros), found, *more = pipe.execute()
             except Exception:
-                self._gateway.not_shared(fresh)
+                not_shared(self._gateway, fresh)
                 raise
         totals = dict(zip(asked, (float(x or 0.0) for x in more[-1]), strict=True)) if asked else {}
         now_s = seconds + 1e-6 * micros
@@ -130,7 +133,7 @@ class SharedCounters:
             else:
                 others.append(told)
         self.workers = self._gateway.workers = 1 + len(others)
-        self._gateway.shared(_sum(others), totals)
+        take(self._gateway, _sum(others), totals)
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}:limit:{name}"
@@ -154,7 +157,49 @@ class SharedCounters:
             log.warning("marginroute: %s fails (%s); this worker goes on with its own counters", self._where, kind)
         if self._failing * self._every_s >= self.lease_s:
             self.workers = self._gateway.workers = 1
-            self._gateway.shared({}, {})
+            take(self._gateway, {}, {})
+
+
+def to_share(gateway: Gateway) -> tuple[dict[str, Any], dict[str, float], list[str]]:
+    """What other workers are told, and what they are asked.
+
+    Returns:
+        Counters by candidate; what was used of limits since the last time; counters of limits that are of interest.
+    """
+    with gateway.lock:
+        state, holding = gateway.state, gateway.holding
+        names, counters = gateway.bundle.layout.names, state.counters()
+        queued = [0 if holding is None else holding.queue.queued(name) for name in names]
+        rows = np.array([*(counters[name] for name in COUNTERS), queued]).T.tolist()
+        told = {name: row for name, row in zip(names, rows, strict=True) if any(row)}
+        fresh, asked = gateway.limits.to_share()
+        used, rates = state.rates.to_share()
+        return {"counts": told, "arrivals_per_s": state.arrivals_per_s}, fresh | used, [*asked, *rates]
+
+
+def not_shared(gateway: Gateway, fresh: Mapping[str, float]) -> None:
+    """The exchange failed: what was used is told the next time."""
+    with gateway.lock:
+        limits, rates = split(fresh)
+        gateway.state.rates.not_shared(rates)
+        gateway.limits.not_shared(limits)
+
+
+def take(gateway: Gateway, others: Mapping[str, Any], totals: Mapping[str, float]) -> None:
+    """What other workers have at candidates, and what all have used of limits; empty: there are none."""
+    with gateway.lock:
+        index = {name: c for c, name in enumerate(gateway.bundle.layout.names)}
+        rows = np.zeros((len(ROWS), len(index)))
+        for name, values in others.get("counts", {}).items():
+            if name in index:
+                rows[:, index[name]] = values
+        by_row = {v.SIGNAL_NAMES.index(name): rows[i] for i, name in enumerate(COUNTERS)} if others else {}
+        at_engines = rows[COUNTERS.index("in_flight")] - rows[-1]
+        gateway.state.others(by_row, at_engines, float(others.get("arrivals_per_s", 0.0)))
+        limits, rates = split(totals)
+        gateway.limits.shared(limits)
+        gateway.state.rates.shared(rates)
+    gateway.turn()
 
 
 def _parsed(text: str) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """Limits on spend, rate and retries: counted by whom and period, refused or handed over beyond, not overrun at once."""
 
 import calendar
+from dataclasses import replace
 
 import pytest
 from bundles import Records, small_bundle
@@ -82,7 +83,7 @@ def test_what_is_written_off_or_shed_gives_its_reserve_back(make):
     (name,) = gateway.limits.used
     assert name == "0:2026-11:t" and gateway.limits.amount(name) > 0.0
     gateway.finished("a", Outcome("shed"))
-    gateway._stale_after_s = -1.0
+    gateway._setup = replace(gateway._setup, stale_after_s=-1.0)
     ask(gateway, "c", tenant="other")
     assert gateway.limits.amount(name) == pytest.approx(0.0, abs=1e-15)
 
