@@ -7,7 +7,6 @@ baseline its parameters, validation margin and the spread between restarts.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from marginroute.cli import note
 from marginroute.control import ControlLayout
 from marginroute.control_rules import RuleController
 from marginroute.errors import InputError
+from marginroute.whole_file import replacing
 
 SCHEMA = 1
 FILE = "baselines.yaml"
@@ -34,14 +34,6 @@ SHIPPED = scenario_files.CONFIGS / "baselines"
 
 class UntunedError(InputError):
     """No baselines were tuned for a scenario."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def save(path: Path, scenario: Scenario, tuned: dict[str, Tuned], budget: Budget, command: str) -> None:
@@ -60,7 +52,13 @@ def save(path: Path, scenario: Scenario, tuned: dict[str, Tuned], budget: Budget
         }
         | before,
     }
-    write_text(path, yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
+    _write(path, data)
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
 
 
 def _evidence(tuned: Tuned, unit: str) -> dict[str, Any]:
@@ -78,7 +76,7 @@ def save_controllers(path: Path, tuned: dict[str, Tuned], budget: Budget) -> Non
     limits = {"ticks" if name == "requests" else name: x for name, x in vars(budget).items()}
     rows = {name: _evidence(x, "ticks") | {"policy": x.policy.to_dict()} for name, x in tuned.items()}
     data["controllers"] = {"budget": limits, "rules": rows}
-    write_text(path, yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
+    _write(path, data)
 
 
 def load_controllers(path: Path, layout: ControlLayout) -> tuple[dict[str, RuleController], str]:
@@ -134,7 +132,7 @@ def replace_rules(path: Path, rules: Mapping[str, Rule]) -> None:
     data = load(path)[0]
     for name, rule in rules.items():
         data["baselines"][name]["policy"] = heuristics.to_dict(rule)
-    write_text(path, yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120))
+    _write(path, data)
 
 
 def advice_and_fallback(path: Path, fitted: bool = True) -> tuple[heuristics.MarginRule, Rule]:
@@ -171,7 +169,9 @@ def remember(scenario: Scenario, path: Path) -> None:
     known = find(scenario)
     if known is None or _budget(known) <= _budget(path):
         with contextlib.suppress(OSError):
-            write_text(CACHE / f"{scenario.hash}.yaml", path.read_text())
+            CACHE.mkdir(parents=True, exist_ok=True)
+            with replacing(CACHE / f"{scenario.hash}.yaml") as partial:
+                partial.write_text(path.read_text())
 
 
 def baselines_for(scenario: Scenario, run_dir: Path | None = None) -> dict[str, Rule]:

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +19,7 @@ from marginroute.cli import note
 from marginroute.errors import InputError
 from marginroute.predictor import QualityPredictor
 from marginroute.view import Array
+from marginroute.whole_file import write_whole
 
 BINS = 5
 MIN_PROMPTS = 50
@@ -147,20 +145,6 @@ def _note(text: str) -> None:
     note(text)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file so that it is either complete or untouched.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-            (Path(scratch) / path.name).write_bytes(data)
-            os.replace(Path(scratch) / path.name, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); legal is a file in a folder you own") from None
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Fits, judges, prints and writes."""
     if not 0.0 < arguments.held_out <= 0.5:
@@ -173,12 +157,12 @@ def run(arguments: argparse.Namespace) -> int:
     predictor, judged = held_out(table, arguments.held_out, arguments.good_from, arguments.seed)
     source = f"{arguments.table.name}, {len(table.prompts)} prompts, good from {arguments.good_from:g}"
     data = replace(predictor, source=source).to_bytes()
-    write_bytes(arguments.out, data)
+    write_whole(arguments.out, data)
     sys.stdout.write(text_table(table.models, judged))
     print(
         f"\n{arguments.out}: {len(data) / 1e6:.1f} MB; into a bundle with python export.py RUN --out DIR --quality FILE"
     )
     if arguments.json is not None:
         figures = {"table": source, "mean_auc": _json(np.nanmean(judged.auc)), "models": judged.to_dict(table.models)}
-        write_bytes(arguments.json, (json.dumps(figures, indent=1) + "\n").encode())
+        write_whole(arguments.json, json.dumps(figures, indent=1) + "\n")
     return 0

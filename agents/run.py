@@ -20,12 +20,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agents.baselines import write_text
 from agents.config import TrainingConfig
 from envs.scenario import Scenario
 from marginroute import __version__, bundle
 from marginroute.errors import InputError
 from marginroute.view import Layout
+from marginroute.whole_file import replacing
 
 Model = TypeVar("Model", Scenario, TrainingConfig)
 PACKAGES = ("torch", "stable-baselines3", "gymnasium", "numpy", "numba", "optuna", "scipy")
@@ -87,8 +87,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.folder} cannot be made ({error.strerror}); name a new folder with --out") from None
-        write_text(self.folder / "scenario.json", scenario.model_dump_json(indent=1, by_alias=True) + "\n")
-        write_text(self.folder / "training.json", config.model_dump_json(indent=1) + "\n")
+        self._write("scenario.json", scenario.model_dump_json(indent=1, by_alias=True) + "\n")
+        self._write("training.json", config.model_dump_json(indent=1) + "\n")
         self.update(
             command=command,
             seed=seed,
@@ -115,9 +115,12 @@ class Run:
 
     def update(self, **values: Any) -> None:
         """Sets entries of run.json."""
-        path = self.folder / "run.json"
-        data = self.info() if path.exists() else {}
-        write_text(path, json.dumps({**data, **values}, indent=1) + "\n")
+        data = self.info() if (self.folder / "run.json").exists() else {}
+        self._write("run.json", json.dumps({**data, **values}, indent=1) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        with replacing(self.folder / name) as partial:
+            partial.write_text(text)
 
     def scenario(self) -> Scenario:
         """The scenario as it was resolved."""

@@ -11,13 +11,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from agents.baselines import write_text
 from agents.config import TrainingConfig
 from envs.scenario import Scenario
 from envs.scenario_files import SECTIONS
 from envs.scenario_fleet import FleetSection
 from envs.scenario_plans import PlansSection
 from envs.scenario_workload import WorkloadSection
+from marginroute.whole_file import replacing
 
 MODELS = {
     "scenario": Scenario,
@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.out
     folder.mkdir(parents=True, exist_ok=True)
     for name, schema in schemas().items():
-        write_text(folder / f"{name}.json", json.dumps(schema, indent=1, ensure_ascii=False) + "\n")
+        with replacing(folder / f"{name}.json") as partial:
+            partial.write_text(json.dumps(schema, indent=1, ensure_ascii=False) + "\n")
     print(f"{folder}: {', '.join(f'{name}.json' for name in MODELS)}")
     return 0

@@ -7,9 +7,7 @@ further validation episodes (the gate, see train.py).
 
 from __future__ import annotations
 
-import os
 import pickle
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +38,7 @@ from marginroute.errors import InputError
 from marginroute.features import FeatureSpec, feature_spec
 from marginroute.heuristics import MarginRule
 from marginroute.policy import Policy
+from marginroute.whole_file import replacing
 
 Progress = Callable[[int, int], None]
 Algorithm = TypeVar("Algorithm", bound=MarginPPO)
@@ -237,9 +236,8 @@ class Watch(BaseCallback):
 def save_archive(model: MarginPPO, path: Path) -> None:
     """Saves Stable-Baselines3's archive completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        model.save(Path(scratch) / "model.zip")
-        os.replace(Path(scratch) / "model.zip", path)
+    with replacing(path) as partial:
+        model.save(partial)
 
 
 def learning_rate(start: float) -> Callable[[float], float]:

@@ -10,9 +10,10 @@ import yaml
 
 from envs.fleet.calibrate import fit_iterations, measured_from_columns
 from envs.fleet.profile import compact_profile
-from envs.tables import read_columns, write_whole
+from envs.tables import read_columns
 from marginroute.cli import note
 from marginroute.errors import InputError
+from marginroute.whole_file import write_whole
 
 UTILISATION = 0.9  # of the GPUs' memory, vLLM's default gpu_memory_utilization
 ACTIVATIONS_GB = 2.0  # per GPU: workspace, CUDA graphs

@@ -20,9 +20,9 @@ import numpy as np
 from envs.calibrate import kv_cache, profile_text
 from envs.fleet.calibrate import SINGLE_COLUMNS, FloatArray, fit_iterations, measured_from_columns
 from envs.fleet.profile import compact_profile
-from envs.tables import write_whole
 from marginroute.cli import note
 from marginroute.errors import InputError
+from marginroute.whole_file import write_whole
 
 BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
 MEAN_KV = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)

@@ -22,9 +22,9 @@ from envs.endpoint_plan import Step, expected_s, plan
 from envs.fleet.calibrate import Measured, fit_iterations
 from envs.fleet.iteration import batch_seconds
 from envs.fleet.profile import Profile, compact_profile
-from envs.tables import write_whole
 from marginroute.cli import QUIET, note, verbosity
 from marginroute.errors import InputError
+from marginroute.whole_file import write_whole
 
 LONGEST_PROMPT = 32768  # until which a second chunk is looked for
 AGREE = 0.015  # relative difference of two measurements above which there is a third

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from envs.tables import write_whole
 from envs.workload.quality_fit import GRID, FactorModel, fit_factors
 from envs.workload.traces_outcomes import Columns, OutcomeTable, read_outcomes
 from marginroute.cli import note
 from marginroute.errors import InputError
+from marginroute.whole_file import write_whole
 
 Array = np.ndarray[Any, Any]
 HELD_OUT = 4  # one item in so many

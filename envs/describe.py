@@ -22,12 +22,12 @@ import numpy as np
 from envs import scenario_files
 from envs.describe_page import page
 from envs.scenario import Scenario, load_scenario
-from envs.tables import write_whole
 from envs.workload.fit_model import parts
 from envs.workload.requests import Workload
 from envs.workload.statistics import CACHE_TOKENS, FANO_WINDOWS_S, Summary, clock_of, ks_two_samples, mean_of, summary
 from envs.workload.traces import FORMATS, Trace, parse_columns, read_trace
 from marginroute.errors import InputError
+from marginroute.whole_file import write_whole
 
 Array = np.ndarray[Any, Any]
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import http.client
-import os
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +16,7 @@ from urllib.parse import urlsplit
 from envs.fetch_catalog import CATALOG, Download
 from marginroute.cli import QUIET, verbosity
 from marginroute.errors import InputError
+from marginroute.whole_file import replacing
 
 _PIECE_BYTES = 1 << 16
 _TIMEOUT_S = 30.0
@@ -57,25 +55,18 @@ def fetch(download: Download, folder: Path, progress: Progress = lambda done, to
         InputError: no connection, an answer other than the file, too few bytes, another digest, or no room.
     """
     path = folder / PurePosixPath(urlsplit(download.url).path).name
-    temporary: Path | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        with replacing(path) as partial:
             digest, size = hashlib.sha256(), 0
-            with urllib.request.urlopen(download.url, timeout=_TIMEOUT_S) as answer:
+            with open(partial, "wb") as file, urllib.request.urlopen(download.url, timeout=_TIMEOUT_S) as answer:
                 expected = int(answer.headers.get("Content-Length") or download.size_bytes)
                 while piece := answer.read(_PIECE_BYTES):
                     file.write(piece)
                     digest.update(piece)
                     size += len(piece)
                     progress(size, expected)
-        _check(download, digest.hexdigest(), size, expected)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
-        temporary = None
+            _check(download, digest.hexdigest(), size, expected)
         return path, digest.hexdigest()
     except urllib.error.HTTPError as error:
         raise InputError(
@@ -87,10 +78,6 @@ def fetch(download: Download, folder: Path, progress: Progress = lambda done, to
         raise InputError(f"{text}; legal is a machine with a connection to it, or the file fetched elsewhere") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); legal is a folder you own") from None
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
 
 def _check(download: Download, sha256: str, size: int, expected: int) -> None:

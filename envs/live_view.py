@@ -6,6 +6,7 @@ picture is made.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from envs.worlds import FleetWorlds, Plant
 from marginroute import view as v
-from marginroute.errors import InputError
+from marginroute.whole_file import write_whole
 
 Array = np.ndarray[Any, Any]
 
@@ -129,20 +130,16 @@ def save_clip(path: Path, frames: Sequence[Array], frames_per_s: float) -> None:
     from PIL import Image
 
     images = [Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames]
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        images[0].save(
-            partial,
-            format="GIF",
-            save_all=True,
-            append_images=images[1:],
-            duration=round(1000.0 / frames_per_s),
-            loop=0,
-        )
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}; give a file in an existing folder") from None
+    clip = io.BytesIO()
+    images[0].save(
+        clip,
+        format="GIF",
+        save_all=True,
+        append_images=images[1:],
+        duration=round(1000.0 / frames_per_s),
+        loop=0,
+    )
+    write_whole(path, clip.getvalue())
 
 
 _fonts: dict[int, Any] = {}

@@ -15,9 +15,9 @@ from envs.fleet.replay import replay
 from envs.fleet.state import COMPLETED, FleetSpec
 from envs.request_files import Requests, read_requests
 from envs.scenario_fleet import FleetSection
-from envs.tables import write_whole
 from marginroute.cli import note
 from marginroute.errors import InputError
+from marginroute.whole_file import write_whole
 
 
 @dataclasses.dataclass(frozen=True)

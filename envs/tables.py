@@ -1,4 +1,4 @@
-"""CSV files in, files out: numeric columns with errors that name file, line and column; whole files or none."""
+"""CSV files: numeric columns, with errors that name file, line and column."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import csv
 import gzip
 import math
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -97,22 +95,3 @@ def read_text_column(path: Path, column: str) -> list[str] | None:
             return None
         at = header.index(column)
         return [cells[at] for cells in reader if cells]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is either complete or untouched."""
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", newline="", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error.strerror}); legal is a file in a folder you own") from None

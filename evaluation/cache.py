@@ -16,6 +16,7 @@ from evaluation.progress import Progress, silent
 from evaluation.protocol import CHUNK_EPISODES, evaluate_policies
 from evaluation.results import EpisodeResults, check_paired, concatenate
 from marginroute.policy import Policy
+from marginroute.whole_file import replacing
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario, Split
@@ -122,6 +123,5 @@ def _write(path: Path, results: EpisodeResults) -> None:
         while files and room < 0:
             room += files[0].stat().st_size
             files.pop(0).unlink()
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(pickle.dumps(results))
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_bytes(pickle.dumps(results))

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from evaluation.assumptions import assumptions
 from evaluation.bounds import Bounds, bound_episodes
 from evaluation.calibration import verdict
-from evaluation.document import to_document, write_json, write_text
+from evaluation.document import to_document, write_json
 from evaluation.page_parts import command_line
 from evaluation.progress import progress_bar
 from evaluation.report import Report, build_report
 from evaluation.table import print_report
 from marginroute.cli import note
 from marginroute.errors import InputError
+from marginroute.whole_file import write_whole
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario
@@ -65,7 +66,7 @@ def write_report(path: Path, scenario: Scenario, report: Report, contest: Contes
     from evaluation.page_data import collect
 
     if path.suffix == ".md":
-        write_text(path, markdown(report, contest.shown))
+        write_whole(path, markdown(report, contest.shown))
         return
     with progress_bar("report") as progress:
         data = collect(

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from evaluation.compare import judged
 from evaluation.contest import Contest, Entrants, Play, choose_best, hold
-from evaluation.document import to_document, write_json, write_text
+from evaluation.document import to_document, write_json
 from evaluation.page import comparison_section
 from evaluation.page_parts import command_line, frame, text
 from evaluation.summary import print_summary, summarise, summary_document, summary_section
 from evaluation.table import print_report
 from marginroute.cli import note
 from marginroute.errors import InputError
+from marginroute.whole_file import write_whole
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario
@@ -62,7 +63,7 @@ def examine(args: argparse.Namespace, scenario: Scenario, entrants: Entrants, pl
         body = [f"<h1>{text(title)}</h1>", summary_section("Gains", "condition", rows)]
         for name, (report, contest) in found.items():
             body.append(comparison_section(report, contest.shown, f"{name}: all policies"))
-        write_text(args.report, frame(title, "".join(body), command_line()))
+        write_whole(args.report, frame(title, "".join(body), command_line()))
     for name, (report, _) in found.items():
         print_report(report, title=f"{scenario.name}, {name}")
         print()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +26,7 @@ from evaluation.router_cost import CPU_S_PER_DECISION, USD_PER_CORE_HOUR, router
 from evaluation.statistics import Estimate, ratio_of_sums
 from evaluation.workflows import workflow_documents
 from marginroute.errors import InputError
+from marginroute.whole_file import write_whole
 
 SCHEMA = 1
 LATENCY_PERCENTILES = (50, 95, 99)
@@ -83,31 +83,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     Raises:
         InputError: the folder does not exist or cannot be written.
     """
-    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all.
-
-    Raises:
-        InputError: the folder does not exist or cannot be written.
-    """
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; give a file in an existing folder") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise InputError(f"cannot write {path}: {error.strerror}; give the name of a file") from error
-        raise
+    write_whole(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def _policy_document(report: Report, name: str) -> dict[str, Any]:

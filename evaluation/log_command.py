@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.calibration import verdict
-from evaluation.document import write_json, write_text
+from evaluation.document import write_json
 from evaluation.page_parts import command_line
 from evaluation.progress import progress_bar
+from marginroute.whole_file import write_whole
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario
@@ -43,7 +44,7 @@ def off_policy(args: argparse.Namespace, scenario: Scenario | None) -> None:
     if args.json is not None:
         write_json(args.json, {"schema": SCHEMA, "log": str(args.log), "off_policy": found})
     if args.report is not None:
-        write_text(args.report, off_policy_page(args.log.name, found, command_line()))
+        write_whole(args.report, off_policy_page(args.log.name, found, command_line()))
     print_off_policy(str(args.log), found)
 
 
@@ -67,6 +68,6 @@ def backtest(args: argparse.Namespace, scenario: Scenario) -> None:
     if args.json is not None:
         write_json(args.json, {"schema": SCHEMA, "earned": earned, "backtest": document})
     if args.report is not None:
-        write_text(args.report, backtest_page(document, command_line()))
+        write_whole(args.report, backtest_page(document, command_line()))
     print_backtest(document)
     print_margin(earned)

@@ -20,6 +20,7 @@ from evaluation.report import PER_1K, Report, accounts_usd_per_1k, action_shares
 from evaluation.results import Floats
 from evaluation.router_cost import router_words
 from evaluation.statistics import Estimate, paired_estimate
+from marginroute.whole_file import write_whole
 
 
 def write_page(path: Path, report: Report, data: PageData, shown: str, command: str) -> None:
@@ -32,9 +33,7 @@ def write_page(path: Path, report: Report, data: PageData, shown: str, command: 
         shown: the policy of the headline.
         command: that made it.
     """
-    from evaluation.document import write_text
-
-    write_text(path, page(report, data, shown, command))
+    write_whole(path, page(report, data, shown, command))
 
 
 def page(report: Report, data: PageData, shown: str, command: str) -> str:

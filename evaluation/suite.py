@@ -16,12 +16,13 @@ from rich.console import Console
 
 from evaluation.compare import judged, write_report
 from evaluation.contest import Contest, Play, enter, hold, usual_episodes
-from evaluation.document import to_document, write_json, write_text
+from evaluation.document import to_document, write_json
 from evaluation.page_parts import command_line, frame, paragraph, text
 from evaluation.summary import print_summary, summarise, summary_document, summary_section
 from evaluation.table import PIPE_COLUMNS, print_report
 from marginroute.cli import note
 from marginroute.errors import InputError
+from marginroute.whole_file import write_whole
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario
@@ -72,7 +73,7 @@ def run_suite(args: argparse.Namespace, load: Callable[[str], Scenario], play: P
     links = " ".join(f'<a href="{html.escape(name)}.html">{text(name)}</a>' for name in found)
     missing = [paragraph(f"{name} is left out: {why}", "warning") for name, why in left_out.items()]
     body = ["<h1>The suite of scenarios</h1>", *missing, summary_section("Gains", "scenario", rows), f"<p>{links}</p>"]
-    write_text(out / "suite.html", frame("suite", "".join(body), command_line()))
+    write_whole(out / "suite.html", frame("suite", "".join(body), command_line()))
     print_summary("The suite of scenarios", "scenario", rows)
     for name, why in left_out.items():
         print(f"{name} is left out: {why}")
@@ -91,5 +92,5 @@ def _one(args: argparse.Namespace, scenario: Scenario, out: Path, play: Play) ->
     write_report(out / f"{scenario.name}.html", scenario, report, contest, play)
     with contextlib.closing(io.StringIO()) as shown:
         print_report(report, Console(file=shown, width=PIPE_COLUMNS, highlight=False))
-        write_text(out / f"{scenario.name}.txt", shown.getvalue())
+        write_whole(out / f"{scenario.name}.txt", shown.getvalue())
     return report, contest

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from marginroute.errors import InputError
 from marginroute.feedback import QualityPosterior, load_posterior, shifted
 from marginroute.record import unpacked
 from marginroute.view import N_STATIC_SIGNALS
+from marginroute.whole_file import write_whole
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -116,10 +116,5 @@ def run(arguments: argparse.Namespace) -> int:
     posterior, used = learn(bundles.load(arguments.bundle), arguments.log, feedback, start, arguments.half_life)
     sys.stdout.write(text_table(posterior, used))
     if arguments.out is not None:
-        scratch = arguments.out.with_name(f".{arguments.out.name}.{os.getpid()}")
-        try:
-            scratch.write_text(json.dumps(posterior.to_dict()) + "\n")
-            os.replace(scratch, arguments.out)
-        except OSError as error:
-            raise InputError(f"{arguments.out} cannot be written ({error.strerror}); name another file") from None
+        write_whole(arguments.out, json.dumps(posterior.to_dict()) + "\n")
     return 0

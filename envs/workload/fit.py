@@ -15,9 +15,7 @@ of its own; with sessions or block hashes, chats are fitted by `envs.workload.fi
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +26,7 @@ from envs.workload.fit_text import text_of
 from envs.workload.traces import READERS, parse_columns, read_trace
 from marginroute.cli import main_guard
 from marginroute.errors import InputError
+from marginroute.whole_file import write_whole
 
 
 @main_guard
@@ -71,18 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     text = text_of(model, notes, options.title, options.source)
     print(text, end="")
     if options.out is not None:
-        _write(options.out, text)
+        write_whole(options.out, text)
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); legal is a file in a folder you own") from None
 
 
 if __name__ == "__main__":

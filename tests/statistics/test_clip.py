@@ -71,6 +71,6 @@ def test_bad_flags(words, sentence, capsys):
 
 def test_a_clip_is_written_whole_or_not_at_all(tmp_path):
     (tmp_path / "folder.gif").mkdir()
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match="cannot be written"):
         save_clip(tmp_path / "folder.gif", [np.zeros((4, 4, 3), dtype=np.uint8)] * 2, 8.0)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.gif"]

@@ -281,8 +281,8 @@ def test_json_target_is_checked_before_the_work(tmp_path):
         check_target(tmp_path)
     with pytest.raises(InputError, match="not a folder"):
         check_target(tmp_path / "missing" / "report.json")
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match="cannot be written"):
         write_json(tmp_path / "missing" / "report.json", {})
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match="cannot be written"):
         write_json(tmp_path, {})
     assert os.listdir(tmp_path) == []
