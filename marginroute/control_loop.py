@@ -49,7 +49,6 @@ class ControlLoop:
         controller: decides.
         layout: candidates of the bundle; its stations and classes have the controller's names.
         clock: own clock.
-        wall_s: Unix time.
 
     Attributes:
         levers: in force, N = 1; before the first tick: nothing is held back, replicas as at the start.
@@ -59,17 +58,11 @@ class ControlLoop:
         InputError: the controller is for other pools, providers or classes.
     """
 
-    def __init__(
-        self,
-        controller: Controller,
-        layout: Layout,
-        clock: Callable[[], float] = time.monotonic,
-        wall_s: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, controller: Controller, layout: Layout, clock: Callable[[], float] = time.monotonic) -> None:
         self.controller, self.layout = controller, controller.layout
         of = self.layout
         check_controller(of, layout)
-        self._clock, self._wall_s = clock, wall_s
+        self._clock = clock
         self._class = {name: k for k, name in enumerate(of.class_names)}
         self._pool = {name: p for p, name in enumerate(of.pool_names)}
         pools = [layout.station_names.index(name) for name in of.pool_names]
@@ -152,7 +145,7 @@ class ControlLoop:
             held: (K, G) held work by class and age.
         """
         now_s, of = self._clock(), self.layout
-        time_s = np.array([second_of_week(self._wall_s())])
+        time_s = np.array([second_of_week(time.time())])
         if self.ticks == 0:
             self._levels.reset(slice(None), time_s)
         else:

@@ -23,7 +23,6 @@ class Decision:
         reason_usd: expected USD of the choice by part (revenue, refunds, credits, cost, congestion, margin).
         runner_up: name of the next best candidate, empty if there is none.
         runner_up_usd: expected USD of the choice minus that of the runner-up.
-        knobs: levers set beside the choice, such as `{"in_flight_cap": {"large": 24}}`.
         guard: which guard handed the decision to the fallback; empty if none did.
         support: names of the candidates that might have been chosen; empty: only this one.
         left_out: names of replicas that the guard took out of the choice, since their scrape is too old.
@@ -38,7 +37,6 @@ class Decision:
     reason_usd: dict[str, float] = field(default_factory=dict)
     runner_up: str = ""
     runner_up_usd: float = 0.0
-    knobs: dict[str, dict[str, int]] = field(default_factory=dict)
     guard: str = ""
     support: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -66,7 +64,6 @@ def decided(
         reason_usd=reason_usd,
         runner_up=runner_up,
         runner_up_usd=runner_up_usd,
-        knobs={},
         guard="",
         support=(),
         left_out=(),

@@ -274,15 +274,15 @@ def split(amounts: Mapping[str, float]) -> tuple[dict[str, float], dict[str, flo
     return {name: amount for name, amount in amounts.items() if name not in rates}, rates
 
 
-def rate_limits_from(rows: Any, place: str = "rate_limits") -> dict[str, RateLimit]:
+def rate_limits_from(rows: Any) -> dict[str, RateLimit]:
     """Rate limits by provider, from an operator's settings or a manifest.
 
     Raises:
         InputError: one is not as `RateLimit` says.
     """
     if not isinstance(rows, Mapping):
-        raise InputError(f"{place} must map providers to limits, such as {{api: {{requests_per_minute: 90}}}}")
-    return {str(name): _limit(row, f"{place}.{name}") for name, row in rows.items()}
+        raise InputError("rate_limits must map providers to limits, such as {api: {requests_per_minute: 90}}")
+    return {str(name): _limit(row, f"rate_limits.{name}") for name, row in rows.items()}
 
 
 def _limit(row: Any, place: str) -> RateLimit:

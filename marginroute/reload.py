@@ -64,16 +64,12 @@ class BundleWatch:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(self._every_s + 1.0)
 
-    def look(self, at_once: bool = False) -> bool:
-        """Loads what has changed; True if a bundle was swapped.
-
-        Args:
-            at_once: now, whether the files look the same twice or not (for a signal handler or a command).
-        """
+    def look(self) -> bool:
+        """Loads what has changed and looks the same twice; True if a bundle was swapped."""
         with self._lock:
             signature = self._signature()
             steady, self._seen = signature == self._seen, signature
-            if not at_once and (signature == self._loaded or not steady):
+            if signature == self._loaded or not steady:
                 return False
             self._loaded = signature
             try:

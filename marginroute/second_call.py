@@ -71,7 +71,7 @@ def failed(state: GatewayState, pending: Pending, candidate: str) -> bool:
     return True
 
 
-def over(state: GatewayState, pending: Pending, status: str = CANCELLED) -> None:
+def over(state: GatewayState, pending: Pending) -> None:
     """The request is sent somewhere else, or has ended: no second call is left."""
-    state.end(second_key(pending.facts.id), status)
+    state.end(second_key(pending.facts.id), CANCELLED)
     pending.second, pending.second_answers = "", False

@@ -33,15 +33,13 @@ class TracedRecords:
 
     Args:
         records: where they go as well.
-        provider: OpenTelemetry's; None: a new one that exports by OTLP over HTTP, as JSON (the protobuf classes of OTLP
-            are others in `xds-protos`, which `marginroute[envoy]` brings).
 
     Raises:
         InputError: the packages are missing.
     """
 
-    def __init__(self, records: Records, provider: Any = None) -> None:
-        self._records, self._provider = records, provider or _exporting()
+    def __init__(self, records: Records) -> None:
+        self._records, self._provider = records, _exporting()
         self._tracer = self._provider.get_tracer("marginroute", __version__)
         self._parents: OrderedDict[str, str] = OrderedDict()
 
@@ -112,6 +110,9 @@ def attributes_of(record: DecisionRecord) -> dict[str, Any]:
 
 
 def _exporting() -> Any:
+    """A provider that exports by OTLP over HTTP, as JSON: OTLP's protobuf classes are others in `xds-protos`, which
+    `marginroute[envoy]` brings.
+    """
     try:
         from opentelemetry.exporter.otlp.json.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource

@@ -219,7 +219,7 @@ class Server:
         from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
         from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-        self.picker, self._listen = picker, listen
+        self.picker = picker
 
         class Processor(external_processor_pb2_grpc.ExternalProcessorServicer):  # type: ignore[misc]
             async def Process(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
