@@ -52,7 +52,6 @@ class GatewayState:
 
     Attributes:
         rates: what is left of the providers' rate limits.
-        arrivals: of requests at this worker.
         hashes_prompts: whether block hashes of a prompt tell this gateway anything.
     """
 
@@ -87,7 +86,7 @@ class GatewayState:
         tiers, tasks = len(self.layout.tier_names), len(self.layout.task_names)
         self._surprise = np.zeros((2, tiers, tasks))  # mean, answers
         self._told = np.zeros((tasks, 4, tiers))  # the View's `surprise` to `tier_judged`
-        self.arrivals, self._sequence = Arrivals(clock()), 0
+        self._arrivals, self._sequence = Arrivals(clock()), 0
         caps = bundle.policy.in_flight_caps(self.layout, bundle.slots) if "hold" in self._can else None
         self._counters.signals[v.IN_FLIGHT_CAP] = v.UNLIMITED
         if caps is not None:
@@ -266,14 +265,14 @@ class GatewayState:
         with self._lock:
             now_s = self._clock()
             if attempt == 1:
-                self.arrivals.note(now_s)
+                self._arrivals.note(now_s)
             signals = self._signals(cell[1], now_s)
             if (cached_tokens := self._prompts.tokens(prompt_tokens, hashes, block_tokens, now_s)) is not None:
                 signals[v.CACHED_TOKENS] = cached_tokens
             if (last := self._sessions.find(session)) is not None:
                 signals[v.SESSION_IDLE_S, last[0]] = now_s - last[1]
             output_tokens = self._lengths.tokens.item(cell)
-            arrival_rate_per_s = self.arrivals.per_s + self._elsewhere.arrivals_per_s
+            arrival_rate_per_s = self._arrivals.per_s + self._elsewhere.arrivals_per_s
             miss_usd = self._windows.miss_usd(cell[0], now_s) if standing in ("within", "overage") else 0.0
             sequence = self._sequence
             self._sequence += 1
@@ -305,7 +304,7 @@ class GatewayState:
         return View(self.layout, signals, request, legal)
 
     def _signals(self, task: int, now_s: float) -> Array:
-        """(S, C) what is known of the candidates, whatever the request is but for its task."""
+        """(S, C) what is known of the candidates; of the request only its task matters."""
         signals = self._counters.snapshot(now_s)
         if self._judged:
             self._told[task].take(self._tier, 1, signals[v.SURPRISE : v.TIER_JUDGED + 1, : self._serving])
@@ -340,7 +339,7 @@ class GatewayState:
             self._elsewhere.take_over(old._elsewhere, candidates)
             self.rates.take_over(old.rates, candidates)
             self._windows.take_over(old._windows, classes)
-            self.arrivals.take_over(old.arrivals)
+            self._arrivals.take_over(old._arrivals)
             self._sequence = old._sequence
 
     @property
@@ -373,7 +372,7 @@ class GatewayState:
     def arrivals_per_s(self) -> float:
         """Requests per second that this worker gets; 0 before the first two, or once it has been quiet for long."""
         with self._lock:
-            return self.arrivals.per_s_at(self._clock())
+            return self._arrivals.per_s_at(self._clock())
 
     def others(self, rows: Mapping[int, Array], at_engines: Array, arrivals_per_s: float) -> None:
         """What other workers of this gateway have: rows of signals, (C,) each; those at the engines; their arrivals."""

@@ -122,7 +122,7 @@ def test_arrivals_add_up(workers):
     for gateway, _ in pairs:
         for i in range(5):
             gateway.decide(Facts(str(i), 10))
-        gateway.state.arrivals.gap_s = 0.1
+        gateway.state._arrivals.gap_s = 0.1
     exchange(pairs)
     rate = pairs[0][0].state.view(10).request[v.ARRIVAL_RATE_PER_S]
     assert rate > 15.0
