@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from evaluation.bound_cache import SharedAnswers
 from evaluation.bound_options import Options
 from evaluation.bound_tasks import TaskAnswers
+from evaluation.bound_windows import Ways, downhill, fill_table, net_values, runs, sales, undominated, work_done
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -34,17 +35,19 @@ Ints = NDArray[np.int64]
 BUCKET_S, MOST_BUCKETS = 1.0, 10_000
 """Length of a bucket; longer where an episode would have more of them."""
 AFTER_HORIZON_S = 120.0
-BLOCKS = ((32, 60), (8, 100), (1, 400))
+BLOCKS = ((32, 100), (8, 150), (1, 400))
 """(buckets that share a price, steps) of each phase of the search."""
-MANY_OPTIONS, LEAST_SHARE = 300_000, 0.4
-"""With more options an evaluation is slow: fewer steps are taken, down to this share."""
 JITTER = 1e-6
-FIRST_GAP_SHARE = 0.5
+FIRST_GAP_SHARE = 0.1
 """First guess of how far the bound can fall, per contribution; halved when PATIENCE_STEPS steps bring nothing."""
-PATIENCE_STEPS = 12
-LAST_GAP_SHARE = 1e-4
+PATIENCE_STEPS = 8
+LEAST_PROGRESS = 0.01
+"""Share of the guess from which a step counts as bringing something."""
+LAST_GAP_SHARE = 5e-4
 """A phase of the search ends when the guess has fallen to this share of the first."""
-MOMENTUM = 0.6
+FINER_GAP = 64.0
+"""How many times the guess that a phase ends with the next one begins with, at most the first."""
+MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -82,73 +85,71 @@ class DualBound:
         self.limited = np.isfinite(capacity.paid)
         self.sold[(capacity.burst > 0.0)[:, None] & (within_s <= 0.0)] = 0.0  # nothing is sent after the horizon
         self.sold[~self.limited] = 0.0
+        self._prepare(options)
+
+    def _prepare(self, options: Options) -> None:
+        """Windows, and the options that are worth looking at, in the form that kernels take."""
         first = self._bucket(options.from_s)
-        self.prefill = _Windows(options.station, first, self._bucket(options.prefill_until_s), self.buckets + 1)
-        self.decode = _Windows(options.station, first, self._bucket(options.decode_until_s), self.buckets + 1)
+        last = [self._bucket(until_s) for until_s in (options.prefill_until_s, options.decode_until_s)]
+        begins = np.searchsorted(options.request, np.arange(len(options.unserved_usd) + 1))
+        kept = np.empty(len(options.request), dtype=np.bool_)
+        work_s = options.prefill_s, options.decode_s
+        undominated(begins, options.station, options.good, options.value_usd, *work_s, *last, kept)
+        self.options = options = options.where(kept)
+        self.first, self.prefill_last, self.decode_last = first[kept], last[0][kept], last[1][kept]
+        shape = self.stations, self.buckets + 1
+        *prefill, levels = runs(options.station, self.first, self.prefill_last, *shape)
+        *decode, deeper = runs(options.station, self.first, self.decode_last, *shape)
+        self.ways = Ways(options.value_usd, options.prefill_s, options.decode_s, *prefill, *decode)
         self.answers, self.task_answers = SharedAnswers(options), TaskAnswers(options)
+        self._usd = np.empty((max(levels, deeper), *shape))
+        self._at = np.empty(self._usd.shape, dtype=np.int32)
+        self._net_usd = np.empty(len(options.request))
+        self._taken = np.empty(len(options.unserved_usd), dtype=np.int64)
 
     def _bucket(self, time_s: Floats) -> Ints:
         return np.minimum(np.minimum(time_s, 1e12) / self.bucket_s, self.buckets).astype(np.int64)
 
     def evaluate(self, prices_usd: Floats) -> tuple[float, Floats]:
         """U(q) and its slope (S, B) at prices (S, B) >= 0; prices of unlimited stations are not used."""
-        o = self.options
+        o, capacity = self.options, self.options.capacity
         prices = np.where(self.limited[:, None], prices_usd, 0.0)
-        free_after = np.concatenate([prices, np.zeros((self.stations, 1))], axis=1)
-        table = _RangeMin(free_after)
-        prefill_usd, prefill_at = table.lowest(self.prefill)
-        decode_usd, decode_at = table.lowest(self.decode)
-        net_usd = o.value_usd - o.prefill_s * prefill_usd - o.decode_s * decode_usd
-        answers_usd, taken = self.answers.best(net_usd)
-        tasks_usd, taken_too = self.task_answers.best(net_usd)
-        taken = np.concatenate([taken, taken_too])
-        demand = np.zeros(free_after.size)
-        np.add.at(demand, prefill_at[taken], o.prefill_s[taken])
-        np.add.at(demand, decode_at[taken], o.decode_s[taken])
-        slope = self.sold - demand.reshape(free_after.shape)[:, :-1]
-        capacity_usd = float((prices * self.sold).sum())
-        profit_usd = prices[o.capacity.rented_from] - o.capacity.rent_usd[:, None]
-        capacity_usd += float((self.rented * np.maximum(profit_usd, 0.0)).sum())
-        np.add.at(slope, o.capacity.rented_from, self.rented * (profit_usd > 0.0))
-        burst = o.capacity.burst
-        for s in np.flatnonzero(burst > 0.0):
-            rises = np.diff(prices[s], append=0.0)
-            capacity_usd += burst[s] * (prices[s, 0] + float(np.maximum(rises, 0.0).sum()))
-            slope[s, 0] += burst[s]
-            slope[s, 1:] += burst[s] * (rises[:-1] > 0.0)
-            slope[s] -= burst[s] * (rises > 0.0)
+        fill_table(prices, self._usd, self._at)
+        usd, at = self._usd.ravel(), self._at.ravel()
+        net_values(self.ways, usd, self._net_usd)
+        total_usd = self.answers.best(self._net_usd, self._taken) + self.task_answers.best(self._net_usd, self._taken)
+        work_s = np.zeros((self.stations, self.buckets + 1))
+        work_done(self._taken, self.ways, usd, at, work_s.ravel())
+        slope = -work_s[:, :-1]
+        rented = capacity.rented_from, self.rented, capacity.rent_usd
+        total_usd += sales(prices, self.sold, *rented, capacity.burst, slope)
         slope[~self.limited] = 0.0
-        return o.shared_usd + capacity_usd + answers_usd + tasks_usd, slope
+        return o.shared_usd + total_usd, slope
 
     def search(self, blocks: tuple[tuple[int, int], ...] = BLOCKS, seed: int = 0) -> Dual:
         """Lowers U(q) from where it is lower: no prices, or those of the cheapest rent."""
         rng = np.random.default_rng(seed)
-        scale = self._scale()[:, None]
+        scale = self._scale()
         starts = [np.zeros((self.stations, self.buckets))] + [self._rent()] * bool(len(self.rented))
         best, kept = min(((self.evaluate(prices)[0], prices) for prices in starts), key=lambda found: found[0])
-        first_gap_usd = FIRST_GAP_SHARE * max(abs(best - self.options.shared_usd), 1e-9)
-        share = min(1.0, max(LEAST_SHARE, MANY_OPTIONS / max(len(self.options.request), 1)))
+        first_gap_usd = gap_usd = FIRST_GAP_SHARE * max(abs(best - self.options.shared_usd), 1e-9)
         for width, steps in blocks:
-            gap_usd = first_gap_usd
-            prices, direction, failures = kept, np.zeros_like(kept), 0
-            for _ in range(round(share * steps)):
-                jittered = prices + JITTER * scale * rng.random(prices.shape)
+            gap_usd = min(FINER_GAP * gap_usd, first_gap_usd)
+            prices, direction, failures = kept.copy(), np.zeros_like(kept), 0
+            for _ in range(steps):
+                jittered = prices + JITTER * scale[:, None] * rng.random(prices.shape)
                 bound, slope = self.evaluate(jittered)
                 failures += 1
                 if bound < best:
-                    failures = 0 if bound < best - 0.05 * gap_usd else failures
+                    failures = 0 if bound < best - LEAST_PROGRESS * gap_usd else failures
                     best, kept = bound, jittered
                 elif failures > PATIENCE_STEPS:
-                    gap_usd, failures, prices, direction = 0.5 * gap_usd, 0, kept, np.zeros_like(kept)
+                    gap_usd, failures, prices, direction = 0.5 * gap_usd, 0, kept.copy(), np.zeros_like(kept)
                     if gap_usd < LAST_GAP_SHARE * first_gap_usd:
                         break
                     continue
-                direction = scale * _by_block(slope, width) + MOMENTUM * direction
-                direction[(prices <= 0.0) & (direction > 0.0)] = 0.0
-                size = float(np.square(direction).sum())
-                if size == 0.0:
+                if not downhill(prices, slope, scale, width, MOMENTUM, bound - best + gap_usd, direction):
                     break
-                prices = np.maximum(prices - (bound - best + gap_usd) / size * scale * direction, 0.0)
         return Dual(best, kept)
 
     def _rent(self) -> Floats:
@@ -167,46 +168,3 @@ class DualBound:
             if mine.any():
                 scale[s] = max(float(np.median(np.abs(o.value_usd[mine]) / (o.prefill_s + o.decode_s)[mine])), 1e-9)
         return scale
-
-
-class _Windows:
-    """Ranges of buckets [first, last] of a station, prepared for range minima."""
-
-    def __init__(self, station: Ints, first: Ints, last: Ints, buckets: int) -> None:
-        self.first, self.last = first, last
-        self.level = np.floor(np.log2(last - first + 1)).astype(np.int64)
-        self.left = station * buckets + first
-        self.right = station * buckets + last - (1 << self.level) + 1
-
-
-class _RangeMin:
-    """Sparse table: the cheapest bucket of every run of 2^k buckets."""
-
-    def __init__(self, prices: Floats) -> None:
-        self.flat = prices.ravel()
-        stations, buckets = prices.shape
-        at = np.arange(stations * buckets).reshape(stations, buckets)
-        levels = [at]
-        width = 1
-        while 2 * width <= buckets:
-            left, right = levels[-1][:, : buckets - width], levels[-1][:, width:]
-            cheaper = np.where(self.flat[left] <= self.flat[right], left, right)
-            levels.append(np.concatenate([cheaper, levels[-1][:, buckets - width :]], axis=1))
-            width *= 2
-        self.cheapest = np.stack([level.ravel() for level in levels])
-
-    def lowest(self, windows: _Windows) -> tuple[Floats, Ints]:
-        """Price and flat index of the cheapest bucket of each window."""
-        left = self.cheapest[windows.level, windows.left]
-        right = self.cheapest[windows.level, windows.right]
-        at = np.where(self.flat[left] <= self.flat[right], left, right)
-        return self.flat[at], at
-
-
-def _by_block(slope: Floats, width: int) -> Floats:
-    """The mean slope over blocks of `width` buckets."""
-    if width == 1:
-        return slope
-    starts = np.arange(0, slope.shape[1], width)
-    lengths = np.diff(np.append(starts, slope.shape[1]))
-    return np.asarray(np.repeat(np.add.reduceat(slope, starts, axis=1) / lengths, lengths, axis=1))

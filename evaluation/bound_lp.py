@@ -31,8 +31,8 @@ def solve(dual: DualBound) -> float:
             "the linear program takes each request alone; legal is a scenario without response cache and workflows"
         )
     options, requests = len(o.request), len(o.unserved_usd)
-    kinds = [(o.prefill_s, dual.prefill), (o.decode_s, dual.decode)]
-    work = [_allocation(work_s, windows.first, windows.last) for work_s, windows in kinds]
+    kinds = [(o.prefill_s, dual.prefill_last), (o.decode_s, dual.decode_last)]
+    work = [_allocation(work_s, dual.first, last) for work_s, last in kinds]
     owners = np.concatenate([owner + k * options for k, (owner, _) in enumerate(work)])
     cells = np.concatenate([o.station[owner] * (dual.buckets + 1) + bucket for owner, bucket in work])
     carried = np.flatnonzero(o.capacity.burst > 0.0)

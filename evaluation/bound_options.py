@@ -22,7 +22,7 @@ the operator's favour:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,10 @@ from marginroute.quality import prior_p_good
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+COLUMNS = ("request", "station", "tier", "value_usd", "good", "prefill_s", "decode_s")
+COLUMNS += ("from_s", "prefill_until_s", "decode_until_s")
+"""What `Options` say of each option."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,10 @@ class Options:
     horizon_s: float
     gpu_usd: float
 
+    def where(self, kept: NDArray[np.bool_]) -> Options:
+        """With some of the options only, (O,)."""
+        return replace(self, **{name: getattr(self, name)[kept] for name in COLUMNS})
+
 
 def observed_p_good(plant: Plant, workload: Workload) -> Floats:
     """(M, T) P(good answer) given all that a gateway could know of a request: its task and what predicts difficulty.
@@ -108,25 +116,33 @@ def observed_p_good(plant: Plant, workload: Workload) -> Floats:
     )
 
 
-def make_options(plant: Plant, workload: Workload, p_good: Floats | None = None) -> Options:
+def stations_of(plant: Plant, workload: Workload) -> Stations:
+    """What stations can do in an episode, whatever is known of outcomes."""
+    group = bound_reuse.groups(plant, workload)
+    return Stations(plant, workload, Money(plant, workload), hulls(plant, workload), group)
+
+
+def make_options(
+    plant: Plant, workload: Workload, p_good: Floats | None = None, stations: Stations | None = None
+) -> Options:
     """Every option of every request.
 
     Args:
         plant: the scenario's constants.
         workload: the episode.
         p_good: (M, T) probabilities in place of the outcomes; None: the outcomes themselves.
+        stations: of the episode, if they are there already.
     """
     good, known = workload.good.astype(np.float64), np.ones(workload.n_requests, dtype=np.bool_)
     if p_good is not None:
         known = known_outcomes(plant, workload)
         good = np.where(known[:, None], good, p_good)
-    money = Money(plant, workload)
+    stations = stations or stations_of(plant, workload)
+    money, group = stations.money, stations.group
     found = turns(plant, workload, good, least_cost_usd(plant, workload, money))
     best_good = best_outcomes(found)
-    group = bound_reuse.groups(plant, workload)
     stored = bound_reuse.best_stored(workload, group, best_good, one_answer=len(found) == 1)
     tasks = tasks_of(plant, workload, group, best_good, known)
-    stations = Stations(plant, workload, money, hulls(plant, workload), group)
     flat = _all_options(stations, found)
     flat["value_usd"] += tasks.alone_usd[flat["request"]]
     cached_usd = money.revenue_usd[:, None] - (1.0 - stored) * money.bad_usd[:, None]

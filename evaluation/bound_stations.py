@@ -66,10 +66,11 @@ class Stations:
     Attributes:
         from_s: (M,) earliest arrival.
         comes: (M,) whether that is before the horizon.
+        most_cached: (M,) prompt tokens that a prefix cache could hold at best.
     """
 
     def __init__(self, plant: Plant, workload: Workload, money: Money, hulls: list[Hull], group: Ints) -> None:
-        self.plant, self.workload, self.money, self.hulls = plant, workload, money, hulls
+        self.plant, self.workload, self.money, self.hulls, self.group = plant, workload, money, hulls, group
         self.fails = fails(workload)
         self.from_s = earliest_s(plant, workload, np.where(group >= 0, 0.0, self._least_answer_s()))
         self.comes = self.from_s < workload.horizon_s
@@ -171,14 +172,16 @@ class Stations:
     def _most_cached_tokens(self) -> Floats:
         """(M,) prompt tokens that the best of luck could find in a prefix cache: blocks that somebody sent before."""
         workload, block = self.workload, self.workload.prefix_block_tokens
-        cached = np.zeros(workload.n_requests)
         if block == 0 or len(workload.prefix_hash) == 0:
-            return cached
+            return np.zeros(workload.n_requests)
         rows = np.repeat(np.arange(workload.n_requests), workload.prefix_count)
-        order = np.lexsort((rows, self.from_s[rows]))
-        _, first, which = np.unique(workload.prefix_hash[order], return_index=True, return_inverse=True)
-        sender = rows[order][first][which]
-        np.add.at(cached, rows[order], np.where(sender != rows[order], float(block), 0.0))
+        hashes, which = np.unique(workload.prefix_hash, return_inverse=True)
+        turn = np.empty(workload.n_requests, dtype=np.int64)
+        turn[np.argsort(self.from_s, kind="stable")] = np.arange(workload.n_requests)
+        first = np.full(len(hashes), workload.n_requests)
+        np.minimum.at(first, which, turn[rows])
+        sent_before = np.where(first[which] < turn[rows], float(block), 0.0)
+        cached = np.bincount(rows, sent_before, minlength=workload.n_requests)
         cached[workload.parent_index >= 0] = np.inf  # its own conversation, answers included
         return np.minimum(cached, workload.prompt_tokens)
 

@@ -16,14 +16,16 @@ most the share of P(at least s n good) that Markov's inequality leaves, unless t
 Calls that may share stored answers with others are left out: each is simply paid v / N if answered.
 """
 
+# ruff: noqa: ANN001, ANN202 (Numba infers the types of kernels)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.kernels import kernel
 from envs.workload.requests import Workload
 from envs.worlds import Plant
 
@@ -34,7 +36,15 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-NOWHERE = -np.inf
+NOWHERE, NONE = -np.inf, -1
+
+
+class Pay(NamedTuple):
+    """What tasks pay, (X,) each: see `Tasks`."""
+
+    whole_usd: Any
+    share_usd: Any
+    part_usd: Any
 
 
 @dataclass(frozen=True)
@@ -114,85 +124,99 @@ class TaskAnswers:
 
     def __init__(self, options: Options) -> None:
         tasks = options.tasks
-        self.tasks = tasks
         rows = np.flatnonzero(tasks.task >= 0)
-        rows = rows[np.argsort(tasks.task[rows], kind="stable")]
-        self.starts = np.searchsorted(tasks.task[rows], np.arange(len(tasks.last)))
-        self.whose, self.must = tasks.task[rows], tasks.must[rows]
-        self.unserved_usd = options.unserved_usd[rows]
-        self.last = np.flatnonzero(rows == tasks.last[self.whose])  # (X,) positions in `rows`
-        call = np.full(len(tasks.task), -1, dtype=np.int64)
-        call[rows] = np.arange(len(rows))
-        self.option = np.flatnonzero(call[options.request] >= 0)
-        self.option = self.option[np.argsort(call[options.request[self.option]], kind="stable")]
-        self.call = call[options.request[self.option]]
-        self.first = np.flatnonzero(np.diff(self.call, prepend=-1))
-        self.good = np.where(tasks.final_good[self.whose[self.call]], options.good[self.option], 1.0)
-
-    def best(self, net_usd: Floats) -> tuple[float, Ints]:
-        """The maximum in USD, and the options taken, given each option's value less its work at the prices."""
-        tasks, whose = self.tasks, self.whose
-        if len(tasks.last) == 0:
-            return 0.0, np.zeros(0, dtype=np.int64)
-        net_usd = net_usd[self.option]
-        plain_usd, plain = self._best_of(net_usd)
-        lost_usd = self._sum(np.maximum(plain_usd, self.unserved_usd))
-        closing_usd, closing = self._best_of(net_usd + tasks.whole_usd[whose][self.call] * self.good)
-        last = self.last
-        whole_usd = self._sum(plain_usd, without=last) + closing_usd[last]
-        share_usd = plain_usd + tasks.share_usd[whose]
-        ending_usd, ending = self._best_of(net_usd + tasks.part_usd[whose][self.call] * self.good)
-        coming_usd = np.where(self.must, share_usd, np.maximum(share_usd, 0.0))
-        gain_usd = np.full(len(whose), NOWHERE)
-        can = np.isfinite(share_usd)
-        gain_usd[can] = ending_usd[can] + tasks.share_usd[whose[can]] - coming_usd[can]
-        extra_usd, ends, away = self._end_and_absence(gain_usd, np.where(self.must, NOWHERE, -coming_usd))
-        part_usd = self._sum(coming_usd) + extra_usd
-        best_usd = np.maximum(np.maximum(lost_usd, whole_usd), part_usd)
-
-        lost, whole = best_usd == lost_usd, (best_usd == whole_usd) & (best_usd > lost_usd)
-        takes = np.where(lost[whose], plain_usd > self.unserved_usd, whole[whose] | (coming_usd == share_usd))
-        chosen = np.where(takes, plain, -1)
-        chosen[last[whole]] = closing[last[whole]]
-        part = ~(lost | whole)
-        chosen[away[part]] = -1
-        chosen[ends[part]] = ending[ends[part]]
-        return float(best_usd.sum()), self.option[chosen[chosen >= 0]]
-
-    def _end_and_absence(self, gain_usd: Floats, absent_usd: Floats) -> tuple[Floats, Ints, Ints]:
-        """Greatest sum in each task of one call's gain and of another's absence, (X,), and which calls they are."""
-        most_usd, ends = self._top(gain_usd)
-        least_usd, away = self._top(absent_usd)
-        next_usd, next_ends = self._top(np.where(np.isin(np.arange(len(gain_usd)), ends), NOWHERE, gain_usd))
-        other_usd, other_away = self._top(np.where(np.isin(np.arange(len(gain_usd)), away), NOWHERE, absent_usd))
-        same = ends == away
-        other_end = same & (next_usd + least_usd >= most_usd + other_usd)
-        other_one = same & ~other_end
-        return (
-            np.where(other_end, next_usd, most_usd) + np.where(other_one, other_usd, least_usd),
-            np.where(other_end, next_ends, ends),
-            np.where(other_one, other_away, away),
+        self.rows = rows[np.argsort(tasks.task[rows], kind="stable")]
+        self.starts = np.searchsorted(tasks.task[self.rows], np.arange(len(tasks.last) + 1))
+        self.begins = np.searchsorted(options.request, np.arange(len(tasks.task) + 1))
+        self.good = (
+            np.where(tasks.final_good[tasks.task[options.request]], options.good, 1.0) if len(rows) else np.ones(0)
         )
+        self.unserved_usd, self.must, self.last = options.unserved_usd, tasks.must, tasks.last
+        self.pay = Pay(tasks.whole_usd, tasks.share_usd, tasks.part_usd)
+        self._usd, self._way = np.empty((3, len(rows))), np.empty((3, len(rows)), dtype=np.int64)
 
-    def _top(self, usd: Floats) -> tuple[Floats, Ints]:
-        """Greatest value in each task and a call that has it, (X,)."""
-        most_usd, which = np.maximum.reduceat(usd, self.starts), np.zeros(len(self.starts), dtype=np.int64)
-        hits = np.flatnonzero(usd == most_usd[self.whose])
-        which[self.whose[hits]] = hits
-        return most_usd, which
+    def best(self, net_usd: Floats, taken: Ints) -> float:
+        """The maximum in USD, given each option's value less its work at the prices.
 
-    def _sum(self, usd: Floats, without: Ints | None = None) -> Floats:
-        """(X,) sums over the calls of each task."""
-        if without is not None:
-            usd = usd.copy()
-            usd[without] = 0.0
-        return np.asarray(np.add.reduceat(usd, self.starts))
+        Writes the option that each of these calls takes, -1 for none, into `taken` (M,).
+        """
+        if len(self.rows) == 0:
+            return 0.0
+        calls = self.rows, self.starts, self.begins, self.must, self.last
+        return float(_best(*calls, self.pay, net_usd, self.good, self.unserved_usd, self._usd, self._way, taken))
 
-    def _best_of(self, usd: Floats) -> tuple[Floats, Ints]:
-        """Greatest value of each call, -inf if it has no option, and which of `self.option` has it."""
-        best_usd, which = np.full(len(self.whose), NOWHERE), np.full(len(self.whose), -1, dtype=np.int64)
-        if len(self.first):
-            best_usd[self.call[self.first]] = np.maximum.reduceat(usd, self.first)
-            hits = np.flatnonzero(usd == best_usd[self.call])
-            which[self.call[hits]] = hits
-        return best_usd, which
+
+@kernel
+def _best(rows, starts, begins, must, last, pay, net_usd, good, unserved_usd, usd, way, taken):
+    """Sum over tasks x of calls `rows` starts[x] to starts[x + 1] - 1; scratch: usd and way (3, R)."""
+    total_usd = 0.0
+    plain_usd, ending_usd, coming_usd = usd[0], usd[1], usd[2]
+    plain, ending, takes = way[0], way[1], way[2]
+    for x in range(len(starts) - 1):
+        lost_usd, whole_usd, part_usd, closing = 0.0, 0.0, 0.0, NONE
+        for r in range(starts[x], starts[x + 1]):
+            i = rows[r]
+            plain_usd[r], plain[r] = _best_of(begins[i], begins[i + 1], net_usd, good, 0.0)
+            ending_usd[r], ending[r] = _best_of(begins[i], begins[i + 1], net_usd, good, pay.part_usd[x])
+            lost_usd += max(plain_usd[r], unserved_usd[i])
+            if i == last[x]:
+                closing_usd, closing = _best_of(begins[i], begins[i + 1], net_usd, good, pay.whole_usd[x])
+                whole_usd += closing_usd
+            else:
+                whole_usd += plain_usd[r]
+            coming_usd[r] = plain_usd[r] + pay.share_usd[x]
+            takes[r] = must[i] or coming_usd[r] >= 0.0
+            if not takes[r]:
+                coming_usd[r] = 0.0
+            part_usd += coming_usd[r]
+        extra_usd, end, away = _end_and_absence(
+            starts[x], starts[x + 1], rows, must, plain_usd, ending_usd, coming_usd, pay.share_usd[x]
+        )
+        part_usd += extra_usd
+        best_usd = max(lost_usd, whole_usd, part_usd)
+        total_usd += best_usd
+        for r in range(starts[x], starts[x + 1]):
+            i = rows[r]
+            if best_usd == lost_usd:
+                taken[i] = plain[r] if plain_usd[r] > unserved_usd[i] else NONE
+            elif best_usd == whole_usd:
+                taken[i] = closing if i == last[x] else plain[r]
+            elif r == end:
+                taken[i] = ending[r]
+            else:
+                taken[i] = plain[r] if takes[r] and r != away else NONE
+    return total_usd
+
+
+@kernel
+def _best_of(begin, end, net_usd, good, pay_usd):
+    """Greatest value with pay for a good answer, -inf without an option, and which option has it."""
+    best_usd, best = NOWHERE, NONE
+    for k in range(begin, end):
+        value_usd = net_usd[k] + pay_usd * good[k]
+        if value_usd > best_usd:
+            best_usd, best = value_usd, k
+    return best_usd, best
+
+
+@kernel
+def _end_and_absence(start, stop, rows, must, plain_usd, ending_usd, coming_usd, share_usd):
+    """Greatest sum of what one call gains as the last and what another one's absence brings, and which they are."""
+    most_usd, next_usd, least_usd, other_usd = NOWHERE, NOWHERE, NOWHERE, NOWHERE
+    ends, next_ends, away, other_away = NONE, NONE, NONE, NONE
+    for r in range(start, stop):
+        gain_usd = ending_usd[r] + share_usd - coming_usd[r] if np.isfinite(plain_usd[r]) else NOWHERE
+        absent_usd = NOWHERE if must[rows[r]] else -coming_usd[r]
+        if gain_usd > most_usd:
+            next_usd, next_ends, most_usd, ends = most_usd, ends, gain_usd, r
+        elif gain_usd > next_usd:
+            next_usd, next_ends = gain_usd, r
+        if absent_usd > least_usd:
+            other_usd, other_away, least_usd, away = least_usd, away, absent_usd, r
+        elif absent_usd > other_usd:
+            other_usd, other_away = absent_usd, r
+    if ends != away:
+        return most_usd + least_usd, ends, away
+    if next_usd + least_usd >= most_usd + other_usd:
+        return next_usd + least_usd, next_ends, away
+    return most_usd + other_usd, ends, other_away

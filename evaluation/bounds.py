@@ -92,12 +92,13 @@ def uncovered(plant: Plant) -> list[str]:
 def episode_bounds(plant: Plant, seed: int, split: Split = "heldout") -> tuple[int, float, float, float]:
     """Seed, clairvoyant and same-information bound, and GPU-hours paid in any case, of one episode in USD."""
     from evaluation.bound_dual import DualBound
-    from evaluation.bound_options import make_options, observed_p_good
+    from evaluation.bound_options import make_options, observed_p_good, stations_of
 
     workload = plant.scenario.generate(seed, split)
     plant = plant.members[workload.variant]
-    options = make_options(plant, workload)
-    same = make_options(plant, workload, observed_p_good(plant, workload))
+    stations = stations_of(plant, workload)
+    options = make_options(plant, workload, None, stations)
+    same = make_options(plant, workload, observed_p_good(plant, workload), stations)
     return seed, DualBound(options).search().bound_usd, DualBound(same).search().bound_usd, options.gpu_usd
 
 

@@ -12,7 +12,8 @@ preemption change the iterations, not these sums (a preemption adds to them), so
 time: the capacity row of the upper bound.
 
 The floor is the one that charges most for a given mix of work: a linear program over alpha, beta, gamma >= 0 with a row
-for every batch size and knot of the profile, solved by HiGHS. delta = min(a_sq, a_px / 2) needs no program.
+for every batch size and knot of the profile, solved by HiGHS under those rows that it turns out to need.
+delta = min(a_sq, a_px / 2) needs no program.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 from scipy.optimize import linprog
 
 from envs.fleet.profile import flatten_profile
 from envs.fleet.state import PREFILL_FIRST, SCHEDULERS, PoolSpec
 
 Floats = NDArray[np.float64]
+
+TOLERANCE, MOST_ROUNDS = 1e-6, 40
+"""Of the search for a floor: share of an iteration by which it may be too high, before it is lowered by as much."""
 
 
 @dataclass(frozen=True)
@@ -158,46 +161,63 @@ def _steepest_floor(
 ) -> tuple[float, float, float]:
     """Maximises the weighted sum of (alpha, beta, gamma) under every batch.
 
-    With T = n + P the rows separate: u_n >= alpha T - token(T) for T >= n, v_n >= gamma K - decode(n, K), and
-    u_n + v_n + (beta - alpha) n <= 0. Columns: alpha, beta, gamma, u_0..u_N, v_1..v_N.
+    There are too many batches to list them. The program is solved under a few, then those that its floor overcharges
+    most join them, until there are none; the floor is lowered by what is left.
     """
-    slots, budget = len(decode_s) - 1, len(token_s) - 1
-    u, v = 3, 3 + slots  # u + n, v + n
-    rows: list[tuple[Floats, Floats, Floats]] = []  # (columns, values) of one row each, and its right-hand side
+    slots, tokens = len(decode_s) - 1, np.arange(1.0, len(token_s))
+    alone = [int((mixed_s[1:] / tokens).argmin()) + 1]  # a batch of prompts
+    found = [np.array([[alone[0], 0.0, 0.0]])], [mixed_s[alone]]
+    for n in {1, slots}:
+        found[0].append(np.stack([np.zeros(len(kv_tokens[n])), np.full(len(kv_tokens[n]), float(n)), kv_tokens[n]], 1))
+        found[1].append(token_s[n] + decode_s[n])
+    always = np.array([[-1.0, 1.0, 0.0], [0.0, 0.0, 1.0]] if least is None else [[-1.0 - least, 1.0, 1.0 + least]])
+    for _ in range(MOST_ROUNDS):
+        batches, seconds = np.concatenate(found[0]), np.concatenate(found[1])
+        if seconds.min() <= 0.0:  # a profile with iterations of no time at all
+            return 0.0, 0.0, 0.0
+        floor = _best_floor(batches, seconds, always, np.maximum(weight, 1e-9))
+        batches, seconds = _fullest(token_s, mixed_s, kv_tokens, decode_s, floor)
+        over = batches @ floor > seconds
+        excess = float((batches[over] @ floor / np.maximum(seconds[over], 1e-300)).max(initial=1.0)) - 1.0
+        if excess <= TOLERANCE:
+            break
+        found[0].append(batches[over])
+        found[1].append(seconds[over])
+    alpha, beta, gamma = floor / (1.0 + excess)
+    gamma = min(gamma, alpha) if least is not None else 0.0
+    return alpha, min(beta, alpha if least is None else (least + 1.0) * (alpha - gamma)), gamma
 
-    def add(columns: list[int], values: list[float], right: float) -> None:
-        rows.append((np.array(columns), np.array(values), np.array([right])))
 
-    for n in range(slots + 1):
-        add([0, u + n], [float(n), -1.0], float(token_s[n]))
-        if n < slots:
-            add([0, u + n], [float(n + 1), -1.0], float(mixed_s[n + 1]))
-            add([u + n + 1, u + n], [1.0, -1.0], 0.0)
-    for tokens in range(slots + 1, budget + 1):
-        add([0, u + slots], [float(tokens), -1.0], float(mixed_s[tokens]))
-    add([u], [1.0], 0.0)
-    for n in range(1, slots + 1):
-        for kv, seconds in zip(kv_tokens[n], decode_s[n], strict=True):
-            add([2, v + n], [float(kv), -1.0], float(seconds))
-        add([u + n, v + n, 1, 0], [1.0, 1.0, float(n), -float(n)], 0.0)
-    if least is None:
-        add([1, 0], [1.0, -1.0], 0.0)
-        add([2], [1.0], 0.0)
-    else:
-        add([1, 2, 0], [1.0, least + 1.0, -(least + 1.0)], 0.0)
-    counts = [len(columns) for columns, _, _ in rows]
-    matrix = sparse.csr_matrix(
-        (
-            np.concatenate([values for _, values, _ in rows]),
-            (np.repeat(np.arange(len(rows)), counts), np.concatenate([columns for columns, _, _ in rows])),
-        ),
-        shape=(len(rows), 4 + 2 * slots),
-    )
-    objective = np.zeros(4 + 2 * slots)
-    objective[:3] = -np.maximum(np.array(weight), 1e-9) / max(sum(weight), 1e-9)
-    limits = [(0.0, None)] * 3 + [(None, None)] * (2 * slots + 1)
-    solved = linprog(objective, matrix, np.concatenate([right for _, _, right in rows]), bounds=limits, method="highs")
-    if not solved.success:  # a profile with iterations of no time at all: no floor but zero
-        return 0.0, 0.0, 0.0
-    alpha, beta, gamma = np.maximum(solved.x[:3], 0.0) * (1.0 - 1e-7)  # the solver's tolerance
-    return float(alpha), float(beta), float(gamma)
+def _best_floor(batches: Floats, seconds: Floats, always: Floats, weight: Floats) -> Floats:
+    """(3,) floor of the greatest weighted sum under batches (R, 3) of (R,) seconds, and `always` (A, 3) <= 0."""
+    shares = batches / seconds[:, None]
+    unit = 1.0 / shares.max(axis=0)  # the most that each could be alone
+    more = always * unit / np.abs(always * unit).max(axis=1, keepdims=True)
+    limits = np.concatenate([np.ones(len(shares)), np.zeros(len(more))])
+    gain = weight * unit
+    solved = linprog(-gain / gain.max(), np.concatenate([shares * unit, more]), limits, method="highs")
+    if not solved.success:
+        raise RuntimeError(f"HiGHS did not find a pool's floor: {solved.message}")
+    return np.asarray(np.maximum(solved.x, 0.0) * unit)
+
+
+def _fullest(
+    token_s: Floats, mixed_s: Floats, kv_tokens: Floats, decode_s: Floats, floor: Floats
+) -> tuple[Floats, Floats]:
+    """For every number of decodes the batch that a floor overcharges most, (N + 1, 3), and its seconds, (N + 1,).
+
+    With T = n + P tokens the prompts and the attention of a batch are chosen apart: alpha T - token(T) and
+    gamma K - decode(n, K) are to be greatest.
+    """
+    alpha, _, gamma = floor
+    budget, n = len(token_s) - 1, np.arange(len(decode_s))
+    gain_s = alpha * np.arange(budget + 1) - mixed_s
+    after = np.maximum.accumulate(gain_s[::-1])[::-1]  # greatest from T on
+    next_n = np.minimum(n + 1, budget)
+    mixed = n + 1 <= budget
+    mixed &= (n == 0) | (after[next_n] > alpha * n - token_s[n])
+    tokens = np.where(mixed, np.searchsorted(-after, -after[next_n], side="right") - 1, n)
+    vertex = (gamma * kv_tokens - decode_s).argmax(axis=1)
+    kv = np.where(n > 0, kv_tokens[n, vertex], 0.0)
+    seconds = np.where(mixed, mixed_s[tokens], token_s[n]) + np.where(n > 0, decode_s[n, vertex], 0.0)
+    return np.stack([tokens - n, n, kv], axis=1).astype(np.float64), seconds
