@@ -209,15 +209,16 @@ def plan(
     args: argparse.Namespace, scenario: Scenario, entrants: Entrants, settings: list[dict[str, str]], play: Play
 ) -> None:
     """Plays the settings, prints and writes the plan."""
-    from evaluation.document import write_json, write_text
+    from evaluation.document import write_json
     from evaluation.plan import to_plan_document, vary
     from evaluation.plan_show import plan_page, print_plan
+    from marginroute.whole_file import write_whole
 
     rows = vary(lambda setting: load(args, setting), entrants, settings, play)
     if args.json is not None:
         write_json(args.json, to_plan_document(scenario.name, rows))
     if args.report is not None:
-        write_text(args.report, plan_page(scenario.name, rows, f"python evaluate.py {' '.join(sys.argv[1:])}"))
+        write_whole(args.report, plan_page(scenario.name, rows, f"python evaluate.py {' '.join(sys.argv[1:])}"))
     print_plan(scenario.name, rows, play.episodes)
 
 

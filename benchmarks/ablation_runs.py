@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from agents import baselines
-from agents.baselines import write_text
 from agents.config import load_training
 from agents.export import residual_policy
 from agents.run import Run
@@ -20,6 +19,7 @@ from envs.worlds import Plant
 from evaluation.protocol import evaluate_policies
 from evaluation.statistics import paired_estimate
 from marginroute.errors import InputError
+from marginroute.whole_file import replacing
 
 RESULT = "ablation.json"
 
@@ -60,5 +60,6 @@ def row(
         "delta_usd_per_1k": estimate.mean,
         "ci95": [estimate.low, estimate.high],
     }
-    write_text(folder / RESULT, json.dumps(found, indent=1) + "\n")
+    with replacing(folder / RESULT) as partial:
+        partial.write_text(json.dumps(found, indent=1) + "\n")
     return found
