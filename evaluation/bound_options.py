@@ -42,8 +42,10 @@ from marginroute.quality import prior_p_good
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-COLUMNS = ("request", "station", "tier", "value_usd", "good", "prefill_s", "decode_s")
-COLUMNS += ("from_s", "prefill_until_s", "decode_until_s")
+COLUMNS = (
+    *("request", "station", "tier", "value_usd", "good"),
+    *("prefill_s", "decode_s", "from_s", "prefill_until_s", "decode_until_s"),
+)
 """What `Options` say of each option."""
 
 
