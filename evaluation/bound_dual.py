@@ -37,6 +37,8 @@ BUCKET_S, MOST_BUCKETS = 1.0, 10_000
 AFTER_HORIZON_S = 120.0
 BLOCKS = ((32, 100), (8, 150), (1, 400))
 """(buckets that share a price, steps) of each phase of the search."""
+ALONE, TOGETHER = ((8, 60), (1, 100)), ((1, 150),)
+"""More phases where replicas are rented: each station alone, then all; a price at the kink of rent holds the others."""
 JITTER = 1e-6
 FIRST_GAP_SHARE = 0.1
 """First guess of how far the bound can fall, per contribution; halved when PATIENCE_STEPS steps bring nothing."""
@@ -133,7 +135,7 @@ class DualBound:
         starts = [np.zeros((self.stations, self.buckets))] + [self._rent()] * bool(len(self.rented))
         best, kept = min(((self.evaluate(prices)[0], prices) for prices in starts), key=lambda found: found[0])
         first_gap_usd = gap_usd = FIRST_GAP_SHARE * max(abs(best - self.options.shared_usd), 1e-9)
-        for width, steps in blocks:
+        for width, steps, moved in self._phases(blocks, scale):
             gap_usd = min(FINER_GAP * gap_usd, first_gap_usd)
             prices, direction, failures = kept.copy(), np.zeros_like(kept), 0
             for _ in range(steps):
@@ -148,9 +150,18 @@ class DualBound:
                     if gap_usd < LAST_GAP_SHARE * first_gap_usd:
                         break
                     continue
-                if not downhill(prices, slope, scale, width, MOMENTUM, bound - best + gap_usd, direction):
+                if not downhill(prices, slope, moved, width, MOMENTUM, bound - best + gap_usd, direction):
                     break
         return Dual(best, kept)
+
+    def _phases(self, blocks: tuple[tuple[int, int], ...], scale: Floats) -> list[tuple[int, int, Floats]]:
+        """(buckets that share a price, steps, scale of the stations whose prices move) of each phase."""
+        phases = [(width, steps, scale) for width, steps in blocks]
+        if len(self.rented):
+            alone = [np.where(np.arange(self.stations) == s, scale, 0.0) for s in np.flatnonzero(self.limited)]
+            phases += [(width, steps, moved) for width, steps in ALONE for moved in alone]
+            phases += [(width, steps, scale) for width, steps in TOGETHER]
+        return phases
 
     def _rent(self) -> Floats:
         """(S, B) price of the cheapest replica that each pool can rent, 0 if none, or after the horizon."""
