@@ -83,7 +83,10 @@ class TrainingConfig(Section):
     validations: Count = Field(description="How often during training the policy is validated.")
     residual: bool = Field(True, description="Correct the advice's scores; false: the network decides alone.")
     fitted: bool = Field(True, description="Advice with P(good) fitted on outcomes; false: with the public prior.")
-    feedback: bool = Field(True, description="Let the network see what judged answers tell of each model.")
+    sees: Literal["answers", "all", "load"] = Field(
+        "answers",
+        description="What the network corrects the advice by: what tells of answers, all, or all but judged answers.",
+    )
     signal: Literal["own", "ledger"] = Field(
         "own", description="Learn from a decision's own expected margin, or from the change of the ledger."
     )

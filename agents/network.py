@@ -2,6 +2,9 @@
 
 Observations are flat (see `marginroute.features`): candidates | context | advice logits | legal mask. The normaliser is
 part of the policy (buffers), the head starts at zero, and illegal candidates have no probability.
+
+By default the network corrects the advice by what tells of answers alone (`OF_ANSWERS`). What is crowded, slow or dear
+is the advice's part: a fleet in a state that training never saw meets a rule, no extrapolation. The critic sees all.
 """
 
 from __future__ import annotations
@@ -16,11 +19,27 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
 from agents import fused
+from agents.config import TrainingConfig
 from agents.fused import FusedScorer, Memory, Weights
 from marginroute.features import FeatureSpec
 from marginroute.policy import Network
 
 Array = np.ndarray[Any, Any]
+
+JUDGED = frozenset({"surprise", "tier_surprise", "judged", "tier_judged"})
+"""What the gateway has heard of its answers lately."""
+OF_ANSWERS = JUDGED | {
+    *("p_good", "refund", "similarity", "entry_age_s", "tried"),
+    *("difficulty_signal", "turned_down", "verifier_score", "task_value_usd"),
+}
+"""Features that tell how good an answer will be and what a bad one costs, beside those of tier, class and task."""
+
+
+def is_seen(name: str, sees: str) -> bool:
+    """Whether the network looks at a feature by `TrainingConfig.sees`."""
+    if sees == "answers":
+        return name in OF_ANSWERS or name.startswith(("tier_", "class_", "task_"))
+    return sees == "all" or name not in JUDGED
 
 
 class Scorer(nn.Module):
@@ -31,9 +50,12 @@ class Scorer(nn.Module):
         n_candidates: C.
         width: hidden units H.
         residual: whether logits start at the advice's; False: at nothing, and the advice's scores are ignored.
+        sees: features that logits may depend on, as `TrainingConfig.sees`.
     """
 
-    def __init__(self, spec: FeatureSpec, n_candidates: int, width: int, residual: bool = True) -> None:
+    def __init__(
+        self, spec: FeatureSpec, n_candidates: int, width: int, residual: bool = True, sees: str = "all"
+    ) -> None:
         super().__init__()
         self.spec, self.n_candidates, self._memory = spec, n_candidates, Memory()
         self._kept: tuple[tuple[int, ...], Weights] | None = None  # folded weights and the version they are of
@@ -44,6 +66,8 @@ class Scorer(nn.Module):
         self.value = nn.Sequential(nn.Linear(f + g, width), nn.ReLU(), nn.Linear(width, 1))
         for name in ("candidate_mean", "candidate_std", "context_mean", "context_std"):
             self.register_buffer(name, torch.as_tensor(getattr(spec, name), dtype=torch.float32))
+        for name, columns in (("candidate_seen", spec.candidate), ("context_seen", spec.context)):
+            self.register_buffer(name, torch.tensor([float(is_seen(column.name, sees)) for column in columns]))
         for layer in (self.candidate, self.context, self.hidden):
             nn.init.orthogonal_(layer.weight, gain=np.sqrt(2.0))
         nn.init.zeros_(self.head.weight)
@@ -60,6 +84,10 @@ class Scorer(nn.Module):
             self._kept = version, fused.arrays_of(self.folded())
         return fused.run(observation.numpy(), self.n_candidates, self._kept[1], self._memory)
 
+    def first_layer(self) -> tuple[Tensor, Tensor]:
+        """Weights (H, F) and (H, G) of normalised features; 0 for what the network does not look at."""
+        return self.candidate.weight * self.candidate_seen, self.context.weight * self.context_seen
+
     def folded(self) -> Weights:
         """The weights as functions of raw features: the normaliser folded into the first layers."""
         f = self.spec.n_candidate
@@ -70,7 +98,7 @@ class Scorer(nn.Module):
             return w.t(), wg.t(), bias - w @ self.candidate_mean - wg @ self.context_mean
 
         return Weights(
-            *fold(self.candidate.weight, self.context.weight, self.context.bias),
+            *fold(*self.first_layer(), self.context.bias),
             self.hidden.weight.t(),
             self.hidden.bias,
             self.head.weight[0],
@@ -88,7 +116,7 @@ class ScorerPolicy(ActorCriticPolicy):
         observation_space, action_space, lr_schedule: as Stable-Baselines3 passes them.
         spec: `FeatureSpec.to_dict()` with the fitted normaliser.
         width: hidden units.
-        residual: as `Scorer`.
+        residual, sees: as `Scorer`.
         **kwargs: passed on to ActorCriticPolicy.
 
     Attributes:
@@ -103,15 +131,16 @@ class ScorerPolicy(ActorCriticPolicy):
         spec: dict[str, Any],
         width: int = 32,
         residual: bool = True,
+        sees: str = "all",
         **kwargs: Any,
     ) -> None:
-        self._spec, self._width, self._residual = spec, width, residual
+        self._spec, self._width, self._residual, self._sees = spec, width, residual, sees
         self.worlds: tuple[int, int] | None = None
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
     def _build(self, lr_schedule: Callable[[float], float]) -> None:
         candidates = int(self.action_space.n)  # type: ignore[attr-defined]
-        self.scorer = Scorer(FeatureSpec.from_dict(self._spec), candidates, self._width, self._residual)
+        self.scorer = Scorer(FeatureSpec.from_dict(self._spec), candidates, self._width, self._residual, self._sees)
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -120,6 +149,7 @@ class ScorerPolicy(ActorCriticPolicy):
             "spec": self._spec,
             "width": self._width,
             "residual": self._residual,
+            "sees": self._sees,
         }
 
     def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,15 +178,22 @@ class ScorerPolicy(ActorCriticPolicy):
         return torch.from_numpy(self.scorer.run(obs)[1])
 
 
+def scorer_settings(config: TrainingConfig, spec: FeatureSpec) -> dict[str, Any]:
+    """Keyword arguments of `ScorerPolicy`; a network that decides alone sees everything."""
+    sees = config.sees if config.residual else "all"
+    return {"spec": spec.to_dict(), "width": config.width, "residual": config.residual, "sees": sees}
+
+
 def to_numpy(scorer: Scorer) -> Network:
     """The scorer's weights in the layout that `marginroute` runs."""
 
     def array(tensor: Tensor) -> np.ndarray[Any, Any]:
         return np.ascontiguousarray(tensor.detach().cpu().numpy().astype(np.float32))
 
+    candidate, context = scorer.first_layer()
     return Network(
-        candidate=array(scorer.candidate.weight.T),
-        context=array(scorer.context.weight.T),
+        candidate=array(candidate.T),
+        context=array(context.T),
         bias_1=array(scorer.context.bias),
         hidden=array(scorer.hidden.weight.T),
         bias_2=array(scorer.hidden.bias),

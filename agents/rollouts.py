@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from agents.config import TrainingConfig
 from agents.fused import piece_states
-from agents.network import ScorerPolicy
+from agents.network import ScorerPolicy, scorer_settings
 from agents.ppo import Array, ElapsedRolloutBuffer, MarginPPO, discounts, play
 from agents.workers import Crew
 from envs.scenario import Scenario
@@ -162,7 +162,7 @@ def start_rollouts(worlds: Worlds, first_episode: int) -> Callable[[Order], Play
 
     def policy_for(env: FleetVecEnv) -> ScorerPolicy:
         if not policies:
-            words = {"spec": worlds.spec.to_dict(), "width": config.width, "residual": config.residual}
+            words = scorer_settings(config, worlds.spec)
             policies.append(ScorerPolicy(env.observation_space, env.action_space, lambda _: 0.0, **words))
         return policies[0]
 

@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from agents.config import TrainingConfig, ppo_settings
 from agents.export import residual_policy
 from agents.floors import Ascent, Floor, Kept, worst_miss
-from agents.network import ScorerPolicy
+from agents.network import ScorerPolicy, scorer_settings
 from agents.objective import Exploring, Objective, Rule
 from agents.ppo import MarginPPO
 from agents.rollouts import SharedPPO, SharedVecEnv, Worlds
@@ -33,7 +33,6 @@ from envs.scenario import Scenario
 from envs.scenario_family import middle
 from envs.vector_env import FleetVecEnv, ObservedWorlds
 from envs.worlds import Plant
-from marginroute import view as v
 from marginroute.errors import InputError
 from marginroute.features import FeatureSpec, feature_spec
 from marginroute.heuristics import MarginRule
@@ -82,8 +81,6 @@ def fit_normaliser(plant: Plant, advice: MarginRule, config: TrainingConfig) -> 
             signals.append(np.abs(worlds.signal_usd(choices)))
         worlds.step(choices)
     spec = spec.with_normaliser(np.concatenate(candidates), np.concatenate(contexts))
-    if not config.feedback:
-        spec = spec.without(v.SIGNAL_NAMES[v.SURPRISE : v.TIER_JUDGED + 1])
     return spec, max(float(np.mean(signals)), MIN_SIGNAL_USD)
 
 
@@ -262,7 +259,7 @@ def make_model(
         ent_coef=config.entropy_coefficient,
         vf_coef=config.value_coefficient,
         max_grad_norm=config.max_grad_norm,
-        policy_kwargs={"spec": spec.to_dict(), "width": config.width, "residual": config.residual},
+        policy_kwargs=scorer_settings(config, spec),
         seed=seed,
         tensorboard_log=str(tensorboard) if tensorboard else None,
     )

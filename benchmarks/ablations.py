@@ -28,7 +28,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "ledger_signal": ("reward: the ledger's change, discounted over 5 s", {"signal": "ledger", "tau_s": 5.0}),
     "no_stagger": ("all worlds start together", {"stagger": False}),
     "no_randomise": ("the middle of the scenario's ranges alone", {"randomise": False}),
-    "no_feedback": ("the network does not hear of judged answers", {"feedback": False}),
+    "no_feedback": ("the network does not hear of judged answers", {"sees": "load"}),
+    "sees_all": ("the network looks at load, latency and prices too", {"sees": "all"}),
     "tau_5": ("later decisions' signals count, discounted over 5 s", {"tau_s": 5.0}),
     "tau_30": ("the same over 30 s", {"tau_s": 30.0}),
 }

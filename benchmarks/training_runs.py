@@ -12,7 +12,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents.config import load_training
-from agents.network import ScorerPolicy
+from agents.network import ScorerPolicy, scorer_settings
 from agents.train import make_model
 from benchmarks import common
 from envs.fleet_env import FleetEnv
@@ -59,7 +59,7 @@ def dummy(steps: int, stock: bool) -> float:
             batch_size=config.minibatch,
             n_epochs=config.epochs,
             learning_rate=config.learning_rate,
-            policy_kwargs={"spec": spec.to_dict(), "width": config.width},
+            policy_kwargs=scorer_settings(config, spec),
             seed=0,
             device="cpu",
         )

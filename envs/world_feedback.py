@@ -5,14 +5,17 @@ A thumb, a regeneration, a failed validation or a claimed refund reaches the gat
 
     good - P(good) that the policy expected,
 
-over about the last `latency.RECENT_JUDGED` of them, and how many those are: the View's `surprise` is their product,
-good answers beyond expectation, and `judged` their number, once for the request's task and once over all tasks. A model
-that has become worse, or a kind of work that it does not do, shows there after a while, whatever was promised. The
-means stand behind those of output tokens: `lengths` (N, K + T, J), a row per class, then one per tier.
+over about the last `latency.RECENT_JUDGED` of them, and how many those are. The View's `judged` is their number and
+`surprise` the sum of good answers beyond expectation over the root of that number, which chance alone moves equally far
+whatever the number; once for the request's task and once over all tasks. A model that has become worse, or a kind of
+work that it does not do, shows there after a while, whatever was promised. The means stand behind those of output
+tokens: `lengths` (N, K + T, J), a row per class, then one per tier.
 """
 
 # ruff: noqa: ANN001, ANN201 (Numba infers the types of kernels)
 from __future__ import annotations
+
+import math
 
 from envs.kernels import kernel
 from marginroute import latency, quality
@@ -74,5 +77,6 @@ def show(config, tiers, lengths, signals, n_classes, w, load):
             other = lengths[load.gateway, n_classes + tiers[c], j]
             total += other.value * other.weight
             judged += other.weight
-        signals[v.SURPRISE, w, c], signals[v.JUDGED, w, c] = mean.value * mean.weight, mean.weight
-        signals[v.TIER_SURPRISE, w, c], signals[v.TIER_JUDGED, w, c] = total, judged
+        signals[v.SURPRISE, w, c], signals[v.JUDGED, w, c] = mean.value * math.sqrt(mean.weight), mean.weight
+        signals[v.TIER_SURPRISE, w, c] = total / math.sqrt(max(judged, 1.0))
+        signals[v.TIER_JUDGED, w, c] = judged

@@ -1,8 +1,9 @@
 """The gate: is the learned policy better than the heuristic that it corrects, on validation episodes not trained on?
 
 It is exported only if all of this holds: the paired 95 % interval of its gain lies above zero; no class loses more than
-`MOST_LOST` of SLO attainment or answer quality, or gets no answer that much more often, than under the heuristic; and
-every floor is kept.
+`MOST_LOST` of SLO attainment or answer quality, or gets no answer that much more often, than under the heuristic; every
+floor is kept; and under no stress (`stressed`: other load, several gateways, an outage, a dear and slow provider) does
+the interval lie below zero.
 
 On a trace the episodes are windows of one stretch of time, and many more of them are played than fit it side by side.
 Those whose starts fall into the same episode-long block count as one observation: a stretch that holds fewer than two
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from envs.scenario_family import changed
 from evaluation.progress import Progress, silent
 from evaluation.protocol import evaluate_policies
 from evaluation.report import shed_shares
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 FIRST_GATE_SEED = 10_000  # validation seeds below it chose among checkpoints
 MOST_LOST = 0.01  # share of a class's requests
+EPISODES_PER_STRESS = 0.25  # share of the gate's
 
 
 def paired_by_blocks(scenario: Scenario, ours: EpisodeResults, theirs: EpisodeResults) -> tuple[Estimate, int]:
@@ -60,10 +63,40 @@ def losses(ours: EpisodeResults, theirs: EpisodeResults) -> list[str]:
     return [f"{name} {words}" for name, words, x in found if x > MOST_LOST]
 
 
+def _interval(estimate: Estimate) -> list[float] | None:
+    """[low, high]; None where there is none."""
+    return None if np.isnan(estimate.low) else [estimate.low, estimate.high]
+
+
 def broken(floors: Sequence[Floor], results: EpisodeResults) -> list[str]:
     """Floors that a policy does not keep, as sentences."""
     counts = results.counts.sum(axis=0)
     return [f"{f.key} is {f.share(counts):.4f} (floor {f.limit:g})" for f in floors if f.missing(counts) > 0.0]
+
+
+def stressed(scenario: Scenario) -> dict[str, Scenario]:
+    """The scenario in trouble of common kinds, none of which is one of its held-out conditions, by a name in words."""
+    third_s, fleet = scenario.horizon_s / 3.0, scenario.fleet
+    stresses: dict[str, dict[str, Any]] = {
+        "40 % less load": {"load_scale": 0.6 * scenario.load_scale},
+        "40 % more load": {"load_scale": 1.4 * scenario.load_scale},
+    }
+    if fleet.gateways == 1:
+        stresses["four gateways"] = {"fleet.gateways": 4}
+    if fleet.pools:
+        largest = max(fleet.pools, key=lambda name: fleet.pools[name].replicas * fleet.pools[name].gpus_per_replica)
+        outage = {"pool": largest, "index": 0, "starts_at_s": third_s, "duration_s": third_s}
+        known = [event.model_dump(exclude_none=True) for event in fleet.faults]
+        stresses[f"a replica of {largest} out"] = {"fleet.faults": [*known, outage]}
+    for name in fleet.providers:
+        course = {"provider": name, "starts_at_s": third_s, "price_times": [1.5], "latency_times": [2.0]}
+        stresses[f"{name} dear and slow"] = {"drift": _with_drift(scenario, course)}
+    return {name: changed(scenario, values, "stress") for name, values in stresses.items()}
+
+
+def _with_drift(scenario: Scenario, course: dict[str, Any]) -> dict[str, Any]:
+    """The drifts of a scenario and one more, as plain data."""
+    return {**{name: drift.model_dump(exclude_none=True) for name, drift in scenario.drift.items()}, "stress": course}
 
 
 def gate(
@@ -79,31 +112,46 @@ def gate(
 
     Returns:
         learned: whether it may be exported; refused: why not, in sentences; delta_usd_per_1k, ci95 (None where there
-        is none), episodes, observations; with floors also floors: limit and shares by key, and heuristic_breaks.
+        is none), episodes, observations; stress: delta_usd_per_1k and ci95 of each, where the rest does not refuse;
+        with floors also floors: limit and shares by key, and heuristic_breaks.
     """
     from agents.export import residual_policy
 
     learned = residual_policy(policy, advice, spec)
-    results = evaluate_policies(
-        scenario,
-        {learned.name: learned, advice.name: advice},
-        config.gate_episodes,
-        split="validation",
-        first_seed=FIRST_GATE_SEED,
-        progress=progress,
-    )
-    ours, theirs = results[learned.name], results[advice.name]
+    stresses, each = stressed(scenario), max(int(EPISODES_PER_STRESS * config.gate_episodes), 2)
+    whole = config.gate_episodes + each * len(stresses)
+
+    def play(world: Scenario, episodes: int, before: int) -> tuple[EpisodeResults, EpisodeResults]:
+        results = evaluate_policies(
+            world,
+            {learned.name: learned, advice.name: advice},
+            episodes,
+            split="validation",
+            first_seed=FIRST_GATE_SEED,
+            progress=lambda done, of: progress(before + done * episodes // of, whole),
+        )
+        return results[learned.name], results[advice.name]
+
+    ours, theirs = play(scenario, config.gate_episodes, 0)
     estimate, observations = paired_by_blocks(scenario, ours, theirs)
     refused = [] if estimate.low > 0.0 else ["the interval of the gain does not lie above zero"]
     refused += [*losses(ours, theirs), *broken(floors, ours)]
+    stress: dict[str, Any] = {}
+    for name, world in () if refused else stresses.items():
+        found = paired_by_blocks(world, *play(world, each, config.gate_episodes + each * len(stress)))[0]
+        stress[name] = {"delta_usd_per_1k": found.mean, "ci95": _interval(found)}
+        if found.high < 0.0:
+            refused.append(f"it loses {-found.mean:.4f} USD per 1k under stress: {name}")
+    progress(whole, whole)
     verdict: dict[str, Any] = {
         "learned": not refused,
         "refused": refused,
         "vs": advice.name,
         "delta_usd_per_1k": estimate.mean,
-        "ci95": None if np.isnan(estimate.low) else [estimate.low, estimate.high],
+        "ci95": _interval(estimate),
         "episodes": config.gate_episodes,
         "observations": observations,
+        "stress": stress,
     }
     if floors:
         learned_counts, heuristic_counts = ours.counts.sum(axis=0), theirs.counts.sum(axis=0)

@@ -11,7 +11,6 @@ corrects. `FeatureSpec.version` changes whenever the meaning of any column chang
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -22,10 +21,9 @@ from marginroute import view as v
 from marginroute.heuristics import Assessment
 from marginroute.view import KINDS, Array, Layout, View
 
-FEATURE_VERSION = 5
+FEATURE_VERSION = 6
 CLIP = 10.0  # every feature stays inside +-CLIP before it is normalised
 MIN_STD = 0.05  # of a normalised feature, so that a nearly constant column cannot swamp the others
-UNSEEN_STD = 1e12  # of a feature that is switched off: normalised, it is always about 0
 MIN_LOGIT = -30.0  # advice logits below this are as good as never
 
 
@@ -94,11 +92,6 @@ class FeatureSpec:
             context_std=context_std,
         )
 
-    def without(self, names: Collection[str]) -> FeatureSpec:
-        """The same, with candidate features that tell the network nothing."""
-        hidden = np.array([feature.name in names for feature in self.candidate])
-        return replace(self, candidate_std=np.where(hidden, UNSEEN_STD, self.candidate_std))
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a bundle's manifest."""
 
@@ -151,10 +144,8 @@ CANDIDATE_FEATURES = (
     Feature("fill", "in flight per slot", "identity"),
     Feature("kv_usage", "share, scraped", "identity"),
     Feature("cached_share", "share of the prompt expected to be cached", "identity"),
-    Feature("surprise", "good answers to the task beyond expectation, of those judged lately", "identity"),
-    Feature("judged", "how many those are", "identity"),
-    Feature("tier_surprise", "the same surprise over all tasks", "identity"),
-    Feature("tier_judged", "how many were judged over all tasks", "identity"),
+    Feature("surprise", "good answers to the task beyond expectation, per root of those judged lately", "identity"),
+    Feature("tier_surprise", "the same over all tasks", "identity"),
     Feature("recent_errors", "share of recent calls", "identity"),
     Feature("similarity", "of the prompt and that of the stored answer", "identity"),
     Feature("ttft_to_slo", "ratio", "ln(x + 0.001)"),
@@ -170,8 +161,10 @@ CANDIDATE_FEATURES = (
     Feature("waiting", "requests, scraped", "ln(1 + x)"),
     Feature("telemetry_age_s", "s", "ln(1 + x)"),
     Feature("tried", "0/1", "ln(1 + x)"),
+    Feature("judged", "answers to the task that were judged lately", "ln(1 + x)"),
+    Feature("tier_judged", "the same over all tasks", "ln(1 + x)"),
 )
-_LOG_FROM, _LOG1P_FROM = 15, 21  # rows of the two groups of transforms above
+_LOG_FROM, _LOG1P_FROM = 13, 19  # rows of the two groups of transforms above
 CONTEXT_FEATURES = (
     Feature("difficulty_signal", "standard deviations", "identity"),
     Feature("fleet_fill", "mean in flight per slot over legal replicas", "identity"),
@@ -241,14 +234,16 @@ def candidate_features(view: View, assessment: Assessment) -> Array:
     rows[6] = a.fill
     rows[7] = s[v.KV_USAGE]
     np.divide(s[v.CACHED_TOKENS], view.asked(v.PROMPT_TOKENS), out=rows[8], casting="same_kind")
-    rows[9:15] = s[v.SURPRISE : v.SIMILARITY + 1]
+    rows[9:11] = s[v.SURPRISE : v.TIER_JUDGED : 2]
+    rows[11:13] = s[v.RECENT_ERRORS : v.SIMILARITY + 1]
     slo_s = request[v.SLO_TTFT_S : v.SLO_TPOT_S + 1, ..., None]
-    np.divide(a.latency_s, slo_s, out=rows[15:17], casting="same_kind")
-    rows[17:19] = a.latency_s
-    rows[19:21] = s[v.RECENT_TTFT_S : v.RECENT_TPOT_S + 1]
+    np.divide(a.latency_s, slo_s, out=rows[13:15], casting="same_kind")
+    rows[15:17] = a.latency_s
+    rows[17:19] = s[v.RECENT_TTFT_S : v.RECENT_TPOT_S + 1]
     below_usd = np.maximum(a.best_usd - a.score_usd, _ZERO)
-    np.multiply(below_usd, np.asarray(10.0 * per_value), out=rows[21], casting="same_kind")
-    rows[22:28] = s[v.ENTRY_AGE_S : v.TRIED + 1]
+    np.multiply(below_usd, np.asarray(10.0 * per_value), out=rows[19], casting="same_kind")
+    rows[20:26] = s[v.ENTRY_AGE_S : v.TRIED + 1]
+    rows[26:28] = s[v.JUDGED : v.TIER_JUDGED + 1 : 2]
     logs = rows[_LOG_FROM:_LOG1P_FROM]
     logs += _SHIFT
     np.log(logs, out=logs)

@@ -194,8 +194,9 @@ class GatewayState:
     def _tell(self, tier: int) -> None:
         """Works out what the View says of a tier's judged answers."""
         mean, answers = self._surprise[:, tier]
-        self._told[:, 0, tier], self._told[:, 1, tier] = mean * answers, answers
-        self._told[:, 2, tier], self._told[:, 3, tier] = (mean * answers).sum(), answers.sum()
+        self._told[:, 0, tier], self._told[:, 1, tier] = mean * np.sqrt(answers), answers
+        self._told[:, 2, tier] = (mean * answers).sum() / math.sqrt(max(answers.sum(), 1.0))
+        self._told[:, 3, tier] = answers.sum()
 
     def settled(self, class_name: str | None, met: bool, value_usd: float) -> None:
         """A request met every SLO or did not (no answer: with a value of 0); its class's SLO window counts it."""

@@ -53,7 +53,7 @@ SIGNALS = (
     ("running", "scraped: requests running in the engine"),
     ("kv_usage", "scraped: share of KV blocks in use"),
     ("cached_tokens", "of this prompt, expected to be cached there from what the gateway has sent"),
-    ("surprise", "answers of its model to the task that were judged good lately, less those expected to be"),
+    ("surprise", "answers of its model to the task judged good lately less those expected to be, per root of `judged`"),
     ("judged", "how many were judged, of about the last forty"),
     ("tier_surprise", "the same surprise over all tasks"),
     ("tier_judged", "how many were judged over all tasks"),

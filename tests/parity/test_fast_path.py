@@ -113,6 +113,7 @@ def view_of(rng, layout, static):
     )
     s[[v.RECENT_TTFT_S, v.RECENT_TPOT_S], :serving] = rng.exponential(1.0, (2, serving)) * [[1.0], [0.03]]
     s[v.SURPRISE : v.TIER_JUDGED + 1, :serving] = rng.normal(0.0, 3.0, (4, serving))
+    s[v.JUDGED : v.TIER_JUDGED + 1 : 2] = np.abs(s[v.JUDGED : v.TIER_JUDGED + 1 : 2])
     s[v.KV_USAGE, :replicas] = rng.random(replicas)
     s[v.RECENT_ERRORS, :serving] = rng.random(serving) * rng.choice([0.0, 1.0])
     s[v.TELEMETRY_AGE_S, :replicas] = rng.uniform(0.0, 5.0, replicas)
