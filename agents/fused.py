@@ -7,7 +7,7 @@ are so small that OpenBLAS multiplies them on one thread, whatever it is told el
 
 For a candidate with features x and advice a, in a state with context y and mean features m of its legal candidates:
 
-    h1 = relu(x W1 + y Wg + b1)      h2 = relu(h1 W2 + b2)      logit = kappa a + h2 . head
+    h1 = relu(x W1 + y Wg + b1)      h2 = relu(h1 W2 + b2)      logit = kappa a + (t0 + t1 x_told) h2 . head
     u  = relu(m V1 + y Vg + c1)                                 value = u . v2 + c2
 """
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from envs.kernels import kernel
+from marginroute.features import TIER_CONFIDENCE
 
 ILLEGAL_LOGIT = -1e9
 ONE_THREAD_PRODUCTS = 2**18  # multiply-adds of a matrix product up to which OpenBLAS starts no threads
@@ -37,6 +38,7 @@ class Weights(NamedTuple):
     bias_2: Any  # (H,)
     head: Any  # (H,)
     kappa: Any  # (1,)
+    trust: Any  # (2,), t0 and t1; not learned
     value_candidate: Any  # (F, H), V1
     value_context: Any  # (G, H), Vg
     value_bias_1: Any  # (H,), c1
@@ -80,7 +82,7 @@ def forward(observation, c, w, x, owner, y, m, h1, h2, u, logits, value):
     Activations go to h1, h2 (rows of legal candidates, H), u (B, H) and m (B, F); x (P, F), owner (P,) and y (p, G)
     hold a piece of at most p states.
     """
-    n, width, zero = len(observation), len(w.bias_1), np.float32(0.0)
+    n, width, f, zero = len(observation), len(w.bias_1), x.shape[1], np.float32(0.0)
     base = np.empty((len(y), width), dtype=np.float32)
     begun = 0
     for at in range(0, n, len(y)):
@@ -104,7 +106,9 @@ def forward(observation, c, w, x, owner, y, m, h1, h2, u, logits, value):
             for candidate in range(c):
                 logits[s, candidate] = ILLEGAL_LOGIT
                 if row[len(row) - c + candidate] > 0.5:
-                    logits[s, candidate] = w.kappa[0] * row[len(row) - 2 * c + candidate] + _dot(deep[i], w.head)
+                    trust = w.trust[0] + w.trust[1] * row[candidate * f + TIER_CONFIDENCE]
+                    advice = row[len(row) - 2 * c + candidate]
+                    logits[s, candidate] = w.kappa[0] * advice + trust * _dot(deep[i], w.head)
                     i += 1
         top = u[at : at + b]
         np.dot(m[at : at + b], w.value_candidate, top)
@@ -165,6 +169,7 @@ def backward(observation, c, w, x, owner, y, m, h1, h2, u, log_probs, d_log_prob
                 if row[len(row) - c + candidate] > 0.5:
                     d_logit[i] = d_log_probs[s, candidate] - np.exp(log_probs[s, candidate]) * total
                     found.kappa[0] += d_logit[i] * row[len(row) - 2 * c + candidate]
+                    d_logit[i] *= w.trust[0] + w.trust[1] * x[i, TIER_CONFIDENCE]
                     i += 1
         for i in range(k):
             for j in range(width):

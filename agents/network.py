@@ -4,7 +4,8 @@ Observations are flat (see `marginroute.features`): candidates | context | advic
 part of the policy (buffers), the head starts at zero, and illegal candidates have no probability.
 
 By default the network corrects the advice by what tells of answers alone (`OF_ANSWERS`). What is crowded, slow or dear
-is the advice's part: a fleet in a state that training never saw meets a rule, no extrapolation. The critic sees all.
+is the advice's part: a fleet in a state that training never saw meets a rule, no extrapolation. And it corrects in
+proportion to how much it has been told (`trust`): where nothing was judged yet, it is the rule. The critic sees all.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from marginroute.policy import Network
 
 Array = np.ndarray[Any, Any]
 
-JUDGED = frozenset({"surprise", "tier_surprise", "judged", "tier_judged"})
+JUDGED = frozenset({"surprise", "confidence", "tier_surprise", "tier_confidence"})
 """What the gateway has heard of its answers lately."""
 OF_ANSWERS = JUDGED | {
     *("p_good", "refund", "similarity", "entry_age_s", "tried"),
@@ -63,6 +64,10 @@ class Scorer(nn.Module):
         self.candidate, self.context = nn.Linear(f, width, bias=False), nn.Linear(g, width)
         self.hidden, self.head = nn.Linear(width, width), nn.Linear(width, 1, bias=False)
         self.kappa = nn.Parameter(torch.full((1,), float(residual)), requires_grad=residual)
+        self.trust: Tensor
+        self.register_buffer("trust", torch.zeros(2))
+        self._told = sees == "answers"
+        self.follow(1.0)
         self.value = nn.Sequential(nn.Linear(f + g, width), nn.ReLU(), nn.Linear(width, 1))
         for name in ("candidate_mean", "candidate_std", "context_mean", "context_std"):
             self.register_buffer(name, torch.as_tensor(getattr(spec, name), dtype=torch.float32))
@@ -79,10 +84,14 @@ class Scorer(nn.Module):
 
     def run(self, observation: Tensor) -> tuple[Array, Array]:
         """Logits (B, C), very low where a candidate is not legal, and values (B,), without gradients."""
-        version = tuple(parameter._version for parameter in self.parameters())
+        version = (self.trust._version, *(parameter._version for parameter in self.parameters()))
         if self._kept is None or self._kept[0] != version:
             self._kept = version, fused.arrays_of(self.folded())
         return fused.run(observation.numpy(), self.n_candidates, self._kept[1], self._memory)
+
+    def follow(self, strength: float) -> None:
+        """Sets how far the correction counts, always or in proportion to what the gateway has been told."""
+        self.trust.copy_(torch.tensor([0.0, strength] if self._told else [strength, 0.0]))
 
     def first_layer(self) -> tuple[Tensor, Tensor]:
         """Weights (H, F) and (H, G) of normalised features; 0 for what the network does not look at."""
@@ -103,6 +112,7 @@ class Scorer(nn.Module):
             self.hidden.bias,
             self.head.weight[0],
             self.kappa,
+            self.trust,
             *fold(first.weight[:, :f], first.weight[:, f:], first.bias),
             last.weight[0],
             last.bias,
@@ -199,4 +209,5 @@ def to_numpy(scorer: Scorer) -> Network:
         bias_2=array(scorer.hidden.bias),
         head=array(scorer.head.weight[0]),
         kappa=array(scorer.kappa),
+        trust=array(scorer.trust),
     )

@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from marginroute import __version__
-from marginroute.features import FeatureSpec
+from marginroute.features import TIER_CONFIDENCE, FeatureSpec
 from marginroute.policy import Network
 from marginroute.view import Array
 
@@ -43,7 +43,12 @@ STEPS = (  # operator, inputs, output; w. are constants
     ("Add", ("of_hidden", "w.bias_2"), "sum_2"),
     ("Relu", ("sum_2",), "hidden_2"),
     ("MatMul", ("hidden_2", "w.head"), "of_head"),
-    ("Squeeze", ("of_head", "w.axis_2"), "correction"),
+    ("Squeeze", ("of_head", "w.axis_2"), "full_correction"),
+    ("Gather", ("candidate", "w.told"), "column"),
+    ("Squeeze", ("column", "w.axis_2"), "confidence"),
+    ("Mul", ("confidence", "w.trust_told"), "trust_told"),
+    ("Add", ("trust_told", "w.trust_always"), "trust"),
+    ("Mul", ("full_correction", "trust"), "correction"),
     ("Mul", ("advice", "w.kappa"), "weighted"),
     ("Add", ("weighted", "correction"), "score"),
     ("Where", ("legal", "score", "w.never"), "logits"),
@@ -55,9 +60,11 @@ def to_onnx(network: Network, spec: FeatureSpec) -> bytes:
     """The graph of a network, as a file's bytes."""
     normaliser = {name: getattr(spec, name) for name in NORMALISER}
     figures = network.arrays() | normaliser | {"head": network.head[:, None], "never": np.array(-np.inf)}
+    figures |= dict(zip(("trust_always", "trust_told"), figures.pop("trust"), strict=True))
     constants = [_constant(name, array.astype(np.float32)) for name, array in figures.items()]
     constants += [_constant(f"axis_{axis}", np.array([axis])) for axis in (1, 2)]
-    more: dict[str, dict[str, Any]] = {"ArgMax": {"axis": 1, "keepdims": 0}}
+    constants.append(_constant("told", np.array([TIER_CONFIDENCE])))
+    more: dict[str, dict[str, Any]] = {"ArgMax": {"axis": 1, "keepdims": 0}, "Gather": {"axis": 2}}
     nodes = [helper.make_node(kind, inputs, [output], **more.get(kind, {})) for kind, inputs, output in STEPS]
     inputs = [
         _value("candidate", TensorProto.FLOAT, "B", "C", spec.n_candidate),

@@ -28,6 +28,7 @@ from agents.objective import Exploring, Objective, Rule
 from agents.ppo import MarginPPO
 from agents.rollouts import SharedPPO, SharedVecEnv, Worlds
 from agents.run import Run, check_archive
+from agents.strength import STRENGTHS, best_strength
 from agents.workers import Crew
 from envs.scenario import Scenario
 from envs.scenario_family import middle
@@ -284,7 +285,7 @@ def train(
     parity: Parity | None = None,
     crew: Crew | None = None,
 ) -> tuple[ScorerPolicy, FeatureSpec]:
-    """Trains and returns the policy that was best on validation, with its feature spec.
+    """Trains and returns the policy that was best on validation, at its best strength, with its feature spec.
 
     A crew plays the rollouts, with the same numbers as this process alone would.
 
@@ -320,7 +321,14 @@ def train(
             save_archive(model, run.folder / "checkpoints" / f"step_{model.num_timesteps:010d}.zip")
     best = load_archive(run.policy_path, None)
     assert isinstance(best.policy, ScorerPolicy)
-    return best.policy, FeatureSpec.from_dict(best.policy_kwargs["spec"])
+    spec = FeatureSpec.from_dict(best.policy_kwargs["spec"])
+    best.policy.scorer.follow(1.0)
+    full = residual_policy(best.policy, advice, spec)
+    strength, gains = best_strength(plant.scenario, full, config.validation_episodes)
+    best.policy.scorer.follow(strength)
+    save_archive(best, run.policy_path)
+    run.update(strength={"chosen": strength, "of": STRENGTHS, "gain_usd_per_1k": gains})
+    return best.policy, spec
 
 
 def load_archive(path: Path, env: FleetVecEnv | None) -> MarginPPO:

@@ -43,7 +43,8 @@ def policy_of(plant: Plant) -> ResidualPolicy:
     def weights(*shape: int) -> np.ndarray:
         return rng.normal(0.0, 0.1, shape).astype(np.float32)
 
-    network = Network(weights(f, h), weights(g, h), weights(h), weights(h, h), weights(h), weights(h), np.ones(1, "f4"))
+    kappa, trust = np.ones(1, "f4"), np.array([0.0, 1.0], "f4")
+    network = Network(weights(f, h), weights(g, h), weights(h), weights(h, h), weights(h), weights(h), kappa, trust)
     return ResidualPolicy(NAME, default_advice(plant), spec, network)
 
 

@@ -212,17 +212,16 @@ def _candidates(rule, s, q, legal, w, value_usd, usage_usd, unserved_usd, row, n
         row[at + 6] = fill
         row[at + 7] = s[v.KV_USAGE, w, c]
         row[at + 8] = s[v.CACHED_TOKENS, w, c] / prompt_tokens
-        row[at + 9], row[at + 10] = s[v.SURPRISE, w, c], s[v.TIER_SURPRISE, w, c]
-        row[at + 11], row[at + 12] = s[v.RECENT_ERRORS, w, c], s[v.SIMILARITY, w, c]
-        row[at + 13] = _log(ttft_s / slo_ttft_s)
-        row[at + 14] = _log(tpot_s / slo_tpot_s)
-        row[at + 15] = _log(ttft_s)
-        row[at + 16] = _log(tpot_s)
-        row[at + 17] = _log(s[v.RECENT_TTFT_S, w, c])
-        row[at + 18] = _log(s[v.RECENT_TPOT_S, w, c])
         for i in range(6):
-            row[at + 20 + i] = _log1p(s[v.ENTRY_AGE_S + i, w, c])
-        row[at + 26], row[at + 27] = _log1p(s[v.JUDGED, w, c]), _log1p(s[v.TIER_JUDGED, w, c])
+            row[at + 9 + i] = s[v.SURPRISE + i, w, c]
+        row[at + 15] = _log(ttft_s / slo_ttft_s)
+        row[at + 16] = _log(tpot_s / slo_tpot_s)
+        row[at + 17] = _log(ttft_s)
+        row[at + 18] = _log(tpot_s)
+        row[at + 19] = _log(s[v.RECENT_TTFT_S, w, c])
+        row[at + 20] = _log(s[v.RECENT_TPOT_S, w, c])
+        for i in range(6):
+            row[at + 22 + i] = _log1p(s[v.ENTRY_AGE_S + i, w, c])
     if legal[w, n - 2]:
         seen.score_usd[w, n - 2] = numbers.defer_share * later_usd
         seen.kept[0, w, n - 2] = seen.kept[2, w, n - 2] = numbers.defer_share
@@ -282,7 +281,7 @@ def observe(rule, s, q, legal, n_features, n_context, seen):
         for c in range(n):
             at = c * n_features
             below_usd = best_usd - seen.score_usd[w, c]
-            row[at + 19] = _log1p(max(below_usd, 0.0) * tenth)
+            row[at + 21] = _log1p(max(below_usd, 0.0) * tenth)
             for i in range(fixed):
                 row[at + i] = _clip(row[at + i])
             for i in range(rule.one_hot.shape[1]):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 DRAWS = 12
 """Scenarios drawn per split; the episode of seed s plays draw s modulo it."""
+STRESS_SHARE = 0.25
+"""Episodes of each stress per episode of the scenario as it is, where both are played."""
 
 
 class Range(Section):
@@ -117,3 +119,28 @@ def changed(scenario: Scenario, values: Mapping[str, Any], section: str) -> Scen
     if copy.trace == scenario.trace:
         copy.__dict__["recorded"] = scenario.recorded  # the file is read once
     return copy
+
+
+def stressed(scenario: Scenario) -> dict[str, Scenario]:
+    """The scenario in trouble of common kinds, none of which is one of its held-out conditions, by a name in words."""
+    third_s, fleet = scenario.horizon_s / 3.0, scenario.fleet
+    stresses: dict[str, dict[str, Any]] = {
+        "40 % less load": {"load_scale": 0.6 * scenario.load_scale},
+        "40 % more load": {"load_scale": 1.4 * scenario.load_scale},
+    }
+    if fleet.gateways == 1:
+        stresses["four gateways"] = {"fleet.gateways": 4}
+    if fleet.pools:
+        largest = max(fleet.pools, key=lambda name: fleet.pools[name].replicas * fleet.pools[name].gpus_per_replica)
+        outage = {"pool": largest, "index": 0, "starts_at_s": third_s, "duration_s": third_s}
+        known = [event.model_dump(exclude_none=True) for event in fleet.faults]
+        stresses[f"a replica of {largest} out"] = {"fleet.faults": [*known, outage]}
+    for name in fleet.providers:
+        course = {"provider": name, "starts_at_s": third_s, "price_times": [1.5], "latency_times": [2.0]}
+        stresses[f"{name} dear and slow"] = {"drift": _with_drift(scenario, course)}
+    return {name: changed(scenario, values, "stress") for name, values in stresses.items()}
+
+
+def _with_drift(scenario: Scenario, course: dict[str, Any]) -> dict[str, Any]:
+    """The drifts of a scenario and one more, as plain data."""
+    return {**{name: drift.model_dump(exclude_none=True) for name, drift in scenario.drift.items()}, "stress": course}

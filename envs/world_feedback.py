@@ -5,11 +5,11 @@ A thumb, a regeneration, a failed validation or a claimed refund reaches the gat
 
     good - P(good) that the policy expected,
 
-over about the last `latency.RECENT_JUDGED` of them, and how many those are. The View's `judged` is their number and
-`surprise` the sum of good answers beyond expectation over the root of that number, which chance alone moves equally far
-whatever the number; once for the request's task and once over all tasks. A model that has become worse, or a kind of
-work that it does not do, shows there after a while, whatever was promised. The means stand behind those of output
-tokens: `lengths` (N, K + T, J), a row per class, then one per tier.
+over about the last `latency.RECENT_JUDGED` of them, and how many, n, those are. The View's `surprise` is the sum of
+good answers beyond expectation over the root of n, which chance alone moves equally far whatever n, and `confidence` is
+n / (n + `latency.HALF_CONFIDENT`); once for the request's task and once over all tasks. A model that has become worse,
+or a kind of work that it does not do, shows there after a while, whatever was promised. The means stand behind those of
+output tokens: `lengths` (N, K + T, J), a row per class, then one per tier.
 """
 
 # ruff: noqa: ANN001, ANN201 (Numba infers the types of kernels)
@@ -69,7 +69,7 @@ def show(config, tiers, lengths, signals, n_classes, w, load):
     """Writes what judged answers tell of every candidate's model into the View."""
     for c in range(config[0].n_replicas + config[0].n_providers):
         if c > 0 and tiers[c] == tiers[c - 1]:
-            for row in range(v.SURPRISE, v.TIER_JUDGED + 1):
+            for row in range(v.SURPRISE, v.TIER_CONFIDENCE + 1):
                 signals[row, w, c] = signals[row, w, c - 1]
             continue
         mean, total, judged = lengths[load.gateway, n_classes + tiers[c], load.task_index], 0.0, 0.0
@@ -77,6 +77,7 @@ def show(config, tiers, lengths, signals, n_classes, w, load):
             other = lengths[load.gateway, n_classes + tiers[c], j]
             total += other.value * other.weight
             judged += other.weight
-        signals[v.SURPRISE, w, c], signals[v.JUDGED, w, c] = mean.value * math.sqrt(mean.weight), mean.weight
+        signals[v.SURPRISE, w, c] = mean.value * math.sqrt(mean.weight)
+        signals[v.CONFIDENCE, w, c] = mean.weight / (mean.weight + latency.HALF_CONFIDENT)
         signals[v.TIER_SURPRISE, w, c] = total / math.sqrt(max(judged, 1.0))
-        signals[v.TIER_JUDGED, w, c] = judged
+        signals[v.TIER_CONFIDENCE, w, c] = judged / (judged + latency.HALF_CONFIDENT)

@@ -2,8 +2,8 @@
 
 It is exported only if all of this holds: the paired 95 % interval of its gain lies above zero; no class loses more than
 `MOST_LOST` of SLO attainment or answer quality, or gets no answer that much more often, than under the heuristic; every
-floor is kept; and under no stress (`stressed`: other load, several gateways, an outage, a dear and slow provider) does
-the interval lie below zero.
+floor is kept; and under no stress (`scenario_family.stressed`: other load, several gateways, an outage, a dear and slow
+provider) does the interval lie below zero.
 
 On a trace the episodes are windows of one stretch of time, and many more of them are played than fit it side by side.
 Those whose starts fall into the same episode-long block count as one observation: a stretch that holds fewer than two
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from envs.scenario_family import changed
+from envs.scenario_family import STRESS_SHARE, stressed
 from evaluation.progress import Progress, silent
 from evaluation.protocol import evaluate_policies
 from evaluation.report import shed_shares
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 FIRST_GATE_SEED = 10_000  # validation seeds below it chose among checkpoints
 MOST_LOST = 0.01  # share of a class's requests
-EPISODES_PER_STRESS = 0.25  # share of the gate's
 
 
 def paired_by_blocks(scenario: Scenario, ours: EpisodeResults, theirs: EpisodeResults) -> tuple[Estimate, int]:
@@ -74,31 +73,6 @@ def broken(floors: Sequence[Floor], results: EpisodeResults) -> list[str]:
     return [f"{f.key} is {f.share(counts):.4f} (floor {f.limit:g})" for f in floors if f.missing(counts) > 0.0]
 
 
-def stressed(scenario: Scenario) -> dict[str, Scenario]:
-    """The scenario in trouble of common kinds, none of which is one of its held-out conditions, by a name in words."""
-    third_s, fleet = scenario.horizon_s / 3.0, scenario.fleet
-    stresses: dict[str, dict[str, Any]] = {
-        "40 % less load": {"load_scale": 0.6 * scenario.load_scale},
-        "40 % more load": {"load_scale": 1.4 * scenario.load_scale},
-    }
-    if fleet.gateways == 1:
-        stresses["four gateways"] = {"fleet.gateways": 4}
-    if fleet.pools:
-        largest = max(fleet.pools, key=lambda name: fleet.pools[name].replicas * fleet.pools[name].gpus_per_replica)
-        outage = {"pool": largest, "index": 0, "starts_at_s": third_s, "duration_s": third_s}
-        known = [event.model_dump(exclude_none=True) for event in fleet.faults]
-        stresses[f"a replica of {largest} out"] = {"fleet.faults": [*known, outage]}
-    for name in fleet.providers:
-        course = {"provider": name, "starts_at_s": third_s, "price_times": [1.5], "latency_times": [2.0]}
-        stresses[f"{name} dear and slow"] = {"drift": _with_drift(scenario, course)}
-    return {name: changed(scenario, values, "stress") for name, values in stresses.items()}
-
-
-def _with_drift(scenario: Scenario, course: dict[str, Any]) -> dict[str, Any]:
-    """The drifts of a scenario and one more, as plain data."""
-    return {**{name: drift.model_dump(exclude_none=True) for name, drift in scenario.drift.items()}, "stress": course}
-
-
 def gate(
     scenario: Scenario,
     policy: ScorerPolicy,
@@ -118,7 +92,7 @@ def gate(
     from agents.export import residual_policy
 
     learned = residual_policy(policy, advice, spec)
-    stresses, each = stressed(scenario), max(int(EPISODES_PER_STRESS * config.gate_episodes), 2)
+    stresses, each = stressed(scenario), max(int(STRESS_SHARE * config.gate_episodes), 2)
     whole = config.gate_episodes + each * len(stresses)
 
     def play(world: Scenario, episodes: int, before: int) -> tuple[EpisodeResults, EpisodeResults]:

@@ -256,7 +256,8 @@ def ranker(
     contexts = [list(x) for x in scorer.context]
     shift, logits = np.repeat(scorer.shift, n, axis=1), np.empty(n, dtype=np.float32)
     score_usd, below_usd, barred = buffer.score_usd, row["below_best"], row["barred"]
-    kappa, temperature_share = scorer.kappa, scorer.temperature_share
+    kappa, temperature_share, (trust_always, trust_told) = scorer.kappa, scorer.temperature_share, scorer.trust
+    told, trust = seen[AT["tier_confidence"] - SHOWN.start], np.empty(n, dtype=np.float32)
     describe = describer(fleet, buffer, scorer)
     add, subtract, multiply, maximum, minimum, dot = np.add, np.subtract, np.multiply, np.maximum, np.minimum, np.dot
 
@@ -291,6 +292,9 @@ def ranker(
         maximum(sum_1, _ZERO_4, out=sum_1)
         dot(second, hidden_1, sum_2)
         maximum(sum_2, _ZERO_4, out=sum_2)
+        multiply(told, trust_told, trust)
+        add(trust, trust_always, trust)
+        multiply(sum_2, trust, sum_2)
         dot(head, hidden_2, logits)
         return logits
 

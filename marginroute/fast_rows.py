@@ -13,9 +13,9 @@ from marginroute.policy import ResidualPolicy
 from marginroute.view import Array, Layout
 
 _COPIED = """
-    in_flight decoding in_flight_cap decoding_tokens p_good recent_errors kv_usage surprise tier_surprise
-    similarity fill legal cached_share barred stay cost congestion credit refund below_best recent_ttft_s recent_tpot_s
-    entry_age_s held pending_prefill waiting telemetry_age_s tried judged tier_judged
+    in_flight decoding in_flight_cap decoding_tokens p_good recent_errors kv_usage surprise confidence tier_surprise
+    tier_confidence similarity fill legal cached_share barred stay cost congestion credit refund below_best
+    recent_ttft_s recent_tpot_s entry_age_s held pending_prefill waiting telemetry_age_s tried
 """
 _COMPUTED = "one ttft_s tpot_s ttft_to_slo tpot_to_slo keep_patience keep_ttft keep_tpot keep_e2e one_again"
 COPIED_ROWS = tuple(_COPIED.split())
@@ -119,7 +119,7 @@ class Scorer:
         context: (K, J, H, 1 + 11) for a class and task: bias, then numbers of the context.
         second: (H, H + 1), its bias last.
         head: (H,).
-        kappa: weight of the advice.
+        kappa: weight of the advice; trust: (a, b) of the correction, as `policy.Network`.
         shift: (log rows, 1) added before the logarithm.
         temperature_share: of the advice.
         far: (K, J) context columns of class and task that lie far outside training.
@@ -131,6 +131,7 @@ class Scorer:
     second: Array
     head: Array
     kappa: float
+    trust: tuple[float, float]
     shift: Array
     temperature_share: float
     far: Array
@@ -160,6 +161,7 @@ def scorer_of(policy: ResidualPolicy, layout: Layout) -> Scorer:
         second=np.ascontiguousarray(np.concatenate([net.hidden, net.bias_2[None]]).T),
         head=net.head,
         kappa=float(net.kappa[0]),
+        trust=(float(net.trust[0]), float(net.trust[1])),
         shift=shift[LOGS].copy(),
         temperature_share=spec.temperature_share,
         far=(np.abs(table - mean[:n]) >= limit[:n]).sum(axis=-1),

@@ -145,7 +145,9 @@ CANDIDATE_FEATURES = (
     Feature("kv_usage", "share, scraped", "identity"),
     Feature("cached_share", "share of the prompt expected to be cached", "identity"),
     Feature("surprise", "good answers to the task beyond expectation, per root of those judged lately", "identity"),
-    Feature("tier_surprise", "the same over all tasks", "identity"),
+    Feature("confidence", "n / (n + 10) of the n judged", "identity"),
+    Feature("tier_surprise", "the same surprise over all tasks", "identity"),
+    Feature("tier_confidence", "the same confidence over all tasks", "identity"),
     Feature("recent_errors", "share of recent calls", "identity"),
     Feature("similarity", "of the prompt and that of the stored answer", "identity"),
     Feature("ttft_to_slo", "ratio", "ln(x + 0.001)"),
@@ -161,10 +163,9 @@ CANDIDATE_FEATURES = (
     Feature("waiting", "requests, scraped", "ln(1 + x)"),
     Feature("telemetry_age_s", "s", "ln(1 + x)"),
     Feature("tried", "0/1", "ln(1 + x)"),
-    Feature("judged", "answers to the task that were judged lately", "ln(1 + x)"),
-    Feature("tier_judged", "the same over all tasks", "ln(1 + x)"),
 )
-_LOG_FROM, _LOG1P_FROM = 13, 19  # rows of the two groups of transforms above
+_LOG_FROM, _LOG1P_FROM = 15, 21  # rows of the two groups of transforms above
+TIER_CONFIDENCE = [feature.name for feature in CANDIDATE_FEATURES].index("tier_confidence")
 CONTEXT_FEATURES = (
     Feature("difficulty_signal", "standard deviations", "identity"),
     Feature("fleet_fill", "mean in flight per slot over legal replicas", "identity"),
@@ -234,16 +235,14 @@ def candidate_features(view: View, assessment: Assessment) -> Array:
     rows[6] = a.fill
     rows[7] = s[v.KV_USAGE]
     np.divide(s[v.CACHED_TOKENS], view.asked(v.PROMPT_TOKENS), out=rows[8], casting="same_kind")
-    rows[9:11] = s[v.SURPRISE : v.TIER_JUDGED : 2]
-    rows[11:13] = s[v.RECENT_ERRORS : v.SIMILARITY + 1]
+    rows[9:15] = s[v.SURPRISE : v.SIMILARITY + 1]
     slo_s = request[v.SLO_TTFT_S : v.SLO_TPOT_S + 1, ..., None]
-    np.divide(a.latency_s, slo_s, out=rows[13:15], casting="same_kind")
-    rows[15:17] = a.latency_s
-    rows[17:19] = s[v.RECENT_TTFT_S : v.RECENT_TPOT_S + 1]
+    np.divide(a.latency_s, slo_s, out=rows[15:17], casting="same_kind")
+    rows[17:19] = a.latency_s
+    rows[19:21] = s[v.RECENT_TTFT_S : v.RECENT_TPOT_S + 1]
     below_usd = np.maximum(a.best_usd - a.score_usd, _ZERO)
-    np.multiply(below_usd, np.asarray(10.0 * per_value), out=rows[19], casting="same_kind")
-    rows[20:26] = s[v.ENTRY_AGE_S : v.TRIED + 1]
-    rows[26:28] = s[v.JUDGED : v.TIER_JUDGED + 1 : 2]
+    np.multiply(below_usd, np.asarray(10.0 * per_value), out=rows[21], casting="same_kind")
+    rows[22:28] = s[v.ENTRY_AGE_S : v.TRIED + 1]
     logs = rows[_LOG_FROM:_LOG1P_FROM]
     logs += _SHIFT
     np.log(logs, out=logs)

@@ -24,6 +24,7 @@ RECENT_ANSWERS = 10.0  # answers that the moving means of latency look back (Lit
 RECENT_LENGTHS = 200.0  # answers of a class and task that the mean output length looks back
 RECENT_ARRIVALS = 50.0  # gaps between arrivals that the arrival rate looks back
 RECENT_JUDGED = 40.0  # judged answers of a model and task that surprise looks back
+HALF_CONFIDENT = 10.0  # judged answers at which confidence is a half
 RECENT_CALLS = 5.0  # calls that the share of errors looks back
 ERROR_HALF_LIFE_S = 10.0  # an error that nothing followed counts half after this; LiteLLM cools down for 5 s
 _ZERO, _HALF, _ONE = np.array(0.0), np.array(0.5), np.array(1.0)  # see `View.asked`

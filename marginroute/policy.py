@@ -5,10 +5,10 @@ The network scores each candidate with shared weights, so one set serves fleets 
     x_c = (f_c - mean) / std                             normalised candidate features, (C, F)
     y   = (g - mean) / std                               normalised context, (G,)
     h_c = relu(x_c W1 + y Wg + b1)
-    logit_c = kappa * advice_c + relu(h_c W2 + b2) . head
+    logit_c = kappa * advice_c + (trust_0 + trust_1 * tier_confidence_c) * relu(h_c W2 + b2) . head
 
 The normaliser is folded into W1, Wg and b1 before it runs. The head starts at zero in training, so that the untrained
-policy is the advice itself.
+policy is the advice itself. With trust (0, t) it stays the advice where nobody has judged an answer yet.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from marginroute import features
 from marginroute.decision import Decision, best_legal, explain
-from marginroute.features import FeatureSpec
+from marginroute.features import TIER_CONFIDENCE, FeatureSpec
 from marginroute.heuristics import Assessment, MarginRule
 from marginroute.quality import FittedQuality
 from marginroute.view import Array, Layout, View
@@ -50,7 +50,7 @@ class Policy(Protocol):
 
 
 _ZERO = np.zeros((), dtype=np.float32)  # see `View.asked`
-WEIGHT_NAMES = ("candidate", "context", "bias_1", "hidden", "bias_2", "head", "kappa")
+WEIGHT_NAMES = ("candidate", "context", "bias_1", "hidden", "bias_2", "head", "kappa", "trust")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +59,7 @@ class Network:
 
     Attributes:
         candidate: (F, H); context: (G, H); bias_1: (H,); hidden: (H, H); bias_2: (H,); head: (H,); kappa: (1,).
+        trust: (2,) in the correction, always and per `tier_confidence`.
     """
 
     candidate: Array
@@ -68,6 +69,7 @@ class Network:
     bias_2: Array
     head: Array
     kappa: Array
+    trust: Array
 
     def arrays(self) -> dict[str, Array]:
         """The weights by name."""
@@ -88,7 +90,9 @@ class Network:
         h = h @ self.hidden
         h += self.bias_2
         np.maximum(h, _ZERO, out=h)
-        return advice * self.kappa + h @ self.head
+        correction = h @ self.head
+        correction *= self.trust[0] + self.trust[1] * candidate[..., TIER_CONFIDENCE]
+        return advice * self.kappa + correction
 
 
 @dataclass(slots=True, eq=False)

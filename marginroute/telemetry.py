@@ -24,7 +24,7 @@ from marginroute.elsewhere import FRESH_S, Elsewhere
 from marginroute.expected_quality import ExpectedQuality
 from marginroute.facts import Trial
 from marginroute.feedback import QualityPosterior
-from marginroute.latency import RECENT_JUDGED, running_mean
+from marginroute.latency import HALF_CONFIDENT, RECENT_JUDGED, running_mean
 from marginroute.legal_mask import LegalMask
 from marginroute.names import index_of, places
 from marginroute.rate_limits import RateBook, RateLimit
@@ -194,9 +194,11 @@ class GatewayState:
     def _tell(self, tier: int) -> None:
         """Works out what the View says of a tier's judged answers."""
         mean, answers = self._surprise[:, tier]
-        self._told[:, 0, tier], self._told[:, 1, tier] = mean * np.sqrt(answers), answers
-        self._told[:, 2, tier] = (mean * answers).sum() / math.sqrt(max(answers.sum(), 1.0))
-        self._told[:, 3, tier] = answers.sum()
+        self._told[:, 0, tier] = mean * np.sqrt(answers)
+        self._told[:, 1, tier] = answers / (answers + HALF_CONFIDENT)
+        judged = float(answers.sum())
+        self._told[:, 2, tier] = (mean * answers).sum() / math.sqrt(max(judged, 1.0))
+        self._told[:, 3, tier] = judged / (judged + HALF_CONFIDENT)
 
     def settled(self, class_name: str | None, met: bool, value_usd: float) -> None:
         """A request met every SLO or did not (no answer: with a value of 0); its class's SLO window counts it."""
@@ -308,7 +310,7 @@ class GatewayState:
         """(S, C) what is known of the candidates; of the request only its task matters."""
         signals = self._counters.snapshot(now_s)
         if self._judged:
-            self._told[task].take(self._tier, 1, signals[v.SURPRISE : v.TIER_JUDGED + 1, : self._serving])
+            self._told[task].take(self._tier, 1, signals[v.SURPRISE : v.TIER_CONFIDENCE + 1, : self._serving])
         self._elsewhere.add_to(signals)
         age_s = np.subtract(now_s, self._scraped_at_s, out=signals[v.TELEMETRY_AGE_S])
         np.fmax(age_s, _ZERO, out=age_s)  # 0: there is nothing to scrape

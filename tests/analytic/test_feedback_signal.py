@@ -13,7 +13,7 @@ from marginroute import view as v
 from marginroute.quality import FittedQuality
 
 DELAY_S = 3.0
-TOLD = slice(v.SURPRISE, v.TIER_JUDGED + 1)  # surprise, judged, and both over all tasks
+TOLD = slice(v.SURPRISE, v.TIER_CONFIDENCE + 1)  # surprise, confidence, and both over all tasks
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def test_one_judgement_is_heard_after_its_delay_by_tier_and_task(env):
     told = shown(env, rows, [TWO_A, SHED, SHED, SHED], [1, 0, 0, 0])
     assert not told[:2].any()  # not yet
     for c in (TWO_A, TWO_B):
-        assert told[2, :, c] == pytest.approx([-0.5, 1.0, -0.5, 1.0])
-        assert told[3, :, c] == pytest.approx([0.0, 0.0, -0.5, 1.0])  # another task of the same model
+        assert told[2, :, c] == pytest.approx(2 * [-0.5, 1.0 / 11.0])
+        assert told[3, :, c] == pytest.approx([0.0, 0.0, -0.5, 1.0 / 11.0])  # another task of the same model
     assert not told[:, :, [ONE, API]].any()
 
 
@@ -47,7 +47,7 @@ def test_many_judgements_tend_to_the_true_surprise(env):
     n = 60
     rows = [{"arrived_at_s": 0.5 * i} for i in range(n)]
     told = shown(env, rows, [ONE] * n, [1] * n)
-    assert told[-1, :, ONE] == pytest.approx(2 * [0.5 * math.sqrt(latency.RECENT_JUDGED), latency.RECENT_JUDGED])
+    assert told[-1, :, ONE] == pytest.approx(2 * [0.5 * math.sqrt(latency.RECENT_JUDGED), 40.0 / 50.0])
     assert (np.diff(told[:, 0, ONE]) >= 0.0).all() and not told[:, :, API].any()
 
 
@@ -64,7 +64,7 @@ def test_surprise_is_what_differs_from_the_policys_own_fit(env):
         told = shown(env, rows, [ONE, SHED], [1, 0])
     finally:
         worlds.expect(None)
-    assert told[1, :, ONE] == pytest.approx([0.25, 1.0, 0.25, 1.0])
+    assert told[1, :, ONE] == pytest.approx(2 * [0.25, 1.0 / 11.0])
 
 
 def test_what_is_not_judged_is_not_heard_of(env):

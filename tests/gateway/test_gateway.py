@@ -294,8 +294,8 @@ def test_a_judged_answer_surprises_once(made):
     fitted = gateway._runtime.policy.quality
     expected = view.signals[v.P_GOOD_PRIOR, 0] if fitted is None else fitted.p_good(view)[0]
     assert gateway.judged("a", False) and not gateway.judged("a", False)
-    told = gateway.state.view(100).signals[v.SURPRISE : v.TIER_JUDGED + 1]
-    assert told[:, 0] == pytest.approx([-expected, 1.0, -expected, 1.0])
+    told = gateway.state.view(100).signals[v.SURPRISE : v.TIER_CONFIDENCE + 1]
+    assert told[:, 0] == pytest.approx(2 * [-expected, 1.0 / 11.0])
     assert not told[:, (layout.tier != tier) | (layout.kind > v.PROVIDER)].any()
     gateway.swap(small_bundle())
-    assert gateway.state.view(100).signals[v.SURPRISE : v.TIER_JUDGED + 1] == pytest.approx(told)
+    assert gateway.state.view(100).signals[v.SURPRISE : v.TIER_CONFIDENCE + 1] == pytest.approx(told)

@@ -110,7 +110,7 @@ def policies(layout, rng):
     margin = MarginRule("bid-price", MarginParameters(tuple(rng.uniform(0.0, 0.01, len(layout.station_names)))))
     spec = feature_spec(layout)
     f, g, h = spec.n_candidate, spec.n_context, 8
-    shapes = [(f, h), (g, h), (h,), (h, h), (h,), (h,), (1,)]
+    shapes = [(f, h), (g, h), (h,), (h, h), (h,), (h,), (1,), (2,)]
     network = Network(*(rng.normal(0.0, 5.0, shape).astype(np.float32) for shape in shapes))
     rules = [margin, small_bundle().fallback, Random("random"), RoundRobin("round-robin"), FixedTier("fixed", 0)]
     return [*rules, ResidualPolicy("learned", margin, spec, network)]

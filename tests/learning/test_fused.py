@@ -6,7 +6,7 @@ import torch
 
 from agents.fused import choose
 from agents.network import Scorer
-from marginroute.features import feature_spec, split
+from marginroute.features import TIER_CONFIDENCE, feature_spec, split
 
 B = 300  # several pieces, the last one not full
 
@@ -19,7 +19,8 @@ def plain(scorer, observation):
     y = (context - scorer.context_mean) / scorer.context_std
     state = torch.cat([(pooled - scorer.candidate_mean) / scorer.candidate_std, y], dim=-1)
     h = torch.relu(scorer.candidate(x) + scorer.context(y).unsqueeze(-2))
-    logits = scorer.kappa * advice + scorer.head(torch.relu(scorer.hidden(h))).squeeze(-1)
+    trust = scorer.trust[0] + scorer.trust[1] * candidate[..., TIER_CONFIDENCE]
+    logits = scorer.kappa * advice + trust * scorer.head(torch.relu(scorer.hidden(h))).squeeze(-1)
     logits = torch.where(legal > 0.5, logits, torch.full_like(logits, -1e9))
     return torch.log_softmax(logits, dim=-1), scorer.value(state).squeeze(-1)
 
@@ -34,6 +35,7 @@ def case(request, small_plant):
     rng = np.random.default_rng(seed)
     spec = spec.with_normaliser(rng.normal(0.3, 2.0, (50, 7, spec.n_candidate)), rng.normal(0, 1, (50, spec.n_context)))
     scorer = Scorer(spec, layout.n_candidates, width)
+    scorer.trust[:] = torch.tensor([0.4, 0.7])
     with torch.no_grad():
         for parameter in scorer.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)

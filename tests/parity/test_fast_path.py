@@ -91,7 +91,8 @@ def network_of(rng, layout, rule):
     )
     sizes = (f, WIDTH), (g, WIDTH), WIDTH, (WIDTH, WIDTH), WIDTH, WIDTH
     weights = (rng.normal(0.0, 0.4, size).astype(np.float32) for size in sizes)
-    return ResidualPolicy("residual", rule, spec, Network(*weights, np.array([rng.uniform(0.2, 1.5)], dtype="f4")))
+    kappa, trust = rng.uniform(0.2, 1.5, 1).astype(np.float32), rng.uniform(0.0, 1.0, 2).astype(np.float32)
+    return ResidualPolicy("residual", rule, spec, Network(*weights, kappa, trust))
 
 
 def view_of(rng, layout, static):
@@ -112,8 +113,7 @@ def view_of(rng, layout, static):
         rng.exponential(3000.0 * busy, (2, replicas))
     )
     s[[v.RECENT_TTFT_S, v.RECENT_TPOT_S], :serving] = rng.exponential(1.0, (2, serving)) * [[1.0], [0.03]]
-    s[v.SURPRISE : v.TIER_JUDGED + 1, :serving] = rng.normal(0.0, 3.0, (4, serving))
-    s[v.JUDGED : v.TIER_JUDGED + 1 : 2] = np.abs(s[v.JUDGED : v.TIER_JUDGED + 1 : 2])
+    s[v.SURPRISE : v.TIER_CONFIDENCE + 1, :serving] = rng.normal(0.0, 3.0, (4, serving))
     s[v.KV_USAGE, :replicas] = rng.random(replicas)
     s[v.RECENT_ERRORS, :serving] = rng.random(serving) * rng.choice([0.0, 1.0])
     s[v.TELEMETRY_AGE_S, :replicas] = rng.uniform(0.0, 5.0, replicas)

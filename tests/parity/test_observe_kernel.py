@@ -52,8 +52,9 @@ def scramble(worlds, rng):
     s[v.DECODING_TOKENS] = s[v.DECODING] * rng.integers(1, 4000, shape)
     s[v.RECENT_TTFT_S], s[v.RECENT_TPOT_S] = rng.exponential(1.0, shape), rng.exponential(0.02, shape)
     s[v.KV_USAGE], s[v.RECENT_ERRORS] = rng.random(shape), some(0.3, rng.random(shape))
-    s[v.SURPRISE : v.TIER_JUDGED + 1] = np.where(rng.random((4, *shape)) < 0.5, rng.normal(0.0, 4.0, (4, *shape)), 0.0)
-    s[v.JUDGED : v.TIER_JUDGED + 1 : 2] = np.abs(s[v.JUDGED : v.TIER_JUDGED + 1 : 2])
+    s[v.SURPRISE : v.TIER_CONFIDENCE + 1] = np.where(
+        rng.random((4, *shape)) < 0.5, rng.normal(0.0, 4.0, (4, *shape)), 0.0
+    )
     s[v.SIMILARITY], s[v.ENTRY_AGE_S] = rng.random(shape), some(0.5, rng.exponential(300.0, shape))
     s[v.HELD], s[v.WAITING] = some(0.4, rng.integers(0, 90, shape)), some(0.4, rng.integers(0, 90, shape))
     s[v.PENDING_PREFILL_TOKENS] = some(0.6, rng.integers(0, 60_000, shape))
