@@ -85,7 +85,8 @@ class TrainingConfig(Section):
     fitted: bool = Field(True, description="Advice with P(good) fitted on outcomes; false: with the public prior.")
     sees: Literal["answers", "all", "load"] = Field(
         "answers",
-        description="What the network corrects the advice by: what tells of answers, all, or all but judged answers.",
+        description="What the network corrects the advice by: what tells of answers (all, where none are judged), all, "
+        "or all but judged answers.",
     )
     signal: Literal["own", "ledger"] = Field(
         "own", description="Learn from a decision's own expected margin, or from the change of the ledger."

@@ -100,6 +100,11 @@ class Objective:
         self._crew = crew
         self._job = crew.job(start_objective, (plant.scenario, split, seeds)) if crew is not None else None
 
+    def each(self, rule: Rule) -> Array:
+        """(N,) margin per 1k first calls of a rule in each episode."""
+        self([rule])
+        return margins(self._worlds[1])
+
     def __call__(self, rules: list[Rule]) -> Array:
         """(L,) mean margin per 1k first calls of each rule."""
         if self._crew is not None and self._job is not None and len(rules) > 1:

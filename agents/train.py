@@ -298,6 +298,8 @@ def train(
     """
     torch.set_num_threads(1)
     set_random_seed(seed)
+    if config.sees == "answers" and plant.scenario.workload.feedback is None:
+        config = config.model_copy(update={"sees": "all"})
     spec, scale_usd = fit_normaliser(plant, advice, config)
     first = FIRST_TRAINING_SEED * (seed + 2)
     source = plant.scenario if config.randomise else middle(plant.scenario)

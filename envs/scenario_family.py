@@ -135,12 +135,9 @@ def stressed(scenario: Scenario) -> dict[str, Scenario]:
         outage = {"pool": largest, "index": 0, "starts_at_s": third_s, "duration_s": third_s}
         known = [event.model_dump(exclude_none=True) for event in fleet.faults]
         stresses[f"a replica of {largest} out"] = {"fleet.faults": [*known, outage]}
+    if scenario.drift:
+        stresses["no drift"] = {"drift": {}}
     for name in fleet.providers:
         course = {"provider": name, "starts_at_s": third_s, "price_times": [1.5], "latency_times": [2.0]}
-        stresses[f"{name} dear and slow"] = {"drift": _with_drift(scenario, course)}
+        stresses[f"{name} dear and slow, no other drift"] = {"drift": {"stress": course}}
     return {name: changed(scenario, values, "stress") for name, values in stresses.items()}
-
-
-def _with_drift(scenario: Scenario, course: dict[str, Any]) -> dict[str, Any]:
-    """The drifts of a scenario and one more, as plain data."""
-    return {**{name: drift.model_dump(exclude_none=True) for name, drift in scenario.drift.items()}, "stress": course}
