@@ -123,7 +123,7 @@ def changed(scenario: Scenario, values: Mapping[str, Any], section: str) -> Scen
 
 def stressed(scenario: Scenario) -> dict[str, Scenario]:
     """The scenario in trouble of common kinds, none of which is one of its held-out conditions, by a name in words."""
-    third_s, fleet = scenario.horizon_s / 3.0, scenario.fleet
+    fifth_s, fleet = scenario.horizon_s / 5.0, scenario.fleet
     stresses: dict[str, dict[str, Any]] = {
         "40 % less load": {"load_scale": 0.6 * scenario.load_scale},
         "40 % more load": {"load_scale": 1.4 * scenario.load_scale},
@@ -132,12 +132,12 @@ def stressed(scenario: Scenario) -> dict[str, Scenario]:
         stresses["four gateways"] = {"fleet.gateways": 4}
     if fleet.pools:
         largest = max(fleet.pools, key=lambda name: fleet.pools[name].replicas * fleet.pools[name].gpus_per_replica)
-        outage = {"pool": largest, "index": 0, "starts_at_s": third_s, "duration_s": third_s}
+        outage = {"pool": largest, "index": 0, "starts_at_s": fifth_s, "duration_s": 2.0 * fifth_s}
         known = [event.model_dump(exclude_none=True) for event in fleet.faults]
         stresses[f"a replica of {largest} out"] = {"fleet.faults": [*known, outage]}
     if scenario.drift:
         stresses["no drift"] = {"drift": {}}
     for name in fleet.providers:
-        course = {"provider": name, "starts_at_s": third_s, "price_times": [1.5], "latency_times": [2.0]}
+        course = {"provider": name, "starts_at_s": fifth_s, "price_times": [1.5], "latency_times": [2.0]}
         stresses[f"{name} dear and slow, no other drift"] = {"drift": {"stress": course}}
     return {name: changed(scenario, values, "stress") for name, values in stresses.items()}

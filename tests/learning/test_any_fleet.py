@@ -43,7 +43,7 @@ def specialists(replicas):
 def trained():
     """A network trained on two replicas per tier, as the numpy runtime runs it."""
     settings = {"n_envs": 16, "rollout_steps": 32, "minibatch": 256, "width": 16, "learning_rate": 0.005}
-    settings |= {"normaliser_episodes": 4, "temperature_share": 0.1, "steps": 20_480, "target_kl": None, "tau_s": 0.0}
+    settings |= {"normaliser_episodes": 4, "temperature_share": 0.1, "steps": 20_480, "target_kl": None, "sees": "all"}
     plant, config = specialists(2), load_training(None, settings)
     torch.set_num_threads(1)
     advice = default_advice(plant)

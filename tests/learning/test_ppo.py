@@ -138,7 +138,13 @@ def two_specialists(learnable):
 def trained(plant, steps, **training):
     """An advice and the policy that MarginPPO makes of it."""
     settings = {"n_envs": 16, "rollout_steps": 32, "minibatch": 256, "epochs": 4, "width": 16, "learning_rate": 0.01}
-    settings |= {"normaliser_episodes": 4, "temperature_share": 0.1, "steps": steps, "target_kl": None} | training
+    settings |= {
+        "normaliser_episodes": 4,
+        "temperature_share": 0.1,
+        "steps": steps,
+        "target_kl": None,
+        "sees": "all",
+    } | training
     config = load_training(None, settings)
     torch.set_num_threads(1)
     advice = default_advice(plant)

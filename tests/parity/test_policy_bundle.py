@@ -9,7 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
-from test_policy_runtime import random_scorer
+from scorers import random_scorer
 
 from agents.export import export
 from envs.vector_env import default_advice

@@ -3,26 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from scorers import random_scorer
 
 from agents.export import residual_policy, sample_observations, torch_logits
-from agents.train import fit_normaliser, make_model
-from envs.vector_env import FleetVecEnv, ObservedWorlds
+from envs.vector_env import ObservedWorlds
 from marginroute import features
 from marginroute.bundle import PARITY_TOLERANCE, parity_logits
 from marginroute.decision import best_legal
 from marginroute.heuristics import MarginParameters, MarginRule
-
-
-def random_scorer(plant, config, advice, seed):
-    """A policy object whose weights are as far from their start as training takes them, and its feature spec."""
-    spec, _ = fit_normaliser(plant, advice, config)
-    env = FleetVecEnv(plant, config.n_envs, advice=advice, spec=spec)
-    policy = make_model(env, config, spec, seed, tensorboard=None).policy
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in policy.scorer.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return policy, spec
 
 
 @pytest.fixture(scope="module")
