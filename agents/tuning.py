@@ -9,6 +9,7 @@ between restarts is published: a baseline whose restarts disagree is not tuned. 
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ AGREEMENT = 0.005  # restarts agree when their validation margins differ by less
 CHECKED_EPISODES = 16
 GENERATIONS, LEAST_EPISODES = 12, 4  # what CMA-ES needs of the first to get anywhere, and what tells rules apart
 SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 1.0)
+FIT_WORTHS = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, math.inf)  # judged answers
 REUSED_SHARE = 0.5  # of the stored answers found that are given while outcomes are logged
 CASCADE_TIERS = 3  # models in a cascade at most, as in FrugalGPT
 EXPLORED_SHARE = 0.2  # of decisions made at random while outcomes are logged for the fit of P(good)
@@ -311,6 +313,8 @@ def tune_margin_rules(
 ) -> dict[str, Tuned]:
     """Tunes *bid-price* and *bid-price-fitted*: what a training starts from, and the strongest opponents.
 
+    Where judged answers are heard of, *bid-price-adaptive* is the latter with a P(good) that moves with them.
+
     Args:
         plant: the scenario's constants.
         budget: what each may spend.
@@ -325,7 +329,20 @@ def tune_margin_rules(
         reused = log_reuse(plant, tuned["bid-price"].policy, range(1064, 1096))
         fitted = replace(fitted, reuse=fit_reuse(**reused, n_tasks=len(plant.layout.task_names)))
     tuned["bid-price-fitted"] = tuner.margin("bid-price-fitted", True, fitted)
+    if plant.scenario.workload.feedback is not None:
+        tuned["bid-price-adaptive"] = adaptive(tuned["bid-price-fitted"], tuner.objective, tuner.validation)
     return tuned
+
+
+def adaptive(fitted: Tuned, objective: Objective, validation: Objective) -> Tuned:
+    """A rule with fitted P(good) that moves with judged answers, by the best of `FIT_WORTHS`."""
+    rule = replace(fitted.policy, name="bid-price-adaptive")
+    assert isinstance(rule, MarginRule) and rule.quality is not None
+    qualities = [replace(rule.quality, fit_worth=worth) for worth in FIT_WORTHS]
+    rules: list[Rule] = [replace(rule, quality=x) for x in qualities]
+    best = rules[int(np.argmax([float(objective([x])[0]) for x in rules]))]
+    spent = fitted.requests + len(rules) * objective.requests
+    return Tuned(best, float(validation([best])[0]), fitted.spread_pct, spent, fitted.restarts_usd_per_1k)
 
 
 def tune_others(

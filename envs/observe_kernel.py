@@ -16,12 +16,13 @@ import numpy as np
 
 from envs.fleet.state import record_array
 from envs.kernels import kernel
-from marginroute import pricing
+from marginroute import pricing, quality
 from marginroute import view as v
 from marginroute.features import CLIP, MIN_LOGIT, FeatureSpec
 from marginroute.heuristics import MAX_FILL, NEVER_USD, MarginRule
 from marginroute.view import Array, Layout
 
+told_change = kernel(quality.told_change, inline="always")
 answer_usd = kernel(pricing.answer_usd, inline="always")
 refund_usd = kernel(pricing.refund_usd, inline="always")
 tokens_usd = kernel(pricing.tokens_usd, inline="always")
@@ -40,6 +41,7 @@ RULE = np.dtype(
         ("temperature_share", "f8"),
         ("fitted", "i8"),  # 1: P(good) is fitted, 0: the public prior
         ("fitted_reuse", "i8"),  # 1: that of a stored answer too
+        ("fit_worth", "f8"),  # judged answers that the fit is worth
         ("floors", "i8"),  # 1: multipliers of floors enter the score
         ("n_replicas", "i8"),
         ("n_classes", "i8"),
@@ -75,6 +77,7 @@ def rule_of(advice: MarginRule, layout: Layout, spec: FeatureSpec) -> Rule:
     if advice.quality is not None:
         reuse = advice.quality.reuse
         numbers["fitted"], numbers["fitted_reuse"] = 1, reuse is not None
+        numbers["fit_worth"] = advice.quality.fit_worth
         fitted = (*advice.quality.by_candidate(layout), fitted[3] if reuse is None else reuse)
     floor_usd = np.zeros((3, len(layout.class_names)))
     if parameters.multipliers is not None:
@@ -131,7 +134,11 @@ def _fitted(rule, s, q, w, c, task):
         logit += weight[3] * math.log1p(s[v.ENTRY_AGE_S, w, c] / 60.0)
     elif rule.length[c] != 0.0:
         logit += rule.length[c] * math.log(q[v.PROMPT_TOKENS, w] * 1e-3)
-    return 1.0 / (1.0 + math.exp(-logit))
+    p_good = 1.0 / (1.0 + math.exp(-logit))
+    if rule.numbers[0].fit_worth == math.inf:
+        return p_good
+    change = told_change(s[v.SURPRISE, w, c], s[v.CONFIDENCE, w, c], rule.numbers[0].fit_worth)
+    return min(max(p_good + change, 0.0), 1.0)
 
 
 @kernel(error_model="numpy", inline="always")

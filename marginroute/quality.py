@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from marginroute import view as v
+from marginroute.latency import HALF_CONFIDENT
 from marginroute.view import Array, Layout, View
 
 _CACHE_COLUMN = -3  # candidates end with cache, defer, shed
@@ -168,6 +169,12 @@ def expected_good(prior: float, intercept: float, slope: float, length: float, p
     return 1.0 / (1.0 + math.exp(-logit))
 
 
+def told_change(surprise: Any, confidence: Any, fit_worth: float) -> Any:
+    """Change of P(good) by judged answers, from the View's signals: s / (n + fit_worth)."""
+    judged = HALF_CONFIDENT * confidence / (1.0 - confidence)
+    return surprise * judged**0.5 / (judged + fit_worth)
+
+
 def reuse_columns(prior_logit: Array, similarity: Array, age_s: Array) -> Array:
     """(..., 4) what `FittedQuality.reuse` weighs of a stored answer."""
     columns = (np.ones_like(prior_logit), prior_logit, 10.0 * (1.0 - similarity), np.log1p(age_s / 60.0))
@@ -184,16 +191,21 @@ class FittedQuality:
 
         logit P = reuse[task] . (1, logit(prior), 10 (1 - similarity), ln(1 + age / 60 s))
 
+    An adaptive one moves with what it is told of a model: where n answers to the task were judged lately, and s more of
+    them were good than it expected, P moves by s / (n + fit_worth).
+
     Attributes:
         intercept, slope: (T, J).
         length: (T,).
         reuse: (J, 4), or None.
+        fit_worth: judged answers that the fit is worth; inf: it stays as it is.
     """
 
     intercept: Array
     slope: Array
     length: Array
     reuse: Array | None = None
+    fit_worth: float = math.inf
     _bound: tuple[Layout, tuple[Array, Array, Array]] | None = field(default=None, init=False, repr=False)
 
     def of_one(self, prior: float, tier: int, task: int, prompt_tokens: float) -> float:
@@ -214,6 +226,9 @@ class FittedQuality:
             columns = reuse_columns(prior_logit[..., _CACHE_COLUMN], *nearness)
             logit[..., _CACHE_COLUMN] = (self.reuse[task] * columns).sum(axis=-1)
         fitted: Array = 1.0 / (1.0 + np.exp(-logit))
+        if self.fit_worth != math.inf:
+            told = view.signals[v.SURPRISE : v.CONFIDENCE + 1]
+            fitted = np.clip(fitted + told_change(told[0], told[1], self.fit_worth), 0.0, 1.0)
         return fitted
 
     def by_candidate(self, layout: Layout) -> tuple[Array, Array, Array]:
@@ -227,14 +242,19 @@ class FittedQuality:
             return bound[1]
         return self._bound[1]
 
-    def to_dict(self) -> dict[str, list[object]]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain lists, for YAML and bundles."""
         plain = {name: getattr(self, name).tolist() for name in ("intercept", "slope", "length")}
-        return plain if self.reuse is None else plain | {"reuse": self.reuse.tolist()}
+        plain |= {} if self.reuse is None else {"reuse": self.reuse.tolist()}
+        return plain if self.fit_worth == math.inf else plain | {"fit_worth": self.fit_worth}
 
     @staticmethod
-    def from_dict(data: dict[str, list[object]]) -> FittedQuality:
+    def from_dict(data: dict[str, Any]) -> FittedQuality:
         """The inverse of `to_dict`."""
         arrays = {name: np.array(data[name], dtype=np.float64) for name in ("intercept", "slope", "length")}
         reuse = data.get("reuse")
-        return FittedQuality(**arrays, reuse=None if reuse is None else np.array(reuse, dtype=np.float64))
+        return FittedQuality(
+            **arrays,
+            reuse=None if reuse is None else np.array(reuse, dtype=np.float64),
+            fit_worth=float(data.get("fit_worth", math.inf)),
+        )

@@ -1,6 +1,7 @@
 """What judged answers do to the View's `surprise` and `judged`: when, for whom, how much, beyond which expectation."""
 
 import math
+from dataclasses import replace
 
 import by_hand
 import numpy as np
@@ -65,6 +66,20 @@ def test_surprise_is_what_differs_from_the_policys_own_fit(env):
     finally:
         worlds.expect(None)
     assert told[1, :, ONE] == pytest.approx(2 * [0.25, 1.0 / 11.0])
+
+
+def test_an_adaptive_fit_moves_by_what_surprised_it(env):
+    """Four bad answers of four expected to be half good: P falls from 0.5 by 2 of 4 + 8, and is never negative."""
+    tiers, tasks = len(env.worlds.plant.layout.tier_names), len(env.worlds.plant.layout.task_names)
+    rows = [{"arrived_at_s": 0.5 * i, "good": [0, 0, 0]} for i in range(4)] + [{"arrived_at_s": 9.0}]
+    episode = by_hand.workload(env.worlds.plant.scenario, *rows)
+    object.__setattr__(episode, "judged", np.ones(5, dtype=np.uint8))
+    view = Played(env, episode, [TWO_A] * 4 + [SHED]).views[-1]
+    fit = FittedQuality(np.zeros((tiers, tasks)), np.ones((tiers, tasks)), np.zeros(tiers))
+    moved = replace(fit, fit_worth=8.0).p_good(view) - fit.p_good(view)
+    assert moved[[TWO_A, TWO_B]] == pytest.approx(-2.0 / 12.0)
+    assert not moved[[ONE, API, SHED]].any()
+    assert replace(fit, fit_worth=1e-9).p_good(view)[TWO_A] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_what_is_not_judged_is_not_heard_of(env):

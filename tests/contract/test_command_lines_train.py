@@ -19,7 +19,7 @@ from agents.train import load_archive
 from envs.worlds import FleetWorlds
 from marginroute import bundle
 
-BID_PRICES = ("bid-price", "bid-price-fitted")
+BID_PRICES = ("bid-price", "bid-price-fitted", "bid-price-adaptive")
 
 
 def test_what_a_run_leaves(finished_run):

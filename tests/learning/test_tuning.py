@@ -12,7 +12,7 @@ from agents.objective import Objective
 from agents.quality import fit_quality
 from agents.rules_of_thumb import nothing_to_tune
 from agents.train import router_scenario
-from agents.tuning import Budget, cascades, tier_prices, tune_baselines, tune_others
+from agents.tuning import FIT_WORTHS, Budget, cascades, tier_prices, tune_baselines, tune_margin_rules, tune_others
 from envs.control_plant import ControlPlant
 from envs.scenario import load_scenario
 from envs.worlds import Plant
@@ -31,12 +31,26 @@ def test_every_named_baseline_is_tuned(tiny_plant, tiny_tuned):
     tuned, _ = tiny_tuned
     fixed = [f"fixed-{tier}" for tier in tiny_plant.layout.tier_names]
     shipped = {*REPLICA_RULES, *TIER_RULES, "shipped", "shipped-default"} - {"least-request"}
-    assert set(tuned) == {*fixed, *NAMES, *shipped, "bid-price-fitted"}
+    assert set(tuned) == {*fixed, *NAMES, *shipped, "bid-price-fitted", "bid-price-adaptive"}
     for name, found in tuned.items():
         assert found.policy.name == name and np.isfinite(found.validation_usd_per_1k)
     assert tuned["bid-price-fitted"].policy.quality is not None and tuned["bid-price"].policy.quality is None
     assert not any(tuned["expected-margin"].policy.parameters.station_usd_per_s)
     assert any(tuned["bid-price"].policy.parameters.station_usd_per_s)
+
+
+def test_an_adaptive_rule_is_the_fitted_one_with_the_best_weight(tiny_plant, tiny_tuned):
+    """Everything else is the fitted rule's, the objective prefers no other weight, and nobody adapts to silence."""
+    tuned, budget = tiny_tuned
+    fitted, adapted = tuned["bid-price-fitted"].policy, tuned["bid-price-adaptive"].policy
+    assert adapted.quality.fit_worth in FIT_WORTHS and fitted.quality.fit_worth == np.inf
+    assert replace(adapted, name=fitted.name, quality=fitted.quality) == fitted
+    objective = Objective(tiny_plant, "train", range(budget.episodes))
+    usd = [objective([replace(adapted, quality=replace(adapted.quality, fit_worth=x))])[0] for x in FIT_WORTHS]
+    assert adapted.quality.fit_worth == FIT_WORTHS[int(np.argmax(usd))]
+    assert from_dict(to_dict(adapted)).quality.fit_worth == adapted.quality.fit_worth
+    silent = Plant(load_scenario("quickstart", TINY | {"workload.feedback": None}))
+    assert "bid-price-adaptive" not in tune_margin_rules(silent, budget)
 
 
 def test_every_search_gets_the_same_budget(tiny_tuned):

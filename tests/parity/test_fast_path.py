@@ -74,7 +74,9 @@ def rule_of(rng, layout):
     )
     quality = None
     if rng.random() < 0.3:
-        quality = FittedQuality(rng.normal(0, 1, (3, 2)), rng.uniform(0.5, 1.5, (3, 2)), rng.normal(0, 1, 3))
+        worth = float(rng.choice([10.0, np.inf]))
+        numbers = rng.normal(0, 1, (3, 2)), rng.uniform(0.5, 1.5, (3, 2)), rng.normal(0, 1, 3)
+        quality = FittedQuality(*numbers, fit_worth=worth)
     return MarginRule("bid-price", parameters, quality)
 
 
@@ -114,6 +116,7 @@ def view_of(rng, layout, static):
     )
     s[[v.RECENT_TTFT_S, v.RECENT_TPOT_S], :serving] = rng.exponential(1.0, (2, serving)) * [[1.0], [0.03]]
     s[v.SURPRISE : v.TIER_CONFIDENCE + 1, :serving] = rng.normal(0.0, 3.0, (4, serving))
+    s[v.CONFIDENCE : v.TIER_CONFIDENCE + 1 : 2, :serving] = rng.uniform(0.0, 0.9, (2, serving))
     s[v.KV_USAGE, :replicas] = rng.random(replicas)
     s[v.RECENT_ERRORS, :serving] = rng.random(serving) * rng.choice([0.0, 1.0])
     s[v.TELEMETRY_AGE_S, :replicas] = rng.uniform(0.0, 5.0, replicas)

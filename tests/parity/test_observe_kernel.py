@@ -21,10 +21,10 @@ ROOT = Path(__file__).parents[2]
 WORLDS = 300
 
 
-def fitted(layout, rng):
+def fitted(layout, rng, **more):
     tiers, tasks = len(layout.tier_names), len(layout.task_names)
     intercept, slope = rng.normal(0.0, 1.0, (tiers, tasks)), rng.uniform(0.5, 1.5, (tiers, tasks))
-    return FittedQuality(intercept, slope, rng.normal(0.0, 1.0, tiers), rng.normal(0.0, 1.0, (tasks, 4)))
+    return FittedQuality(intercept, slope, rng.normal(0.0, 1.0, tiers), rng.normal(0.0, 1.0, (tasks, 4)), **more)
 
 
 def rule(layout, which):
@@ -34,9 +34,8 @@ def rule(layout, which):
         return MarginRule("expected-margin", MarginParameters((0.0,) * stations))
     prices = tuple(rng.uniform(0.0, 0.01, stations))
     floors = [tuple(rng.uniform(0.0, 0.01, len(layout.class_names))) for _ in range(3)] if which == "floors" else []
-    return MarginRule(
-        "fitted", MarginParameters(prices, 1.7, 1.3, 0.9, 2.5, 0.95, 0.3, 0.4, *floors), fitted(layout, rng)
-    )
+    quality = fitted(layout, rng, **({"fit_worth": 8.0} if which == "adaptive" else {}))
+    return MarginRule(which, MarginParameters(prices, 1.7, 1.3, 0.9, 2.5, 0.95, 0.3, 0.4, *floors), quality)
 
 
 def scramble(worlds, rng):
@@ -55,6 +54,7 @@ def scramble(worlds, rng):
     s[v.SURPRISE : v.TIER_CONFIDENCE + 1] = np.where(
         rng.random((4, *shape)) < 0.5, rng.normal(0.0, 4.0, (4, *shape)), 0.0
     )
+    s[v.CONFIDENCE], s[v.TIER_CONFIDENCE] = some(0.7, rng.uniform(0.0, 0.9, shape)), rng.uniform(0.0, 0.9, shape)
     s[v.SIMILARITY], s[v.ENTRY_AGE_S] = rng.random(shape), some(0.5, rng.exponential(300.0, shape))
     s[v.HELD], s[v.WAITING] = some(0.4, rng.integers(0, 90, shape)), some(0.4, rng.integers(0, 90, shape))
     s[v.PENDING_PREFILL_TOKENS] = some(0.6, rng.integers(0, 60_000, shape))
@@ -95,7 +95,7 @@ def check(worlds):
     return wanted
 
 
-@pytest.mark.parametrize("which", ["plain", "fitted", "floors"])
+@pytest.mark.parametrize("which", ["plain", "fitted", "adaptive", "floors"])
 def test_random_views(small_plant, which):
     layout = small_plant.layout
     worlds = ObservedWorlds(small_plant, WORLDS, rule(layout, which), None)
