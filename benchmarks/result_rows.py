@@ -20,7 +20,7 @@ from evaluation.report import PER_1K, shed_shares
 from evaluation.results import EpisodeResults
 from evaluation.statistics import holm, paired_estimate, sign_flip_p_value
 
-CHAIN = ("bid-price", "bid-price-fitted")
+CHAIN = ("bid-price", "bid-price-fitted", "bid-price-adaptive")
 HEADS = ("scenario, condition", "learned", "margin", "best heuristic", "gain", "95 %", "%", "p Holm", "by seed")
 MORE_HEADS = ("over shipped", "%", "SLO", "good", "lost")
 
@@ -106,15 +106,15 @@ def markdown(found: Sequence[Mapping[str, Any]], commit: str, command: str) -> s
         "",
         "## What the margin comes from",
         "",
-        "| scenario | bid price | fitted | exported |",
-        "| --- | ---: | ---: | ---: |",
+        "| scenario | bid price | fitted | adaptive | exported |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for row in found:
         if row["condition"] == ITSELF:
             chain = [
                 f"{row['chain_usd_per_1k'][name]:.3f}" if name in row["chain_usd_per_1k"] else "-" for name in CHAIN
             ]
-            lines.append(f"| {row['scenario']} | {chain[0]} | {chain[1]} | {row['margin_usd_per_1k']:.3f} |")
+            lines.append(f"| {row['scenario']} | {' | '.join(chain)} | {row['margin_usd_per_1k']:.3f} |")
     return "\n".join(lines) + "\n"
 
 
