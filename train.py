@@ -334,7 +334,7 @@ def router_stage(
     crew: Crew | None,
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Trains the router: the policy that was best on validation, its feature spec, and the gate's verdict."""
-    from agents.train import Parity, train
+    from agents.train import Parity, choose_strength, train
     from evaluation.gate import gate
     from evaluation.progress import progress_bar
 
@@ -354,6 +354,8 @@ def router_stage(
             parity=parity,
             crew=crew,
         )
+    with progress_bar("strength of the correction (validation episodes)") as progress:
+        choose_strength(plant, policy, advice, spec, config, run, progress)
     with progress_bar("gate (validation episodes)") as progress:
         return policy, spec, gate(plant.scenario, policy, advice, spec, config, progress, floors)
 

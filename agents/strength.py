@@ -8,6 +8,7 @@ The gain grows ever more slowly with the strength, and what false alarms cost gr
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,8 @@ from envs.worlds import Plant
 from marginroute.policy import ResidualPolicy
 from marginroute.view import Array
 
+Progress = Callable[[int, int], None]
+
 STRENGTHS = (1.0, 0.75, 0.5, 0.35, 0.25)
 NORMAL_95 = 1.96  # standard errors to the end of a 95 % interval
 
@@ -29,20 +32,28 @@ def scaled(policy: ResidualPolicy, strength: float) -> ResidualPolicy:
     return replace(policy, network=replace(policy.network, trust=trust))
 
 
-def best_strength(scenario: Scenario, policy: ResidualPolicy, episodes: int) -> tuple[float, dict[str, list[float]]]:
+def best_strength(
+    scenario: Scenario, policy: ResidualPolicy, episodes: int, progress: Progress = lambda *_: None
+) -> tuple[float, dict[str, list[float]]]:
     """One of `STRENGTHS`: that whose gain, over all episodes played, has the highest lower end of its 95 % interval.
 
     Args:
         scenario: of the router.
         policy: at full strength.
         episodes: validation episodes of the scenario; a stress has `STRESS_SHARE` of them.
+        progress: called with (played, in all).
 
     Returns:
         It, and the mean gains in USD per 1k first calls in the order of `STRENGTHS`, by the name of the world.
     """
     worlds = {"as it is": (scenario, episodes)}
     worlds |= {name: (world, max(int(STRESS_SHARE * episodes), 1)) for name, world in stressed(scenario).items()}
-    found = {name: _gains(world, policy, n) for name, (world, n) in worlds.items()}
+    found, played, total = {}, 0, sum(n for _, n in worlds.values())
+    for name, (world, n) in worlds.items():
+        progress(played, total)
+        found[name] = _gains(world, policy, n)
+        played += n
+    progress(played, total)
     every = np.concatenate(list(found.values()), axis=1)
     surely = every.mean(axis=1) - NORMAL_95 * every.std(axis=1) / math.sqrt(every.shape[1])
     return STRENGTHS[int(surely.argmax())], {name: gains.mean(axis=1).tolist() for name, gains in found.items()}

@@ -285,7 +285,7 @@ def train(
     parity: Parity | None = None,
     crew: Crew | None = None,
 ) -> tuple[ScorerPolicy, FeatureSpec]:
-    """Trains and returns the policy that was best on validation, at its best strength, with its feature spec.
+    """Trains and returns the policy that was best on validation, at full strength, with its feature spec.
 
     A crew plays the rollouts, with the same numbers as this process alone would.
 
@@ -323,14 +323,28 @@ def train(
             save_archive(model, run.folder / "checkpoints" / f"step_{model.num_timesteps:010d}.zip")
     best = load_archive(run.policy_path, None)
     assert isinstance(best.policy, ScorerPolicy)
-    spec = FeatureSpec.from_dict(best.policy_kwargs["spec"])
-    best.policy.scorer.follow(1.0)
-    full = residual_policy(best.policy, advice, spec)
-    strength, gains = best_strength(plant.scenario, full, config.validation_episodes)
-    best.policy.scorer.follow(strength)
+    return best.policy, FeatureSpec.from_dict(best.policy_kwargs["spec"])
+
+
+def choose_strength(
+    plant: Plant,
+    policy: ScorerPolicy,
+    advice: MarginRule,
+    spec: FeatureSpec,
+    config: TrainingConfig,
+    run: Run,
+    progress: Progress = lambda *_: None,
+) -> None:
+    """Has a trained policy follow its correction as far as validation bears out, in the run's archive, too."""
+    policy.scorer.follow(1.0)
+    full = residual_policy(policy, advice, spec)
+    strength, gains = best_strength(plant.scenario, full, config.validation_episodes, progress)
+    best = load_archive(run.policy_path, None)
+    assert isinstance(best.policy, ScorerPolicy)
+    for followed in (policy, best.policy):
+        followed.scorer.follow(strength)
     save_archive(best, run.policy_path)
     run.update(strength={"chosen": strength, "of": STRENGTHS, "gain_usd_per_1k": gains})
-    return best.policy, spec
 
 
 def load_archive(path: Path, env: FleetVecEnv | None) -> MarginPPO:

@@ -12,7 +12,7 @@ from agents import baselines
 from agents.config import load_training
 from agents.export import residual_policy
 from agents.run import Run
-from agents.train import train
+from agents.train import choose_strength, train
 from benchmarks.ablations import FIRST_SEED
 from envs.scenario import Scenario
 from envs.worlds import Plant
@@ -47,6 +47,7 @@ def row(
     opponent = baselines.advice_and_fallback(tuned)[0]
     advice = baselines.advice_and_fallback(tuned, config.fitted)[0]
     policy, spec = train(plant, advice, config, run, seed)
+    choose_strength(plant, policy, advice, spec, config, run)
     learned = residual_policy(policy, advice, spec)
     results = evaluate_policies(
         scenario, {"learned": learned, "opponent": opponent}, episodes, split="validation", first_seed=FIRST_SEED
