@@ -225,8 +225,8 @@ def search(
         found = optimize(plant, advice, config, run, seed, trials, progress, workers)
     run.update(status="searched", found=found)
     print(
-        f"best of {trials} trainings: {found['gain_usd_per_1k']:+.4f} USD per 1k over {advice.name} on validation, "
-        f"settings as they are {found['as_it_is_usd_per_1k']:+.4f}; train with it on other seeds:"
+        f"best of {trials} trainings: {found['gain_usd_per_1k']:+z.4f} USD per 1k over {advice.name} on validation, "
+        f"settings as they are {found['as_it_is_usd_per_1k']:+z.4f}; train with it on other seeds:"
     )
     words = [f"training.{key}={value}" for key, value in found["settings"].items()]
     print(shlex.join(["python", "train.py", *scenario_words(run), "--set", *overrides(run), *words]))
@@ -390,11 +390,11 @@ def controller_line(controller: dict[str, Any]) -> str:
     verdict, rule = controller["gate"], controller["rule"]
     if "vs" not in verdict:
         return f"controller: {rule} (learned: none; not trained)"
-    interval = "none" if verdict["ci95"] is None else "[{:+.4f}, {:+.4f}]".format(*verdict["ci95"])
+    interval = "none" if verdict["ci95"] is None else "[{:+z.4f}, {:+z.4f}]".format(*verdict["ci95"])
     exported = "the learned controller" if verdict["learned"] else f"{rule} (learned: none)"
     why = f"; refused: {'; '.join(verdict['refused'])}" if verdict["refused"] else ""
     return (
-        f"controller gate: learned minus {rule} = {verdict['delta_usd_per_1k']:+.4f} USD per 1k requests of "
+        f"controller gate: learned minus {rule} = {verdict['delta_usd_per_1k']:+z.4f} USD per 1k requests of "
         f"{verdict['episodes']} validation days on the engine, 95 % {interval}; exported: {exported}{why}"
     )
 
@@ -415,7 +415,7 @@ def parity_line(info: dict[str, Any]) -> str:
 
 def verdict_line(verdict: dict[str, Any], advice: str) -> str:
     """What the gate found, in one line."""
-    interval = "none" if verdict["ci95"] is None else "[{:+.4f}, {:+.4f}]".format(*verdict["ci95"])
+    interval = "none" if verdict["ci95"] is None else "[{:+z.4f}, {:+z.4f}]".format(*verdict["ci95"])
     exported = "the learned policy" if verdict["learned"] else f"{advice} (learned: none)"
     floors = "".join(
         f"; {key} {x['learned']:.4f} (heuristic {x['heuristic']:.4f}, floor {x['limit']:g})"
@@ -423,7 +423,7 @@ def verdict_line(verdict: dict[str, Any], advice: str) -> str:
     )
     why = f"; refused: {'; '.join(verdict['refused'])}" if verdict["refused"] else ""
     return (
-        f"gate: learned minus {advice} = {verdict['delta_usd_per_1k']:+.4f} USD per 1k validation requests, 95 % "
+        f"gate: learned minus {advice} = {verdict['delta_usd_per_1k']:+z.4f} USD per 1k validation requests, 95 % "
         f"{interval} of {verdict['observations']} observations{floors}; exported: {exported}{why}"
     )
 

@@ -126,16 +126,16 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{sum(row['exported'])} of {len(row['exported'])}",
         f"{row['margin_usd_per_1k']:.2f}",
         row["best_heuristic"],
-        f"{gain['usd_per_1k']:+.3f}",
-        "[{:+.3f}, {:+.3f}]".format(*gain["ci95"]),
+        f"{gain['usd_per_1k']:+z.3f}",
+        "[{:+z.3f}, {:+z.3f}]".format(*gain["ci95"]),
         _pct(gain["pct"]),
         "<.001" if gain["p_holm"] < 0.001 else f"{gain['p_holm']:.3f}",
-        ", ".join(f"{x:+.3f}" for x in row["gain_by_seed"]),
-        "-" if shipped is None else f"{shipped['usd_per_1k']:+.2f}",
+        ", ".join(f"{x:+z.3f}" for x in row["gain_by_seed"]),
+        "-" if shipped is None else f"{shipped['usd_per_1k']:+z.2f}",
         "-" if shipped is None else _pct(shipped["pct"]),
-        *(f"{change[key]:+.1f}" for key in ("slo", "good", "lost")),
+        *(f"{change[key]:+z.1f}" for key in ("slo", "good", "lost")),
     ]
 
 
 def _pct(x: float | None) -> str:
-    return "-" if x is None else f"{x:+.1f}"
+    return "-" if x is None else f"{x:+z.1f}"

@@ -182,11 +182,11 @@ def _outside(stations: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], int]
             for quantile, tolerance in TOLERANCE_PCT.items():
                 error_pct = found[metric][quantile]["error_pct"]
                 if error_pct is None or abs(error_pct) > tolerance:
-                    size = "infinitely" if error_pct is None else f"{error_pct:+.0f} %"
+                    size = "infinitely" if error_pct is None else f"{error_pct:+z.0f} %"
                     words = f"{name}: {quantile.upper()} of {metric} is {size} off (tolerance {tolerance:.0f} %)"
                     outside.append(words)
         difference = found["errors"]["predicted"] - found["errors"]["logged"]
         if found["requests"] >= FEWEST and abs(difference) > ERROR_TOLERANCE:
-            points = f"{100.0 * difference:+.1f} points (tolerance {100.0 * ERROR_TOLERANCE:.0f})"
+            points = f"{100.0 * difference:+z.1f} points (tolerance {100.0 * ERROR_TOLERANCE:.0f})"
             outside.append(f"{name}: share of errors is off by {points}")
     return outside, judged

@@ -80,7 +80,7 @@ def backtest_page(document: Mapping[str, Any], command: str) -> str:
 def _cells(compared: Mapping[str, Any], scale: float) -> list[str]:
     off = compared["error_pct"]
     figures = [f"{scale * compared[key]:.4g}" for key in ("logged", "predicted")]
-    return [*figures, "-" if off is None else f"{off:+.1f}"]
+    return [*figures, "-" if off is None else f"{off:+z.1f}"]
 
 
 def _figure(document: Mapping[str, Any]) -> Any:

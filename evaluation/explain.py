@@ -134,10 +134,10 @@ def print_explanation(explanation: Explanation, number: int, seed: int) -> None:
             _figure(row.ttft_s, 2),
             _figure(row.tpot_s, 4),
             _figure(row.probability, 3),
-            "" if row.name == decision.name else f"{row.counterfactual_usd:+.5f}",
+            "" if row.name == decision.name else f"{row.counterfactual_usd:+z.5f}",
         )
     console.print(table)
-    parts = ", ".join(f"{name} {usd:+.5f}" for name, usd in decision.reason_usd.items() if usd)
+    parts = ", ".join(f"{name} {usd:+z.5f}" for name, usd in decision.reason_usd.items() if usd)
     if parts:
         console.print(f"\nExpected USD of the choice by part: {parts}", markup=False)
     console.print(

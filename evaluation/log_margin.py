@@ -117,7 +117,7 @@ def print_margin(found: Mapping[str, Any]) -> None:
         shown.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
     for name, row in found["classes"].items():
         shares = (f"{100.0 * row[key]:.1f} %" for key in ("answered", "slo"))
-        shown.add_row(name, f"{row['requests']:,}", *shares, *(f"{row[part]:.2f}" for part in PARTS))
+        shown.add_row(name, f"{row['requests']:,}", *shares, *(f"{row[part]:z.2f}" for part in PARTS))
     console.print(shown)
     console.print(f"\n{whole(found)}\n", markup=False)
 
@@ -128,7 +128,7 @@ def whole(found: Mapping[str, Any]) -> str:
     usd_per_hour = sum(row["requests"] * row["margin"] / 1e3 for row in found["classes"].values()) / hours
     gpu = found["gpu_usd_per_hour"]
     return (
-        f"Contribution margin {usd_per_hour:.2f} USD per hour, GPU-hours {gpu:.2f}, net {usd_per_hour - gpu:.2f}."
+        f"Contribution margin {usd_per_hour:z.2f} USD per hour, GPU-hours {gpu:z.2f}, net {usd_per_hour - gpu:z.2f}."
         f" Refunds rest on feedback for {100.0 * found['labelled']:.0f} % of the answers, on P(good) of model and task"
         " elsewhere."
     )

@@ -94,8 +94,8 @@ def judged_line(judged: dict[str, Any]) -> str:
     usd = judged["usd_per_1k_decisions"]
     gain, logged = usd["gain"], usd["logged"]
     return (
-        f"off-policy on the log's last {1 - FIT_SHARE:.0%}: gain {gain['mean']:+.3f} [{gain['low']:+.3f}, "
-        f"{gain['high']:+.3f}] over {logged['mean']:.3f} USD per 1k decisions; {overlap_words(judged)}"
+        f"off-policy on the log's last {1 - FIT_SHARE:.0%}: gain {gain['mean']:+z.3f} [{gain['low']:+z.3f}, "
+        f"{gain['high']:+z.3f}] over {logged['mean']:.3f} USD per 1k decisions; {overlap_words(judged)}"
     )
 
 

@@ -69,8 +69,8 @@ def headline(report: Report, shown: str) -> str:
         sure = "more than chance" if paired.delta_usd_per_1k.excludes_zero else "no more than chance may explain"
         words.append(
             f"Against {paired.vs}, the best {'tuned ' * report.tuned}heuristic, on the same requests, that is"
-            f" {_usd(paired.delta_usd_per_1k, '+')} per 1,000 requests ({paired.delta_pct:+.1f} % of contribution"
-            f" margin), {paired.net_usd_per_1k:+.2f} net of what deciding costs: {sure} (p = {paired.p_holm:.3f})."
+            f" {_usd(paired.delta_usd_per_1k, '+')} per 1,000 requests ({paired.delta_pct:+z.1f} % of contribution"
+            f" margin), {paired.net_usd_per_1k:+z.2f} net of what deciding costs: {sure} (p = {paired.p_holm:.3f})."
         )
     control = report.results.get(MATCHED_COST)
     if control is not None and shown not in CONTROLS:
@@ -191,10 +191,10 @@ def _swaps(data: PageData) -> str:
 
 
 def _usd(estimate: Estimate, sign: str = "", digits: int = 2) -> str:
-    shown = f"{estimate.mean:{sign},.{digits}f}"
+    shown = f"{estimate.mean:{sign}z,.{digits}f}"
     if math.isnan(estimate.low):
         return f"USD {shown}"
-    return f"USD {shown} [{estimate.low:{sign},.{digits}f}, {estimate.high:{sign},.{digits}f}]"
+    return f"USD {shown} [{estimate.low:{sign}z,.{digits}f}, {estimate.high:{sign}z,.{digits}f}]"
 
 
 def _by_class(shares: Floats) -> str:

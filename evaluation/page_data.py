@@ -188,7 +188,7 @@ def find_swaps(plant: Plant, policy: Policy, reference: Policy, name: str, other
         d, request = int(drawn[k]), found.view.request[:, drawn[k]]
         words = (
             f"{layout.class_names[int(request[v.CLASS_INDEX])]}, {layout.task_names[int(request[v.TASK_INDEX])]}, "
-            f"{int(request[v.PROMPT_TOKENS]):,} tokens, difficulty {request[v.DIFFICULTY_SIGNAL]:+.1f}"
+            f"{int(request[v.PROMPT_TOKENS]):,} tokens, difficulty {request[v.DIFFICULTY_SIGNAL]:+z.1f}"
         )
         names = layout.names[found.choice[d]], layout.names[found.other[d]]
         top.append(Swap(int(found.decision[d]), words, *names, float(worth[k])))

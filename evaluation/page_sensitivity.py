@@ -43,7 +43,7 @@ def break_even_section(bars: Sequence[Bar]) -> str:
     rows = []
     for bar in bars:
         ends = [
-            f"{x.mean:+.2f} [{x.low:+.2f}, {x.high:+.2f}] at x{f:.3g}"
+            f"{x.mean:+z.2f} [{x.low:+z.2f}, {x.high:+z.2f}] at x{f:.3g}"
             for f in (bar.low, bar.high)
             for x in [bar.gains[f]]
         ]

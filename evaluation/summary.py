@@ -159,8 +159,8 @@ def pooled_words(rows: Sequence[Row]) -> str:
     if pooled is None:
         return "No contribution margin to pool gains by."
     return (
-        f"Pooled gain (interquartile mean over the episodes of all rows): {pooled.mean:+.2f} % of contribution margin"
-        f" [{pooled.low:+.2f}, {pooled.high:+.2f}]."
+        f"Pooled gain (interquartile mean over the episodes of all rows): {pooled.mean:+z.2f} % of contribution margin"
+        f" [{pooled.low:+z.2f}, {pooled.high:+z.2f}]."
     )
 
 
@@ -193,12 +193,12 @@ def _named(row: Row) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    interval = "-" if math.isnan(row.gain.low) else f"[{row.gain.low:+.2f}, {row.gain.high:+.2f}]"
+    interval = "-" if math.isnan(row.gain.low) else f"[{row.gain.low:+z.2f}, {row.gain.high:+z.2f}]"
     p = "<.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}"
     closed = "-" if row.gap_closed is None else f"{100.0 * row.gap_closed:.0f} %"
-    figures = [f"{row.margin.mean:.2f}", f"{row.gain.mean:+.2f}", interval]
+    figures = [f"{row.margin.mean:z.2f}", f"{row.gain.mean:+z.2f}", interval]
     shares = [f"{x:.1f}" for x in (row.slo_pct, row.good_pct, row.lost_pct)]
-    return [row.policy, row.reference, *figures, "-" if math.isnan(row.pct) else f"{row.pct:+.1f}", p, closed, *shares]
+    return [row.policy, row.reference, *figures, "-" if math.isnan(row.pct) else f"{row.pct:+z.1f}", p, closed, *shares]
 
 
 def _estimate(x: Estimate) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def _note(report: Report, first: EpisodeResults) -> str:
     if report.bounds is not None:
         clairvoyant, same = report.bounds_usd_per_1k.values()
         note = (
-            f"{note}. Upper bounds of the margin: {clairvoyant:.2f} with all knowledge, {same:.2f} on average without"
+            f"{note}. Upper bounds of the margin: {clairvoyant:z.2f} with all knowledge, {same:z.2f} on average without"
             " that of the outcomes; of bound: of the first, both before GPU-hours that are paid in any case; gap"
             " closed: of the way from * to the second"
         )
@@ -178,7 +178,7 @@ def _bound_cells(report: Report, name: str) -> list[str]:
     share, closed = report.share_of_bound(name), report.gap_closed(name)
     return [
         "-" if share is None else f"{100.0 * share.mean:.1f} %",
-        "-" if closed is None else f"{100.0 * closed:.0f} %",
+        "-" if closed is None else f"{100.0 * closed:z.0f} %",
     ]
 
 
@@ -186,7 +186,7 @@ def _paired_cells(paired: Paired | None, digits: int) -> list[str]:
     """Delta, interval, per cent of contribution margin and adjusted p-value; blanks for the reference itself."""
     if paired is None:
         return [""] * 4
-    pct = "-" if math.isnan(paired.delta_pct) else f"{paired.delta_pct:+.1f}"
+    pct = "-" if math.isnan(paired.delta_pct) else f"{paired.delta_pct:+z.1f}"
     p = "<.001" if paired.p_holm < 0.001 else f"{paired.p_holm:.3f}"
     return [*_with_interval(paired.delta_usd_per_1k, digits, "+"), pct, p]
 
@@ -249,7 +249,7 @@ def _workflow_groups(report: Report) -> list[Group]:
 
 def _usd(usd: float, digits: int, sign: str = "") -> str:
     """Thousands separated, never minus zero."""
-    return f"{round(usd, digits) + 0.0:{sign},.{digits}f}"
+    return f"{usd:{sign}z,.{digits}f}"
 
 
 def _with_interval(estimate: Estimate, digits: int, sign: str) -> list[str]:

@@ -5,7 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from agents.config import load_training
 from envs.scenario import load_scenario
+from envs.scenario_family import stressed
+from evaluation import gate as gates
 from evaluation.gate import paired_by_blocks
 from evaluation.protocol import evaluate_policies
 from marginroute.heuristics import LeastInFlight, Random
@@ -53,3 +56,28 @@ def test_one_block_allows_no_interval(traced):
     )
     estimate, observations = paired_by_blocks(traced, ours, theirs)
     assert observations == 1 and np.isnan(estimate.low)
+
+
+@pytest.mark.parametrize(("loses_under", "learned"), [(None, True), ("40 % more load", False), ("no drift", False)])
+def test_a_loss_under_one_stress_is_refused(small_scenario, monkeypatch, loses_under, learned):
+    """A policy that earns a cent more per request, but under one stress a cent less; a loss in the noise is none."""
+    advice, ours = LeastInFlight("advice"), LeastInFlight("learned")
+    lost = stressed(small_scenario)[loses_under].hash if loses_under else ""
+    noise = np.random.default_rng(0)
+
+    def play(scenario, policies, episodes, **_):
+        found = evaluate_policies(scenario, {"advice": advice}, episodes, split="validation", workers=1)["advice"]
+        gain_usd = np.zeros_like(found.ledger_usd)
+        gain_usd[:, 0, 0] = (-0.01 if scenario.hash == lost else 0.01) * found.first_calls
+        gain_usd[:, 0, 0] *= noise.uniform(0.5, 1.5, len(gain_usd))
+        return {"learned": dataclasses.replace(found, ledger_usd=found.ledger_usd + gain_usd), "advice": found}
+
+    monkeypatch.setattr(gates, "evaluate_policies", play)
+    monkeypatch.setattr("agents.export.residual_policy", lambda *_: ours)
+    config = load_training(None, {"gate_episodes": 16})
+    verdict = gates.gate(small_scenario, None, advice, None, config)
+    assert verdict["learned"] == learned
+    assert set(verdict["stress"]) == set(stressed(small_scenario))
+    assert verdict["refused"] == ([] if learned else [verdict["refused"][0]])
+    assert learned or verdict["refused"][0].endswith(f"under stress: {loses_under}")
+    assert verdict["delta_usd_per_1k"] == pytest.approx(10.0, rel=0.2)
