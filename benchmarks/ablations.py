@@ -87,7 +87,7 @@ def table(found: Mapping[str, list[Mapping[str, Any]]]) -> str:
     head = ["ingredient", "what changes", *(f"gain, seed {result['seed']}" for result in next(iter(found.values())))]
     lines = [head, ["---"] * (2 + seeds)]
     for name, results in found.items():
-        gains = ["{delta_usd_per_1k:+.3f} [{ci95[0]:+.3f}, {ci95[1]:+.3f}]".format(**result) for result in results]
+        gains = ["{delta_usd_per_1k:+z.3f} [{ci95[0]:+z.3f}, {ci95[1]:+z.3f}]".format(**result) for result in results]
         lines.append([name, ROWS[name][0], *gains])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
