@@ -17,7 +17,7 @@ from envs.scenario_files import SECTIONS
 from envs.scenario_fleet import FleetSection
 from envs.scenario_plans import PlansSection
 from envs.scenario_workload import WorkloadSection
-from marginroute.whole_file import replacing
+from marginroute.whole_file import write_whole
 
 MODELS = {
     "scenario": Scenario,
@@ -48,7 +48,6 @@ def run(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.out
     folder.mkdir(parents=True, exist_ok=True)
     for name, schema in schemas().items():
-        with replacing(folder / f"{name}.json") as partial:
-            partial.write_text(json.dumps(schema, indent=1, ensure_ascii=False) + "\n")
+        write_whole(folder / f"{name}.json", json.dumps(schema, indent=1, ensure_ascii=False) + "\n")
     print(f"{folder}: {', '.join(f'{name}.json' for name in MODELS)}")
     return 0

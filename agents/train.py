@@ -323,6 +323,7 @@ def train(
             save_archive(model, run.folder / "checkpoints" / f"step_{model.num_timesteps:010d}.zip")
     best = load_archive(run.policy_path, None)
     assert isinstance(best.policy, ScorerPolicy)
+    best.policy.scorer.follow(1.0)  # a run that is resumed may have chosen another already
     return best.policy, FeatureSpec.from_dict(best.policy_kwargs["spec"])
 
 
@@ -335,8 +336,7 @@ def choose_strength(
     run: Run,
     progress: Progress = lambda *_: None,
 ) -> None:
-    """Has a trained policy follow its correction as far as validation bears out, in the run's archive, too."""
-    policy.scorer.follow(1.0)
+    """Has a policy at full strength follow its correction as far as validation bears out, in the archive, too."""
     full = residual_policy(policy, advice, spec)
     strength, gains = best_strength(plant.scenario, full, config.validation_episodes, progress)
     best = load_archive(run.policy_path, None)

@@ -338,11 +338,10 @@ def adaptive(fitted: Tuned, objective: Objective, validation: Objective) -> Tune
     """A rule with fitted P(good) that moves with judged answers, by the best of `FIT_WORTHS`."""
     rule = replace(fitted.policy, name="bid-price-adaptive")
     assert isinstance(rule, MarginRule) and rule.quality is not None
-    qualities = [replace(rule.quality, fit_worth=worth) for worth in FIT_WORTHS]
-    rules: list[Rule] = [replace(rule, quality=x) for x in qualities]
-    best = rules[int(np.argmax([float(objective([x])[0]) for x in rules]))]
-    spent = fitted.requests + len(rules) * objective.requests
-    return Tuned(best, float(validation([best])[0]), fitted.spread_pct, spent, fitted.restarts_usd_per_1k)
+    rules: list[Rule] = [replace(rule, quality=replace(rule.quality, fit_worth=worth)) for worth in FIT_WORTHS]
+    best = _best_of(rules, objective, validation)
+    spent, restarts = fitted.requests + best.requests, fitted.restarts_usd_per_1k
+    return replace(best, spread_pct=fitted.spread_pct, requests=spent, restarts_usd_per_1k=restarts)
 
 
 def tune_others(

@@ -19,7 +19,7 @@ from envs.worlds import Plant
 from evaluation.protocol import evaluate_policies
 from evaluation.statistics import paired_estimate
 from marginroute.errors import InputError
-from marginroute.whole_file import replacing
+from marginroute.whole_file import write_whole
 
 RESULT = "ablation.json"
 
@@ -61,6 +61,5 @@ def row(
         "delta_usd_per_1k": estimate.mean,
         "ci95": [estimate.low, estimate.high],
     }
-    with replacing(folder / RESULT) as partial:
-        partial.write_text(json.dumps(found, indent=1) + "\n")
+    write_whole(folder / RESULT, json.dumps(found, indent=1) + "\n")
     return found

@@ -15,13 +15,12 @@ output tokens: `lengths` (N, K + T, J), a row per class, then one per tier.
 # ruff: noqa: ANN001, ANN201 (Numba infers the types of kernels)
 from __future__ import annotations
 
-import math
-
 from envs.kernels import kernel
 from marginroute import latency, quality
 from marginroute import view as v
 
 running_mean = kernel(latency.running_mean, inline="always")
+told = kernel(latency.told, inline="always")
 expected_good = kernel(quality.expected_good, inline="always")
 
 
@@ -77,7 +76,5 @@ def show(config, tiers, lengths, signals, n_classes, w, load):
             other = lengths[load.gateway, n_classes + tiers[c], j]
             total += other.value * other.weight
             judged += other.weight
-        signals[v.SURPRISE, w, c] = mean.value * math.sqrt(mean.weight)
-        signals[v.CONFIDENCE, w, c] = mean.weight / (mean.weight + latency.HALF_CONFIDENT)
-        signals[v.TIER_SURPRISE, w, c] = total / math.sqrt(max(judged, 1.0))
-        signals[v.TIER_CONFIDENCE, w, c] = judged / (judged + latency.HALF_CONFIDENT)
+        signals[v.SURPRISE, w, c], signals[v.CONFIDENCE, w, c] = told(mean.value * mean.weight, mean.weight)
+        signals[v.TIER_SURPRISE, w, c], signals[v.TIER_CONFIDENCE, w, c] = told(total, judged)

@@ -37,6 +37,11 @@ def running_mean(mean: float, weight: float, value: float, horizon: float) -> tu
     return mean + (value - mean) / weight, weight
 
 
+def told(beyond_expected: Any, judged: Any) -> tuple[Any, Any]:
+    """The View's `surprise` and `confidence`: of so many judged answers, so many more were good than expected."""
+    return beyond_expected / np.sqrt(np.maximum(judged, 1.0)), judged / (judged + HALF_CONFIDENT)
+
+
 def beyond(
     waiting: float, running: float, kv_tokens: float, at_engine: float, decoding: float, decoding_tokens: float
 ) -> tuple[float, float, float]:

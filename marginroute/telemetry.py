@@ -24,7 +24,7 @@ from marginroute.elsewhere import FRESH_S, Elsewhere
 from marginroute.expected_quality import ExpectedQuality
 from marginroute.facts import Trial
 from marginroute.feedback import QualityPosterior
-from marginroute.latency import HALF_CONFIDENT, RECENT_JUDGED, running_mean
+from marginroute.latency import RECENT_JUDGED, running_mean, told
 from marginroute.legal_mask import LegalMask
 from marginroute.names import index_of, places
 from marginroute.rate_limits import RateBook, RateLimit
@@ -194,11 +194,8 @@ class GatewayState:
     def _tell(self, tier: int) -> None:
         """Works out what the View says of a tier's judged answers."""
         mean, answers = self._surprise[:, tier]
-        self._told[:, 0, tier] = mean * np.sqrt(answers)
-        self._told[:, 1, tier] = answers / (answers + HALF_CONFIDENT)
-        judged = float(answers.sum())
-        self._told[:, 2, tier] = (mean * answers).sum() / math.sqrt(max(judged, 1.0))
-        self._told[:, 3, tier] = judged / (judged + HALF_CONFIDENT)
+        self._told[:, 0, tier], self._told[:, 1, tier] = told(mean * answers, answers)
+        self._told[:, 2, tier], self._told[:, 3, tier] = told((mean * answers).sum(), answers.sum())
 
     def settled(self, class_name: str | None, met: bool, value_usd: float) -> None:
         """A request met every SLO or did not (no answer: with a value of 0); its class's SLO window counts it."""
