@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks import common, dynamo_worker
+from envs.fleet.allocation import Fleet, allocate
 from envs.fleet.engine import advance, drain, pop_finished, reset_world, submit
 from envs.fleet.hashes import engine_hashes, load_hashes
 from envs.fleet.profile import compact_profile
-from envs.fleet.state import COMPLETED, Fleet, FleetSpec, PoolSpec, allocate
+from envs.fleet.spec import FleetSpec, PoolSpec
+from envs.fleet.state import COMPLETED
 from envs.kernels import kernel
 from marginroute.errors import InputError
 

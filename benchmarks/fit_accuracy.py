@@ -30,7 +30,7 @@ def errors_of_runs(exact: Any, fitted: Any, n: int) -> dict[float, list[float]]:
 
     from benchmarks.vidur_parity import PERCENTILES, SCHEDULERS
     from envs.fleet.replay import replay
-    from envs.fleet.state import FleetSpec, PoolSpec
+    from envs.fleet.spec import FleetSpec, PoolSpec
 
     def latencies(profile: Any, batching: tuple[str, int], cap: int, block: int, at: Any) -> list[Any]:
         pool = PoolSpec(

@@ -11,13 +11,15 @@ import numpy as np
 from envs.economics import ledger as books
 from envs.economics.accounts import expected_value_usd
 from envs.economics.plans import TERMS
+from envs.fleet.allocation import allocate
 from envs.fleet.engine import advance, busy_seconds, pop_finished, reset_world, set_in_flight_cap, submit
 from envs.fleet.fluid_curves import E2E_S, Curves, calibrate
 from envs.fleet.fluid_loop import Sample
 from envs.fleet.fluid_state import Fluid, FluidSpec, allocate_fluid
 from envs.fleet.profile import compact_profile
 from envs.fleet.replay import least_in_flight
-from envs.fleet.state import ABANDONED, COMPLETED, NO_CAP, FleetSpec, PoolSpec, allocate, record_array
+from envs.fleet.spec import FleetSpec, PoolSpec
+from envs.fleet.state import ABANDONED, COMPLETED, NO_CAP, record_array
 from envs.fluid_money import ANSWER, PRICE, step
 from envs.kernels import kernel
 from envs.scenario_files import locate, read_yaml

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from envs.fleet import scaling
+from envs.fleet.allocation import Fleet, allocate
 from envs.fleet.engine import drain, pop_finished, reset_world, submit
 from envs.fleet.hashes import load_hashes
 from envs.fleet.profile import compact_profile
 from envs.fleet.provider import provider_available, submit_provider
 from envs.fleet.replay import least_in_flight, run_least_in_flight
-from envs.fleet.state import NO_CAP, Fleet, FleetSpec, PoolSpec, ProviderSpec, allocate
+from envs.fleet.spec import FleetSpec, PoolSpec, ProviderSpec
+from envs.fleet.state import NO_CAP
 from envs.kernels import kernel
 from envs.scenario_files import locate, read_yaml
 

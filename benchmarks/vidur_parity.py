@@ -25,7 +25,7 @@ from marginroute.cli import main_guard
 from marginroute.errors import InputError
 
 if TYPE_CHECKING:
-    from envs.fleet.state import FleetSpec
+    from envs.fleet.spec import FleetSpec
 
 SCHEDULERS = {"vllm": ("prefill-first", "max_tokens_in_batch"), "sarathi": ("sarathi", "chunk_size")}
 COLUMNS = ("arrived_at", "prompt_tokens", "output_tokens", "ttft", "e2e", "restarts")
@@ -64,7 +64,7 @@ def parity_spec(path: Path, profile: Profile, quirks: bool = True) -> FleetSpec:
     Raises:
         InputError: An entry is missing, or the case is outside what the engine models.
     """
-    from envs.fleet.state import FleetSpec, PoolSpec
+    from envs.fleet.spec import FleetSpec, PoolSpec
 
     data = _json(path)
     try:

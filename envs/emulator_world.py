@@ -19,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from envs.fleet import engine, scaling
+from envs.fleet.allocation import Fleet, allocate
 from envs.fleet.faults import slow_replica
 from envs.fleet.provider import submit_provider
-from envs.fleet.state import ACTIVE, COMPLETED, DRAINING, FAILED, LEAVING, LOST, NO_CAP, Fleet, FleetSpec, allocate
+from envs.fleet.spec import FleetSpec
+from envs.fleet.state import ACTIVE, COMPLETED, DRAINING, FAILED, LEAVING, LOST, NO_CAP
 from envs.fleet.streaming import next_change_s, streamed
 
 MOST_IN_FLIGHT = 8192  # over all replicas and providers

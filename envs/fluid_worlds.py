@@ -20,7 +20,8 @@ from envs.economics.ledger import ACCOUNTS, COUNTS
 from envs.fleet.fluid_curves import CREDITED, SLO_OK, Curves, calibrate, promises_kept
 from envs.fleet.fluid_loop import Run, Sample
 from envs.fleet.fluid_state import PROMISES, FluidSpec, allocate_fluid, reset_fluid
-from envs.fleet.state import PoolSpec, record_array
+from envs.fleet.spec import PoolSpec
+from envs.fleet.state import record_array
 from envs.scenario import Scenario
 from envs.workload.requests import Workload
 from envs.worlds import Plant

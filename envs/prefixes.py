@@ -14,7 +14,8 @@ import numpy as np
 
 from envs import prefix_kernel
 from envs.fleet.hashes import engine_hashes
-from envs.fleet.state import FleetSpec, record_array
+from envs.fleet.spec import FleetSpec
+from envs.fleet.state import record_array
 from envs.workload.answers import hashes_with_answers
 from envs.workload.requests import Workload
 from marginroute import view as v

@@ -32,7 +32,7 @@ from envs.workload.traces_window import block, window
 from marginroute.errors import InputError
 
 if TYPE_CHECKING:
-    from envs.fleet.state import FleetSpec
+    from envs.fleet.spec import FleetSpec
 
 Array = np.ndarray[Any, Any]
 Split = Literal["train", "validation", "heldout"]

@@ -21,7 +21,7 @@ from marginroute.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from envs.fleet.profile import Profile
-    from envs.fleet.state import FleetSpec
+    from envs.fleet.spec import FleetSpec
     from envs.scenario import Scenario
 
 Array = np.ndarray[Any, Any]
@@ -107,8 +107,9 @@ def _compact(name: str, content: str) -> Profile:
 
 def fleet_spec(scenario: Scenario) -> FleetSpec:
     """The engine's fleet."""
+    from envs.fleet.spec import FleetSpec, PoolSpec, ProviderSpec
     from envs.fleet.speculation import Speculation
-    from envs.fleet.state import NO_CAP, FleetSpec, PoolSpec, ProviderSpec
+    from envs.fleet.state import NO_CAP
 
     fleet, tiers = scenario.fleet, scenario.tier_names
     pools = tuple(

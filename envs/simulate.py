@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from envs import scenario_compile, scenario_files
 from envs.fleet.hashes import Ragged, engine_hashes
 from envs.fleet.replay import replay
-from envs.fleet.state import COMPLETED, FleetSpec
+from envs.fleet.spec import FleetSpec
+from envs.fleet.state import COMPLETED
 from envs.request_files import Requests, read_requests
 from envs.scenario_fleet import FleetSection
 from marginroute.cli import note

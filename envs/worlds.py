@@ -17,10 +17,11 @@ from envs import scenario_terms, world_elastic
 from envs import world as kernel
 from envs.cached_answers import CachedAnswers, cache_access
 from envs.economics.ledger import ACCOUNTS, COUNTS
-from envs.fleet import engine, state
+from envs.fleet import engine
+from envs.fleet.allocation import allocate, limit_providers
 from envs.fleet.hashes import load_hashes
 from envs.fleet.iteration import linear_coefficients
-from envs.fleet.state import record_array
+from envs.fleet.state import NO_CAP, record_array
 from envs.prefixes import GatewayPrefixes, hashes_of
 from envs.scenario import Scenario
 from envs.task_books import TaskBooks, verifiers, workflows
@@ -286,7 +287,7 @@ class FleetWorlds:
         old = self.__dict__.get("fleet")
         if old is None or rows > self._rows or hashes > old.max_hashes:
             rows = max(rows, self._rows)
-            fleet = state.allocate(self.plant.spec, n, rows, max(hashes, old.max_hashes if old else 0))
+            fleet = allocate(self.plant.spec, n, rows, max(hashes, old.max_hashes if old else 0))
             loads = record_array((n, rows), LOAD)
             prior, truth = np.zeros((n, rows, tiers)), np.zeros((n, rows, tiers))
             good = np.zeros((n, rows, tiers), dtype=np.uint8)
@@ -403,7 +404,7 @@ class FleetWorlds:
         self._write_expected(lengths)
         for array in (self.ledger_usd, self.counts, self.action_counts):
             array[w] = 0
-        state.limit_providers(self.fleet.providers[w], member.spec)
+        limit_providers(self.fleet.providers[w], member.spec)
         engine.reset_world(*self.fleet.arrays, w)
         self.fleet.replicas["in_flight_cap"][w] = self._caps[w]
         choices = np.full(self.n_worlds, kernel.WAIT)
@@ -482,7 +483,7 @@ class FleetWorlds:
         """(N, R) caps from (P,) or (N, P) ones, or the configured ones."""
         spec = self.plant.spec
         per_pool = np.array([p.in_flight_cap for p in spec.pools]) if caps is None else np.asarray(caps)
-        per_replica = np.clip(per_pool, 1, state.NO_CAP)[..., spec.pool_of_replica].astype(np.int64)
+        per_replica = np.clip(per_pool, 1, NO_CAP)[..., spec.pool_of_replica].astype(np.int64)
         return np.ascontiguousarray(np.broadcast_to(per_replica, (self.n_worlds, spec.n_replicas)))
 
     def view(self) -> View:

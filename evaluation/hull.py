@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 
 from envs.fleet.profile import flatten_profile
-from envs.fleet.state import PREFILL_FIRST, SCHEDULERS, PoolSpec
+from envs.fleet.spec import PoolSpec
+from envs.fleet.state import PREFILL_FIRST, SCHEDULERS
 
 Floats = NDArray[np.float64]
 

@@ -3,9 +3,10 @@
 import math
 
 from envs.fleet import engine
+from envs.fleet.allocation import Fleet, allocate
 from envs.fleet.profile import constant_profile
 from envs.fleet.scaling import paid_seconds
-from envs.fleet.state import Fleet, FleetSpec, PoolSpec, allocate
+from envs.fleet.spec import FleetSpec, PoolSpec
 
 
 def one_pool(most_requests: int, rows=(), **pool) -> Fleet:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from envs.fleet.batching import drop_decode
+from envs.fleet.completion import drop_decode
 from envs.fleet.provider import cancel_call
 from envs.fleet.state import IN_FLIGHT
 from envs.kernels import kernel
@@ -38,6 +38,6 @@ def cancel(pools, tables, worlds, replicas, slots, providers, requests, w, i, no
     if call.joined_at >= 0 and rep.planned == rep.done:
         pool = pools[rep.pool]
         if pool.extras:
-            drop_decode(pool, True, worlds[w], rep, slots, requests, w, call.replica, i, now_s)
+            drop_decode(pool, True, worlds[w], rep, slots, requests, w, i, now_s)
         else:
-            drop_decode(pool, None, worlds[w], rep, slots, requests, w, call.replica, i, now_s)
+            drop_decode(pool, None, worlds[w], rep, slots, requests, w, i, now_s)

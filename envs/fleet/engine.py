@@ -22,11 +22,14 @@ from __future__ import annotations
 
 import math
 
-from envs.fleet.batching import blocks_for, count_iterations, end_iteration, start_iteration
-from envs.fleet.prefix import reset_prefix_cache
+from envs.fleet.batching import start_iteration
+from envs.fleet.blocks import blocks_for
+from envs.fleet.completion import end_iteration
+from envs.fleet.prefix import empty_prefix_cache
 from envs.fleet.provider import end_provider_calls
-from envs.fleet.queues import empty_hold, empty_wait, finished_append, hold_append, release_held, wait_append
-from envs.fleet.speculation import PACE_ONE, elapsed_s
+from envs.fleet.queues import empty_hold, empty_wait, finish, hold_append, release_held, wait_append
+from envs.fleet.segment import count_iterations, ended_by
+from envs.fleet.speculation import elapsed_s
 from envs.fleet.state import ACTIVE, DOWN, FAILED, IN_FLIGHT, LOST, NOT_SUBMITTED, OFF
 from envs.kernels import kernel
 
@@ -45,29 +48,38 @@ def set_wake(pool, rep):
 
 
 @kernel
-def _reset_replica(pool, rep, slots, w, r, phase):
-    rep.in_flight = rep.pending_prefill_tokens = rep.decoding = rep.decoding_tokens = 0
-    rep.in_flight_cap = pool.in_flight_cap
+def empty_engine(pool, rep, slots, w):
+    """The engine as after its start; what the gateway holds, and totals, stay."""
+    empty_wait(pool, rep, slots, w)
     rep.running = rep.kv_used_blocks = 0
+    rep.decoding = rep.decoding_tokens = rep.batch = rep.kv_sum = 0
+    rep.prefill_head = rep.prefill_tail = -1
+    rep.partial = rep.stalled_head = rep.running_head = rep.running_tail = -1
+    rep.changed = 1
+    for p in range(pool.block_size_tokens):
+        slots[w, rep.slot_at + p].boundaries = 0
+    empty_prefix_cache(pool, rep, slots, w)
+
+
+@kernel
+def _reset_replica(pool, rep, slots, w, r, phase):
+    empty_engine(pool, rep, slots, w)
+    empty_hold(pool, rep, slots, w)
+    rep.in_flight = rep.pending_prefill_tokens = 0
+    rep.in_flight_cap = pool.in_flight_cap
     rep.scraped_waiting = rep.scraped_running = 0
     rep.scraped_kv_usage = 0.0
     rep.busy_s = 0.0
     rep.busy_from_s = rep.iteration_end_s = math.inf
     rep.prefill_tokens_done = rep.decode_tokens_done = rep.iterations = rep.restarts = 0
+    rep.reused_tokens = rep.evicted_blocks = rep.admissions = 0
     rep.segment_start_s = rep.first_s = rep.growth_s = 0.0
-    rep.planned = rep.done = rep.decodes = rep.batch = rep.kv_sum = rep.counter = 0
+    rep.planned = rep.done = rep.decodes = rep.counter = 0
     rep.pace = rep.phase = 0
-    rep.changed = 1
     rep.segment_bin = -1
-    rep.prefill_head = rep.prefill_tail = rep.partial = rep.running_head = rep.running_tail = rep.stalled_head = -1
     rep.scrape_index = 0
     rep.scrape_phase_s = phase * pool.scrape_interval_s
     rep.scraped_at_s = rep.scrape_phase_s - pool.scrape_interval_s
-    for p in range(pool.block_size_tokens):
-        slots[w, rep.slot_at + p].boundaries = 0
-    empty_wait(pool, rep, slots, w)
-    empty_hold(pool, rep, slots, w)
-    reset_prefix_cache(pool, rep, slots, w)
     rep.slowdown = 1.0
     rep.idle_from_s = rep.paid_s = 0.0
     rep.change_s = rep.repaired_s = math.inf
@@ -155,16 +167,10 @@ def submit(pools, tables, worlds, replicas, slots, providers, requests, w, r, i,
     request.target = request.prompt_tokens
     largest = blocks_for(pool, request.prompt_tokens + request.output_tokens - 1 + pool.draft_tokens)
     if largest + pool.watermark_blocks + pool.vidur_quirks > pool.kv_blocks:
-        request.status = FAILED
-        request.completed_at_s = now_s
-        world.failed += 1
-        finished_append(world, requests, w, i)
+        finish(world, requests, w, i, FAILED, now_s)
         return
     if rep.state != ACTIVE and (rep.state != DOWN or rep.detected == 1 or pool.connection_errors == 1):
-        request.status = LOST
-        request.completed_at_s = now_s
-        world.lost += 1
-        finished_append(world, requests, w, i)
+        finish(world, requests, w, i, LOST, now_s)
         return
     request.status = IN_FLIGHT
     rep.pending_prefill_tokens += request.prompt_tokens - request.expected_cached_tokens
@@ -191,32 +197,6 @@ def set_in_flight_cap(pools, tables, worlds, replicas, slots, providers, request
 
 
 @kernel
-def _ended_by(extras, rep, until_s):
-    """Iterations of the segment that have ended at `until_s`, at least the one in progress."""
-    start_s = rep.segment_start_s
-    if start_s + elapsed_s(extras, rep, rep.planned) <= until_s:
-        return rep.planned
-    n = rep.done + 1
-    if start_s + elapsed_s(extras, rep, n + 1) > until_s:
-        return n
-    span_s = until_s - start_s
-    growth_s = rep.growth_s
-    if extras is not None and rep.pace > 0:
-        growth_s *= rep.pace / PACE_ONE
-    if growth_s > 0.0:
-        half = rep.first_s - 0.5 * growth_s
-        guess = (math.sqrt(half * half + 2.0 * growth_s * span_s) - half) / growth_s
-    else:
-        guess = span_s / rep.first_s
-    n = min(max(n, int(guess)), rep.planned)
-    while n > rep.done + 1 and start_s + elapsed_s(extras, rep, n) > until_s:
-        n -= 1
-    while start_s + elapsed_s(extras, rep, n + 1) <= until_s:
-        n += 1
-    return n
-
-
-@kernel
 def last_scrape(pool, rep, until_s):
     """Index of the last scrape at or before `until_s`."""
     index = int((until_s - rep.scrape_phase_s) / pool.scrape_interval_s)
@@ -228,7 +208,7 @@ def last_scrape(pool, rep, until_s):
 
 
 @kernel
-def _advance_replica(pool, extras, tables, world, rep, slots, requests, w, r, until_s):
+def _advance_replica(pool, extras, tables, world, rep, slots, requests, w, until_s):
     """Runs one replica from iteration to iteration up to `until_s`, taking the last scrape on the way."""
     scrape_s = math.inf
     if _next_scrape_s(pool, rep) <= until_s and until_s < LAST_INSTANT_S:
@@ -237,14 +217,14 @@ def _advance_replica(pool, extras, tables, world, rep, slots, requests, w, r, un
     while True:
         stop_s = min(scrape_s, until_s)
         if rep.planned > rep.done and rep.iteration_end_s <= stop_s:
-            count_iterations(pool, extras, rep, slots, w, r, _ended_by(extras, rep, stop_s) - rep.done)
+            count_iterations(pool, extras, rep, slots, w, ended_by(extras, rep, stop_s) - rep.done)
             if rep.done < rep.planned:
                 rep.iteration_end_s = rep.segment_start_s + elapsed_s(extras, rep, rep.done + 1)
             else:
                 rep.iteration_end_s = rep.segment_start_s + elapsed_s(extras, rep, rep.done)
-                end_iteration(pool, extras, world, rep, slots, requests, w, r, rep.iteration_end_s)
+                end_iteration(pool, extras, world, rep, slots, requests, w, rep.iteration_end_s)
         elif rep.planned == rep.done and rep.iteration_end_s < stop_s:
-            start_iteration(pool, extras, tables, world, rep, slots, requests, w, r, rep.iteration_end_s)
+            start_iteration(pool, extras, tables, world, rep, slots, requests, w, rep.iteration_end_s)
         elif scrape_s <= until_s:
             rep.scraped_at_s = scrape_s
             rep.scraped_waiting = rep.waiting
@@ -268,9 +248,9 @@ def advance(pools, tables, worlds, replicas, slots, providers, requests, w, unti
         if replicas[w, r].wake_s <= until_s:
             rep = replicas[w, r]
             if pools[rep.pool].extras:
-                _advance_replica(pools[rep.pool], True, tables, world, rep, slots, requests, w, r, until_s)
+                _advance_replica(pools[rep.pool], True, tables, world, rep, slots, requests, w, until_s)
             else:
-                _advance_replica(pools[rep.pool], None, tables, world, rep, slots, requests, w, r, until_s)
+                _advance_replica(pools[rep.pool], None, tables, world, rep, slots, requests, w, until_s)
     if world.next_call_s <= until_s:
         end_provider_calls(world, providers, requests, w, until_s)
     world.clock_s = until_s

@@ -11,8 +11,8 @@
 # ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
 from __future__ import annotations
 
-from envs.fleet.prefix import empty_prefix_cache
-from envs.fleet.queues import empty_hold, empty_wait, finished_append
+from envs.fleet.engine import empty_engine
+from envs.fleet.queues import empty_hold, finish
 from envs.fleet.state import LOST
 from envs.kernels import kernel
 
@@ -20,26 +20,9 @@ from envs.kernels import kernel
 @kernel
 def _lose(world, requests, w, i, now_s):
     request = requests[w, i]
-    request.status = LOST
-    request.completed_at_s = now_s
     request.hashed_blocks = 0
     request.joined_at = -1
-    world.lost += 1
-    finished_append(world, requests, w, i)
-
-
-@kernel
-def _empty_engine(pool, rep, slots, w):
-    """The engine as after its start; what the gateway holds, and totals, stay."""
-    empty_wait(pool, rep, slots, w)
-    rep.running = rep.kv_used_blocks = 0
-    rep.decoding = rep.decoding_tokens = rep.batch = rep.kv_sum = 0
-    rep.prefill_head = rep.prefill_tail = -1
-    rep.partial = rep.stalled_head = rep.running_head = rep.running_tail = -1
-    rep.changed = 1
-    for p in range(pool.block_size_tokens):
-        slots[w, rep.slot_at + p].boundaries = 0
-    empty_prefix_cache(pool, rep, slots, w)
+    finish(world, requests, w, i, LOST, now_s)
 
 
 @kernel
@@ -57,7 +40,7 @@ def lose_requests(pool, world, rep, slots, requests, w, held_too, now_s):
         following = int(requests[w, i].next)
         _lose(world, requests, w, i, now_s)
         i = following
-    _empty_engine(pool, rep, slots, w)
+    empty_engine(pool, rep, slots, w)
     rep.pending_prefill_tokens = 0
     i = int(rep.hold_head)
     while i >= 0:

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from envs.fleet.allocation import allocate
 from envs.fleet.fluid_loop import BLOCKED_SHARE, PER_OCTAVE, Run, Sample, sweep
-from envs.fleet.iteration import decode_bin, decode_seconds, prefill_seconds, token_seconds
-from envs.fleet.state import FleetSpec, PoolSpec, allocate
+from envs.fleet.iteration import NO_PREFILLS, decode_bin, decode_seconds, prefill_seconds, token_seconds, with_prefill
+from envs.fleet.spec import FleetSpec, PoolSpec
 from envs.kernels import kernel
 from marginroute.errors import InputError
 
@@ -78,9 +79,7 @@ def _prefill_extra_s(pool, tables, batch, prompt_tokens):
     while prefix < prompt_tokens:
         chunk = min(prompt_tokens - prefix, max(pool.max_num_batched_tokens - batch, 1))
         seconds += token_seconds(pool, tables, batch + chunk) - (token_seconds(pool, tables, batch) if batch else 0.0)
-        seconds += prefill_seconds(
-            pool, tables, 1, float(chunk) * chunk, float(chunk) * prefix, float(prefix), (prefix + 63) // 64 * 64
-        )
+        seconds += prefill_seconds(pool, tables, with_prefill(NO_PREFILLS, chunk, prefix))
         prefix += chunk
     return seconds
 

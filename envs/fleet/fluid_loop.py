@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from envs.fleet.allocation import allocate
 from envs.fleet.engine import advance, pop_finished, reset_world, submit
-from envs.fleet.state import COMPLETED, FleetSpec, PoolSpec, allocate
+from envs.fleet.spec import FleetSpec, PoolSpec
+from envs.fleet.state import COMPLETED
 from envs.kernels import kernel
 
 Array = np.ndarray[Any, Any]

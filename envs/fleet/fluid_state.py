@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from envs.fleet.fluid_curves import WAIT_UNIT_S, WAITS, Curves
-from envs.fleet.state import ProviderSpec, record_array
+from envs.fleet.spec import ProviderSpec
+from envs.fleet.state import record_array
 from marginroute.errors import InputError
 
 Array = np.ndarray[Any, Any]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from envs.fleet.state import Fleet
+from envs.fleet.allocation import Fleet
 from envs.fleet.stretches import dense, write_stretches
 from envs.kernels import kernel
 from marginroute.errors import InputError

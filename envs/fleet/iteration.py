@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -72,27 +72,46 @@ def decode_seconds(pool, tables, batch, kv_sum, bin_index):
     return tables[at] + tables[at + 1] * (kv_sum / batch)
 
 
-@kernel
-def prefill_seconds(pool, tables, prefills, squares, product, prefix, prefix_rounded):
-    """Attention of the prefills of one iteration.
+class Prefills(NamedTuple):
+    """Sums over the prefills of one iteration: chunks of c_i tokens behind prefixes of x_i."""
 
-    Args:
-        pool: POOL record.
-        tables: Flattened profiles.
-        prefills: Requests that prefill.
-        squares: q^2 = sum c_i^2.
-        product: sum c_i x_i.
-        prefix: sum x_i.
-        prefix_rounded: sum of x_i, each rounded up to 64 tokens.
-    """
-    if prefills == 0:
+    count: int
+    tokens: int  # sum c_i
+    squares: float  # q^2 = sum c_i^2
+    products: float  # sum c_i x_i
+    prefix_tokens: int  # sum x_i
+    rounded_tokens: int  # sum of x_i, each rounded up to 64 tokens
+
+
+NO_PREFILLS = Prefills(0, 0, 0.0, 0.0, 0, 0)
+
+
+@kernel
+def with_prefill(prefills, chunk, prefix):
+    """`Prefills` with one more: `chunk` tokens behind a prefix of `prefix` tokens."""
+    return Prefills(
+        prefills.count + 1,
+        prefills.tokens + chunk,
+        prefills.squares + float(chunk) * chunk,
+        prefills.products + float(chunk) * prefix,
+        prefills.prefix_tokens + prefix,
+        prefills.rounded_tokens + (prefix + 63) // 64 * 64,
+    )
+
+
+@kernel
+def prefill_seconds(pool, tables, prefills):
+    """Attention of the `Prefills` of one iteration."""
+    if prefills.count == 0:
         return 0.0
-    root = min(int(np.rint(math.sqrt(squares))), pool.prefill_columns - 1)
-    row = min(prefix_rounded // 64, pool.prefill_rows - 1)
+    root = min(int(np.rint(math.sqrt(prefills.squares))), pool.prefill_columns - 1)
+    row = min(prefills.rounded_tokens // 64, pool.prefill_rows - 1)
     seconds = tables[pool.prefill_at + row * pool.prefill_columns + root]
-    if prefills > 1:
+    if prefills.count > 1:
         seconds *= 1.0 + pool.multi_prefill_share
-    return seconds + pool.prefill_square_s * squares + pool.prefill_product_s * product + pool.prefill_prefix_s * prefix
+    seconds += pool.prefill_square_s * prefills.squares
+    seconds += pool.prefill_product_s * prefills.products
+    return seconds + pool.prefill_prefix_s * float(prefills.prefix_tokens)
 
 
 @kernel
@@ -132,22 +151,14 @@ def _seconds(
     if speculation is not None and batch <= speculation.max_batch:
         pool["draft_tokens"], pool["draft_cost"] = speculation.draft_tokens, speculation.draft_cost
         checked = 1 + speculation.draft_tokens
-    seconds = token_seconds(pool, flat, batch * checked + sum(c for c, _ in chunks))
+    prefills = NO_PREFILLS
+    for chunk, prefix in chunks:
+        prefills = with_prefill(prefills, chunk, prefix)
+    seconds = token_seconds(pool, flat, batch * checked + prefills.tokens)
     if batch:
         attention_s = decode_seconds(pool, flat, batch, kv_sum, decode_bin(pool, flat, batch, kv_sum))
         seconds += attention_s + (draft_seconds(pool, flat, batch, attention_s) if checked > 1 else 0.0)
-    return float(
-        seconds
-        + prefill_seconds(
-            pool,
-            flat,
-            len(chunks),
-            float(sum(c * c for c, _ in chunks)),
-            float(sum(c * x for c, x in chunks)),
-            float(sum(x for _, x in chunks)),
-            sum((x + 63) // 64 * 64 for _, x in chunks),
-        )
-    )
+    return float(seconds + prefill_seconds(pool, flat, prefills))
 
 
 @lru_cache(maxsize=64)

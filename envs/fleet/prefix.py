@@ -49,13 +49,6 @@ def empty_prefix_cache(pool, rep, slots, w):
 
 
 @kernel
-def reset_prefix_cache(pool, rep, slots, w):
-    """Empties the cache of a replica for a new episode."""
-    rep.reused_tokens = rep.evicted_blocks = rep.admissions = 0
-    empty_prefix_cache(pool, rep, slots, w)
-
-
-@kernel
 def _bucket_cell(pool, rep, stretch):
     """Cell with the bucket of a stretch: multiplicative, of all but the last four bits, which stay."""
     group = int(stretch) >> 4

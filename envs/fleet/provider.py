@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 
-from envs.fleet.queues import finished_append
+from envs.fleet.queues import finish
 from envs.fleet.state import ABANDONED, COMPLETED, FAILED, IN_FLIGHT, LOST
 from envs.kernels import kernel
 from marginroute import contracts, rate_limits
@@ -49,13 +49,6 @@ def _take_tokens(provider, tokens, now_s):
     if not math.isinf(provider.tokens_per_s):
         provider.token_bucket = _tokens_left(provider, now_s) - tokens
         provider.token_bucket_at_s = now_s
-
-
-@kernel
-def _end_at_once(world, requests, w, i, status, now_s):
-    requests[w, i].status = status
-    requests[w, i].completed_at_s = now_s
-    finished_append(world, requests, w, i)
 
 
 @kernel
@@ -125,14 +118,12 @@ def submit_provider(pools, tables, worlds, replicas, slots, providers, requests,
     provider.bucket = requests_left(provider, now_s)
     provider.bucket_at_s = now_s
     if not room:
-        world.failed += 1
-        _end_at_once(world, requests, w, i, FAILED, now_s)
+        finish(world, requests, w, i, FAILED, now_s)
         return
     provider.bucket -= 1.0
     provider.calls += 1
     if provider.down == 1 and provider.error_after_s == 0.0:
-        world.lost += 1
-        _end_at_once(world, requests, w, i, LOST, now_s)
+        finish(world, requests, w, i, LOST, now_s)
         return
     provider.in_flight += 1
     request.status = IN_FLIGHT
@@ -158,18 +149,14 @@ def end_provider_calls(world, providers, requests, w, until_s):
         request = requests[w, i]
         provider = providers[w, -1 - request.replica]
         provider.in_flight -= 1
+        status = ABANDONED
         if not math.isnan(request.first_token_at_s):
-            request.status = COMPLETED
-            world.completed += 1
+            status = COMPLETED
             _take_tokens(provider, request.output_tokens, request.completed_at_s)
         elif request.completed_at_s < request.patience_until_s:
-            request.status = LOST
-            world.lost += 1
+            status = LOST
             world.doomed_calls -= 1
-        else:
-            request.status = ABANDONED
-            world.abandoned += 1
-        finished_append(world, requests, w, i)
+        finish(world, requests, w, i, status, request.completed_at_s)
 
 
 @kernel
@@ -193,5 +180,4 @@ def cancel_call(world, providers, requests, w, i, now_s):
         _take_tokens(provider, 1, now_s)
     else:
         request.first_token_at_s = math.nan
-    world.abandoned += 1
-    _end_at_once(world, requests, w, i, ABANDONED, now_s)
+    finish(world, requests, w, i, ABANDONED, now_s)

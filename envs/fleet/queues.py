@@ -13,7 +13,7 @@ requests are admitted in order of arrival and preempted in the reverse order. It
 # ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
 from __future__ import annotations
 
-from envs.fleet.state import PRIORITY_LEVELS
+from envs.fleet.state import ABANDONED, COMPLETED, FAILED, PRIORITY_LEVELS
 from envs.kernels import kernel
 
 
@@ -214,8 +214,18 @@ def worst_running(rep, requests, w, i):
 
 
 @kernel
-def finished_append(world, requests, w, i):
-    """Last of the world's list of requests that have ended and were not yet popped."""
+def finish(world, requests, w, i, status, now_s):
+    """Ends a request, counts it, and puts it last in the world's list of those that have ended and were not popped."""
+    requests[w, i].status = status
+    requests[w, i].completed_at_s = now_s
+    if status == COMPLETED:
+        world.completed += 1
+    elif status == ABANDONED:
+        world.abandoned += 1
+    elif status == FAILED:
+        world.failed += 1
+    else:
+        world.lost += 1
     requests[w, i].next = -1
     if world.last_finished >= 0:
         requests[w, world.last_finished].next = i

@@ -9,9 +9,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from envs.fleet.allocation import Fleet, allocate
 from envs.fleet.engine import advance, drain, pop_finished, reset_world, submit
 from envs.fleet.hashes import Ragged, load_hashes
-from envs.fleet.state import PRIORITY_LEVELS, Fleet, FleetSpec, allocate
+from envs.fleet.spec import FleetSpec
+from envs.fleet.state import PRIORITY_LEVELS
 from envs.kernels import kernel
 
 

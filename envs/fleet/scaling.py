@@ -29,9 +29,9 @@ from __future__ import annotations
 import math
 
 from envs.fleet import engine
-from envs.fleet.batching import go_idle
 from envs.fleet.faults import lose_requests
 from envs.fleet.prefix import empty_prefix_cache
+from envs.fleet.segment import go_idle
 from envs.fleet.state import ACTIVE, DOWN, DRAINING, LEAVING, OFF, STARTING
 from envs.kernels import kernel
 

@@ -14,7 +14,7 @@ from envs.endpoint_measure import _seconds_of_chunks, _seconds_per_token
 from envs.fleet.iteration import batch_seconds
 from envs.fleet.profile import compact_profile
 from envs.fleet.replay import replay
-from envs.fleet.state import FleetSpec, PoolSpec
+from envs.fleet.spec import FleetSpec, PoolSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 from served import FLEET, ROOT, served

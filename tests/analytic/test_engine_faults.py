@@ -6,25 +6,14 @@ import numpy as np
 import pytest
 
 from envs.fleet import engine
+from envs.fleet.allocation import allocate
 from envs.fleet.faults import slow_replica
 from envs.fleet.hashes import load_hashes
 from envs.fleet.profile import constant_profile
 from envs.fleet.provider import provider_available, submit_provider
 from envs.fleet.scaling import advance, fail_replica, set_replicas, takes_requests
-from envs.fleet.state import (
-    ABANDONED,
-    ACTIVE,
-    COMPLETED,
-    DOWN,
-    FAILED,
-    IN_FLIGHT,
-    LOST,
-    STARTING,
-    FleetSpec,
-    PoolSpec,
-    ProviderSpec,
-    allocate,
-)
+from envs.fleet.spec import FleetSpec, PoolSpec, ProviderSpec
+from envs.fleet.state import ABANDONED, ACTIVE, COMPLETED, DOWN, FAILED, IN_FLIGHT, LOST, STARTING
 from envs.workload import faults as f
 
 

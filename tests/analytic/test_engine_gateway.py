@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 
+from envs.fleet.allocation import allocate
 from envs.fleet.engine import advance, drain, pop_finished, reset_world, set_in_flight_cap, submit
 from envs.fleet.profile import constant_profile
 from envs.fleet.provider import provider_available, submit_provider
-from envs.fleet.state import ABANDONED, COMPLETED, FAILED, FleetSpec, PoolSpec, ProviderSpec, allocate
+from envs.fleet.spec import FleetSpec, PoolSpec, ProviderSpec
+from envs.fleet.state import ABANDONED, COMPLETED, FAILED
 
 
 def _fleet(rows, providers=(), **changes):

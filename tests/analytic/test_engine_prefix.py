@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from envs.fleet.allocation import allocate
 from envs.fleet.engine import advance, drain, reset_world, submit
 from envs.fleet.hashes import engine_hashes, load_hashes
 from envs.fleet.iteration import batch_seconds
 from envs.fleet.replay import replay
-from envs.fleet.state import FleetSpec, PoolSpec, allocate
+from envs.fleet.spec import FleetSpec, PoolSpec
 from marginroute.errors import InputError
 from tests.invariants.engine_cases import small_profile
 

@@ -8,7 +8,7 @@ import pytest
 
 from envs.fleet.profile import constant_profile
 from envs.fleet.replay import replay
-from envs.fleet.state import FleetSpec, PoolSpec
+from envs.fleet.spec import FleetSpec, PoolSpec
 from envs.fleet_env import FleetEnv
 
 STEP_S = 0.001

@@ -9,10 +9,11 @@ import math
 import numpy as np
 import pytest
 
+from envs.fleet.allocation import allocate
 from envs.fleet.engine import advance, drain, reset_world, submit
 from envs.fleet.profile import constant_profile
 from envs.fleet.replay import replay
-from envs.fleet.state import FleetSpec, PoolSpec, allocate
+from envs.fleet.spec import FleetSpec, PoolSpec
 
 STEP_S = 0.001
 MEAN_TOKENS = 1000  # a mean service of one second in steps of a thousandth

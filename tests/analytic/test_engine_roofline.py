@@ -5,10 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from envs.fleet.allocation import allocate
 from envs.fleet.iteration import batch_seconds, linear_coefficients
 from envs.fleet.profile import compact_profile, constant_profile
 from envs.fleet.replay import replay
-from envs.fleet.state import COMPLETED, FAILED, FleetSpec, PoolSpec, allocate, check_pool
+from envs.fleet.spec import FleetSpec, PoolSpec, check_pool
+from envs.fleet.state import COMPLETED, FAILED
 from marginroute.errors import InputError
 
 KNOTS = {

@@ -8,8 +8,8 @@ import pytest
 from envs.fleet.iteration import batch_seconds, linear_coefficients
 from envs.fleet.profile import compact_profile, constant_profile
 from envs.fleet.replay import replay
+from envs.fleet.spec import FleetSpec, PoolSpec, check_pool
 from envs.fleet.speculation import Speculation
-from envs.fleet.state import FleetSpec, PoolSpec, check_pool
 from envs.scenario import load_scenario
 from envs.scenario_files import locate, read_yaml
 from envs.worlds import Plant

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.fleet.replay import replay
-from envs.fleet.state import FleetSpec
+from envs.fleet.spec import FleetSpec
 from marginroute.errors import InputError
 from marginroute.prefix_index import PrefixIndex, block_hashes
 from tests.invariants.engine_cases import hashes, load, pools

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.fleet import engine
+from envs.fleet.allocation import allocate
 from envs.fleet.profile import constant_profile
 from envs.fleet.provider import provider_available, submit_provider
-from envs.fleet.state import FleetSpec, PoolSpec, ProviderSpec, allocate
+from envs.fleet.spec import FleetSpec, PoolSpec, ProviderSpec
 from marginroute import view as v
 from marginroute.adapters.rate_headers import told_by
 from marginroute.errors import InputError

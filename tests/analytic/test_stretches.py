@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from envs.fleet.allocation import allocate
 from envs.fleet.hashes import load_hashes
 from envs.fleet.profile import constant_profile
-from envs.fleet.state import FleetSpec, PoolSpec, allocate
+from envs.fleet.spec import FleetSpec, PoolSpec
 
 POOL = PoolSpec("p", constant_profile(0.01), prefix_caching=True)
 

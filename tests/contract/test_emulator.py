@@ -20,7 +20,7 @@ from envs.emulator_world import LiveFleet, Station
 from envs.endpoint_client import Client
 from envs.fleet.profile import constant_profile
 from envs.fleet.replay import replay
-from envs.fleet.state import FleetSpec, PoolSpec, ProviderSpec
+from envs.fleet.spec import FleetSpec, PoolSpec, ProviderSpec
 from envs.simulate import load_fleet
 
 SLOW = 0.5  # of the timing test's server: seconds there are two here, so that the machine's noise counts half

@@ -6,8 +6,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from envs.fleet.profile import Profile, compact_profile
+from envs.fleet.spec import PoolSpec
 from envs.fleet.speculation import Speculation
-from envs.fleet.state import NO_CAP, PoolSpec
+from envs.fleet.state import NO_CAP
 
 
 def small_profile() -> Profile:

@@ -7,7 +7,7 @@ import numpy as np
 from envs.fleet.fluid_curves import KEPT, WAITS, Curves, waits
 from envs.fleet.fluid_state import FluidSpec, allocate_fluid
 from envs.fleet.fluid_tick import tick_all
-from envs.fleet.state import ProviderSpec
+from envs.fleet.spec import ProviderSpec
 
 STAY_S, SLOWER_S, SLOTS, PATIENCE_S, SLO_S = 2.0, 0.1, 32.0, 8.0, 1.0
 

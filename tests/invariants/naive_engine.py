@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from envs.fleet.iteration import batch_seconds
-from envs.fleet.state import PoolSpec
+from envs.fleet.spec import PoolSpec
 
 
 @dataclasses.dataclass(eq=False)

@@ -4,9 +4,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from envs.fleet.allocation import allocate
 from envs.fleet.engine import advance, busy_seconds, drain, pop_finished, reset_world, set_in_flight_cap, submit
 from envs.fleet.provider import provider_available, submit_provider
-from envs.fleet.state import ABANDONED, COMPLETED, FAILED, IN_FLIGHT, FleetSpec, ProviderSpec, allocate
+from envs.fleet.spec import FleetSpec, ProviderSpec
+from envs.fleet.state import ABANDONED, COMPLETED, FAILED, IN_FLIGHT
 from tests.invariants.engine_cases import load, pools
 
 PROVIDER = ProviderSpec("api", ttft_s=0.3, tpot_s=0.01, requests_per_minute=120.0)

@@ -11,9 +11,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from envs.fleet.allocation import allocate
 from envs.fleet.engine import advance, drain, reset_world, submit
 from envs.fleet.replay import replay
-from envs.fleet.state import FleetSpec, PoolSpec, allocate
+from envs.fleet.spec import FleetSpec, PoolSpec
 from tests.invariants.engine_cases import load, pools, small_profile
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,10 +12,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from envs.fleet.allocation import allocate
 from envs.fleet.engine import advance, drain, reset_world, submit
 from envs.fleet.hashes import load_hashes
 from envs.fleet.replay import replay
-from envs.fleet.state import ABANDONED, COMPLETED, FAILED, FleetSpec, PoolSpec, allocate
+from envs.fleet.spec import FleetSpec, PoolSpec
+from envs.fleet.state import ABANDONED, COMPLETED, FAILED
 from tests.invariants.engine_cases import hashes, load, pools, small_profile
 from tests.invariants.naive_engine import Naive, NaiveReplica
 

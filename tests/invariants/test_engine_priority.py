@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.fleet.replay import replay
-from envs.fleet.state import ABANDONED, COMPLETED, FAILED, FleetSpec, PoolSpec
+from envs.fleet.spec import FleetSpec, PoolSpec
+from envs.fleet.state import ABANDONED, COMPLETED, FAILED
 from tests.invariants.engine_cases import hashes, load, pools, priorities, small_profile
 from tests.invariants.naive_engine import Naive, NaiveReplica
 

@@ -6,7 +6,8 @@ import by_hand
 import numpy as np
 import pytest
 
-from envs.fleet import engine, state
+from envs.fleet import engine
+from envs.fleet.allocation import allocate
 from envs.worlds import FleetWorlds
 from marginroute import view as v
 
@@ -40,7 +41,7 @@ def states_at_scrapes(episode):
     worlds, _ = episode
     spec, m = worlds.plant.spec, int(worlds.desks["n_requests"][0])
     ended = worlds.fleet.requests[0, :m]
-    fleet = state.allocate(spec, 1, m)
+    fleet = allocate(spec, 1, m)
     for field in ("prompt_tokens", "output_tokens", "patience_until_s"):
         fleet.requests[field][0, :m] = ended[field]
     engine.reset_world(*fleet.arrays, 0)

@@ -16,7 +16,7 @@ import pytest
 from envs.fleet.hashes import engine_hashes
 from envs.fleet.profile import constant_profile
 from envs.fleet.replay import replay
-from envs.fleet.state import FleetSpec, PoolSpec
+from envs.fleet.spec import FleetSpec, PoolSpec
 from marginroute.prefix_index import PrefixIndex
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
