@@ -20,6 +20,7 @@ from typing import Any
 from marginroute.adapters.adapter import log
 from marginroute.adapters.desk import Desk, DeskSettings
 from marginroute.adapters.http_app import App
+from marginroute.adapters.http_head import Head, split
 from marginroute.adapters.listen import Listen, run_loop
 from marginroute.errors import InputError
 
@@ -48,14 +49,17 @@ class HttpSettings(DeskSettings):
 def _protocol(app: App, request_timeout_s: float) -> type[Any]:
     """Uvicorn's parser with limits that it lacks: size of the headers, and time for a request to arrive.
 
-    A call that can be answered at once is, without ASGI in between, if no other is under way on its connection.
+    A plain request whose answer needs nobody to wait is answered without parser and ASGI, if no other is under way on
+    its connection.
     """
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     class Limited(HttpToolsProtocol):
         _timer: asyncio.TimerHandle | None = None
         _header_bytes = 0
-        _body: bytearray | None = None  # of a call that is answered at once
+        _parsing = False  # the parser is within a request
+        _head: Head | None = None  # of a plain request whose body is not complete
+        _body: bytearray
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -65,8 +69,20 @@ def _protocol(app: App, request_timeout_s: float) -> type[Any]:
             self._wait(None)
             super().connection_lost(exc)
 
+        def data_received(self, data: bytes) -> None:
+            if self._head is not None:
+                self._body += data
+                self._take(self._head, self._body)
+                return
+            plain = split(data) if self._free() else None
+            if plain is None or not app.at_once(plain[0]):
+                super().data_received(data)
+                return
+            self._unset_keepalive_if_required()
+            self._take(*plain)
+
         def on_message_begin(self) -> None:
-            self._header_bytes = 0
+            self._header_bytes, self._parsing = 0, True
             self._wait(request_timeout_s)
             super().on_message_begin()
 
@@ -78,42 +94,34 @@ def _protocol(app: App, request_timeout_s: float) -> type[Any]:
             self._count(len(name) + len(value))
             super().on_header(name, value)
 
-        def on_headers_complete(self) -> None:
-            free = self.cycle is None or self.cycle.response_complete
-            free = free and len(self.connections) < MOST_CONNECTIONS
-            plain = not self.expect_100_continue and not self.parser.should_upgrade()
-            lasting = self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive()
-            if (
-                free
-                and plain
-                and lasting
-                and self.parser.get_method() == b"POST"
-                and app.at_once(self.url, self.headers)
-            ):
-                self._body = bytearray()
-            else:
-                super().on_headers_complete()
-
-        def on_body(self, body: bytes) -> None:
-            if self._body is None:
-                super().on_body(body)
-            else:
-                self._body += body
-
         def on_message_complete(self) -> None:
+            self._parsing = False
             self._wait(None)
-            if self._body is None:
-                super().on_message_complete()
-                return
-            data, self._body = bytes(self._body), None
-            if not self.transport.is_closing():
-                self.transport.write(app.answer_at_once(self.url, data))
-                self.on_response_complete()
+            super().on_message_complete()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
             if not self.transport.is_closing():
                 self._wait(IDLE_S)
+
+        def _free(self) -> bool:
+            """Whether the next byte begins a request, and nothing is left to do before it."""
+            over = self.cycle is None or self.cycle.response_complete
+            room = len(self.connections) < MOST_CONNECTIONS and not self.flow.write_paused
+            return over and room and not (self._parsing or self.pipeline or self.transport.is_closing())
+
+        def _take(self, head: Head, body: bytes | bytearray) -> None:
+            """Answers a plain request once its body is complete; what follows is the parser's."""
+            if len(body) < head.length:
+                if self._head is None:
+                    self._head, self._body = head, bytearray(body)
+                    self._wait(request_timeout_s)
+                return
+            self._head = None
+            self.transport.write(app.answer_at_once(head, bytes(body[: head.length])))
+            self._wait(IDLE_S)
+            if len(body) > head.length:
+                super().data_received(bytes(body[head.length :]))
 
         def _count(self, size: int) -> None:
             self._header_bytes += size

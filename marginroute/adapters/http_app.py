@@ -15,6 +15,7 @@ from typing import Any
 
 from marginroute.adapters import chat, http_api, metrics, schema
 from marginroute.adapters.desk import Desk
+from marginroute.adapters.http_head import Head
 from marginroute.control_loop import Report
 from marginroute.errors import InputError
 from marginroute.facts import Facts, Outcome, Trial, Verdict
@@ -22,13 +23,14 @@ from marginroute.view import Layout
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
+Post = Callable[[Any], dict[str, Any]]
 
 JSON, TEXT = b"application/json", b"text/plain; version=0.0.4; charset=utf-8"
 OUTCOME = ("ttft_s", "e2e_s", "attempt_ttft_s", "attempt_e2e_s", "prompt_tokens", "output_tokens", "cost_usd")
 MOST_FORGOTTEN = 1000  # prompts whose request is not under way any more, before their lengths are dropped
 
 
-PHRASES = {status: HTTPStatus(status).phrase.encode() for status in (200, 400, 422, 500)}
+PHRASES = {status: HTTPStatus(status).phrase.encode() for status in (200, 400, 409, 422, 500, 503)}
 
 
 class TooLargeError(Exception):
@@ -55,7 +57,7 @@ class App:
         self._characters: dict[str, int] = {}  # of the prompts of requests under way whose tokens were estimated
         self._block_bytes = round(desk.settings.prefix_block_tokens / chat.TOKENS_PER_CHARACTER)
         self._api: tuple[Layout, schema.Schema, schema.Schema] | None = None
-        self._posts: dict[str, Callable[[bytes], dict[str, Any]]] = {
+        self._posts: dict[str, Post] = {
             "/v1/decide": self.decide,
             "/v1/events": self.events,
             "/v1/hedge": self.hedge,
@@ -108,43 +110,52 @@ class App:
         allowed = b"POST" if post is not None else b"GET, HEAD"
         return 405, JSON, error("this path takes another method"), [(b"allow", allowed)]
 
-    async def _posted(
-        self, post: Callable[[Any], dict[str, Any]], data: bytes, receive: Receive
-    ) -> tuple[int, bytes, bytes, list[Any]]:
-        try:
-            value = schema.parse(data)
-        except InputError as problem:
-            return 400, JSON, error(str(problem)), []
-        try:
-            answer = post(value)
-            if answer.get("held"):
-                answer = await self._turn(value, answer, receive)
-        except InputError as problem:
-            return 422, JSON, error(str(problem)), []
-        return 200, JSON, json.dumps(answer, separators=(",", ":")).encode(), []
+    async def _posted(self, post: Post, data: bytes, receive: Receive) -> tuple[int, bytes, bytes, list[Any]]:
+        status, answer, asked = self._reply(post, data)
+        if answer.get("held"):
+            try:
+                answer = await self._turn(asked, answer, receive)
+            except InputError as problem:
+                status, answer = 422, {"error": str(problem)}
+        return status, JSON, schema.dumps(answer), []
 
-    def at_once(self, path: bytes, headers: list[tuple[bytes, bytes]]) -> bool:
-        """Whether the answer of a POST needs nobody to wait: `answer_at_once` may be called then.
+    def _reply(self, post: Post, data: bytes) -> tuple[int, dict[str, Any], Any]:
+        """Status and body of an answer, and what was asked."""
+        try:
+            asked = schema.parse(data)
+        except InputError as problem:
+            return 400, {"error": str(problem)}, None
+        try:
+            return 200, post(asked), asked
+        except InputError as problem:
+            return 422, {"error": str(problem)}, asked
+
+    def at_once(self, head: Head) -> bool:
+        """Whether the answer to a plain request needs nobody to wait: `answer_at_once` may be called then.
 
         That saves a server the task and the messages of ASGI, which cost as much as a decision.
         """
-        if self._gateway.holding is not None or path.decode("latin-1") not in self._posts:
-            return False
-        sizes = [int(value) for name, value in headers if name == b"content-length" and value.isdigit()]
-        return len(sizes) == 1 and sizes[0] <= self._max_body_bytes and (not self._bearer or self._may_enter(headers))
+        path, is_open = head.path, head.path in self._open
+        if head.method == b"POST":
+            fits = path in self._posts and head.length <= self._max_body_bytes and self._gateway.holding is None
+        else:
+            fits = is_open or path in self._gets
+        return fits and (not self._bearer or is_open or hmac.compare_digest(head.authorization, self._bearer))
 
-    def answer_at_once(self, path: bytes, data: bytes) -> bytes:
-        """The whole HTTP response to a POST."""
+    def answer_at_once(self, head: Head, data: bytes) -> bytes:
+        """The whole HTTP response to a request for which `at_once` is true."""
+        path, kind = head.path, JSON
         try:
-            # A coroutine that waits for nothing is over at its first step.
-            self._posted(self._posts[path.decode("latin-1")], data, _nothing).send(None)
-        except StopIteration as done:
-            status, kind, body, _ = done.value
+            if head.method == b"POST":
+                status, answer, _ = self._reply(self._posts[path], data)
+                body = schema.dumps(answer)
+            else:
+                status, kind, body = (self._gets.get(path) or self._open[path])()
         except Exception as exception:  # the caller has its own fallback
-            self.desk.failed(f"call of {path.decode('latin-1')}", exception)
-            status, kind, body = 500, JSON, error("the decision failed; route as without us")
-        head = b"HTTP/1.1 %d %b\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n"
-        return head % (status, PHRASES[status], kind, len(body)) + body
+            self.desk.failed(f"call of {path}", exception)
+            status, body = 500, error("the decision failed; route as without us")
+        head_of_it = b"HTTP/1.1 %d %b\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n"
+        return head_of_it % (status, PHRASES[status], kind, len(body)) + body
 
     def _schemas(self) -> tuple[schema.Schema, schema.Schema]:
         """What the two calls take, for the bundle that decides now."""
@@ -350,10 +361,6 @@ def _trial(asked: Mapping[str, Any] | None) -> Trial | None:
         return None
     waited_s, age_s = float(asked.get("waited_s", 0.0)), float(asked.get("age_s", 0.0))
     return Trial(tuple(asked["tiers"]), float(asked["score"]), waited_s, age_s)
-
-
-async def _nothing() -> dict[str, Any]:
-    raise RuntimeError("nothing is received of a call that is answered at once")
 
 
 def _resolve(turn: asyncio.Future[None]) -> None:

@@ -100,6 +100,30 @@ def test_one_connection_serves_many_requests_and_pipelines(server):
             assert read(connection)[0] == 200
 
 
+def test_plain_and_other_requests_take_turns_on_a_connection(server):
+    """Whole or in pieces, one after the other or several at once: each gets its answer, in order."""
+    plain, chunks = post("/v1/decide", {"id": "plain"}), b'{"id": "chunks"}'
+    chunked = b"POST /v1/decide HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    chunked += b"%x\r\n%b\r\n0\r\n\r\n" % (len(chunks), chunks)
+    unknown, health = b"GET /nowhere HTTP/1.1\r\nhost: x\r\n\r\n", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    expected = {plain: (200, b'"plain"'), chunked: (200, b'"chunks"'), unknown: (404, b"path"), health: (200, b"alive")}
+    with server.connect() as connection:
+        for order in ((plain, chunked, unknown, health), (chunked, plain), (health, plain, plain), (unknown, plain)):
+            whole = b"".join(order)
+            for size in (len(whole), 7, len(plain) - 3):
+                data = b""
+                for at in range(0, len(whole), size):
+                    connection.sendall(whole[at : at + size])
+                    time.sleep(0.002)
+                for request in order:
+                    while b"}" not in data:
+                        data += connection.recv(65536)
+                    answer, _, data = data.partition(b"}")
+                    status, said = expected[request]
+                    assert int(answer.split()[1]) == status and said in answer
+                assert data == b""
+
+
 def test_half_open_connections_are_closed(server):
     """Callers that open and say nothing, or stop in the middle of head or body, do not keep a connection for ever."""
     beginnings = (b"", b"POST /v1/dec", post("/v1/decide", b"{" + b" " * 200)[:-100])
