@@ -3,6 +3,7 @@
 PPO learns on a signal that knows a decision's own worth; what the decision does to others it knows by a price. Where
 that price is too low, in training or in a state that training never saw, corrections are right in kind and too large.
 The gain grows ever more slowly with the strength, and what false alarms cost grows ever faster.
+A strength that does harm under one of the stresses is not chosen for what it gains elsewhere.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ def scaled(policy: ResidualPolicy, strength: float) -> ResidualPolicy:
 def best_strength(
     scenario: Scenario, policy: ResidualPolicy, episodes: int, progress: Progress = lambda *_: None
 ) -> tuple[float, dict[str, list[float]]]:
-    """One of `STRENGTHS`: that whose gain, over all episodes played, has the highest lower end of its 95 % interval.
+    """One of `STRENGTHS`: of those that no stress speaks against, that whose gain is surest; else the weakest.
+
+    A stress speaks against a strength whose mean gain there lies more than a standard error below zero. Surest is the
+    highest lower end of the 95 % interval over all episodes played.
 
     Args:
         scenario: of the router.
@@ -54,9 +58,18 @@ def best_strength(
         found[name] = _gains(world, policy, n)
         played += n
     progress(played, total)
-    every = np.concatenate(list(found.values()), axis=1)
-    surely = every.mean(axis=1) - NORMAL_95 * every.std(axis=1) / math.sqrt(every.shape[1])
-    return STRENGTHS[int(surely.argmax())], {name: gains.mean(axis=1).tolist() for name, gains in found.items()}
+    usd, error_usd = _mean_and_error(np.concatenate(list(found.values()), axis=1))
+    surely_usd = usd - NORMAL_95 * error_usd
+    for gains in found.values():
+        usd, error_usd = _mean_and_error(gains)
+        surely_usd[usd < -error_usd] = -np.inf
+    chosen = STRENGTHS[int(surely_usd.argmax())] if np.isfinite(surely_usd).any() else min(STRENGTHS)
+    return chosen, {name: gains.mean(axis=1).tolist() for name, gains in found.items()}
+
+
+def _mean_and_error(gains: Array) -> tuple[Array, Array]:
+    """(len(STRENGTHS),) of gains (len(STRENGTHS), N), and their standard errors."""
+    return gains.mean(axis=1), gains.std(axis=1) / math.sqrt(gains.shape[1])
 
 
 def _gains(scenario: Scenario, policy: ResidualPolicy, episodes: int) -> Array:

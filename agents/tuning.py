@@ -90,11 +90,10 @@ Suggest = Callable[[optuna.Trial, Plant], Rule]
 def _margin_rule(
     name: str, trial: optuna.Trial, plant: Plant, priced: bool, fitted: quality.FittedQuality | None
 ) -> Rule:
-    stations = plant.layout.station_names
-    pools = len(plant.spec.pools)
+    limited = [bool(provider.rate_limit.to_dict()) for provider in plant.spec.providers]
     prices = [
-        10.0 ** trial.suggest_float(f"log10_price_{station}", -5.0, 0.0) if priced and p < pools else 0.0
-        for p, station in enumerate(stations)
+        10.0 ** trial.suggest_float(f"log10_price_{station}", -5.0, 0.0) if priced and scarce else 0.0
+        for station, scarce in zip(plant.layout.station_names, [True] * len(plant.spec.pools) + limited, strict=True)
     ]
     parameters = MarginParameters(
         station_usd_per_s=tuple(prices),

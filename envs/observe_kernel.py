@@ -159,6 +159,7 @@ def _latency(s, w, c, prompt_tokens, output_tokens):
     per_output_token_s = decode_seq_s + kv_token_s * (prompt_tokens + 0.5 * output_tokens)
     per_output_token_s += s[v.BASE_S, w, c] / s[v.SLOTS, w, c]
     work_s = prefill_tokens * s[v.PREFILL_TOKEN_S, w, c] + output_tokens * per_output_token_s
+    work_s += s[v.LIMIT_CALL_S, w, c] + (prompt_tokens + output_tokens) * s[v.LIMIT_TOKEN_S, w, c]
     return ttft_s + s[v.FIXED_TTFT_S, w, c], decode_s + s[v.FIXED_TPOT_S, w, c], work_s
 
 
@@ -185,7 +186,7 @@ def _candidates(rule, s, q, legal, w, value_usd, usage_usd, unserved_usd, row, n
         slow = _p_exceeds(felt_tpot_s, slo_tpot_s, sharpness)
         long = _p_exceeds(felt_ttft_s + felt_tpot_s * output_tokens, q[v.SLO_E2E_S, w], sharpness)
         share = late * q[v.TTFT_CREDIT_SHARE, w] + slow * q[v.TPOT_CREDIT_SHARE, w] + long * q[v.E2E_CREDIT_SHARE, w]
-        fill = s[v.IN_FLIGHT, w, c] / s[v.SLOTS, w, c]
+        fill = s[v.IN_FLIGHT, w, c] / s[v.SLOTS, w, c] + s[v.LIMIT_SPENT, w, c]
         bad_usd, bad_share = stay * bad_now_usd, 1.0 - p_good
         cost_usd = s[v.CALL_USD, w, c] + answer_usd(
             prompt_tokens, s[v.CACHED_TOKENS, w, c], output_tokens,

@@ -37,7 +37,7 @@ from envs import world_sessions as sessions
 from envs import world_tasks as tasks
 from envs.economics import ledger as books
 from envs.fleet import engine, scaling
-from envs.fleet.provider import provider_available, submit_provider
+from envs.fleet.provider import limit_spent, provider_available, submit_provider
 from envs.fleet.state import ABANDONED, COMPLETED, FAILED, LOST
 from envs.kernels import kernel
 from envs.world_terms import of_member
@@ -571,6 +571,7 @@ def _show(
         else:
             p = c - n_replicas
             signals[v.IN_FLIGHT, w, c] = providers[w, p].in_flight
+            signals[v.LIMIT_SPENT, w, c] = limit_spent(providers, w, p, desk.now_s)
             legal[w, c] = allowed[c] and provider_available(providers, w, p, desk.now_s, load.prompt_tokens)
         signals[v.RECENT_ERRORS, w, c] = 0.0
         if mine.error_share > 0.0:

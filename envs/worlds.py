@@ -223,6 +223,8 @@ class Plant:
                 static[v.FIXED_TTFT_S, c] = provider.ttft_median_s
                 static[v.FIXED_TPOT_S, c] = provider.tpot_median_s
                 static[[v.INPUT_USD, v.CACHED_INPUT_USD, v.OUTPUT_USD], c] = provider.usd_per_token()
+                limit = self.spec.providers[c - self.spec.n_replicas].rate_limit
+                static[[v.LIMIT_CALL_S, v.LIMIT_TOKEN_S], c] = 1.0 / np.array(limit.per_s)
                 if provider.cached_input_usd_per_mtok is not None:
                     static[v.PREFIX_CAPACITY_TOKENS, c] = PROVIDER_TOKENS
                     static[v.PREFIX_TTL_S, c] = provider.prompt_cache_ttl_s

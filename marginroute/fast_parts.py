@@ -141,6 +141,7 @@ def assessor(fleet: Fleet, buffer: Buffer) -> Callable[[View, list[float], Usd],
     money, saved_usd, cost_and_congestion = np.empty(2 * n), np.empty((2, n)), buffer.span("cost", "congestion")
     money_2, cost_usd, congestion_usd, fill = money.reshape(2, n), row["cost"], row["congestion"], row["fill"]
     in_flight, cached_tokens, (rise, less_usd) = row["in_flight"], row["cached_share"], np.empty((2, n))
+    limit_spent, is_limited = row["limit_spent"], bool(s[v.LIMIT_CALL_S : v.LIMIT_TOKEN_S + 1].any())
     one_and_latency_s, ratios = buffer.span("one", "tpot_s"), buffer.span("ttft_to_slo", "keep_e2e")
     keep_patience, keep_ttft, keep_tpot, keep_e2e = kept = buffer.span("keep_patience", "keep_e2e")
     kept_and_one = buffer.span("keep_patience", "one_again")
@@ -164,6 +165,8 @@ def assessor(fleet: Fleet, buffer: Buffer) -> Callable[[View, list[float], Usd],
             multiply(cached_tokens, request[v.INPUT_PRICE_USD] - request[v.CACHED_INPUT_PRICE_USD], less_usd)
             add(cost_usd, less_usd, cost_usd)
         multiply(in_flight, per_slot, fill)
+        if is_limited:
+            add(fill, limit_spent, fill)
         minimum(fill, _TOP, out=rise)
         if not is_linear:
             power(rise, fill_power, rise)

@@ -31,7 +31,7 @@ from marginroute.heuristics import MarginRule
 from marginroute.policy import ResidualPolicy
 from marginroute.view import Array, Layout, View
 
-COVERED_VERSION = 6  # of the features; any other takes the general path
+COVERED_VERSION = 7  # of the features; any other takes the general path
 PER_ITEM = ("station_usd_per_s", "slo_usd", "good_usd", "served_usd")  # parameters with one value per station or class
 
 Worker = Callable[[View], Decision | None]

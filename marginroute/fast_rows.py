@@ -13,7 +13,7 @@ from marginroute.policy import ResidualPolicy
 from marginroute.view import Array, Layout
 
 _COPIED = """
-    in_flight decoding in_flight_cap decoding_tokens p_good recent_errors kv_usage surprise confidence tier_surprise
+    in_flight decoding in_flight_cap decoding_tokens limit_spent p_good recent_errors kv_usage surprise confidence tier_surprise
     tier_confidence similarity fill legal cached_share barred stay cost congestion credit refund below_best
     recent_ttft_s recent_tpot_s entry_age_s held pending_prefill waiting telemetry_age_s tried
 """
@@ -64,8 +64,9 @@ class Fleet:
     def linear(self) -> Array:
         """(4, 2 C) of 1, P, O and O (P + O / 2): USD of an answer, and of the work that it takes, nothing cached."""
         s, zero = self.static, np.zeros(self.layout.n_candidates)
-        per_token_s = s[v.DECODE_SEQ_S] + s[v.BASE_S] / s[v.SLOTS]
-        work_s = np.stack([zero, s[v.PREFILL_TOKEN_S], per_token_s, s[v.KV_TOKEN_S]])
+        per_prompt_s = s[v.PREFILL_TOKEN_S] + s[v.LIMIT_TOKEN_S]
+        per_output_s = s[v.DECODE_SEQ_S] + s[v.BASE_S] / s[v.SLOTS] + s[v.LIMIT_TOKEN_S]
+        work_s = np.stack([s[v.LIMIT_CALL_S], per_prompt_s, per_output_s, s[v.KV_TOKEN_S]])
         usd = np.stack([s[v.CALL_USD], s[v.INPUT_USD], s[v.OUTPUT_USD], zero])
         return np.concatenate([usd, work_s * self.price], axis=1)
 

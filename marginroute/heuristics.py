@@ -8,8 +8,8 @@ Two families. *Rules of thumb* rank candidates without money (`marginroute.rules
 
 with P(good), TTFT and TPOT estimated from the View, `leave` the chance that the user's patience ends first or the call
 fails (the recent share of errors there: that a failed call may be tried again elsewhere is not counted), and the price
-of a station (USD per second of engine work) tuned; it stands for the requests that would be displaced
-(revenue management's bid price, Talluri & van Ryzin, The Theory and Practice of Revenue Management, ch. 3).
+of a station (USD per second of engine work, or of a provider's rate limit) tuned; it stands for the requests that would
+be displaced (revenue management's bid price, Talluri & van Ryzin, The Theory and Practice of Revenue Management, ch. 3).
 A *floor* (a class must reach an SLO attainment or an answer quality, or may lose only so many requests) enters the
 score as its multiplier: so many USD per call of the class that meets its SLOs, gets a good answer, or gets one at all.
 At a hedge timer the candidates that would get a second call are worth what `marginroute.hedging` says.
@@ -45,7 +45,7 @@ from marginroute.view import PROVIDER, Array, Layout, View
 
 CACHE_COLUMN, DEFER_COLUMN = -3, -2  # candidates end with cache, defer, shed
 NEVER_USD = 1e3  # what a rule adds to the price of a candidate that it does not consider
-MAX_FILL = 2.0  # fill of a replica beyond which its congestion price no longer rises
+MAX_FILL = 2.0  # fill of a replica or of a rate limit beyond which its congestion price no longer rises
 _MAX_FILL, _ZERO, _ONE, _NEVER = (np.array(x) for x in (MAX_FILL, 0.0, 1.0, -np.inf))  # see `View.asked`
 
 
@@ -59,7 +59,7 @@ class Assessment:
         latency_s: (2, ..., C) estimated TTFT from now, and TPOT, in seconds.
         stay: probability that the user is still there for the first token and the call does not fail; 0 for *defer* and
             *shed*.
-        fill: in-flight requests per sequence slot.
+        fill: in-flight requests per sequence slot; share of a provider's rate limit that is spent.
         value_usd: (..., 1) value of the request when answered, the base of refunds and credits.
         usage_usd: (..., 1) what the customer pays for it, at the price of prompt tokens that are not cached.
         unserved_usd: (..., 1) credit if it gets no answer.
@@ -142,9 +142,9 @@ class MarginParameters:
     candidates at once.
 
     Attributes:
-        station_usd_per_s: price of a second of engine work, one per station (pools, then providers); zeros make the
-            rule myopic (*expected margin*).
-        fill_power: how the price rises with in-flight requests per slot.
+        station_usd_per_s: price of a second of engine work, or of a provider's rate limit, one per station (pools, then
+            providers); zeros make the rule myopic (*expected margin*).
+        fill_power: how the price rises with in-flight requests per slot, or with the share of the limit that is spent.
         ttft_scale, tpot_scale: multiply the estimates before they meet an SLO (a hidden congestion price).
         sharpness: of the miss probability r**a / (1 + r**a) at r = estimate / limit.
         defer_share: hold a delay-tolerant request unless its best candidate earns this share of its idle margin.
@@ -229,7 +229,7 @@ def assess(view: View, parameters: MarginParameters, quality: FittedQuality | No
         errors, p_good = pair.both(errors), pair.of_winner(p_good)
     stay = (_ONE - missed[3]) * ((_ONE - errors) * layout.answers)
     bad_usd = stay * bad_now_usd
-    fill = s[v.IN_FLIGHT] / s[v.SLOTS]
+    fill = s[v.IN_FLIGHT] / s[v.SLOTS] + s[v.LIMIT_SPENT]
 
     parts_usd = np.empty((4, *work_s.shape))
     cost_usd, credit_usd, refund_usd, congestion_usd = parts_usd

@@ -72,7 +72,8 @@ def estimate(view: View) -> tuple[Array, Array]:
     """Seconds of TTFT and TPOT, and work in seconds, that each candidate would need for the request.
 
     Work is the engine time that the request takes from others: its prefill, and its share of every decode iteration
-    with the iteration's fixed part spread over a full batch.
+    with the iteration's fixed part spread over a full batch. At a provider it is the time in which the rate limits
+    regain what the request takes of them, of calls and of tokens.
 
     Returns:
         latency_s: (2, ..., C), TTFT and TPOT; work_s: (..., C).
@@ -94,4 +95,5 @@ def estimate(view: View) -> tuple[Array, Array]:
     latency_s += s[v.FIXED_TTFT_S : v.FIXED_TPOT_S + 1]
     attended_tokens = np.asarray(prompt_tokens + 0.5 * output_tokens)
     per_output_token_s = s[v.DECODE_SEQ_S] + s[v.KV_TOKEN_S] * attended_tokens + s[v.BASE_S] / s[v.SLOTS]
-    return latency_s, prefill_tokens * s[v.PREFILL_TOKEN_S] + output_tokens * per_output_token_s
+    work_s = prefill_tokens * s[v.PREFILL_TOKEN_S] + output_tokens * per_output_token_s
+    return latency_s, work_s + s[v.LIMIT_CALL_S] + (prompt_tokens + output_tokens) * s[v.LIMIT_TOKEN_S]

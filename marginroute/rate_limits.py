@@ -22,7 +22,7 @@ import numpy as np
 from marginroute import view as v
 from marginroute.contracts import refilled
 from marginroute.errors import InputError
-from marginroute.view import Layout
+from marginroute.view import Array, Layout
 
 BURST_S = 10.0  # of the limit that a bucket holds where its size is not given
 NEARLY_S = 1e-6  # before a bucket has room again, when that is worked out exactly
@@ -33,6 +33,19 @@ SHARED, WHAT = "rate", ("requests", "tokens")  # names under which workers share
 def has_room(requests_left: float, tokens_left: float, prompt_tokens: float, size_tokens: float) -> bool:
     """Whether a call may be sent to a provider whose buckets hold so much; `size_tokens`: of the one of tokens."""
     return requests_left >= 1.0 and (tokens_left >= prompt_tokens or tokens_left >= size_tokens)
+
+
+def share_spent(requests_left: float, size_requests: float, tokens_left: float, size_tokens: float) -> float:
+    """Share of the buckets that is spent, of the emptier one; above 1 where answers have left a debt.
+
+    What is not limited has an infinite size.
+    """
+    spent = 0.0
+    if size_requests < math.inf:
+        spent = max(spent, 1.0 - requests_left / size_requests)
+    if size_tokens < math.inf:
+        spent = max(spent, 1.0 - tokens_left / size_tokens)
+    return spent
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,11 @@ class RateLimit:
     def tokens_per_s(self) -> float:
         """Rate at which the bucket of tokens fills."""
         return self.tokens_per_minute / 60.0
+
+    @property
+    def per_s(self) -> tuple[float, float]:
+        """Rates at which the buckets fill, of requests and of tokens."""
+        return self.requests_per_s, self.tokens_per_s
 
     @property
     def size_requests(self) -> float:
@@ -156,6 +174,16 @@ class RateBook:
                         if not bucket.admits(prompt_tokens, now_s):
                             found.append(c)
         return found
+
+    def show(self, shares: Array) -> None:
+        """Writes the share of its limits that is spent for each provider that has any, into (C,)."""
+        if self._watched:
+            with self._lock:
+                now_s = self._clock()
+                for c, bucket in self._watched:
+                    shares[c] = share_spent(
+                        bucket.requests_left(now_s), bucket.size[0], bucket.tokens_left(now_s), bucket.size[1]
+                    )
 
     def sent(self, candidate: int, prompt_tokens: float) -> None:
         """A call leaves for a candidate; one that is no provider has no limit."""

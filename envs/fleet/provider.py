@@ -21,6 +21,7 @@ from marginroute import contracts, rate_limits
 
 refilled = kernel(contracts.refilled, inline="always")
 has_room = kernel(rate_limits.has_room, inline="always")
+share_spent = kernel(rate_limits.share_spent, inline="always")
 
 
 @kernel
@@ -42,6 +43,14 @@ def provider_available(providers, w, v, now_s, prompt_tokens=1):
     provider = providers[w, v]
     requests, tokens = requests_left(provider, now_s), _tokens_left(provider, now_s)
     return has_room(requests, tokens, prompt_tokens, provider.token_bucket_size)
+
+
+@kernel
+def limit_spent(providers, w, v, now_s):
+    """Share of the rate limits of provider v that is spent."""
+    provider = providers[w, v]
+    requests, tokens = requests_left(provider, now_s), _tokens_left(provider, now_s)
+    return share_spent(requests, provider.bucket_size, tokens, provider.token_bucket_size)
 
 
 @kernel

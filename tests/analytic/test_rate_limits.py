@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from envs.fleet import engine
 from envs.fleet.allocation import allocate
 from envs.fleet.profile import constant_profile
-from envs.fleet.provider import provider_available, submit_provider
+from envs.fleet.provider import limit_spent, provider_available, submit_provider
 from envs.fleet.spec import FleetSpec, PoolSpec, ProviderSpec
 from marginroute import view as v
 from marginroute.adapters.rate_headers import told_by
@@ -242,6 +242,20 @@ def test_settings_that_are_not_legal(rows, says):
         rate_limits_from(rows)
 
 
+@pytest.mark.parametrize(
+    ("after", "tokens", "share"),
+    [((), 0, 0.0), ((1,), 0, 0.5), ((1, 1), 0, 1.0), ((30,), 0, 0.5), ((60,), 0, 0.6), ((90,), 40, 1.3)],
+)
+def test_the_share_that_is_spent_is_that_of_the_emptier_bucket(after, tokens, share):
+    # Two calls and 100 tokens at once; the clock stands still, so that nothing is regained.
+    rates = RateBook(layout(), {"api": RateLimit(60.0, 2.0, 600.0, 100.0)}, Clock())
+    for prompt in after:
+        rates.sent(API, prompt)
+    rates.answered(API, tokens)
+    rates.show(shares := np.zeros(len(layout().names)))
+    assert shares.tolist() == pytest.approx([share if c == API else 0.0 for c in range(len(shares))])
+
+
 def test_only_providers_have_limits():
     check_providers({"api": RateLimit()}, layout())
     with pytest.raises(InputError, match=r"'own/0' is no provider of the bundle; legal: api, other"):
@@ -272,6 +286,8 @@ def test_the_worlds_provider_says_the_same(seed, requests, tokens, burst):
         prompt, output = int(rng.integers(1, 500)), int(rng.integers(1, 200))
         legal = provider_available(fleet.providers, 0, 0, now_s, prompt)
         assert legal == (API not in rates.spent(prompt))
+        rates.show(shares := np.zeros(len(layout().names)))
+        assert shares[API] == pytest.approx(limit_spent(fleet.providers, 0, 0, now_s), abs=1e-9)
         if legal:
             fleet.requests[0, i]["prompt_tokens"], fleet.requests[0, i]["output_tokens"] = prompt, output
             fleet.requests[0, i]["patience_until_s"] = math.inf

@@ -63,6 +63,20 @@ def test_the_surest_gain_is_chosen(policy, small_scenario, monkeypatch):
     assert by_world["as it is"][2] == pytest.approx(0.25, abs=0.05)
 
 
+@pytest.mark.parametrize(("harmless", "chosen"), [((0.35, 0.25), 0.35), ((), 0.25)])
+def test_a_stress_can_speak_against_a_strength(policy, small_scenario, monkeypatch, harmless, chosen):
+    """The stronger the surer, but under one stress only the harmless strengths do not lose."""
+    named = stressed(small_scenario)
+
+    def gains(scenario, policy, episodes):
+        harmful = scenario.hash == named["four gateways"].hash
+        means = [x if x in harmless or not harmful else -x for x in STRENGTHS]
+        return np.array(means)[:, None] + np.linspace(-0.01, 0.01, episodes)
+
+    monkeypatch.setattr(strength, "_gains", gains)
+    assert best_strength(small_scenario, policy, 16)[0] == chosen
+
+
 def test_what_harms_is_followed_least(policy, small_scenario):
     loud = replace(policy, network=replace(policy.network, head=100.0 * policy.network.head))
     found, by_world = best_strength(small_scenario, loud, 4)

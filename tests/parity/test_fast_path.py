@@ -51,6 +51,8 @@ def fleet(rng):
         [1.0],
         [0.02],
     ]
+    if rng.random() < 0.7:
+        static[[v.LIMIT_CALL_S, v.LIMIT_TOKEN_S], bought] = rng.uniform(0.0, 1.0, (2, providers)) * [[1.0], [1e-3]]
     static[v.FIXED_TTFT_S, cache] = 0.01
     static[[v.INPUT_USD, v.OUTPUT_USD], :cache] = rng.uniform(0.0, 1e-5, (2, cache))
     static[v.CACHED_INPUT_USD, :cache] = static[v.INPUT_USD, :cache] * rng.random(cache)
@@ -108,6 +110,7 @@ def view_of(rng, layout, static):
         rng.exponential(busy, (5, replicas))
     )
     s[v.IN_FLIGHT, replicas:serving] = np.round(rng.exponential(busy, serving - replicas))
+    s[v.LIMIT_SPENT, replicas:serving] = rng.uniform(0.0, 2.5, serving - replicas)
     s[v.IN_FLIGHT_CAP] = v.UNLIMITED
     if rng.random() < 0.5:
         s[v.IN_FLIGHT_CAP, :replicas] = np.round(rng.uniform(1, 40, replicas))
