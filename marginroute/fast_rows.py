@@ -13,9 +13,9 @@ from marginroute.policy import ResidualPolicy
 from marginroute.view import Array, Layout
 
 _COPIED = """
-    in_flight decoding in_flight_cap decoding_tokens limit_spent p_good recent_errors kv_usage surprise confidence tier_surprise
-    tier_confidence similarity fill legal cached_share barred stay cost congestion credit refund below_best
-    recent_ttft_s recent_tpot_s entry_age_s held pending_prefill waiting telemetry_age_s tried
+    in_flight decoding in_flight_cap decoding_tokens limit_spent p_good recent_errors kv_usage surprise confidence
+    tier_surprise tier_confidence similarity fill legal cached_share barred stay cost congestion credit refund
+    below_best recent_ttft_s recent_tpot_s entry_age_s held pending_prefill waiting telemetry_age_s tried
 """
 _COMPUTED = "one ttft_s tpot_s ttft_to_slo tpot_to_slo keep_patience keep_ttft keep_tpot keep_e2e one_again"
 COPIED_ROWS = tuple(_COPIED.split())

@@ -8,8 +8,9 @@ Two families. *Rules of thumb* rank candidates without money (`marginroute.rules
 
 with P(good), TTFT and TPOT estimated from the View, `leave` the chance that the user's patience ends first or the call
 fails (the recent share of errors there: that a failed call may be tried again elsewhere is not counted), and the price
-of a station (USD per second of engine work, or of a provider's rate limit) tuned; it stands for the requests that would
-be displaced (revenue management's bid price, Talluri & van Ryzin, The Theory and Practice of Revenue Management, ch. 3).
+of a station (USD per second of engine work, or of a provider's rate limit) tuned; it stands for the requests that
+would be displaced (revenue management's bid price, Talluri & van Ryzin, The Theory and Practice of Revenue Management,
+ch. 3).
 A *floor* (a class must reach an SLO attainment or an answer quality, or may lose only so many requests) enters the
 score as its multiplier: so many USD per call of the class that meets its SLOs, gets a good answer, or gets one at all.
 At a hedge timer the candidates that would get a second call are worth what `marginroute.hedging` says.

@@ -47,8 +47,8 @@ def scramble(worlds, rng):
     s[v.P_GOOD_PRIOR] = np.where(rng.random(shape) < 0.1, rng.choice([0.0, 1.0], shape), rng.random(shape))
     s[v.IN_FLIGHT] = some(0.8, rng.integers(0, 300, shape))
     s[v.IN_FLIGHT_CAP] = np.where(rng.random(shape) < 0.7, rng.integers(1, 60, shape), v.UNLIMITED)
-    s[v.LIMIT_CALL_S], s[v.LIMIT_TOKEN_S] = some(0.3, rng.random(shape)), some(0.3, rng.random(shape) * 1e-4)
-    s[v.LIMIT_SPENT] = some(0.3, rng.uniform(0.0, 2.5, shape))
+    limits = [rng.random(shape), rng.random(shape) * 1e-4, rng.uniform(0.0, 2.5, shape)]
+    s[[v.LIMIT_CALL_S, v.LIMIT_TOKEN_S, v.LIMIT_SPENT]] = np.where(layout.kind == v.PROVIDER, limits, 0.0)
     s[v.DECODING] = some(0.7, rng.integers(0, 200, shape))
     s[v.DECODING_TOKENS] = s[v.DECODING] * rng.integers(1, 4000, shape)
     s[v.RECENT_TTFT_S], s[v.RECENT_TPOT_S] = rng.exponential(1.0, shape), rng.exponential(0.02, shape)
