@@ -254,7 +254,7 @@ def _context(rule, s, q, legal, w, value_usd, row):
     fill, there = 0.0, 0
     for r in range(numbers.n_replicas):
         if legal[w, r]:
-            fill += s[v.IN_FLIGHT, w, r] / s[v.SLOTS, w, r]
+            fill += s[v.IN_FLIGHT, w, r] / s[v.SLOTS, w, r] + s[v.LIMIT_SPENT, w, r]
             there += 1
     row[n] = _clip(np.float32(q[v.DIFFICULTY_SIGNAL, w]))
     row[n + 1] = _clip(np.float32(fill / max(there, 1)))
