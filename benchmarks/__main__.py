@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import ROOT
 from marginroute.cli import Parser, main_guard, note
 from marginroute.errors import InputError, suggestion
 
-ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("__main__", "dynamo_worker", "gateway_envoy", "gateway_http")  # can be called, but belong to another
 NAMES = tuple(
     path.stem

@@ -13,6 +13,8 @@ from typing import Any
 
 from marginroute.cli import Parser
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def parser(doc: str | None) -> Parser:
     """A command line with `--quick`; its examples are those of the module's docstring, or the plain call."""
@@ -33,13 +35,12 @@ def cpu_s(pid: int) -> float:
 
 def commit() -> str:
     """The checkout's commit, with + if files differ from it."""
-    root = Path(__file__).resolve().parent.parent
     try:
         head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         )
         dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

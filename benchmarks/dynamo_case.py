@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks import common, dynamo_worker
+from benchmarks.simulator_fleet import OUTPUT, PROMPT, lengths
 from envs.fleet.allocation import Fleet, allocate
 from envs.fleet.engine import advance, drain, pop_finished, reset_world, submit
 from envs.fleet.hashes import engine_hashes, load_hashes
@@ -27,8 +28,6 @@ REPLICAS = (1, 16)
 BASE_S, PREFILL_TOKEN_S, KV_TOKEN_S = 6e-3, 2e-5, 4e-8
 KV_BLOCKS, BLOCK_SIZE_TOKENS, MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 25_701, 16, 256, 2048
 REQUESTS_PER_S = 16.0  # per replica: about 80 % of what one can serve
-PROMPT = {"median_tokens": 800, "sigma": 0.8, "min_tokens": 8, "max_tokens": 8000}
-OUTPUT = {"median_tokens": 150, "sigma": 0.8, "min_tokens": 2, "max_tokens": 2000}
 SYSTEM_PROMPTS, SYSTEM_BLOCKS = 32, (16, 64)  # each request begins with one of them, as far as its prompt reaches
 FOLLOW_UPS, RECENT = 0.4, 200  # share that goes on from the prompt of one of the last requests
 
@@ -50,17 +49,12 @@ class Requests:
 def draw_requests(n: int, requests_per_s: float, seed: int = 20_261_123) -> Requests:
     """Poisson arrivals of lognormal prompts and outputs that share beginnings."""
     rng = np.random.default_rng(seed)
-
-    def tokens(law: dict[str, float]) -> IntArray:
-        drawn = rng.lognormal(np.log(law["median_tokens"]), law["sigma"], n)
-        return np.clip(drawn, law["min_tokens"], law["max_tokens"]).astype(np.int64)
-
-    prompts, outputs = tokens(PROMPT), tokens(OUTPUT)
+    prompts, outputs = lengths(rng, PROMPT, n), lengths(rng, OUTPUT, n)
     arrived_at_s = np.cumsum(rng.exponential(1.0 / requests_per_s, n)).round(6)
-    lengths = rng.integers(*SYSTEM_BLOCKS, SYSTEM_PROMPTS)
-    starts = np.cumsum(lengths) - lengths
-    system = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-    fresh, lists = int(lengths.sum()), []
+    sizes = rng.integers(*SYSTEM_BLOCKS, SYSTEM_PROMPTS)
+    starts = np.cumsum(sizes) - sizes
+    system = [np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    fresh, lists = int(sizes.sum()), []
     for blocks in prompts // BLOCK_SIZE_TOKENS:
         past = lists[-RECENT:] if lists and rng.random() < FOLLOW_UPS else system
         shared = past[rng.integers(len(past))][:blocks]

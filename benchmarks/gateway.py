@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         if "telemetry" in wanted:
             from benchmarks import gateway_telemetry
 
-            figures |= gateway_telemetry.figures(folder, 3.0 if arguments.quick else 20.0)
+            figures |= gateway_telemetry.figures(3.0 if arguments.quick else 20.0)
         if "latency" in wanted:
             from benchmarks import gateway_latency
 

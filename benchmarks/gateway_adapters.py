@@ -14,7 +14,6 @@ from typing import Any
 from benchmarks import common
 from marginroute.errors import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
 START_S = 120.0
 
 
@@ -50,7 +49,7 @@ class Server:
         config.write_text(json.dumps({"log": str(folder / f"{command}.jsonl"), **settings}))
         words = ["-m", "marginroute", command, str(bundle), "--config", str(config), "--uds", self.uds]
         with open(self._output, "wb") as output:
-            self._process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=output, stderr=output)
+            self._process = subprocess.Popen([sys.executable, *words], cwd=common.ROOT, stdout=output, stderr=output)
 
     def wait(self) -> None:
         """Returns when it listens.

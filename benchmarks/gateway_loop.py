@@ -57,7 +57,7 @@ def plant_of(folder: Path, horizon_s: float) -> Plant:
 
 def bundle_of(plant: Plant) -> Bundle:
     """The tuned bid price of `azure_conversation`, the same fleet, as a bundle."""
-    path = gateway_processes.ROOT / "configs" / "baselines" / "azure_conversation.yaml"
+    path = common.ROOT / "configs" / "baselines" / "azure_conversation.yaml"
     baselines = yaml.safe_load(path.read_text())["baselines"]
     rules = [heuristics.from_dict(baselines[name]["policy"]) for name in ("bid-price", "least-in-flight")]
     return make_bundle(plant, rules[0], rules[1], {}, {"command": "python -m benchmarks.gateway"})

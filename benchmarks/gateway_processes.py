@@ -20,7 +20,6 @@ from typing import Any
 from benchmarks import common
 from marginroute.errors import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
 START_S = 600.0
 STARTED = "Application startup complete"  # uvicorn, once per worker
 UVICORN_LOG = {  # LITELLM_LOG would silence that, too
@@ -110,14 +109,14 @@ def emulator(folder: Path, fleet: str, speed: float, seed: int) -> tuple[Process
     flags = ["--port", str(port), "--speed", str(speed), "--seed", str(seed)]
     command = [sys.executable, "-m", "envs", "emulate", fleet, *flags]
     url = f"http://127.0.0.1:{port}"
-    return Process(command, folder, {**os.environ, "PYTHONPATH": str(ROOT)}, f"{url}/health"), url
+    return Process(command, folder, {**os.environ, "PYTHONPATH": str(common.ROOT)}, f"{url}/health"), url
 
 
 def upstream(folder: Path) -> tuple[Process, str]:
     """A stand-in engine that answers at once, and its base URL."""
     folder.mkdir(parents=True)
     port = free_port()
-    command = [sys.executable, str(ROOT / "examples" / "litellm" / "upstream.py"), str(port), "0", "0"]
+    command = [sys.executable, str(common.ROOT / "examples" / "litellm" / "upstream.py"), str(port), "0", "0"]
     url = f"http://127.0.0.1:{port}"
     return Process(command, folder, os.environ, f"{url}/v1/models"), url
 
@@ -176,7 +175,7 @@ def proxy(
     (folder / "auth.py").write_text(AUTH)
     (folder / "path").mkdir()
     for name in ("marginroute", "benchmarks"):
-        (folder / "path" / name).symlink_to(ROOT / name)
+        (folder / "path" / name).symlink_to(common.ROOT / name)
     (folder / "settings.yaml").write_text(json.dumps(settings or {}))
     (folder / "log.json").write_text(json.dumps(UVICORN_LOG))
     code = "import sys; from litellm import run_server; sys.exit(run_server())"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks import common
@@ -66,7 +65,7 @@ class _Gateway:
         """One page."""
 
 
-def figures(folder: Path, seconds: float) -> dict[str, float]:
+def figures(seconds: float) -> dict[str, float]:
     """Share of a core, and microseconds per page in all and for parsing alone."""
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     data = page()

@@ -24,8 +24,6 @@ from benchmarks import common
 from marginroute.cli import main_guard
 from marginroute.errors import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def parser() -> Any:
     """The command line."""
@@ -85,7 +83,7 @@ def _trained(name: str, seed: int, steps: int | None, runs: Path) -> Path:
     elif steps is not None:
         command += ["-n", str(steps)]
     common.note("+ " + " ".join(command[1:]))
-    done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr)
+    done = subprocess.run(command, cwd=common.ROOT, stdout=sys.stderr)
     if done.returncode != 0:
         raise InputError(f"training {folder} ended with exit code {done.returncode}; its own message stands above")
     return folder

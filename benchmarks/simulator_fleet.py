@@ -99,7 +99,8 @@ def run_product(pools, tables, worlds, replicas, slots, providers, requests, w, 
     return ended
 
 
-def _lengths(rng: np.random.Generator, law: dict[str, float], n: int) -> Any:
+def lengths(rng: np.random.Generator, law: dict[str, float], n: int) -> Any:
+    """Lognormal token counts (n,), cut off at both ends."""
     tokens = rng.lognormal(np.log(law["median_tokens"]), law["sigma"], n)
     return np.clip(tokens, law["min_tokens"], law["max_tokens"]).astype(np.int64)
 
@@ -131,7 +132,7 @@ class Episode:
     def __init__(self, replicas: int, mode: str, n: int, requests_per_s: float) -> None:
         rng = np.random.default_rng(20_261_123)
         fleet_spec = spec(replicas, mode)
-        prompts, outputs = _lengths(rng, PROMPT, n), _lengths(rng, OUTPUT, n)
+        prompts, outputs = lengths(rng, PROMPT, n), lengths(rng, OUTPUT, n)
         caching = mode == "product"
         hashes = _conversations(prompts, outputs, fleet_spec.pools[0].block_size_tokens) if caching else ([], [])
         self.fleet: Fleet = allocate(fleet_spec, 1, n, len(hashes[1]))

@@ -11,9 +11,8 @@ from envs.fleet.state import record_array
 from envs.scenario import Scenario
 from envs.workload.requests import Workload
 from envs.world_cache import ACCESS, ASKED, FOUND, CacheArrays
+from marginroute.pricing import PER_MTOK
 from marginroute.view import Array
-
-_MTOK = 1e-6
 
 
 def cache_access(scenario: Scenario) -> Array:
@@ -24,7 +23,7 @@ def cache_access(scenario: Scenario) -> Array:
         record["allowed"] = cache is not None and customer.entitlements.cache
         if record["allowed"] and cache is not None and cache.semantic is not None:
             record["embed_s"], record["lookup_usd"] = cache.semantic.embed_s, cache.semantic.lookup_usd
-            record["embed_usd_per_token"] = cache.semantic.embed_usd_per_mtok * _MTOK
+            record["embed_usd_per_token"] = cache.semantic.embed_usd_per_mtok * PER_MTOK
     return access
 
 

@@ -30,7 +30,7 @@ def owns_defer(desk, load, legal, w, defer):
 
 
 @kernel
-def _to_pool(replicas, kinds, stations, legal, debts, share, w, k):
+def _to_pool(replicas, stations, legal, debts, share, w, k):
     """The least busy replica of the pool furthest behind its share; -1 if none takes requests."""
     for p in range(share.shape[1]):
         debts[w, k, 2 + p] = min(debts[w, k, 2 + p] + share[w, p], 2.0)
@@ -68,7 +68,7 @@ def plain_choice(kinds, stations, replicas, desks, loads, legal, debts, share, c
                     return c
     if owns_defer(desk, load, legal, w, n - 2):
         return n - 2
-    best = _to_pool(replicas, kinds, stations, legal, debts, share, w, k)
+    best = _to_pool(replicas, stations, legal, debts, share, w, k)
     if best >= 0:
         return best
     for c in range(replicas.shape[1], n - 3):

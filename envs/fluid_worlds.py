@@ -87,19 +87,6 @@ def curves_of(pool: PoolSpec, sample: Sample) -> Curves:
     return _CURVES[key]
 
 
-def bin_arrivals(workload: Workload, tick_s: float, share: Array) -> Array:
-    """(T, P, K) requests per tick, those of a class split over the pools by `share` (P, K).
-
-    Follow-ups of sessions count at their nominal times.
-    """
-    ticks = math.ceil(workload.horizon_s / tick_s)
-    counts = np.zeros((ticks, share.shape[1]))
-    inside = workload.arrived_at_s < workload.horizon_s
-    tick = (workload.arrived_at_s[inside] / tick_s).astype(np.int64)
-    np.add.at(counts, (np.minimum(tick, ticks - 1), workload.class_index[inside]), 1.0)
-    return counts[:, None, :] * share
-
-
 def check_modelled(plant: Plant) -> None:
     """Refuses what amounts of requests per class cannot tell.
 

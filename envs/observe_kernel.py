@@ -14,19 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from envs.economics.formulas import answer_usd, refund_usd, tokens_usd, unserved_credit_usd
 from envs.fleet.state import record_array
 from envs.kernels import kernel
-from marginroute import pricing, quality
+from marginroute import quality
 from marginroute import view as v
 from marginroute.features import CLIP, MIN_LOGIT, FeatureSpec
 from marginroute.heuristics import MAX_FILL, NEVER_USD, MarginRule
 from marginroute.view import Array, Layout
 
 told_change = kernel(quality.told_change, inline="always")
-answer_usd = kernel(pricing.answer_usd, inline="always")
-refund_usd = kernel(pricing.refund_usd, inline="always")
-tokens_usd = kernel(pricing.tokens_usd, inline="always")
-unserved_credit_usd = kernel(pricing.unserved_credit_usd, inline="always")
 
 _LOG_OF_NONE = np.log(np.float32(1e-3))
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from envs.scenario import Scenario
 
 Array = np.ndarray[Any, Any]
-_MTOK = 1e-6
 
 
 def with_prices(fleet: FleetSection, place: Callable[..., str]) -> FleetSection:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from marginroute.pricing import PER_MTOK
 from marginroute.response_cache import PUBLIC_HALF, PUBLIC_WIDTH
 
 Positive = Annotated[float, Field(gt=0.0)]
@@ -298,7 +299,7 @@ class Provider(Section):
         share = 1.0 - (self.batch_discount or 0.0)
         full, output = self.input_usd_per_mtok or 0.0, self.output_usd_per_mtok or 0.0
         cached = full if self.cached_input_usd_per_mtok is None else self.cached_input_usd_per_mtok
-        return full * share * 1e-6, cached * share * 1e-6, output * share * 1e-6
+        return full * share * PER_MTOK, cached * share * PER_MTOK, output * share * PER_MTOK
 
 
 class ResultCache(Section):

@@ -10,13 +10,13 @@ import numpy as np
 from envs.economics.plans import TERMS
 from envs.scenario_plans import MONTH_S, CommitPlan, CustomerClass, Limits, PrepaidPlan, Retention, SeatPlan, SloWindow
 from marginroute.contracts import BEYOND
+from marginroute.pricing import PER_MTOK
+from marginroute.rate_limits import RateLimit
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario
 
 Array = np.ndarray[Any, Any]
-_MTOK = 1e-6
-BURST_S = 10.0  # seconds of a rate limit that may come at once, where the plan does not say
 
 _LIFETIME = ("bad_lifetime_usd", "missed_lifetime_usd", "unserved_lifetime_usd")
 _NO_LIMIT = {
@@ -92,9 +92,9 @@ def _fill_price(record: Any, scenario: Scenario, customer: CustomerClass) -> Non
             record["overage_usd"] = plan.fair_use.overage_usd
         return
     cached = plan.input_usd_per_mtok if plan.cached_input_usd_per_mtok is None else plan.cached_input_usd_per_mtok
-    record["input_usd_per_token"] = plan.input_usd_per_mtok * _MTOK
-    record["cached_input_usd_per_token"] = cached * _MTOK
-    record["output_usd_per_token"] = plan.output_usd_per_mtok * _MTOK
+    record["input_usd_per_token"] = plan.input_usd_per_mtok * PER_MTOK
+    record["cached_input_usd_per_token"] = cached * PER_MTOK
+    record["output_usd_per_token"] = plan.output_usd_per_mtok * PER_MTOK
     record["request_usd"] = plan.request_usd
     if isinstance(plan, PrepaidPlan):
         record["period_s"], record["prepaid_usd"] = plan.period_s, plan.credits_usd_per_tenant
@@ -113,9 +113,8 @@ def _share_of_plan(scenario: Scenario, customer: CustomerClass) -> float:
 
 def _fill_limits(record: Any, limits: Limits) -> None:
     if limits.requests_per_minute is not None:
-        per_s = limits.requests_per_minute / 60.0
-        record["rate_per_s"] = per_s
-        record["rate_burst"] = max(per_s * BURST_S, 1.0) if limits.burst_requests is None else limits.burst_requests
+        limit = RateLimit(limits.requests_per_minute, limits.burst_requests or 0.0)
+        record["rate_per_s"], record["rate_burst"] = limit.requests_per_s, limit.size_requests
     if limits.prompt_tokens is not None:
         record["context_tokens"] = limits.prompt_tokens
 

@@ -13,10 +13,9 @@ from envs.workload.requests import Workload
 from envs.workload.sessions import SessionKind, draw_sessions
 from envs.world_hedge import HEDGE, NOWHERE, TIMER
 from envs.world_tasks import TASK, TRIAL, VERIFIER, WORKFLOW, WORKFLOW_COUNTS, TaskArrays
+from marginroute.pricing import PER_MTOK
 from marginroute.verification import passes_from, separation
 from marginroute.view import Array
-
-_MTOK = 1e-6
 
 
 def verifiers(scenario: Scenario) -> Array:
@@ -29,7 +28,7 @@ def verifiers(scenario: Scenario) -> Array:
             for j in [tasks.index(name) for name in item.tasks or tasks]:
                 row = table[k, j]
                 row["distance"], row["passes_from"] = distance, passes_from(distance, raw)
-                row["verify_usd_per_token"] = item.verify_usd_per_mtok * _MTOK
+                row["verify_usd_per_token"] = item.verify_usd_per_mtok * PER_MTOK
                 for name in ("max_attempts", "verify_s", "verify_usd", "leave_share", "fresh_share"):
                     row[name] = getattr(item, name)
     return table

@@ -15,11 +15,11 @@ output tokens: `lengths` (N, K + T, J), a row per class, then one per tier.
 # ruff: noqa: ANN001, ANN201 (Numba infers the types of kernels)
 from __future__ import annotations
 
+from envs.economics.formulas import running_mean
 from envs.kernels import kernel
 from marginroute import latency, quality
 from marginroute import view as v
 
-running_mean = kernel(latency.running_mean, inline="always")
 told = kernel(latency.told, inline="always")
 expected_good = kernel(quality.expected_good, inline="always")
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from envs.economics.formulas import running_mean
 from envs.kernels import kernel
 from envs.workload.requests import Workload
 from marginroute import latency
@@ -31,7 +32,6 @@ from marginroute import view as v
 PREFILL, RATE, CLOCK = -3, -2, -1
 ROWS = 3
 
-running_mean = kernel(latency.running_mean, inline="always")
 beyond = kernel(latency.beyond, inline="always")
 
 

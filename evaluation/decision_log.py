@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from evaluation.log_lines import LineLog, is_number
+from evaluation.log_lines import OUTCOME_NUMBERS, LineLog, is_number
 from evaluation.progress import Progress, silent
 from marginroute import earnings
 from marginroute import view as v
@@ -25,7 +25,6 @@ from marginroute.record import unpacked
 from marginroute.view import REQUEST_NAMES, Array, View
 
 SETTLED = ("completed", "abandoned", "failed", "shed")
-_NUMBERS = ("ttft_s", "e2e_s", "prompt_tokens", "output_tokens", "cost_usd")
 _COLUMNS: dict[str, Any] = {
     "id": pl.String,
     "schema": pl.Int64,
@@ -40,7 +39,7 @@ _COLUMNS: dict[str, Any] = {
     "signals": pl.String,
     "request": pl.Struct({name: pl.Float64 for name in REQUEST_NAMES}),
     "good": pl.Boolean,
-    **dict.fromkeys(_NUMBERS, pl.Float64),
+    **dict.fromkeys(OUTCOME_NUMBERS, pl.Float64),
 }
 _NEEDED = ("id", "schema", "mode", "choice", "probability", "request", "legal", "signals", "status")
 
@@ -127,7 +126,7 @@ class _Reader:
         usable = (table["feature_version"] == FEATURE_VERSION).all()
         if not usable or not ((probability > 0.0) & (probability <= 1.0)).all():
             raise ValueError
-        numbers = np.stack([settled[name].to_numpy().astype(np.float64) for name in _NUMBERS])
+        numbers = np.stack([settled[name].to_numpy().astype(np.float64) for name in OUTCOME_NUMBERS])
         completed = (settled["status"] == "completed").to_numpy()
         if np.isnan(numbers[:4, completed]).any() or np.isinf(numbers).any():
             raise ValueError
@@ -184,7 +183,7 @@ class _Reader:
         probability = record["probability"]
         if not is_number(probability) or not 0.0 < probability <= 1.0:
             raise refuse(number, f"has probability {probability!r}; legal is above 0, at most 1")
-        for name in _NUMBERS:
+        for name in OUTCOME_NUMBERS:
             value = record.get(name)
             needed = record["status"] == "completed" and name != "cost_usd"
             if not (value is None and not needed) and not is_number(value):

@@ -23,6 +23,7 @@ from marginroute.record import SCHEMA
 Part = TypeVar("Part")
 
 PIECE_LINES = 20_000
+OUTCOME_NUMBERS = ("ttft_s", "e2e_s", "prompt_tokens", "output_tokens", "cost_usd")  # of a DecisionRecord
 
 
 @dataclass

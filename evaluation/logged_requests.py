@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from evaluation.log_lines import LineLog, is_number
+from evaluation.log_lines import OUTCOME_NUMBERS, LineLog, is_number
 from evaluation.progress import Progress, silent
 from marginroute.errors import InputError
 
@@ -22,7 +22,6 @@ Array = np.ndarray[Any, Any]
 
 _REQUEST = ("prompt_tokens", "expected_output_tokens", "class_index", "task_index", "waited_s")
 _NAMED = ("asked_tokens", "expected_tokens", *_REQUEST[2:], "difficulty_signal")  # the request's own, renamed
-_NUMBERS = ("ttft_s", "e2e_s", "prompt_tokens", "output_tokens", "cost_usd")
 _COLUMNS: dict[str, Any] = {
     "id": pl.String,
     "schema": pl.Int64,
@@ -33,7 +32,7 @@ _COLUMNS: dict[str, Any] = {
     "status": pl.String,
     "request": pl.Struct(dict.fromkeys((*_REQUEST, "difficulty_signal"), pl.Float64)),
     "good": pl.Boolean,
-    **dict.fromkeys(_NUMBERS, pl.Float64),
+    **dict.fromkeys(OUTCOME_NUMBERS, pl.Float64),
 }
 _NEEDED = ("id", "schema", "decided_at_s", "mode", "choice", "request", "status")
 ENDED = ("completed", "failed", "abandoned")
@@ -147,7 +146,7 @@ class _Reader:
         strange = rows.filter(pl.col("candidate").is_null() & ((pl.col("sent") != "") | pl.col("completed")))
         whole = rows.select("asked_tokens", "expected_tokens", *_REQUEST[2:]).to_numpy()
         answered = rows.filter("completed").select("e2e_s", "prompt_tokens", "output_tokens").to_numpy()
-        numbers = rows.select(_NUMBERS).to_numpy().astype(np.float64)
+        numbers = rows.select(OUTCOME_NUMBERS).to_numpy().astype(np.float64)
         in_range = (
             np.isin(rows["class_index"].to_numpy(), np.arange(len(self.class_names))).all()
             and np.isin(rows["task_index"].to_numpy(), np.arange(len(self.task_names))).all()
@@ -157,7 +156,7 @@ class _Reader:
             raise ValueError
         wanted = (
             *("decided_at_s", "waited_s", "candidate", "class_index", "task_index", "completed", "abandoned"),
-            *("asked_tokens", "expected_tokens", "difficulty_signal", *_NUMBERS),
+            *("asked_tokens", "expected_tokens", "difficulty_signal", *OUTCOME_NUMBERS),
             pl.col("good").cast(pl.Float64),
         )
         return rows.with_columns(pl.col("candidate").fill_null(-1)).select(wanted)
@@ -181,7 +180,7 @@ class _Reader:
             if record["request"][name] not in range(len(names)):
                 words = f"has request.{name} = {record['request'][name]!r}; legal is 0 to {len(names) - 1}"
                 raise refuse(number, f"{words}, the scenario's {', '.join(names)}")
-        for name in _NUMBERS:
+        for name in OUTCOME_NUMBERS:
             value = record.get(name)
             needed = completed and name in ("e2e_s", "prompt_tokens", "output_tokens")
             if (value is None and needed) or (value is not None and not (is_number(value) and value >= 0.0)):

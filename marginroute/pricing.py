@@ -15,6 +15,8 @@ import numpy as np
 
 Number = Any  # a float, or an array of floats
 
+PER_MTOK = 1e-6  # prices are quoted per million tokens, and computed with per token
+
 
 def tokens_usd(
     prompt_tokens: Number, output_tokens: Number, input_usd_per_token: Number, output_usd_per_token: Number

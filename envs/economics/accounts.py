@@ -17,11 +17,11 @@ import math
 
 import numpy as np
 
+from envs.economics.formulas import running_mean, tokens_usd
 from envs.kernels import kernel
-from marginroute import contracts, pricing
+from marginroute import contracts
 from marginroute import view as v
 from marginroute.contracts import PRIOR_MISS_RATE, PRIOR_OUTCOMES, RECENT_OUTCOMES
-from marginroute.latency import running_mean as _running_mean
 
 ACCOUNT = np.dtype(
     [
@@ -55,8 +55,6 @@ refilled = kernel(contracts.refilled, inline="always")
 show_standing = kernel(contracts.show_standing)
 window_credit_share = kernel(contracts.window_credit_share)
 window_miss_usd = kernel(contracts.window_miss_usd)
-running_mean = kernel(_running_mean, inline="always")
-tokens_usd = kernel(pricing.tokens_usd, inline="always")
 
 
 @kernel

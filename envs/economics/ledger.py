@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from envs.economics.formulas import refund_usd, service_credit_usd, tokens_usd, unserved_credit_usd
 from envs.kernels import kernel
-from marginroute import pricing
 
 ACCOUNTS = (
     "usage_revenue",
@@ -112,12 +112,6 @@ COUNTS = (
     HEDGED,
     HEDGES_WON,
 ) = range(25)
-
-tokens_usd = kernel(pricing.tokens_usd, inline="always")
-answer_usd = kernel(pricing.answer_usd, inline="always")
-refund_usd = kernel(pricing.refund_usd, inline="always")
-service_credit_usd = kernel(pricing.service_credit_usd, inline="always")
-unserved_credit_usd = kernel(pricing.unserved_credit_usd, inline="always")
 
 
 @kernel

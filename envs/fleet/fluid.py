@@ -119,7 +119,7 @@ def _step(pool, classes, curves, kept, station, flows, w, p, step_s, tick_s):
     variance = station.variance + bridge
     here = level_of(min(mean, room), replicas) if replicas > 0.0 else 1.0
     row, behind = row_of(pool, here, 0.0)
-    psi, shift, context_tokens = take_shares(pool, classes, curves, flows, w, p, row, behind)
+    psi, shift, context_tokens = take_shares(classes, curves, flows, w, p, row, behind)
     room *= min(pool.kv_tokens / context_tokens / min(station.in_flight_cap, pool.slots), 1.0)
     ahead = _ahead(station, mean)
     done_per_s, slope, level, wait_s = expect(

@@ -28,7 +28,7 @@ LONGEST_WAIT_S = 1e9
 
 
 @kernel
-def take_shares(pool, classes, curves, flows, w, p, row, behind):
+def take_shares(classes, curves, flows, w, p, row, behind):
     """Writes the classes' shares of the requests in service.
 
     Returns:

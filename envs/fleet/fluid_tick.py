@@ -163,16 +163,3 @@ def tick(
         _hold(station, flows, held, deadline_s, clocks_s, w, p, tick_s)
         advance_pool(pools, classes, curves, kept, stations, flows, w, p, tick_s)
     clocks_s[w] += tick_s
-
-
-@kernel
-def tick_all(
-    pools, classes, curves, kept, deadline_s, providers, stations, orders, flows, held, clocks_s, spills,
-    arrivals, pool_levers, class_levers, tick_s,
-):  # fmt: skip
-    """Advances every world by one control tick; arguments as for `tick`."""
-    for w in range(flows.shape[0]):
-        tick(
-            pools, classes, curves, kept, deadline_s, providers, stations, orders, flows, held, clocks_s, spills,
-            w, arrivals, pool_levers, class_levers, tick_s,
-        )  # fmt: skip

@@ -26,16 +26,15 @@ import numba
 import numpy as np
 
 # REQUEST.status
-NOT_SUBMITTED, IN_FLIGHT, COMPLETED, ABANDONED, FAILED, LOST = 0, 1, 2, 3, 4, 5
+NOT_SUBMITTED, IN_FLIGHT, COMPLETED, ABANDONED, FAILED, LOST = range(6)
 # LOST: ended without an answer by a fault; whoever sent it may reset the row and send it again
 
 # REPLICA.state, see envs/fleet/scaling.py and envs/fleet/faults.py
-REPLICA_STATES = ("active", "draining", "starting", "failed", "off", "leaving")
 ACTIVE, DRAINING, STARTING, DOWN, OFF, LEAVING = range(6)
 
 # POOL.scheduler
-SCHEDULERS = {"vllm-v1": 0, "prefill-first": 1, "sarathi": 2}
-VLLM_V1, PREFILL_FIRST, SARATHI = 0, 1, 2
+VLLM_V1, PREFILL_FIRST, SARATHI = range(3)
+SCHEDULERS = {"vllm-v1": VLLM_V1, "prefill-first": PREFILL_FIRST, "sarathi": SARATHI}
 
 SCHEDULING_POLICIES = ("fcfs", "priority")
 PRIORITY_LEVELS = 8  # REQUEST.priority is 0 (first) to 7

@@ -40,7 +40,7 @@ def compose(spec: WorkloadSpec, composition: Composition, rng: np.random.Generat
     if composition.jobs is not None:
         roots = _with_jobs(spec, composition.jobs, rng, roots)
     kind_of = _kinds(composition, rng, roots)
-    calls, kind_of_call = _calls(spec, composition, rng, roots, kind_of)
+    calls, kind_of_call = _calls(composition, rng, kind_of)
     workflow = np.array([kind.workflow for kind in composition.sessions] + [-1], dtype=np.int32)
     task_calls = np.bincount(calls.root, minlength=len(roots.at_s)).astype(np.int32)
     at_s = roots.at_s[calls.root] + calls.start_s
@@ -190,9 +190,7 @@ def _kinds(composition: Composition, rng: np.random.Generator, roots: _Roots) ->
     return np.where((kind < len(edges)) & ~roots.single, kind, -1)
 
 
-def _calls(
-    spec: WorkloadSpec, composition: Composition, rng: np.random.Generator, roots: _Roots, kind_of: Array
-) -> tuple[Calls, Array]:
+def _calls(composition: Composition, rng: np.random.Generator, kind_of: Array) -> tuple[Calls, Array]:
     """All calls with the kind of each; lengths of single requests are drawn later."""
     lone = np.flatnonzero(kind_of < 0)
     size = len(lone)

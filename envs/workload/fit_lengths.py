@@ -76,11 +76,3 @@ def _expectation_maximisation(
         sigma = np.sqrt((owned * np.square(values[:, None] - mu)).sum(axis=0) / weight).clip(min=_MIN_SIGMA)
         weight = weight / weight.sum()
     return likelihood, weight, mu, sigma
-
-
-def ks_distance(tokens: Array, mixture: LengthMixture) -> float:
-    """Kolmogorov-Smirnov distance of integer counts from a mixture, largest gap just at or just below a count."""
-    values, counts = np.unique(tokens, return_counts=True)
-    empirical = np.cumsum(counts) / counts.sum()
-    before = np.append(0.0, empirical[:-1])
-    return float(max(np.abs(mixture.cdf(values) - empirical).max(), np.abs(mixture.cdf(values - 1) - before).max()))

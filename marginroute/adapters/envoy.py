@@ -23,7 +23,7 @@ from marginroute.adapters import envoy_messages as em
 from marginroute.adapters.adapter import log
 from marginroute.adapters.desk import Desk, DeskSettings
 from marginroute.adapters.envoy_exchange import Exchange, Message
-from marginroute.adapters.listen import Listen, run_loop
+from marginroute.adapters.listen import STOP_S, Listen, run_loop
 from marginroute.adapters.metrics_server import MetricsServer
 from marginroute.decision import Decision
 from marginroute.errors import InputError
@@ -31,7 +31,6 @@ from marginroute.facts import Outcome
 
 TOKENS_PER_BYTE = 0.2  # of a JSON body, before any usage was reported
 SWEEP_S = 10.0
-STOP_S = 5.0  # that requests under way get when the process is asked to end
 PROCESSOR = "envoy.service.ext_proc.v3.ExternalProcessor"
 CLUSTER = "cluster:"
 NO_ENDPOINTS = "endpoints is empty; name the ip:port of each candidate that Envoy can reach"

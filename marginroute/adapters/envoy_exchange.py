@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from marginroute.adapters import chat
@@ -26,6 +25,7 @@ from marginroute.adapters import envoy_messages as em
 from marginroute.adapters.account import account_of
 from marginroute.adapters.answer import Answer
 from marginroute.adapters.rate_headers import told_by
+from marginroute.adapters.turn import turn_of
 from marginroute.facts import Facts, Outcome, Verdict
 
 if TYPE_CHECKING:
@@ -98,12 +98,11 @@ class Exchange:
 
     async def turn(self) -> list[Message]:
         """Waits until the request may go on, for `max_hold_s` at most; the answers that were due then."""
-        loop, later = asyncio.get_running_loop(), self._later
+        later = self._later
         assert later is not None
-        woken: asyncio.Future[None] = loop.create_future()
-        if self._picker.gateway.on_line(self.id, partial(loop.call_soon_threadsafe, _resolve, woken)):
+        if (turn := turn_of(self._picker.gateway, self.id)) is not None:
             left_s = self._arrived_s + self._picker.settings.max_hold_s - time.monotonic()
-            done, _ = await asyncio.wait({woken}, timeout=max(left_s, 0.0))
+            done, _ = await asyncio.wait({turn}, timeout=max(left_s, 0.0))
             if not done and self._picker.gateway.on_line(self.id, None):
                 self._later = None
                 self.over(Outcome("shed", e2e_s=time.monotonic() - self._arrived_s))
@@ -320,11 +319,6 @@ class Exchange:
                 output_tokens=output_tokens,
             )
         )
-
-
-def _resolve(woken: asyncio.Future[None]) -> None:
-    if not woken.done():
-        woken.set_result(None)
 
 
 def _number(text: str | None) -> int:

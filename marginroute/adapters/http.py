@@ -21,12 +21,11 @@ from marginroute.adapters.adapter import log
 from marginroute.adapters.desk import Desk, DeskSettings
 from marginroute.adapters.http_app import App
 from marginroute.adapters.http_head import Head, split
-from marginroute.adapters.listen import Listen, run_loop
+from marginroute.adapters.listen import STOP_S, Listen, run_loop
 from marginroute.errors import InputError
 
 MAX_HEADER_BYTES = 16 << 10
 IDLE_S = 120.0  # that a connection may wait for its next request
-STOP_S = 5.0  # that requests under way get when the process is asked to end
 MOST_CONNECTIONS = 16_000
 MIN_TOKEN = 16  # characters
 

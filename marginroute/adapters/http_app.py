@@ -9,13 +9,13 @@ import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 from marginroute.adapters import chat, http_api, metrics, schema
 from marginroute.adapters.desk import Desk
 from marginroute.adapters.http_head import Head
+from marginroute.adapters.turn import turn_of
 from marginroute.control_loop import Report
 from marginroute.errors import InputError
 from marginroute.facts import Facts, Outcome, Trial, Verdict
@@ -225,8 +225,7 @@ class App:
         gone = asyncio.ensure_future(receive())
         try:
             while answer["held"] and loop.time() < until_s:
-                turn: asyncio.Future[None] = loop.create_future()
-                if self._gateway.on_line(id, partial(loop.call_soon_threadsafe, _resolve, turn)):
+                if (turn := turn_of(self._gateway, id)) is not None:
                     either: set[asyncio.Future[Any]] = {turn, gone}
                     await asyncio.wait(either, timeout=until_s - loop.time(), return_when=asyncio.FIRST_COMPLETED)
                     waits = self._gateway.on_line(id, None)
@@ -361,11 +360,6 @@ def _trial(asked: Mapping[str, Any] | None) -> Trial | None:
         return None
     waited_s, age_s = float(asked.get("waited_s", 0.0)), float(asked.get("age_s", 0.0))
     return Trial(tuple(asked["tiers"]), float(asked["score"]), waited_s, age_s)
-
-
-def _resolve(turn: asyncio.Future[None]) -> None:
-    if not turn.done():
-        turn.set_result(None)
 
 
 def error(text: str) -> bytes:

@@ -14,6 +14,8 @@ from typing import Any
 
 from marginroute.errors import InputError
 
+STOP_S = 5.0  # that requests under way get when the process is asked to end
+
 
 @dataclass(frozen=True)
 class Listen:

@@ -17,15 +17,13 @@ from typing import Any
 from marginroute import view as v
 from marginroute.adapters import litellm_request as read
 from marginroute.adapters.adapter import Adapter
+from marginroute.adapters.chat import TOKENS_PER_CHARACTER, TokenRatio
 from marginroute.adapters.litellm_request import Settings
 from marginroute.adapters.rate_headers import told_by
 from marginroute.facts import Facts, Outcome, Verdict
 from marginroute.gateway import Gateway
-from marginroute.latency import running_mean
 from marginroute.prefix_index import MAX_BLOCKS, block_hashes
 
-TOKENS_PER_CHARACTER = 0.25  # English prose; corrected by the usage that upstreams report
-RECENT_PROMPTS = 200.0
 JUMP_S = 1.0  # by which two clocks may disagree on how long a request took
 MOST_STORED = 10_000  # stored answers whose tier is remembered
 SHED = v.KINDS[v.SHED]
@@ -84,7 +82,7 @@ class Observer(Adapter[Settings]):
         self._awaited: dict[str, Any] = {}  # LiteLLM's logging objects of streams without a first token
         self._cache_key = cache_key if settings.use_cache else None
         self._stored: OrderedDict[str, str] = OrderedDict()  # key in the response cache -> tier that answered
-        self._tokens_per_character, self._weight = TOKENS_PER_CHARACTER, 1.0
+        self._ratio = TokenRatio()
         self._block_bytes = round(settings.prefix_block_tokens / TOKENS_PER_CHARACTER)
 
     def route(self, model: str, deployments: Deployments, messages: Any, kwargs: dict[str, Any]) -> Deployments:
@@ -136,7 +134,7 @@ class Observer(Adapter[Settings]):
             self.warn_once(complaint)
         facts = Facts(
             id,
-            max(round(characters * self._tokens_per_character), 1),
+            self._ratio.tokens(characters),
             class_name=self.known("class", read.attached(kwargs, self.settings.class_field)),
             task_name=self.known("task", read.requester_of(kwargs).get(self.settings.task_field)),
             tenant=read.tenant_of(kwargs),
@@ -205,10 +203,7 @@ class Observer(Adapter[Settings]):
         if arrived_at_s is None or waited_s is None or call is None:
             return
         prompt_tokens, output_tokens = int(payload["prompt_tokens"] or 0), int(payload["completion_tokens"] or 0)
-        if call.characters and prompt_tokens:
-            self._tokens_per_character, self._weight = running_mean(
-                self._tokens_per_character, self._weight, prompt_tokens / call.characters, RECENT_PROMPTS
-            )
+        self._ratio.learn(call.characters, prompt_tokens)
         cost_usd = float(payload.get("response_cost") or 0.0)
         outcome = Outcome(
             status="completed",
@@ -260,7 +255,7 @@ class Observer(Adapter[Settings]):
             return [], 0.0
         texts = (*read.texts_of_tools(tools), *read.texts(prompt))
         data = b"\0".join(text.encode("utf-8", "replace") for text in texts)
-        tokens_per_byte = characters * self._tokens_per_character / max(len(data), 1)
+        tokens_per_byte = characters * self._ratio.value / max(len(data), 1)
         return block_hashes(data[: MAX_BLOCKS * self._block_bytes], self._block_bytes), tokens_per_byte
 
     def _candidate(self, info: Any, model: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from envs.workload.arrivals import GammaArrivals, MmppArrivals
 from envs.workload.fit_arrivals import fit_mmpp
-from envs.workload.fit_lengths import fit_lengths, ks_distance
+from envs.workload.fit_lengths import fit_lengths
 from envs.workload.generator import generate
 from envs.workload.lengths import LengthMixture
 from envs.workload.quality import QualityTruth, mean_ability
@@ -166,6 +166,14 @@ def test_mean_ability_answers_as_many_as_the_tasks_do():
     wanted = share @ normal_cdf(ability / spread)
     assert normal_cdf(mean_ability(ability, slope, share) / spread) == pytest.approx(wanted, abs=1e-9)
     assert mean_ability(np.array([0.4, 0.4]), slope, share) == pytest.approx(0.4, abs=1e-9)
+
+
+def ks_distance(tokens, mixture):
+    """Kolmogorov-Smirnov distance of integer counts from a mixture, largest gap just at or just below a count."""
+    values, counts = np.unique(tokens, return_counts=True)
+    empirical = np.cumsum(counts) / counts.sum()
+    before = np.append(0.0, empirical[:-1])
+    return float(max(np.abs(mixture.cdf(values) - empirical).max(), np.abs(mixture.cdf(values - 1) - before).max()))
 
 
 def test_fit_recovers_a_known_mixture():

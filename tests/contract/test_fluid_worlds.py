@@ -1,10 +1,12 @@
 """`FluidWorlds`: money by the ledger's rules, from the same scenario as the worlds of requests."""
 
+import math
+
 import numpy as np
 import pytest
 
 from envs.economics.ledger import ACCOUNTS, COUNTS
-from envs.fluid_worlds import RELEASE_PER_S, SPILL_SHARE, FluidWorlds, bin_arrivals
+from envs.fluid_worlds import RELEASE_PER_S, SPILL_SHARE, FluidWorlds
 from envs.worlds import FleetWorlds
 from marginroute import view as v
 from marginroute.errors import InputError
@@ -13,6 +15,16 @@ from marginroute.errors import InputError
 @pytest.fixture(scope="module")
 def worlds(small_plant):
     return FluidWorlds(small_plant, 2)
+
+
+def bin_arrivals(workload, tick_s, share):
+    """(T, P, K) requests per tick, those of a class split over the pools by `share` (P, K)."""
+    ticks = math.ceil(workload.horizon_s / tick_s)
+    counts = np.zeros((ticks, share.shape[1]))
+    inside = workload.arrived_at_s < workload.horizon_s
+    tick = (workload.arrived_at_s[inside] / tick_s).astype(np.int64)
+    np.add.at(counts, (np.minimum(tick, ticks - 1), workload.class_index[inside]), 1.0)
+    return counts[:, None, :] * share
 
 
 def play(worlds, workload, tick_s=5.0, levers=None):

@@ -6,7 +6,7 @@ import numpy as np
 
 from envs.fleet.fluid_curves import KEPT, WAITS, Curves, waits
 from envs.fleet.fluid_state import FluidSpec, allocate_fluid
-from envs.fleet.fluid_tick import tick_all
+from envs.fleet.fluid_tick import tick
 from envs.fleet.spec import ProviderSpec
 
 STAY_S, SLOWER_S, SLOTS, PATIENCE_S, SLO_S = 2.0, 0.1, 32.0, 8.0, 1.0
@@ -54,7 +54,8 @@ def run(fluid, arrivals, of_pools, of_classes, tick_s):
     names = ("arrived", "failed", "shed", "spilled", "served", "abandoned", "served_slo_ok", "admitted", "deferred")
     total = {name: np.zeros(fluid.flows.shape) for name in names}
     for amounts in arrivals:
-        tick_all(*fluid.arrays, amounts, of_pools, of_classes, tick_s)
+        for w in range(len(fluid.flows)):
+            tick(*fluid.arrays, w, amounts, of_pools, of_classes, tick_s)
         for name in names:
             total[name] += fluid.flows[name]
     return total
