@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from envs.economics import ledger as books
+from envs.economics.formulas import tokens_usd
 from envs.fleet.fluid_tick import tick
 from envs.kernels import kernel
 
@@ -58,7 +59,7 @@ def _post_pool(terms, prices, answers, stations, flows, ledger_usd, counts, w, p
         counts[w, books.FIRST_CALLS, k] += flow.arrived
         counts[w, books.CALLS, k] += flow.arrived
         counts[w, books.DEFERRED, k] += flow.deferred
-        energy_usd = flow.served * books.tokens_usd(
+        energy_usd = flow.served * tokens_usd(
             answer.prompt_tokens, answer.output_tokens, price.energy_input_usd, price.energy_output_usd
         )
         books.post_served_amount(
@@ -126,7 +127,7 @@ def settle(
         for k in range(flows.shape[2]):
             flow, answer = flows[w, p, k], answers[p, k]
             amount = flow.waiting + flow.running
-            energy_usd = amount * books.tokens_usd(
+            energy_usd = amount * tokens_usd(
                 answer.prompt_tokens, answer.output_tokens, prices[p].energy_input_usd, prices[p].energy_output_usd
             )
             books.post_served_amount(
