@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +34,16 @@ def small_bundle_folder(folder: Path) -> Path:
 
 
 class Server:
-    """`marginroute COMMAND` on a Unix socket.
+    """A module that serves on a Unix socket, the last of its words.
 
     Args:
-        command: `serve` or `envoy`.
-        bundle: its folder.
-        folder: for socket, log and output.
-        settings: of the adapter.
+        module: it, and its other words.
+        folder: for socket and output.
     """
 
-    def __init__(self, command: str, bundle: Path, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.uds, self._output = str(folder / f"{command}.sock"), folder / f"{command}.txt"
-        config = folder / f"{command}.yaml"
-        config.write_text(json.dumps({"log": str(folder / f"{command}.jsonl"), **settings}))
-        words = ["-m", "marginroute", command, str(bundle), "--config", str(config), "--uds", self.uds]
+    def __init__(self, module: Sequence[str], folder: Path) -> None:
+        self.uds, self._output = str(folder / "server.sock"), folder / "server.txt"
+        words = ["-m", *module, self.uds]
         with open(self._output, "wb") as output:
             self._process = subprocess.Popen([sys.executable, *words], cwd=common.ROOT, stdout=output, stderr=output)
 
@@ -72,3 +68,10 @@ class Server:
         """Ends it."""
         self._process.terminate()
         self._process.wait(30.0)
+
+
+def adapter(command: str, bundle: Path, folder: Path, settings: Mapping[str, Any]) -> Server:
+    """`marginroute COMMAND` (`serve` or `envoy`) of a bundle, with settings of the adapter."""
+    config = folder / f"{command}.yaml"
+    config.write_text(json.dumps({"log": str(folder / f"{command}.jsonl"), **settings}))
+    return Server(["marginroute", command, str(bundle), "--config", str(config), "--uds"], folder)

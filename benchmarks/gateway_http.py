@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import common
-from benchmarks.gateway_adapters import Server, small_bundle_folder
+from benchmarks.gateway_adapters import adapter, small_bundle_folder
 from marginroute.cli import main_guard
 
 WARM_UP = 100
@@ -70,7 +70,7 @@ class _InProcess:
 def figures(folder: Path, calls: int) -> dict[str, float]:
     """Microseconds."""
     bundle = small_bundle_folder(folder)
-    server = Server("serve", bundle, folder, {"mode": "live"})
+    server = adapter("serve", bundle, folder, {"mode": "live"})
     in_process = _InProcess(bundle, folder)
     seconds: dict[str, list[float]] = {"decide": [], "empty": [], "decision": []}
     try:

@@ -1,4 +1,7 @@
-"""Median latency that marginroute adds to a LiteLLM proxy: two proxies before one upstream, called in turn."""
+"""Median latency that marginroute adds to a LiteLLM proxy: three proxies before one upstream, called in turn.
+
+The bare one has no callback, that of `empty` does nothing, that of `hook` is ours.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from benchmarks import common, gateway_processes
 from marginroute import bundle as bundles
 
 WARM_UP = 20
+CALLBACKS = {"bare": None, "empty": "benchmarks.gateway_empty.callback", "hook": "marginroute.adapters.litellm.router"}
 
 
 def figures(python: str, folder: Path, calls: int) -> dict[str, float]:
@@ -33,9 +37,8 @@ def figures(python: str, folder: Path, calls: int) -> dict[str, float]:
         for name in ("small/0", "medium/0", "large/0")
     ]
     try:
-        for name in ("bare", "hook"):
+        for name, callback in CALLBACKS.items():
             settings = {"bundle": str(folder / "bundle"), "log": str(folder / "decisions.jsonl"), "mode": "live"}
-            callback = "marginroute.adapters.litellm.router" if name == "hook" else None
             process, urls[name] = gateway_processes.proxy(
                 python, folder / name, deployments, callback=callback, settings=settings
             )
@@ -45,15 +48,18 @@ def figures(python: str, folder: Path, calls: int) -> dict[str, float]:
         common.note("timing calls")
         before_s = [process.cpu_s() for process in running[1:]]
         seconds = _in_turn(urls, calls)
-        bare_s, hook_s = (process.cpu_s() - s for process, s in zip(running[1:], before_s, strict=True))
+        bare_s, empty_s, hook_s = (process.cpu_s() - s for process, s in zip(running[1:], before_s, strict=True))
     finally:
         for process in running:
             process.stop()
-    bare, hook = (1e3 * float(np.median(seconds[name])) for name in ("bare", "hook"))
+    median = {f"litellm_{name}_ms": 1e3 * float(np.median(taken)) for name, taken in seconds.items()}
     paired = 1e3 * float(np.median(np.array(seconds["hook"]) - np.array(seconds["bare"])))
-    cpu = {"litellm_bare_cpu_ms": bare_s, "litellm_added_cpu_ms": hook_s - bare_s}
-    per_call = {name: 1e3 * s / (WARM_UP + calls) for name, s in cpu.items()}
-    return {"litellm_bare_ms": bare, "litellm_hook_ms": hook, "litellm_added_ms": paired, **per_call}
+    cpu = {
+        "litellm_bare_cpu_ms": bare_s,
+        "litellm_empty_added_cpu_ms": empty_s - bare_s,
+        "litellm_added_cpu_ms": hook_s - bare_s,
+    }
+    return median | {"litellm_added_ms": paired} | {name: 1e3 * s / (WARM_UP + calls) for name, s in cpu.items()}
 
 
 def _in_turn(urls: dict[str, str], calls: int) -> dict[str, list[float]]:

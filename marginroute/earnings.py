@@ -8,6 +8,7 @@ Whether an answer was good is rarely known; P(good) stands in.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,7 @@ def slos_met(request: Array, ttft_s: float, e2e_s: float, output_tokens: float) 
     """Whether every SLO of one answered request that could be judged was met; None if none could."""
     judged = None
     for (slo, _), seen_s in zip(SLOS, latencies_s(ttft_s, e2e_s, output_tokens), strict=True):
-        if np.isfinite(request[slo]) and not np.isnan(seen_s):
-            judged = (judged is not False) and bool(seen_s <= request[slo])
+        limit_s = request.item(slo)
+        if math.isfinite(limit_s) and not math.isnan(seen_s):
+            judged = (judged is not False) and bool(seen_s <= limit_s)
     return judged

@@ -10,6 +10,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 from marginroute import second_call
@@ -213,12 +214,23 @@ class Following:
 
     def finished(self, id: str, outcome: Outcome) -> bool:
         """Records what happened; False if the request is unknown or was recorded before."""
+        settle = self.ended(id, outcome)
+        if settle is not None:
+            settle()
+        return settle is not None
+
+    def ended(self, id: str, outcome: Outcome) -> Callable[[], None] | None:
+        """The first half of `finished`: its calls leave the counters. What is returned does the rest, and may wait.
+
+        None if the request is unknown or was recorded before.
+        """
         with self.lock:
             runtime = self._runtime
             pending = self._pending.pop(id, None)
             self._leaves(id, pending, outcome)
-        if pending is None:
-            return False
+        return None if pending is None else partial(self._settle, pending, outcome, runtime)
+
+    def _settle(self, pending: Pending, outcome: Outcome, runtime: Runtime) -> None:
         record = record_finished(pending, outcome)
         if self.limits:
             with self.lock:
@@ -233,7 +245,6 @@ class Following:
                 self.holding.ended(pending.facts, outcome.status, result.slos_met)
             self.turn()
         self._records.write(record)
-        return True
 
     def judged(self, id: str, good: bool) -> bool:
         """Somebody or something has judged the answer to a finished request; False if it is not remembered.

@@ -18,9 +18,10 @@ import numpy as np
 
 from marginroute.decision import Decision
 from marginroute.features import FEATURE_VERSION
-from marginroute.view import N_STATIC_SIGNALS, REQUEST_NAMES, SIGNALS, Array, View
+from marginroute.view import N_STATIC_SIGNALS, REQUEST_NAMES, SIGNALS, Array, Layout, View
 
 SCHEMA = 1
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # json.dumps would make one for every record
 
 
 @dataclass
@@ -77,13 +78,31 @@ class DecisionRecord:
         """One line of strict JSON; infinities become null."""
         data = dict(vars(self))  # `asdict` copies deeply, at fifty times the cost
         data["request"] = {k: x if math.isfinite(x) else None for k, x in data["request"].items()}
-        return json.dumps(data, separators=(",", ":"), allow_nan=False)
+        return _ENCODER.encode(data)
 
 
 def record_of(
     decision: Decision, view: View, *, id: str, decided_at_s: float, mode: str, bundle: str
 ) -> DecisionRecord:
     """A record of a decision that has no outcome yet."""
+    rows = changing_rows(view.signals)
+    known = view.layout, view.request, view.legal, rows
+    return record_known(decision, *known, id=id, decided_at_s=decided_at_s, mode=mode, bundle=bundle)
+
+
+def record_known(
+    decision: Decision,
+    layout: Layout,
+    request: Array,
+    legal: Array,
+    changing: Array,
+    *,
+    id: str,
+    decided_at_s: float,
+    mode: str,
+    bundle: str,
+) -> DecisionRecord:
+    """The same of what a record holds of a View: request (Q,), legal (C,), and `changing_rows`."""
     return DecisionRecord(
         id=id,
         decided_at_s=decided_at_s,
@@ -97,10 +116,10 @@ def record_of(
         runner_up=decision.runner_up,
         runner_up_usd=round(decision.runner_up_usd, 9),
         guard=decision.guard,
-        request=dict(zip(REQUEST_NAMES, view.request.tolist(), strict=True)),
-        legal=[name for name, ok in zip(view.layout.names, view.legal.tolist(), strict=True) if ok],
+        request=dict(zip(REQUEST_NAMES, request.tolist(), strict=True)),
+        legal=[name for name, ok in zip(layout.names, legal.tolist(), strict=True) if ok],
         support=list(decision.support),
-        signals=packed(changing_rows(view.signals)),
+        signals=packed(changing),
     )
 
 

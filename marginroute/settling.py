@@ -12,7 +12,7 @@ from marginroute import contracts, earnings, latency, pricing
 from marginroute import view as v
 from marginroute.facts import Facts, Outcome, Verdict
 from marginroute.modes import Result
-from marginroute.record import DecisionRecord, changing_rows, record_of
+from marginroute.record import DecisionRecord, changing_rows, record_known
 from marginroute.runtime import Runtime, fallback_usd_of
 from marginroute.view import Array, View
 
@@ -94,9 +94,12 @@ def pending_of(
 
 def record_pending(pending: Pending) -> DecisionRecord:
     """Its record, without an outcome."""
-    return record_of(
+    return record_known(
         pending.verdict.decision,
-        pending.view(),
+        pending.runtime.bundle.layout,
+        pending.request,
+        pending.legal,
+        pending.changing,
         id=pending.facts.id,
         decided_at_s=pending.decided_at_s,
         mode="live" if pending.verdict.acting else "shadow",

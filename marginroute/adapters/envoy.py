@@ -136,10 +136,10 @@ class Picker:
         address = self.endpoint[decision.name]
         body = None if call is None else self._renamed(decision, call)
         if address.startswith(CLUSTER):
-            return self.messages.pick(part, "", {em.CLUSTER_HEADER: address.removeprefix(CLUSTER)}, body)
+            return self.messages.pick(part, "", address.removeprefix(CLUSTER), body)
         second = self.endpoint.get(decision.runner_up, CLUSTER) if self.settings.retry_next else CLUSTER
         endpoints = address if second.startswith(CLUSTER) else f"{address},{second}"
-        return self.messages.pick(part, endpoints, {}, body)
+        return self.messages.pick(part, endpoints, body=body)
 
     def _renamed(self, decision: Decision, call: dict[str, Any]) -> bytes | None:
         """The body with the name by which its candidate knows the model; None if that is what it says."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 Message = Any  # a protobuf message
@@ -23,6 +23,7 @@ CLUSTER_HEADER = "x-marginroute-cluster"
 ATTRIBUTES = "envoy.filters.http.ext_proc"
 
 NONE, STREAMED, BUFFERED, BUFFERED_PARTIAL, FULL_DUPLEX = range(5)  # ext_proc v3 ProcessingMode.BodySendMode
+MOST_PICKS = 4096  # of them that are kept
 CHUNK_BYTES = 62_000  # of a body in one message: Envoy takes 64 KiB with what is around it
 
 
@@ -55,7 +56,7 @@ def served_by(request: Message) -> str:
 
 
 class Messages:
-    """Makes responses; those without figures are made once.
+    """Makes responses; those that are the same for many requests are made once, and must not be changed.
 
     Raises:
         ImportError: `xds-protos` is not installed.
@@ -71,33 +72,44 @@ class Messages:
         for name in ("request_trailers", "response_trailers"):
             self.go_on[name] = self._protos.ProcessingResponse()
             getattr(self.go_on[name], name).SetInParent()
+        self._picks: dict[tuple[str, str, str], Message] = {}
 
     def _go_on(self, name: str) -> Message:
         response = self._protos.ProcessingResponse()
         getattr(response, name).response.SetInParent()
         return response
 
-    def pick(self, part: str, endpoints: str, more_headers: Mapping[str, str], body: bytes | None = None) -> Message:
+    def pick(self, part: str, endpoints: str, cluster: str = "", body: bytes | None = None) -> Message:
         """Sends the request to endpoints; `part` is `request_headers` or `request_body`, whichever is being answered.
 
         Args:
             part: what is answered.
-            endpoints: `ip:port`, or several with commas, the first one first; empty: headers say where.
-            more_headers: to set beside.
+            endpoints: `ip:port`, or several with commas, the first one first; empty: `cluster` says where.
+            cluster: to send it to by a route of Envoy; empty: none.
             body: to put in place of the request's; None: leaves it.
         """
+        if body is not None:
+            response = self._pick(part, endpoints, cluster)
+            getattr(response, part).response.body_mutation.body = body
+            return response
+        key = part, endpoints, cluster
+        if key not in self._picks:
+            if len(self._picks) >= MOST_PICKS:
+                self._picks.clear()
+            self._picks[key] = self._pick(*key)
+        return self._picks[key]
+
+    def _pick(self, part: str, endpoints: str, cluster: str) -> Message:
         response = self._protos.ProcessingResponse()
         common = getattr(response, part).response
-        named = {DESTINATION: endpoints} if endpoints else {}
-        for name, value in {**named, **more_headers}.items():
-            option = common.header_mutation.set_headers.add()
-            option.header.key, option.header.raw_value = name, value.encode("latin-1", "replace")
-            option.append_action = 2  # OVERWRITE_IF_EXISTS_OR_ADD: a client cannot pick for itself
-        common.clear_route_cache = bool(more_headers)
+        for name, value in ((DESTINATION, endpoints), (CLUSTER_HEADER, cluster)):
+            if value:
+                option = common.header_mutation.set_headers.add()
+                option.header.key, option.header.raw_value = name, value.encode("latin-1", "replace")
+                option.append_action = 2  # OVERWRITE_IF_EXISTS_OR_ADD: a client cannot pick for itself
+        common.clear_route_cache = bool(cluster)
         if endpoints:
             response.dynamic_metadata[NAMESPACE] = {DESTINATION: endpoints}
-        if body is not None:
-            common.body_mutation.body = body
         return response
 
     def patience(self, seconds: float) -> Message:

@@ -12,11 +12,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from marginroute import view as v
 from marginroute.adapters import litellm_request as read
 from marginroute.adapters.adapter import Adapter
+from marginroute.adapters.afterwards import Afterwards
 from marginroute.adapters.chat import TOKENS_PER_CHARACTER, TokenRatio
 from marginroute.adapters.litellm_request import Settings
 from marginroute.adapters.rate_headers import told_by
@@ -72,6 +74,9 @@ class Observer(Adapter[Settings]):
         gateway: decides and records.
         settings: of the operator.
         cache_key: key of a call in LiteLLM's response cache, empty if it has none; None: there is no cache to look at.
+
+    Attributes:
+        afterwards: what completed answers have earned, and their records, are worked out there.
     """
 
     def __init__(
@@ -80,6 +85,8 @@ class Observer(Adapter[Settings]):
         super().__init__(gateway, settings)
         self._calls: OrderedDict[str, _Call] = OrderedDict()  # in order of decision
         self._awaited: dict[str, Any] = {}  # LiteLLM's logging objects of streams without a first token
+        self.afterwards = Afterwards(partial(self.failed, "record of an answer"))
+        gateway.keep(self.afterwards)
         self._cache_key = cache_key if settings.use_cache else None
         self._stored: OrderedDict[str, str] = OrderedDict()  # key in the response cache -> tier that answered
         self._ratio = TokenRatio()
@@ -215,7 +222,9 @@ class Observer(Adapter[Settings]):
         )
         self._remember(call.cache_key, outcome.served_by)
         self._see_rate_limit(payload, outcome)
-        self.gateway.finished(id, outcome)
+        settle = self.gateway.ended(id, outcome)
+        if settle is not None:
+            self.afterwards.add(settle)
 
     def _see_rate_limit(self, payload: Mapping[str, Any], outcome: Outcome) -> None:
         """What the headers of an answer said, which came with its first token."""

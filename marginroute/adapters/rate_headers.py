@@ -42,6 +42,8 @@ def _retry_after_s(headers: Mapping[str, object]) -> float | None:
 
 
 def _number(value: object) -> float | None:
+    if value is None:
+        return None
     try:
         number = float(str(value))
     except ValueError:

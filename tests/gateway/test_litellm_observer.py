@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import sys
 import types
 
@@ -78,6 +79,7 @@ def complete(logger, id, deployment=0, **more):
 
 
 def records(logger):
+    logger.marginroute.afterwards.stop()  # each call above had an event loop of its own
     with open(logger.marginroute.settings.log) as file:
         return [json.loads(line) for line in file]
 
@@ -87,6 +89,18 @@ def test_deployments_come_back_untouched(logger):
     assert route(logger, "a") is DEPLOYMENTS
     assert json.dumps(DEPLOYMENTS) == before
     assert logger.marginroute.errors == {}
+
+
+def test_an_answer_leaves_the_counters_at_once_and_its_record_waits(logger):
+    observer = logger.marginroute
+    route(logger, "a")
+    send(logger, "a")
+    complete(logger, "a")
+    assert observer.gateway.pending == observer.gateway.state.in_flight == 0
+    assert not os.path.getsize(observer.settings.log)
+    observer.gateway.close()
+    with open(observer.settings.log) as file:
+        assert [json.loads(line)["status"] for line in file] == ["completed"]
 
 
 def test_one_record_with_class_task_and_tokens(logger):
@@ -174,6 +188,7 @@ def test_full_disk_is_counted_not_raised(logger, monkeypatch):
     route(logger, "a")
     send(logger, "a")
     complete(logger, "a")
+    logger.marginroute.afterwards.stop()
     assert logger.marginroute.errors == {"record of an answer": 1}
     assert logger.marginroute.gateway.state.in_flight == logger.marginroute.gateway.pending == 0
 
