@@ -2,7 +2,8 @@
 
 Measured on views of simulated training episodes of `quickstart`, copied as a gateway would hold them; the network has
 the default width and random weights (the time does not depend on their values). The larger fleet is the same one with
-more replicas. `with_view_` makes the View first, from a gateway's own counters; `general_path_` is the same policy
+more replicas. `with_view_` makes the View first, from a gateway's own counters, after some judged answers;
+`untold_with_view_` where there were none, so that the network may change nothing; `general_path_` is the same policy
 without preparation. Of a decision's time, `breakdown_us` is what the View takes, and the advice alone with its
 explanation; the rest are features and network. `quality_us` is P(good answer) of nine models from the text of a prompt
 of so many bytes, which a bundle with a predictor adds; weights and letters are random.

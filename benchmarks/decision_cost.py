@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,12 +14,14 @@ from envs.scenario import load_scenario
 from envs.vector_env import ObservedWorlds, default_advice
 from envs.worlds import Plant
 from marginroute import features
+from marginroute.bundle import Bundle
 from marginroute.guard import GuardedPolicy
 from marginroute.policy import Network, ResidualPolicy
 from marginroute.telemetry import GatewayState
 from marginroute.view import View
 
 WIDTH = 32
+EVERY_S = 0.01
 REPLICAS = {16: (4, 4, 4), 256: (84, 84, 84)}  # small, medium, large: candidates less provider, cache, defer, shed
 
 
@@ -59,6 +62,12 @@ def measure(calls: int, function: Callable[[View], object], views: list[View]) -
     return times / 1e3
 
 
+def gateway(bundle: Bundle) -> GatewayState:
+    """State of a gateway that decides every `EVERY_S` by its own clock."""
+    ticks = itertools.count()
+    return GatewayState(bundle, clock=lambda: EVERY_S * next(ticks), can=("shed",))
+
+
 def _ignoring_view(function: Callable[..., object], *arguments: object) -> object:
     """Calls with all arguments but the last, the view."""
     return function(*arguments[:-1])
@@ -77,13 +86,14 @@ def figures(quick: bool) -> dict[str, object]:
         views = views_of(plant, 100)
         bundle = make_bundle(plant, policy, policy.advice, {}, {})
         general, guarded = GuardedPolicy(policy, policy.advice, bundle.limits), bundle.guarded()
-        state, asked = (
-            GatewayState(bundle, can=("shed",)),
-            (800, plant.layout.class_names[0], plant.layout.task_names[0]),
-        )
+        told, untold = gateway(bundle), gateway(bundle)
+        for tier in range(len(plant.layout.tier_names)):
+            told.judged(tier, 0, 0.1)
+        asked = 800, plant.layout.class_names[0], plant.layout.task_names[0]
         paths = {
             "": guarded.decide,
-            "with_view_": lambda _: guarded.decide(state.view(*asked)),  # noqa: B023 (called at once)
+            "with_view_": lambda _: guarded.decide(told.view(*asked)),  # noqa: B023 (called at once)
+            "untold_with_view_": lambda _: guarded.decide(untold.view(*asked)),  # noqa: B023
             "general_path_": general.decide,
         }
         for name, decide in paths.items():
@@ -92,7 +102,7 @@ def figures(quick: bool) -> dict[str, object]:
             for figure, q in (("median", 0.5), ("p99", 0.99), ("p5", 0.05)):
                 found[f"{name}{figure}_us_{candidates}"] = round(float(np.quantile(times, q)), 1)
         without = make_bundle(plant, policy.advice, policy.advice, {}, {}).guarded()
-        parts = {"view": lambda _: state.view(*asked), "advice_and_explanation": without.decide}  # noqa: B023
+        parts = {"view": lambda _: told.view(*asked), "advice_and_explanation": without.decide}  # noqa: B023
         found[f"breakdown_us_{candidates}"] = {
             name: round(float(np.median(measure(calls, part, views))), 1) for name, part in parts.items()
         }

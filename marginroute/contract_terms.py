@@ -12,6 +12,7 @@ from marginroute.bundle import Bundle
 from marginroute.errors import InputError
 from marginroute.view import Array
 
+STANDS = {name: i for i, name in enumerate(contracts.STANDINGS)}
 CONTRACT = v.REQUEST_NAMES[v.INPUT_PRICE_USD : v.MISS_USD]  # request signals that the contract of a class fixes
 
 
@@ -30,6 +31,8 @@ class ContractTerms:
         names = bundle.layout.class_names
         self._signals = np.array([_signals(bundle, name) for name in names])
         self.terms = [bundle.terms[name] for name in names]
+        self._most_tokens = [terms.get("context_tokens", math.inf) for terms in self.terms]
+        self._committed = [terms.get("committed_usd", 0.0) > 0.0 for terms in self.terms]
         self.delay_tolerant = [terms.get("delay_tolerant", 0.0) > 0.0 for terms in self.terms]
 
     def request(self, k: int) -> Array:
@@ -44,14 +47,14 @@ class ContractTerms:
         """
         if standing not in contracts.STANDINGS:
             raise InputError(f"standing {standing!r} is unknown; legal: {', '.join(contracts.STANDINGS)}")
-        terms, stands = self.terms[k], contracts.STANDINGS.index(standing)
-        if request[v.PROMPT_TOKENS] > terms.get("context_tokens", math.inf):
+        committed, stands = self._committed[k], STANDS[standing]
+        if request.item(v.PROMPT_TOKENS) > self._most_tokens[k]:
             stands = contracts.REFUSED
         request[v.STANDING], request[v.QUOTA_LEFT] = stands, quota_left
-        committed = terms.get("committed_usd", 0.0) > 0.0
         if stands == contracts.REFUSED:
             return True
         if stands != contracts.WITHIN or committed:
+            terms = self.terms[k]
             contracts.show_standing(
                 request,
                 stands,

@@ -56,18 +56,20 @@ def decided(
     """A certain decision; a third of the time that the constructor of a frozen dataclass takes."""
     decision = object.__new__(Decision)
     vars(decision).update(
-        candidate=candidate,
-        name=name,
-        kind=kind,
-        probability=1.0,
-        policy=policy,
-        reason_usd=reason_usd,
-        runner_up=runner_up,
-        runner_up_usd=runner_up_usd,
-        guard="",
-        support=(),
-        left_out=(),
-        estimate_s=estimate_s,
+        {
+            "candidate": candidate,
+            "name": name,
+            "kind": kind,
+            "probability": 1.0,
+            "policy": policy,
+            "reason_usd": reason_usd,
+            "runner_up": runner_up,
+            "runner_up_usd": runner_up_usd,
+            "guard": "",
+            "support": (),
+            "left_out": (),
+            "estimate_s": estimate_s,
+        }
     )
     return decision
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from marginroute import verification
@@ -35,16 +37,24 @@ class ExpectedQuality:
         self._tier = bundle.layout.tier[: self._serving]
         self._shift = _shift(bundle.layout, posterior)
         self._shifts = bool(self._shift.any())
+        self._latest = [(math.nan, np.zeros(0))] * len(bundle.layout.task_names)  # signal and what it gave, by task
 
     def of_tiers(self, prompt: str | None, difficulty_signal: float, task: int) -> tuple[Array, float]:
-        """(T,) P(good) of the tiers and the difficulty signal; a tier that the predictor lacks keeps its prior."""
+        """(T,) P(good) of the tiers, to read, and the difficulty signal; tiers without predictor keep their prior."""
         if self._predictor is None or prompt is None:
-            p_good = np.array(self._prior.p_good_of_one(difficulty_signal, task))
+            signal, p_good = self._latest[task]  # gateways without a signal of difficulty always ask the same
+            if signal != difficulty_signal:
+                p_good = self._shifted(np.array(self._prior.p_good_of_one(difficulty_signal, task)), task)
+                self._latest[task] = difficulty_signal, p_good
         else:
             predicted, difficulty_signal = self._predictor.predict(prompt)
             p_good = np.array(self._prior.p_good_of_one(difficulty_signal, task))
             p_good[self._predicted] = predicted[self._model]
-        return shifted(p_good, self._shift[:, task]) if self._shifts else p_good, difficulty_signal
+            p_good = self._shifted(p_good, task)
+        return p_good, difficulty_signal
+
+    def _shifted(self, p_good: Array, task: int) -> Array:
+        return shifted(p_good, self._shift[:, task]) if self._shifts else p_good
 
     def show(self, signals: Array, p_good: Array, cached: Hit | None, trial: Trial | None) -> None:
         """Writes P(good) of every candidate into a View's signals, (S, C), from that of the tiers, (T,).

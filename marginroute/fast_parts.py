@@ -7,39 +7,52 @@ in order.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 
 import numpy as np
 
 from marginroute import view as v
 from marginroute.decision import Decision, decided
-from marginroute.fast_rows import AT, COPIED_ROWS, LOGS, ROWS, SHOWN, Buffer, Fleet, Scorer, signals_of_copied_rows
-from marginroute.features import CLIP, CONTEXT_FEATURES, MIN_LOGIT
+from marginroute.fast_rows import AT, BARRED, COPIED, Buffer, Fleet, signals_of_copied_rows
 from marginroute.heuristics import CACHE_COLUMN, DEFER_COLUMN, MAX_FILL, NEVER_USD, usd_by_part
 from marginroute.view import KINDS, Array, View
 
-BARRED = 1e12  # by how much an illegal candidate ranks below the others
 MIN_USD = 1e-9  # what a value or temperature is at least where something is divided by it, as in `features`
+MOST_MASKS = 256  # legal masks that are kept, of all that a thread has seen
 
-_ZERO, _HALF, _ONE, _TOP = (np.array(x) for x in (0.0, 0.5, 1.0, MAX_FILL))  # see `View.asked`
-_ZERO_4, _LOW_4, _HIGH_4 = (np.array(x, dtype=np.float32) for x in (0.0, -CLIP, CLIP))
+_ONE, _TOP = (np.array(x) for x in (1.0, MAX_FILL))  # see `View.asked`
 _NEVER, _DEFER = -math.inf, KINDS[v.DEFER]
 
-Usd = tuple[float, float, float, float]
-"""Of the request: what the customer pays for the answer; its value; credit without one; loss by a bad one."""
+Usd = tuple[float, float, float, float, float]
+"""Of the request: what the customer pays for the answer; its value; credit without one; loss by a bad one; and one over
+the value, which is the unit of rows."""
 
 
-def reader(buffer: Buffer, max_age_s: float) -> Callable[[View], list[float] | None]:
-    """Copies what changes into the rows and returns the request's numbers; None where telemetry is too old."""
-    copied, copied_from = buffer.rows[: len(COPIED_ROWS)], signals_of_copied_rows()
-    ages_s, where = buffer.row["telemetry_age_s"], np.where
+def reader(fleet: Fleet, buffer: Buffer, max_age_s: float) -> Callable[[View], tuple[list[float], Array] | None]:
+    """Copies what changes into the rows; the request's numbers, and the weights (R,) of a mean over legal replicas.
 
-    def read(view: View) -> list[float] | None:
+    None where telemetry is too old.
+    """
+    copied, copied_from = buffer.span(COPIED[0], COPIED[-1]), signals_of_copied_rows()
+    ages_s, where, replicas = buffer.row["telemetry_age_s"], np.where, fleet.layout.n_replicas
+    barred_and_legal = buffer.span("barred", "legal")
+    masks: dict[bytes, tuple[Array, Array]] = {}
+
+    def note(legal: Array) -> tuple[Array, Array]:
+        if len(masks) >= MOST_MASKS:
+            masks.clear()
+        there = legal[:replicas]
+        mask = masks[legal.tobytes()] = np.stack([legal - 1.0, legal]), there / max(int(there.sum()), 1)
+        return mask
+
+    def read(view: View) -> tuple[list[float], Array] | None:
+        legal = view.legal
         view.signals.take(copied_from, 0, copied, "clip")
-        if not ages_s.item(ages_s.argmax()) <= max_age_s and not where(view.legal, ages_s, 0.0).max() <= max_age_s:
+        if not ages_s.item(ages_s.argmax()) <= max_age_s and not where(legal, ages_s, 0.0).max() <= max_age_s:
             return None
-        found: list[float] = view.request.tolist()
-        return found
+        barred_and_legal[...], mean_by = masks.get(legal.tobytes()) or note(legal)
+        return view.request.tolist(), mean_by
 
     return read
 
@@ -48,6 +61,7 @@ def asker(fleet: Fleet, buffer: Buffer) -> Callable[[list[float]], Usd]:
     """Works out what the request fixes: USD, and the numbers that weigh rows."""
     numbers, parameters = buffer.numbers, fleet.rule.parameters
     ttft_scale, tpot_scale = float(parameters.ttft_scale), float(parameters.tpot_scale)
+    write = struct.Struct(f"{len(numbers)}d").pack_into
 
     def ask(request: list[float]) -> Usd:
         (
@@ -59,141 +73,141 @@ def asker(fleet: Fleet, buffer: Buffer) -> Callable[[list[float]], Usd]:
         value_usd = usage_usd + request_usd
         unserved_usd = unserved_share * value_usd + unserved_call_usd
         bad_usd = refund_share * value_usd + bad_answer_usd
-        per_token, all_shares = 1.0 / (p + o), ttft_share + tpot_share + e2e_share
+        per_value = 1.0 / (value_usd if value_usd > MIN_USD else MIN_USD)
+        credited, bad, per_token = value_usd * per_value, bad_usd * per_value, 1.0 / (p + o)
         per_ttft, per_tpot = 1.0 / slo_ttft_s, 1.0 / slo_tpot_s
         per_e2e, per_patience = 1.0 / slo_e2e_s, 1.0 / patience_s
-        numbers[:] = (
-            p, o, per_token, per_token, -per_token,
+        gone, to_patience = waited_s * per_patience, ttft_scale * per_patience
+        write(
+            numbers, 0,
             1.0, p, o, o * (p + 0.5 * o),
+            per_token, per_token,
+            o, 1.0, 0.5,
+            waited_s * per_e2e, ttft_scale * per_e2e, tpot_scale * o * per_e2e,
+            0.0, 0.0, tpot_scale * per_tpot,
+            waited_s * per_ttft, ttft_scale * per_ttft, 0.0,
+            gone, to_patience, 0.0,
+            gone, to_patience, 0.0,
             0.0, per_ttft, 0.0,
             0.0, 0.0, per_tpot,
-            waited_s * per_patience, ttft_scale * per_patience, 0.0,
-            waited_s * per_ttft, ttft_scale * per_ttft, 0.0,
-            0.0, 0.0, tpot_scale * per_tpot,
-            waited_s * per_e2e, ttft_scale * per_e2e, tpot_scale * o * per_e2e,
-            0.0, -ttft_share * value_usd, -tpot_share * value_usd, -e2e_share * value_usd, all_shares * value_usd,
-            BARRED, usage_usd + unserved_usd, -1.0, -1.0, -1.0, -bad_usd,
+            0.0, (ttft_share + tpot_share + e2e_share) * credited,
+            -e2e_share * credited, -tpot_share * credited, -ttft_share * credited,
+            -bad, bad, 0.0, 0.0, 0.0,
+            -1.0, -1.0, -1.0, -1.0, (usage_usd + unserved_usd) * per_value, BARRED,
+            per_value,
         )  # fmt: skip
-        return usage_usd, value_usd, unserved_usd, bad_usd
+        return usage_usd, value_usd, unserved_usd, bad_usd, per_value
 
     return ask
 
 
-def estimator(fleet: Fleet, buffer: Buffer) -> Callable[[], None]:
-    """TTFT and TPOT of every candidate, as `latency.estimate`."""
+def estimator(fleet: Fleet, buffer: Buffer) -> Callable[[list[float]], None]:
+    """TTFT and TPOT of every candidate, as `latency.estimate`; fill, cost and work as far as rows are linear."""
     s, n, row = fleet.static, fleet.layout.n_candidates, buffer.row
-    slots, token_budget, base_s, fixed_s = s[v.SLOTS], s[v.TOKEN_BUDGET], s[v.BASE_S], s[v.FIXED_TTFT_S : v.BASE_S]
-    per_unit_s = s[[v.DECODE_SEQ_S, v.KV_TOKEN_S, v.PREFILL_TOKEN_S]]
-    has_room = bool((token_budget - slots >= 1.0).all())  # for prompt tokens, however full the batch
-    prompt, output, crowd_by = buffer.prompt, buffer.output, buffer.crowd_by
-    in_flight_cap, cached_tokens = row["in_flight_cap"], row["cached_share"]
-    in_flight_and_decoding, one_more = buffer.span("in_flight", "decoding"), np.empty((2, n))
-    one_more_in_flight, one_more_decoding = one_more
-    apart = AT["pending_prefill"] - AT["decoding_tokens"]
-    decoding_and_pending = buffer.span("decoding_tokens", "pending_prefill", apart)
-    used_slots, ahead, crowded_out, iterations = np.empty((4, n))
-    loads, times_s = np.zeros((4, n)), np.empty((3, n))
-    loads[3] = s[v.KV_CAPACITY_TOKENS]
-    batch, _, pending, _ = loads  # the others: KV tokens, KV capacity
-    loads_3, tokens, tokens_and_capacity = loads[:3], loads[1:3], loads[1:]
-    batch_s, tokens_s, prefill_s = times_s
-    ttft_s, tpot_s = latency_s = buffer.span("ttft_s", "tpot_s")
+    slots, decode_seq_s, fixed_tpot_s = s[v.SLOTS], s[v.DECODE_SEQ_S], s[v.FIXED_TPOT_S]
+    has_room = bool((s[v.TOKEN_BUDGET] - slots >= 1.0).all())  # for prompt tokens, however full the batch
+    row["token_budget"][:] = s[v.TOKEN_BUDGET]
+    linear, per_unit = fleet.linear(), fleet.per_unit()
+    cached_share_by = per_unit[AT["cached_share"] - AT["one_more"]]
+    source, net = buffer.span("in_flight", "of_congestion"), buffer.span("of_pending", "of_prefill")
+    cached_2, found = buffer.span("cached", "of_cost"), buffer.span("one_more", "congestion")
+    constant, scaled = np.empty(linear.shape[1]), np.empty(found.shape)
+    constant_rows, in_flight_cap = constant.reshape(found.shape), row["in_flight_cap"]
+    crowded_and_pending, crowded = buffer.span("crowded", "pending"), row["crowded"]
+    budget_and_one_more, one_more_decoding = buffer.span("token_budget", "one_more"), row["one_more_decoding"]
+    batch, used_slots, room, _ = slots_4 = np.empty((4, n))
+    batch_and_used, used_and_room, room_and_ahead, ahead = slots_4[:2], slots_4[1:3], slots_4[2:], slots_4[3]
+    turns, least, together = np.ones((3, n)), np.repeat([[0.0], [1.0]], n, axis=1), np.empty(n)
+    wait_and_iterations = turns[:2]
+    ttft_s, tpot_s, decode_s, prefill_s = row["ttft_s"], row["tpot_s"], row["decode_s"], row["prefill_s"]
+    linear_by, crowd_by, turns_by = buffer.linear_by, buffer.crowd_by, buffer.turns_by
     add, subtract, multiply, divide = np.add, np.subtract, np.multiply, np.divide
     maximum, minimum, dot = np.maximum, np.minimum, np.dot
 
-    def estimate() -> None:
+    def estimate(request: list[float]) -> None:
+        cached_share_by.fill(1.0 / request[v.PROMPT_TOKENS])
+        subtract(net, cached_2, net)
+        multiply(source, per_unit, scaled)
+        dot(linear_by, linear, constant)
+        add(scaled, constant_rows, found)
+        dot(crowd_by, crowded_and_pending, together)
         minimum(in_flight_cap, slots, out=used_slots)
-        add(in_flight_and_decoding, _ONE, one_more)
         minimum(one_more_decoding, used_slots, out=batch)
-        add(decoding_and_pending, prompt, tokens)
-        subtract(pending, cached_tokens, pending)
-        multiply(loads_3, per_unit_s, times_s)
-        add(batch_s, tokens_s, tpot_s)
-        add(tpot_s, base_s, tpot_s)
-        subtract(token_budget, batch, iterations)
+        subtract(budget_and_one_more, batch_and_used, room_and_ahead)
         if not has_room:
-            maximum(iterations, _ONE, out=iterations)
-        divide(pending, iterations, iterations)
-        maximum(iterations, _ONE, out=iterations)
-        add(iterations, _HALF, iterations)
-        dot(crowd_by, tokens_and_capacity, crowded_out)
-        subtract(one_more_in_flight, used_slots, ahead)
-        maximum(ahead, crowded_out, out=ahead)
-        maximum(ahead, _ZERO, out=ahead)
-        multiply(ahead, output, ahead)
-        divide(ahead, used_slots, ahead)
-        add(iterations, ahead, iterations)
-        multiply(iterations, tpot_s, ttft_s)
+            maximum(room, _ONE, out=room)
+        maximum(ahead, together, out=crowded)
+        divide(crowded_and_pending, used_and_room, wait_and_iterations)
+        maximum(wait_and_iterations, least, out=wait_and_iterations)
+        dot(turns_by, turns, ttft_s)
+        multiply(batch, decode_seq_s, tpot_s)
+        add(tpot_s, decode_s, tpot_s)
+        multiply(ttft_s, tpot_s, ttft_s)
         add(ttft_s, prefill_s, ttft_s)
-        add(latency_s, fixed_s, latency_s)
+        add(tpot_s, fixed_tpot_s, tpot_s)
 
     return estimate
 
 
 def assessor(fleet: Fleet, buffer: Buffer) -> Callable[[View, list[float], Usd], None]:
-    """USD of every candidate, as `heuristics.assess`, less the credit of an unserved request, common to all."""
+    """Score of every candidate, as `heuristics.assess`, without the credit of an unserved request, common to all."""
     s, n, row, layout = fleet.static, fleet.layout.n_candidates, buffer.row, fleet.layout
     parameters, quality = fleet.rule.parameters, fleet.rule.quality
     sharpness, fill_power = np.array(float(parameters.sharpness)), np.array(float(parameters.fill_power))
     is_square_of_square, is_linear = sharpness == 4.0, fill_power == 1.0
-    per_slot, answers, linear, saved = 1.0 / s[v.SLOTS], layout.answers, fleet.linear(), fleet.saved()
-    linear_by, ratios_by, credit_by, score_by = buffer.linear_by, buffer.ratios_by, buffer.credit_by, buffer.score_by
-    money, saved_usd, cost_and_congestion = np.empty(2 * n), np.empty((2, n)), buffer.span("cost", "congestion")
-    money_2, cost_usd, congestion_usd, fill = money.reshape(2, n), row["cost"], row["congestion"], row["fill"]
-    in_flight, cached_tokens, (rise, less_usd) = row["in_flight"], row["cached_share"], np.empty((2, n))
+    fill, cost, cost_and_congestion = row["fill"], row["cost"], buffer.span("cost", "congestion")
     limit_spent, is_limited = row["limit_spent"], bool(s[v.LIMIT_CALL_S : v.LIMIT_TOKEN_S + 1].any())
-    one_and_latency_s, ratios = buffer.span("one", "tpot_s"), buffer.span("ttft_to_slo", "keep_e2e")
-    keep_patience, keep_ttft, keep_tpot, keep_e2e = kept = buffer.span("keep_patience", "keep_e2e")
-    kept_and_one = buffer.span("keep_patience", "one_again")
-    good_and_errors, p_good = buffer.span("p_good", "recent_errors"), row["p_good"]
-    credited_usd, _, ok = credited_bad_ok = buffer.credited_bad_ok
-    credited_and_bad, bad_and_ok = credited_bad_ok[:2], credited_bad_ok[1:]
-    credit_and_refund = buffer.span("credit", "refund")
-    stay, ranked_by, score_usd = row["stay"], buffer.span("barred", "refund"), buffer.score_usd
-    barred, legal_row = row["barred"], row["legal"]
+    one_and_rise, per_unit, spare = np.ones((2, n)), np.empty((2, n)), np.empty(n)
+    rise, per_value, cached_share = one_and_rise[1], buffer.per_value, row["cached_share"]
+    one_and_latency_s, ratios = buffer.span("one", "tpot_s"), buffer.span("keep_e2e", "over_tpot_slo")
+    to_slo, over_slo = buffer.span("ttft_to_slo", "tpot_to_slo"), buffer.span("over_ttft_slo", "over_tpot_slo")
+    kept, able = buffer.span("keep_e2e", "patience_again"), np.ones((5, n))
+    keep_e2e, keep_tpot, keep_ttft, keep_patience, _ = kept
+    stay_2, able_2, errors_2 = kept[3:], able[3:], buffer.span("recent_errors", "errors_again")
+    answers_2, stay = np.repeat(layout.answers[None], 2, axis=0), row["stay"]
+    good_and_kept, p_good, p_good_again = buffer.span("p_good_again", "keep_ttft"), row["p_good"], row["p_good_again"]
+    credited, _ = credited_and_bad = np.empty((2, n))
+    credit_and_refund, ranked_by, score = buffer.span("credit", "refund"), buffer.span("cost", "barred"), buffer.score
+    ratios_by, credit_by, score_by = buffer.ratios_by, buffer.credit_by, buffer.score_by
     add, subtract, multiply, divide, power = np.add, np.subtract, np.multiply, np.divide, np.power
     minimum, dot = np.minimum, np.dot
 
     def assess(view: View, request: list[float], usd: Usd) -> None:
         if quality is not None:
-            p_good[:] = quality.p_good(view)
-        legal_row[:] = view.legal
-        dot(linear_by, linear, money)
-        multiply(saved, cached_tokens, saved_usd)
-        add(money_2, saved_usd, cost_and_congestion)
+            p_good[:] = p_good_again[:] = quality.p_good(view)
         if request[v.CACHED_INPUT_PRICE_USD] != request[v.INPUT_PRICE_USD]:  # what the customer saves
-            multiply(cached_tokens, request[v.INPUT_PRICE_USD] - request[v.CACHED_INPUT_PRICE_USD], less_usd)
-            add(cost_usd, less_usd, cost_usd)
-        multiply(in_flight, per_slot, fill)
+            saved_usd = request[v.INPUT_PRICE_USD] - request[v.CACHED_INPUT_PRICE_USD]
+            multiply(cached_share, saved_usd * request[v.PROMPT_TOKENS], spare)
+            add(cost, spare, cost)
         if is_limited:
             add(fill, limit_spent, fill)
         minimum(fill, _TOP, out=rise)
         if not is_linear:
             power(rise, fill_power, rise)
-        multiply(congestion_usd, rise, congestion_usd)
+        multiply(one_and_rise, per_value, per_unit)
+        multiply(cost_and_congestion, per_unit, cost_and_congestion)
         dot(ratios_by, one_and_latency_s, ratios)
+        to_slo[...] = over_slo
         if is_square_of_square:
             multiply(kept, kept, kept)
             multiply(kept, kept, kept)
         else:
             power(kept, sharpness, kept)
         add(kept, _ONE, kept)
-        divide(_ONE, kept, kept)
-        subtract(_ONE, good_and_errors, bad_and_ok)
-        multiply(ok, answers, ok)
-        multiply(keep_patience, ok, stay)
-        dot(credit_by, kept_and_one, credited_usd)
+        subtract(answers_2, errors_2, able_2)
+        divide(able, kept, kept)
+        stay[...] = keep_patience
+        dot(credit_by, good_and_kept, credited_and_bad)
         if request[v.TTFT_CREDIT_SHARE] + request[v.TPOT_CREDIT_SHARE] + request[v.E2E_CREDIT_SHARE] > 1.0:
-            minimum(credited_usd, usd[1], out=credited_usd)
+            minimum(credited, usd[1] * usd[4], out=credited)
         if request[v.MISS_USD] != 0.0:
-            multiply(keep_ttft, keep_tpot, less_usd)
-            multiply(less_usd, keep_e2e, less_usd)
-            subtract(_ONE, less_usd, less_usd)
-            multiply(less_usd, request[v.MISS_USD], less_usd)
-            add(credited_usd, less_usd, credited_usd)
-        multiply(credited_and_bad, stay, credit_and_refund)
-        subtract(legal_row, _ONE, barred)
-        dot(score_by, ranked_by, score_usd)
+            multiply(keep_ttft, keep_tpot, spare)
+            multiply(spare, keep_e2e, spare)
+            subtract(_ONE, spare, spare)
+            multiply(spare, request[v.MISS_USD] * usd[4], spare)
+            add(credited, spare, credited)
+        multiply(credited_and_bad, stay_2, credit_and_refund)
+        dot(score_by, ranked_by, score)
 
     return assess
 
@@ -204,139 +218,37 @@ def later_and_floors(fleet: Fleet, buffer: Buffer) -> Callable[[View, list[float
     serving, defer_column = int((layout.kind <= v.PROVIDER).sum()), layout.n_candidates + DEFER_COLUMN
     defer_share, similarity = float(parameters.defer_share), float(parameters.cache_similarity)
     floors = None if parameters.multipliers is None else parameters.multipliers.T.tolist()
-    cost_usd, bad_share, p_good, stay = row["cost"], buffer.credited_bad_ok[1], row["p_good"], row["stay"]
-    keep_ttft, keep_tpot, keep_e2e = buffer.span("keep_ttft", "keep_e2e")
-    score_usd, floor_usd, congestion_usd = buffer.score_usd, buffer.floor_usd, row["congestion"]
+    cost, p_good, stay, congestion = row["cost"], row["p_good"], row["stay"], row["congestion"]
+    keep_e2e, keep_tpot, keep_ttft = buffer.span("keep_e2e", "keep_ttft")
+    score, floor = buffer.score, buffer.floors
     similar = row["similarity"][CACHE_COLUMN, ...]
     add, multiply = np.add, np.multiply
 
     def later(view: View, request: list[float], usd: Usd) -> float:
-        usage_usd, _, unserved_usd, bad_usd = usd
+        usage_usd, _, unserved_usd, bad_usd, per_value = usd
         legal, later_usd = view.legal, 0.0
         may_defer = legal.item(defer_column)
         if may_defer:
             able = legal[:serving]
-            idle_usd = (usage_usd - bad_share[:serving] * bad_usd - cost_usd[:serving])[able]
+            idle_usd = (usage_usd - (1.0 - p_good[:serving]) * bad_usd - cost[:serving] / per_value)[able]
             later_usd = defer_share * max(-unserved_usd, idle_usd.max() if len(idle_usd) else _NEVER)
-            score_usd[DEFER_COLUMN] = later_usd + unserved_usd - congestion_usd[DEFER_COLUMN]
+            score[DEFER_COLUMN] = (later_usd + unserved_usd) * per_value - congestion[DEFER_COLUMN]
         if similarity > 0.0 and similar < similarity:
-            score_usd[CACHE_COLUMN] -= NEVER_USD
+            score[CACHE_COLUMN] -= NEVER_USD * per_value
         if floors is not None:
-            slo_usd, good_usd, served_usd = floors[int(request[v.CLASS_INDEX])]
-            multiply(keep_ttft, keep_tpot, floor_usd)
-            multiply(floor_usd, keep_e2e, floor_usd)
-            multiply(floor_usd, slo_usd, floor_usd)
-            add(floor_usd, good_usd * p_good + served_usd, floor_usd)
-            multiply(floor_usd, stay, floor_usd)
+            slo, good, served = (usd_each * per_value for usd_each in floors[int(request[v.CLASS_INDEX])])
+            multiply(keep_ttft, keep_tpot, floor)
+            multiply(floor, keep_e2e, floor)
+            multiply(floor, slo, floor)
+            add(floor, good * p_good + served, floor)
+            multiply(floor, stay, floor)
             if may_defer:
-                good = p_good[:serving][legal[:serving]].max(initial=0.0)
-                floor_usd[DEFER_COLUMN] = defer_share * (slo_usd + good_usd * good + served_usd)
-            add(score_usd, floor_usd, score_usd)
+                best = p_good[:serving][legal[:serving]].max(initial=0.0)
+                floor[DEFER_COLUMN] = defer_share * (slo + good * best + served)
+            add(score, floor, score)
         return later_usd
 
     return later
-
-
-def ranker(
-    fleet: Fleet, buffer: Buffer, scorer: Scorer, max_far: int
-) -> Callable[[list[float], Usd, float], Array | None]:
-    """Logits of the network, as `features` and `policy.Network.logits`; None where too much lies outside training."""
-    rows, row, layout, n = buffer.rows, buffer.row, fleet.layout, fleet.layout.n_candidates
-    n_shown, width = len(ROWS[SHOWN]), len(scorer.head)
-    last = np.ones((1, n), dtype=np.float32)  # for the bias and the context
-    seen = np.concatenate([np.zeros((n_shown, n), dtype=np.float32), layout.one_hot, last])
-    shown, shown_rows, logs = seen[:n_shown], rows[SHOWN], seen[:n_shown][LOGS]
-    with_unit = seen[AT["cached_share"] - SHOWN.start : AT["below_best"] - SHOWN.start + 1]
-    units = np.ones(len(with_unit), dtype=np.float32)
-    units_column, below_seen, most_below = units[:, None], with_unit[-1], np.array(0.0, dtype=np.float32)
-    hidden_1 = np.ones((width + 1, n), dtype=np.float32)  # its last row is for the bias of the second layer
-    hidden_2 = np.empty((width + 2, n), dtype=np.float32)  # its last rows are the advice and `barred`
-    sum_1, sum_2, advice, barred_2 = hidden_1[:width], hidden_2[:width], hidden_2[width], hidden_2[width + 1]
-    head = np.concatenate([scorer.head, np.array([0.0, BARRED], dtype=np.float32)])
-    context = np.ones(1 + len(CONTEXT_FEATURES), dtype=np.float32)
-    weights = np.concatenate([scorer.first, np.zeros((1, width), dtype=np.float32)])
-    first, from_context, context_numbers, second = weights.T, weights[-1], context[1:], scorer.second
-    contexts = [list(x) for x in scorer.context]
-    shift, logits = np.repeat(scorer.shift, n, axis=1), np.empty(n, dtype=np.float32)
-    score_usd, below_usd, barred = buffer.score_usd, row["below_best"], row["barred"]
-    kappa, temperature_share, (trust_always, trust_told) = scorer.kappa, scorer.temperature_share, scorer.trust
-    told, trust = seen[AT["tier_confidence"] - SHOWN.start], np.empty(n, dtype=np.float32)
-    describe = describer(fleet, buffer, scorer)
-    add, subtract, multiply, maximum, minimum, dot = np.add, np.subtract, np.multiply, np.maximum, np.minimum, np.dot
-
-    def rank(request: list[float], usd: Usd, best_usd: float) -> Array | None:
-        _, value_usd, _, bad_usd = usd
-        # As features.candidate_features.
-        subtract(best_usd, score_usd, below_usd)
-        maximum(below_usd, _ZERO, out=below_usd)
-        per_value = 1.0 / max(value_usd, MIN_USD)
-        shown[...] = shown_rows
-        per_prompt = 1.0 / request[v.PROMPT_TOKENS]
-        units[:] = per_prompt, 1.0, 1.0, per_value, per_value, per_value, bad_usd * per_value, 10.0 * per_value
-        multiply(with_unit, units_column, with_unit)
-        # As features.advice_logits, in the unit of `below_best`.
-        per_below = 0.1 / (per_value * max(temperature_share * value_usd, MIN_USD))
-        most_below[...] = -MIN_LOGIT / per_below
-        minimum(below_seen, most_below, out=advice)
-        barred_2[:] = barred
-        head[width] = -kappa * per_below
-        add(logs, shift, logs)
-        np.log(logs, logs)
-        maximum(shown, _LOW_4, out=shown)
-        minimum(shown, _HIGH_4, out=shown)
-        k, j = int(request[v.CLASS_INDEX]), int(request[v.TASK_INDEX])
-        of_context, far = describe(request, value_usd, k, j)
-        if far > max_far:
-            return None
-        # As policy.Network.logits.
-        context_numbers[:] = of_context
-        dot(contexts[k][j], context, from_context)
-        dot(first, seen, sum_1)
-        maximum(sum_1, _ZERO_4, out=sum_1)
-        dot(second, hidden_1, sum_2)
-        maximum(sum_2, _ZERO_4, out=sum_2)
-        multiply(told, trust_told, trust)
-        add(trust, trust_always, trust)
-        multiply(sum_2, trust, sum_2)
-        dot(head, hidden_2, logits)
-        return logits
-
-    return rank
-
-
-def describer(
-    fleet: Fleet, buffer: Buffer, scorer: Scorer
-) -> Callable[[list[float], float, int, int], tuple[tuple[float, ...], int]]:
-    """The context, as `features.context_features`, and how many of its columns lie far outside training."""
-    of_replicas = slice(0, fleet.layout.n_replicas)
-    fill_and_legal, legal_replicas = buffer.span("fill", "legal")[:, of_replicas], buffer.row["legal"][of_replicas]
-    filled, far_columns, near, log1p = np.empty(2), scorer.far.tolist(), scorer.near, math.log1p
-
-    def describe(request: list[float], value_usd: float, k: int, j: int) -> tuple[tuple[float, ...], int]:
-        fill_and_legal.dot(legal_replicas, filled)
-        fills, replicas = filled.tolist()
-        found: tuple[float, ...] = (
-            request[v.DIFFICULTY_SIGNAL],
-            fills / max(replicas, 1.0),
-            1.0 / (1.0 + max(request[v.DEADLINE_LEFT_S], 0.0)),
-            log1p(request[v.PROMPT_TOKENS]),
-            log1p(request[v.EXPECTED_OUTPUT_TOKENS]),
-            log1p(request[v.WAITED_S]),
-            log1p(request[v.ARRIVAL_RATE_PER_S]),
-            log1p(1e6 * value_usd),
-            log1p(request[v.TURNED_DOWN]),
-            log1p(request[v.VERIFIER_SCORE]),
-            log1p(request[v.TASK_VALUE_USD]),
-        )
-        if max(found) > CLIP or min(found) < -CLIP:
-            found = tuple(min(max(x, -CLIP), CLIP) for x in found)
-        far = far_columns[k][j]
-        for x, (low, high) in zip(found, near, strict=True):
-            if not low < x < high:
-                far += 1
-        return found, far
-
-    return describe
 
 
 def explainer(
@@ -345,20 +257,21 @@ def explainer(
     """The reason of a choice, as `decision.explain`; None where a number is not finite."""
     layout, row = fleet.layout, buffer.row
     names, kinds = layout.names, [KINDS[kind] for kind in layout.kind]
-    earned, score_usd, floor_usd = buffer.span("stay", "refund"), buffer.score_usd, buffer.floor_usd
+    stay, cost, congestion, credit, refund = (row[x].item for x in ("stay", "cost", "congestion", "credit", "refund"))
+    scores, floors = buffer.score, buffer.floors
     has_floors, ttft_s, tpot_s = fleet.rule.parameters.multipliers is not None, row["ttft_s"], row["tpot_s"]
     isfinite = math.isfinite
 
     def explain(
-        ranked: Array, choice: int, scale_usd: float, best_usd: float, usd: Usd, later_usd: float
+        ranked: Array, choice: int, scale_usd: float, best: float, usd: Usd, later_usd: float
     ) -> Decision | None:
-        usage_usd, _, unserved_usd, bad_usd = usd
-        stays, cost, congestion, credit, refunded = earned[:, choice].tolist()
-        refund_usd = bad_usd * refunded
-        margin_usd = stays * (usage_usd + unserved_usd) - unserved_usd - cost - credit - refund_usd
+        usage_usd, _, unserved_usd, _, per_value = usd
+        unit_usd, stays = 1.0 / per_value, stay(choice)
+        cost_usd, credit_usd, refund_usd = unit_usd * cost(choice), unit_usd * credit(choice), unit_usd * refund(choice)
+        margin_usd = stays * (usage_usd + unserved_usd) - unserved_usd - cost_usd - credit_usd - refund_usd
         if kinds[choice] == _DEFER:
             margin_usd = later_usd
-        top, score = ranked.item(choice), score_usd.item(choice)
+        top = ranked.item(choice)
         if not isfinite(top + margin_usd):
             return None
         reason_usd = usd_by_part(
@@ -366,11 +279,11 @@ def explainer(
             margin_usd,
             usage_usd,
             unserved_usd,
-            (cost, credit, refund_usd, congestion),
-            floor_usd.item(choice) if has_floors else None,
+            (cost_usd, credit_usd, refund_usd, unit_usd * congestion(choice)),
+            unit_usd * floors.item(choice) if has_floors else None,
         )
-        if ranked is not score_usd:
-            reason_usd["learned"] = top * scale_usd - (score - best_usd)
+        if ranked is not scores:
+            reason_usd["learned"] = top * scale_usd - unit_usd * (scores.item(choice) - best)
         ranked[choice] = _NEVER
         second_best = int(ranked.argmax())
         its = ranked.item(second_best)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from marginroute import fast_parts, features
+from marginroute import fast_network, fast_parts, features
 from marginroute import view as v
 from marginroute.decision import Decision
 from marginroute.fast_rows import Buffer, Fleet, Scorer, covers_features, scorer_of
@@ -40,31 +40,32 @@ Worker = Callable[[View], Decision | None]
 def worker_of(name: str, fleet: Fleet, scorer: Scorer | None, max_age_s: float, max_far: int) -> Worker:
     """The function that decides in one thread; its arrays are made here, once."""
     buffer = Buffer(fleet.layout.n_candidates)
-    read, ask = fast_parts.reader(buffer, max_age_s), fast_parts.asker(fleet, buffer)
+    read, ask = fast_parts.reader(fleet, buffer, max_age_s), fast_parts.asker(fleet, buffer)
     estimate, assess = fast_parts.estimator(fleet, buffer), fast_parts.assessor(fleet, buffer)
     later, explain = fast_parts.later_and_floors(fleet, buffer), fast_parts.explainer(name, fleet, buffer)
-    rank = None if scorer is None else fast_parts.ranker(fleet, buffer, scorer, max_far)
+    rank = None if scorer is None else fast_network.ranker(fleet, buffer, scorer, max_far)
     temperature_share = 0.0 if scorer is None else scorer.temperature_share
-    score_usd, shed = buffer.score_usd, fleet.layout.n_candidates - 1
+    scores, shed = buffer.score, fleet.layout.n_candidates - 1
 
     def decide(view: View) -> Decision | None:
         if not view.legal.item(shed):
             return None  # a hedge timer
-        request = read(view)
-        if request is None:
+        found = read(view)
+        if found is None:
             return None
+        request, mean_by = found
         usd = ask(request)
-        estimate()
+        estimate(request)
         assess(view, request, usd)
         later_usd = later(view, request, usd)
-        choice = int(score_usd.argmax())
-        best_usd = score_usd.item(choice)
+        choice = int(scores.argmax())
+        best = scores.item(choice)
         if rank is None:
-            return explain(score_usd, choice, 1.0, best_usd, usd, later_usd)
-        logits = rank(request, usd, best_usd)
+            return explain(scores, choice, 1.0 / usd[4], best, usd, later_usd)
+        logits = rank(request, mean_by, usd, best)
         if logits is None:
             return None
-        return explain(logits, int(logits.argmax()), temperature_share * usd[1], best_usd, usd, later_usd)
+        return explain(logits, int(logits.argmax()), temperature_share * usd[1], best, usd, later_usd)
 
     return decide
 

@@ -32,9 +32,11 @@ class LegalMask:
         self._serving, self._able = int((kind <= v.PROVIDER).sum()), able(bundle.layout, can)
         carried_out = (kind <= v.PROVIDER) | self._able
         self._made: dict[tuple[int, bool, bool], Array] = {}  # by class, may be deferred, there is an answer
+        self._some: dict[tuple[int, bool, bool], bool] = {}  # whether those leave any
         for k, defer, answer in itertools.product(range(len(self._allowed)), (False, True), (False, True)):
             may = carried_out & ((kind != v.CACHE) | answer) & ((kind != v.DEFER) | defer)
             self._made[k, defer, answer] = may & self._allowed[k]
+            self._some[k, defer, answer] = bool((may & self._allowed[k]).any())
 
     def of(
         self,
@@ -59,6 +61,10 @@ class LegalMask:
         answer = in_hand or (stored_by is not None and bool(self._models[k, stored_by]))
         defer, serving = self._delay_tolerant[k] and deadline_left_s > self._least_left_s, self._serving
         legal: Array = self._made[k, defer, answer].copy()
+        if not in_hand and available is None and not spent:
+            if not self._some[k, defer, answer]:
+                legal[-1] = True
+            return legal
         if in_hand:
             legal[serving] = self._able[serving]
         if available is not None:

@@ -20,6 +20,11 @@ def index_of(name: str | None, known: tuple[str, ...], what: str) -> int:
     return known.index(name)
 
 
+def indices(known: Sequence[str]) -> dict[str | None, int]:
+    """Name -> index, as `index_of`."""
+    return {None: 0, **{name: i for i, name in enumerate(known)}}
+
+
 def places(new: Sequence[str], old: Sequence[str]) -> dict[int, int]:
     """Old index -> new index of the names that both have."""
     return {i: new.index(name) for i, name in enumerate(old) if name in new}

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from marginroute.errors import InputError
 
 MOST_HEADER_BYTES = 1 << 16
+FIRST_BYTES = 1 << 16  # room for an answer, doubled whenever it is full
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def address_of(url: str, place: str) -> Address:
     return Address(parts.hostname, port or (443 if tls else 80), tls, request)
 
 
-class PageConnection(asyncio.Protocol):
-    """A connection, opened when it is first needed and again after it broke.
+class PageConnection(asyncio.BufferedProtocol):
+    """A connection, opened when it is first needed and again after it broke; answers are received in one place.
 
     Args:
         address: of the page.
@@ -72,13 +73,14 @@ class PageConnection(asyncio.Protocol):
     def __init__(self, address: Address, most_bytes: int, done: Callable[[bytes | None, str], None]) -> None:
         self._address, self._most_bytes, self._done = address, most_bytes, done
         self._transport: asyncio.Transport | None = None
-        self._buffer = bytearray()
-        self._waiting, self._length = False, -1
-        self._fields: dict[bytes, bytes] | None = None
+        self._room, self._filled = bytearray(FIRST_BYTES), 0
+        self._view = memoryview(self._room)
+        self._waiting, self._body_at, self._length = False, 0, -1
+        self._fields: dict[bytes, bytes] = {}
 
     async def fetch(self) -> None:
         """Asks for the page; `done` hears of it."""
-        self._waiting, self._buffer, self._fields = True, bytearray(), None
+        self._waiting, self._filled, self._body_at = True, 0, 0
         try:
             if self._transport is None or self._transport.is_closing():
                 context = ssl.create_default_context() if self._address.tls else None
@@ -94,7 +96,7 @@ class PageConnection(asyncio.Protocol):
         """As `fetch` on a connection that is open; False if there is none."""
         if self._transport is None or self._transport.is_closing():
             return False
-        self._waiting, self._buffer, self._fields = True, bytearray(), None
+        self._waiting, self._filled, self._body_at = True, 0, 0
         self._transport.write(self._address.request)
         return True
 
@@ -121,34 +123,40 @@ class PageConnection(asyncio.Protocol):
         if self._waiting:
             self._end(None, "the connection was closed")
 
-    def data_received(self, data: bytes) -> None:
-        """asyncio: a part of an answer."""
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """asyncio: where the next part of an answer goes."""
+        if self._filled == len(self._room):
+            self._room = self._room + bytes(len(self._room))
+            self._view = memoryview(self._room)
+        return self._view[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """asyncio: a part of an answer has come."""
         if not self._waiting:
             self.close()  # nobody asked
             return
-        self._buffer += data
-        if self._fields is None and not self._read_head():
+        self._filled += nbytes
+        if not self._body_at and not self._read_head():
             return
-        assert self._fields is not None
-        if len(self._buffer) > 2 * self._most_bytes:
+        if self._filled - self._body_at > 2 * self._most_bytes:
             self._refuse("the page is too long")
             return
         chunked = b"chunked" in self._fields.get(b"transfer-encoding", b"")
-        page = _unchunked(self._buffer) if chunked else _whole(self._buffer, self._length)
+        page = self._unchunked() if chunked else self._whole()
         if page is not None:
             if b"close" in self._fields.get(b"connection", b""):
                 self.close()
             self._end(page, "")
 
     def _read_head(self) -> bool:
-        """Takes the header off the buffer, once all of it is there; False if there is nothing more to look at."""
-        end = self._buffer.find(b"\r\n\r\n")
+        """Reads the header, once all of it is there; False if there is nothing more to look at."""
+        end = self._room.find(b"\r\n\r\n", 0, self._filled)
         if end < 0:
-            if len(self._buffer) > MOST_HEADER_BYTES:
+            if self._filled > MOST_HEADER_BYTES:
                 self._refuse("its header is too long")
             return False
-        lines = bytes(self._buffer[:end]).lower().split(b"\r\n")
-        del self._buffer[: end + 4]
+        lines = bytes(self._view[:end]).lower().split(b"\r\n")
+        self._body_at = end + 4
         status = lines[0].split(b" ", 2)[1:2]
         if status != [b"200"]:
             self._refuse(f"status {(status or [b'none'])[0][:20].decode('ascii', 'replace')}")
@@ -158,6 +166,26 @@ class PageConnection(asyncio.Protocol):
         self._length = int(length) if length.isdigit() else -1
         return True
 
+    def _whole(self) -> bytes | None:
+        """The body, once all of it is there."""
+        end = self._body_at + self._length
+        return bytes(self._view[self._body_at : end]) if self._length >= 0 and end <= self._filled else None
+
+    def _unchunked(self) -> bytes | None:
+        """The body put together from its chunks, once the last one is there."""
+        parts: list[memoryview] = []
+        at = self._body_at
+        while (end := self._room.find(b"\r\n", at, self._filled)) >= 0:
+            try:
+                size = int(self._room[at:end].split(b";")[0], 16)
+            except ValueError:
+                return None
+            if size == 0:
+                return b"".join(parts)
+            at = end + 2 + size + 2
+            parts.append(self._view[end + 2 : at - 2])
+        return None
+
     def _refuse(self, reason: str) -> None:
         self.close()
         self._end(None, reason)
@@ -166,24 +194,3 @@ class PageConnection(asyncio.Protocol):
         if self._waiting:
             self._waiting = False
             self._done(page, reason)
-
-
-def _whole(body: bytearray, length: int) -> bytes | None:
-    """The body, once all of it is there."""
-    return bytes(body[:length]) if 0 <= length <= len(body) else None
-
-
-def _unchunked(body: bytearray) -> bytes | None:
-    """The body put together from its chunks, once the last one is there."""
-    parts: list[bytes] = []
-    at = 0
-    while (end := body.find(b"\r\n", at)) >= 0:
-        try:
-            size = int(body[at:end].split(b";")[0], 16)
-        except ValueError:
-            return None
-        if size == 0:
-            return b"".join(parts)
-        parts.append(bytes(body[end + 2 : end + 2 + size]))
-        at = end + 2 + size + 2
-    return None

@@ -7,6 +7,7 @@ on what it was trained on.
 from __future__ import annotations
 
 import math
+import struct
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -26,7 +27,7 @@ from marginroute.facts import Trial
 from marginroute.feedback import QualityPosterior
 from marginroute.latency import RECENT_JUDGED, running_mean, told
 from marginroute.legal_mask import LegalMask
-from marginroute.names import index_of, places
+from marginroute.names import index_of, indices, places
 from marginroute.rate_limits import RateBook, RateLimit
 from marginroute.response_cache import Hit
 from marginroute.session_map import SessionMap
@@ -34,6 +35,7 @@ from marginroute.slo_windows import SloWindows
 from marginroute.view import Array, View
 
 _ZERO = np.array(0.0)  # see `View.asked`
+_write_asked = struct.Struct(f"{v.INPUT_PRICE_USD}d").pack_into  # what the contract does not fix
 
 
 class GatewayState:
@@ -68,6 +70,7 @@ class GatewayState:
     ) -> None:
         self.layout, self._clock, self._can = bundle.layout, clock, frozenset(can)
         self._serving = serving = int((self.layout.kind <= v.PROVIDER).sum())
+        self._classes, self._tasks = indices(self.layout.class_names), indices(self.layout.task_names)
         self._tier = self.layout.tier[:serving]
         self._lock = threading.Lock()
         self._counters = Counters(self.layout, bundle.static_signals, stale_after_s)
@@ -76,7 +79,7 @@ class GatewayState:
         self._elsewhere = Elsewhere(self.layout.n_candidates)
         self._sessions = SessionMap()
         self.rates = RateBook(self.layout, {**bundle.rate_limits, **(rate_limits or {})}, clock)
-        self._scraped_at_s = np.full(self.layout.n_candidates, np.nan)
+        self._scraped_at_s, self._now_s = np.full(self.layout.n_candidates, np.inf), np.array(0.0)
         self._quality = ExpectedQuality(bundle, posterior)
         self._contracts = ContractTerms(bundle)
         self._windows = SloWindows(self._contracts.terms, clock())
@@ -278,7 +281,9 @@ class GatewayState:
             self._sequence += 1
         self._quality.show(signals, p_good, cached, trial)
         request = self._contracts.request(cell[0])
-        request[: v.INPUT_PRICE_USD] = (
+        _write_asked(
+            request,
+            0,
             max(prompt_tokens, 1),
             output_tokens,
             *cell,
@@ -310,8 +315,10 @@ class GatewayState:
         if self._judged:
             self._told[task].take(self._tier, 1, signals[v.SURPRISE : v.TIER_CONFIDENCE + 1, : self._serving])
         self._elsewhere.add_to(signals)
-        age_s = np.subtract(now_s, self._scraped_at_s, out=signals[v.TELEMETRY_AGE_S])
-        np.fmax(age_s, _ZERO, out=age_s)  # 0: there is nothing to scrape
+        self._now_s[...] = now_s
+        age_s = signals[v.TELEMETRY_AGE_S]
+        np.subtract(self._now_s, self._scraped_at_s, age_s)
+        np.maximum(age_s, _ZERO, out=age_s)  # 0: there is nothing to scrape
         if "hold" in self._can:
             signals[v.HELD] = np.maximum(signals[v.IN_FLIGHT] - signals[v.IN_FLIGHT_CAP], 0.0)
         return signals
@@ -357,7 +364,7 @@ class GatewayState:
     def telemetry_age_s(self) -> Array:
         """(C,) seconds since the last scrape; 0 where nothing was ever scraped."""
         with self._lock:
-            age_s: Array = np.nan_to_num(self._clock() - self._scraped_at_s, nan=0.0)
+            age_s: Array = np.maximum(self._clock() - self._scraped_at_s, 0.0)
             return age_s
 
     def set_caps(self, caps: Sequence[float]) -> None:
@@ -381,8 +388,8 @@ class GatewayState:
             self._elsewhere.told(rows, at_engines, arrivals_per_s)
 
     def _cell(self, class_name: str | None, task_name: str | None) -> tuple[int, int]:
-        layout = self.layout
-        return (
-            index_of(class_name, layout.class_names, "customer class"),
-            index_of(task_name, layout.task_names, "task type"),
-        )
+        try:
+            return self._classes[class_name], self._tasks[task_name]
+        except (KeyError, TypeError):
+            k = index_of(class_name, self.layout.class_names, "customer class")
+            return k, index_of(task_name, self.layout.task_names, "task type")

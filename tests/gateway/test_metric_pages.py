@@ -172,9 +172,9 @@ def signals(gateway, *rows):
     return gateway.state.view(10).signals[list(rows)]
 
 
-@pytest.mark.parametrize("answer", [200, "chunked"])
-def test_a_page_becomes_a_view_with_its_age(gateway, engine, answer):
-    engine.answer = answer
+@pytest.mark.parametrize(("answer", "longer"), [(200, 0), ("chunked", 0), (200, 300_000), ("chunked", 300_000)])
+def test_a_page_becomes_a_view_with_its_age(gateway, engine, answer, longer):
+    engine.answer, engine.page = answer, "# so far nothing\n" * (longer // 17) + VLLM
     scraper = Scraper(gateway, {"small/0": engine.url}, every_s=0.2)
     gateway.keep(scraper.start())
     wait_for(lambda: scraper.scrapes >= 3)

@@ -96,6 +96,7 @@ def network_of(rng, layout, rule):
     sizes = (f, WIDTH), (g, WIDTH), WIDTH, (WIDTH, WIDTH), WIDTH, WIDTH
     weights = (rng.normal(0.0, 0.4, size).astype(np.float32) for size in sizes)
     kappa, trust = rng.uniform(0.2, 1.5, 1).astype(np.float32), rng.uniform(0.0, 1.0, 2).astype(np.float32)
+    trust[0] *= rng.random() < 0.5
     return ResidualPolicy("residual", rule, spec, Network(*weights, kappa, trust))
 
 
@@ -120,6 +121,7 @@ def view_of(rng, layout, static):
     s[[v.RECENT_TTFT_S, v.RECENT_TPOT_S], :serving] = rng.exponential(1.0, (2, serving)) * [[1.0], [0.03]]
     s[v.SURPRISE : v.TIER_CONFIDENCE + 1, :serving] = rng.normal(0.0, 3.0, (4, serving))
     s[v.CONFIDENCE : v.TIER_CONFIDENCE + 1 : 2, :serving] = rng.uniform(0.0, 0.9, (2, serving))
+    s[v.SURPRISE : v.TIER_CONFIDENCE + 1] *= rng.random() < 0.7
     s[v.KV_USAGE, :replicas] = rng.random(replicas)
     s[v.RECENT_ERRORS, :serving] = rng.random(serving) * rng.choice([0.0, 1.0])
     s[v.TELEMETRY_AGE_S, :replicas] = rng.uniform(0.0, 5.0, replicas)
@@ -249,7 +251,7 @@ def put(row, value, rows="signals"):
     ("change", "guard"),
     [
         (put(v.TELEMETRY_AGE_S, 61.0), "stale"),
-        (put((v.TELEMETRY_AGE_S, 0), np.nan), "stale"),
+        (put((v.TELEMETRY_AGE_S, -1), np.nan), "stale"),
         (put([v.DIFFICULTY_SIGNAL, v.ARRIVAL_RATE_PER_S], [90.0, 1e40], "request"), "drift"),
         (put(v.KV_USAGE, np.nan), "not-finite"),
         (put(v.PROMPT_TOKENS, np.nan, "request"), "not-finite"),
@@ -258,6 +260,17 @@ def put(row, value, rows="signals"):
 def test_what_the_guard_objects_to_goes_the_general_way(ready, change, guard):
     fast, slow = spoilt(ready, change)
     assert fast is None and slow.guard == guard
+
+
+def test_a_network_that_was_told_nothing_still_looks_for_what_is_not_finite(ready):
+    rng, general, _, layout, static = ready
+    policy = replace(general.policy, network=replace(general.policy.network, trust=np.array([0.0, 1.0], np.float32)))
+    general = replace(general, policy=policy, limits=GuardLimits(drift_features=99))
+    untold = rng, general, general.prepared(layout, static), layout, static
+    fast, slow = spoilt(untold, put(v.TIER_CONFIDENCE, 0.0))
+    assert fast is not None and fast.reason_usd["learned"] == pytest.approx(slow.reason_usd["learned"], abs=1e-9)
+    fast, slow = spoilt(untold, put([v.TIER_CONFIDENCE, v.KV_USAGE], [[0.0], [np.nan]]))
+    assert fast is None and slow.guard == "not-finite"
 
 
 def test_other_constants_go_the_general_way(ready):
