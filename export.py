@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     from agents.network import ScorerPolicy
     from agents.run import Run
     from agents.train import load_archive, router_scenario
-    from envs.worlds import Plant
+    from envs.plant import Plant
     from marginroute.control_policy import learned_of
     from marginroute.features import FeatureSpec
     from marginroute.predictor import load as load_predictor

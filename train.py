@@ -211,7 +211,7 @@ def search(
     from agents.train import router_scenario
     from agents.workers import usable_cores
     from envs import announce_compilation
-    from envs.worlds import Plant
+    from envs.plant import Plant
     from evaluation.progress import progress_bar
 
     if workers is None:
@@ -265,7 +265,7 @@ def finish(
     from agents.floors import parse as parse_floors
     from agents.train import router_scenario
     from envs import announce_compilation
-    from envs.worlds import Plant
+    from envs.plant import Plant
     from evaluation.log_training import judge, judged_line
     from evaluation.progress import progress_bar
 

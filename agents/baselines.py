@@ -17,8 +17,8 @@ from agents.objective import Rule
 from agents.rules_of_thumb import nothing_to_tune
 from agents.tuning import AGREEMENT, Budget, Tuned
 from envs import scenario_files
+from envs.plant import Plant
 from envs.scenario import Scenario
-from envs.worlds import Plant
 from marginroute import heuristics
 from marginroute.cli import note
 from marginroute.control import ControlLayout

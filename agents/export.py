@@ -11,9 +11,9 @@ import torch
 
 from agents.network import ScorerPolicy, to_numpy
 from agents.onnx_graph import to_onnx
+from envs.plant import Plant
 from envs.scenario import Scenario
 from envs.vector_env import ObservedWorlds
-from envs.worlds import Plant
 from marginroute import bundle
 from marginroute.bundle import Bundle
 from marginroute.control_rules import Controller

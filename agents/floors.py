@@ -28,8 +28,9 @@ import numpy as np
 
 from agents.objective import margins
 from envs.economics import ledger as books
+from envs.plant import Plant
 from envs.workload.requests import Workload
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from marginroute.errors import InputError
 from marginroute.heuristics import MarginRule
 from marginroute.view import Array

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from agents.workers import Crew
+from envs.plant import Plant
 from envs.scenario import Scenario, Split
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from marginroute import view as v
 from marginroute.gateway_rules import ShippedRule
 from marginroute.heuristics import Cascade, DifficultyThreshold, MarginParameters, MarginRule, RuleOfThumb

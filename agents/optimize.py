@@ -22,8 +22,8 @@ from agents.objective import Objective
 from agents.run import Run
 from agents.train import train
 from agents.workers import Crew, shared_out
+from envs.plant import Plant
 from envs.scenario import Scenario
-from envs.worlds import Plant
 from marginroute.heuristics import MarginRule
 
 Progress = Callable[[int, int], None]

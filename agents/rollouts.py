@@ -23,9 +23,9 @@ from agents.fused import piece_states
 from agents.network import ScorerPolicy, scorer_settings
 from agents.ppo import Array, ElapsedRolloutBuffer, MarginPPO, discounts, play
 from agents.workers import Crew
+from envs.plant import Plant
 from envs.scenario import Scenario
 from envs.vector_env import FleetVecEnv
-from envs.worlds import Plant
 from marginroute.features import FeatureSpec
 from marginroute.heuristics import MarginRule
 

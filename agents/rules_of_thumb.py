@@ -8,7 +8,7 @@ from __future__ import annotations
 from agents.objective import Rule
 from agents.tuning import cascades, has_verifiers, is_semantic, tier_ranks
 from agents.tuning_shipped import default, spread_evenly
-from envs.worlds import Plant
+from envs.plant import Plant
 from marginroute import heuristics
 from marginroute.gateway_rules import REPLICA_RULES, TIER_RULES
 

@@ -15,9 +15,9 @@ from dataclasses import replace
 import numpy as np
 
 from agents.objective import Objective
+from envs.plant import Plant
 from envs.scenario import Scenario
 from envs.scenario_family import STRESS_SHARE, stressed
-from envs.worlds import Plant
 from marginroute.policy import ResidualPolicy
 from marginroute.view import Array
 

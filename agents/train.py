@@ -30,10 +30,10 @@ from agents.rollouts import SharedPPO, SharedVecEnv, Worlds
 from agents.run import Run, check_archive
 from agents.strength import STRENGTHS, best_strength
 from agents.workers import Crew
+from envs.plant import Plant
 from envs.scenario import Scenario
 from envs.scenario_family import middle
 from envs.vector_env import FleetVecEnv, ObservedWorlds
-from envs.worlds import Plant
 from marginroute.errors import InputError
 from marginroute.features import FeatureSpec, feature_spec
 from marginroute.heuristics import MarginRule

@@ -20,8 +20,9 @@ import optuna
 from agents.objective import Exploring, Objective, Rule
 from agents.quality import fit_quality, fit_reuse
 from agents.workers import Crew
+from envs.plant import Plant
 from envs.scenario import Scenario
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from marginroute import heuristics, quality
 from marginroute import view as v
 from marginroute.errors import InputError

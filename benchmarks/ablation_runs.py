@@ -14,8 +14,8 @@ from agents.export import residual_policy
 from agents.run import Run
 from agents.train import choose_strength, train
 from benchmarks.ablations import FIRST_SEED
+from envs.plant import Plant
 from envs.scenario import Scenario
-from envs.worlds import Plant
 from evaluation.protocol import evaluate_policies
 from evaluation.statistics import paired_estimate
 from marginroute.errors import InputError

@@ -21,9 +21,9 @@ from agents.rollouts import Order, SharedVecEnv, Whereabouts, Worlds, shares, st
 from agents.train import FIRST_TRAINING_SEED, make_model
 from agents.workers import Crew, Job
 from benchmarks import common
+from envs.plant import Plant
 from envs.scenario import load_scenario
 from envs.vector_env import default_advice
-from envs.worlds import Plant
 from evaluation.protocol import evaluate_policies
 from marginroute import features
 from marginroute.errors import InputError

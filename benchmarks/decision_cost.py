@@ -10,9 +10,9 @@ from functools import partial
 import numpy as np
 
 from agents.export import NAME, make_bundle
+from envs.plant import Plant
 from envs.scenario import load_scenario
 from envs.vector_env import ObservedWorlds, default_advice
-from envs.worlds import Plant
 from marginroute import features
 from marginroute.bundle import Bundle
 from marginroute.guard import GuardedPolicy

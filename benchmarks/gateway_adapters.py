@@ -20,9 +20,9 @@ START_S = 120.0
 def small_bundle_folder(folder: Path) -> Path:
     """A bundle of quickstart's candidates and contracts under an untuned bid price."""
     from agents.export import make_bundle
+    from envs.plant import Plant
     from envs.scenario import load_scenario
     from envs.vector_env import default_advice
-    from envs.worlds import Plant
     from marginroute import bundle as bundles
     from marginroute.heuristics import LeastInFlight
 

@@ -21,9 +21,10 @@ from agents.export import make_bundle
 from benchmarks import common, gateway_processes
 from benchmarks.gateway_client import Seen, ask, chat_body, play, within
 from envs.fleet.state import COMPLETED
+from envs.plant import Plant
 from envs.scenario import load_scenario
 from envs.workload.requests import Workload
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from marginroute import bundle as bundles
 from marginroute import earnings, heuristics
 from marginroute import view as v

@@ -29,8 +29,8 @@ def bias(load_scale: float, logs: int, folder: Path) -> tuple[dict[str, float], 
     """Estimate less truth over logs, with its 95 % interval; the last log, and the bundle."""
     from agents.baselines import baselines_for
     from agents.export import make_bundle
+    from envs.plant import Plant
     from envs.scenario import load_scenario
-    from envs.worlds import Plant
     from evaluation.off_policy import evaluate_log
     from evaluation.simulated_log import write_log
     from marginroute import bundle as bundles

@@ -103,9 +103,10 @@ def decisions_per_cpu_s(steps: int, n_worlds: int, native: bool, overrides: dict
     """Decisions per CPU-second of `quickstart`, legal at random: the native VecEnv, or its worlds alone."""
     import numpy as np
 
+    from envs.plant import Plant
     from envs.scenario import load_scenario
     from envs.vector_env import FleetVecEnv
-    from envs.worlds import FleetWorlds, Plant
+    from envs.worlds import FleetWorlds
 
     plant = Plant(load_scenario("quickstart", overrides))
     if native:

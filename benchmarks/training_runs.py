@@ -16,9 +16,9 @@ from agents.network import ScorerPolicy, scorer_settings
 from agents.train import make_model
 from benchmarks import common
 from envs.fleet_env import FleetEnv
+from envs.plant import Plant
 from envs.scenario import load_scenario
 from envs.vector_env import FleetVecEnv
-from envs.worlds import Plant
 from marginroute import features
 
 

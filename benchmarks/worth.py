@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     parse.add_argument("--swaps", type=int, default=150, metavar="K", help="decisions swapped in each (default: 150)")
     args = parse.parse_args(argv)
     from agents.baselines import baselines_for
+    from envs.plant import Plant
     from envs.scenario import load_scenario
-    from envs.worlds import Plant
 
     plant = Plant(load_scenario(args.scenario))
     advice = baselines_for(plant.scenario)["bid-price-fitted"]

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from envs.fluid_worlds import curves_of, sample_of
+from envs.plant import Plant
 from envs.scenario import ControlSection, Scenario, Split
 from envs.workload.compose import arrivals_of
 from envs.workload.requests import Workload
-from envs.worlds import Plant
 from marginroute.control import ControlLayout
 
 Array = np.ndarray[Any, Any]

@@ -22,9 +22,9 @@ from envs.fleet.fluid_loop import Run, Sample
 from envs.fleet.fluid_state import PROMISES, FluidSpec, allocate_fluid, reset_fluid
 from envs.fleet.spec import PoolSpec
 from envs.fleet.state import record_array
+from envs.plant import Plant
 from envs.scenario import Scenario
 from envs.workload.requests import Workload
-from envs.worlds import Plant
 from marginroute import pricing
 from marginroute.errors import InputError
 from marginroute.view import PROVIDER

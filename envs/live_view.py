@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from envs.worlds import FleetWorlds, Plant
+from envs.plant import Plant
+from envs.worlds import FleetWorlds
 from marginroute import view as v
 from marginroute.whole_file import write_whole
 

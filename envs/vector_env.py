@@ -25,10 +25,11 @@ from stable_baselines3.common.vec_env import VecEnv
 from envs import observe_kernel as kernel
 from envs.economics import ledger as books
 from envs.observe_kernel import Seen, rule_of
+from envs.plant import Plant
 from envs.scenario import Scenario, load_scenario
 from envs.workload.requests import Workload
 from envs.world import WAIT
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from marginroute import features, hedging, latency
 from marginroute import view as v
 from marginroute.features import CLIP, MIN_LOGIT, FeatureSpec

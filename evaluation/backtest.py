@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from envs.fleet.state import COMPLETED
+from envs.plant import Plant
 from envs.scenario import Scenario
 from envs.workload.requests import Workload
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from evaluation.logged_requests import Array, LoggedRequests, read_requests
 from evaluation.progress import Progress, silent
 from marginroute import view as v

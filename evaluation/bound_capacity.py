@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.plant import Plant
 from envs.workload.requests import Workload
-from envs.worlds import Plant
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.plant import Plant
 from envs.workload.requests import Workload
-from envs.worlds import Plant
 from evaluation.bound_terms import relaxed
 from marginroute import latency, pricing
 from marginroute import view as v

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.plant import Plant
 from envs.workload.requests import Workload
-from envs.worlds import Plant
 from evaluation import bound_reuse
 from evaluation.bound_capacity import Capacity, capacity_of
 from evaluation.bound_money import Money

@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.plant import Plant
 from envs.workload.requests import Workload
-from envs.worlds import Plant
 from evaluation.bound_terms import relaxed
 from marginroute import pricing
 from marginroute.response_cache import p_reuse

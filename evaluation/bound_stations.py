@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.plant import Plant
 from envs.workload.drift import least_factor
 from envs.workload.faults import OF_PRICE, OF_PROVIDER
 from envs.workload.requests import Workload
-from envs.worlds import Plant
 from evaluation.bound_capacity import fails
 from evaluation.bound_money import Money
 from evaluation.bound_verifiers import Turn

@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.kernels import kernel
+from envs.plant import Plant
 from envs.workload.requests import Workload
-from envs.worlds import Plant
 
 if TYPE_CHECKING:
     from evaluation.bound_options import Options

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.plant import Plant
 from envs.task_books import attempts
 from envs.workload.requests import Workload
-from envs.worlds import Plant
 from marginroute import verification
 
 Floats = NDArray[np.float64]

@@ -20,8 +20,8 @@ from evaluation.progress import Progress, silent
 from marginroute.errors import InputError
 
 if TYPE_CHECKING:
+    from envs.plant import Plant
     from envs.scenario import Scenario, Split
-    from envs.worlds import Plant
 
 Floats = NDArray[np.float64]
 
@@ -122,7 +122,7 @@ def bound_episodes(
     Raises:
         InputError: the scenario uses something that the bounds do not model.
     """
-    from envs.worlds import Plant
+    from envs.plant import Plant
 
     found = uncovered(Plant(scenario))
     if found:
@@ -139,7 +139,7 @@ def bound_episodes(
 
 def start_bounds(scenario: Scenario, split: Split) -> Callable[[int], tuple[int, float, float, float]]:
     """What a process bounds its episodes with."""
-    from envs.worlds import Plant
+    from envs.plant import Plant
 
     plant = Plant(scenario)
     return lambda seed: episode_bounds(plant, seed, split)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from envs.live_view import Array, LiveView
-from envs.worlds import FleetWorlds, Plant
+from envs.plant import Plant
+from envs.worlds import FleetWorlds
 from evaluation.progress import Progress, silent
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agents.workers import Crew
+from envs.plant import Plant
 from envs.scenario import Scenario
-from envs.worlds import Plant
 from evaluation.cache import cached_play
 from evaluation.controls import CONTROLS, MATCHED_COST, SHUFFLED_MIX, matched_mixes, shuffled_mixes
 from evaluation.progress import progress_bar

@@ -112,7 +112,7 @@ def matched_mixes(
 
 def unit_cost_usd(scenario: Scenario) -> np.ndarray[Any, Any]:
     """(T,) variable cost of an average request of the scenario at each tier, by its cheapest candidate."""
-    from envs.worlds import Plant
+    from envs.plant import Plant
 
     plant = Plant(scenario)
     workload = scenario.generate(0, "validation")

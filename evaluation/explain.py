@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from envs.plant import Plant
 from envs.scenario import Scenario
-from envs.worlds import Plant
 from evaluation.counterfactual import view_of_decision, worth_usd
 from evaluation.table import stdout_console
 from marginroute import view as v

@@ -54,7 +54,7 @@ def backtest(args: argparse.Namespace, scenario: Scenario) -> None:
     Raises:
         InputError: a line of the log that cannot be used.
     """
-    from envs.worlds import Plant
+    from envs.plant import Plant
     from evaluation import backtest as examiner
     from evaluation import calibration
     from evaluation.backtest_show import backtest_page, print_backtest

@@ -16,7 +16,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from envs.worlds import Plant
+from envs.plant import Plant
 from evaluation.logged_requests import Array, LoggedRequests
 from evaluation.table import stdout_console
 from marginroute import earnings

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from agents.log_quality import FittedAbilities, Labels, fit_abilities
+from envs.plant import Plant
 from envs.scenario import Scenario
-from envs.worlds import Plant
 from evaluation.decision_log import ShadowError
 from evaluation.logged_requests import read_requests
 from evaluation.off_policy import evaluate_log

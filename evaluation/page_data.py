@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from agents.workers import Crew
+from envs.plant import Plant
 from envs.scenario import Scenario
-from envs.worlds import Plant
 from evaluation.cache import cached_play
 from evaluation.counterfactual import differences, worth_usd
 from evaluation.progress import Progress, silent

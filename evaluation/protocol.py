@@ -27,9 +27,10 @@ from evaluation.results import EpisodeResults, check_paired, concatenate
 from marginroute.policy import Policy
 
 if TYPE_CHECKING:
+    from envs.plant import Plant
     from envs.scenario import Scenario, Split
     from envs.workload.requests import Workload
-    from envs.worlds import FleetWorlds, Plant
+    from envs.worlds import FleetWorlds
 
 CHUNK_EPISODES = 16
 """Worlds stepped at once: enough to spread numpy's cost per call, few enough to share out over cores."""
@@ -50,7 +51,7 @@ class Examiner:
     """Plays jobs inside one process; the workloads of the last chunk are kept for the next policy."""
 
     def __init__(self, scenario: Scenario, policies: Mapping[str, Policy]) -> None:
-        from envs.worlds import Plant
+        from envs.plant import Plant
 
         self.plant = Plant(scenario)
         self.pickled = {name: pickle.dumps(policy) for name, policy in policies.items()}

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from envs.fleet.state import ABANDONED, COMPLETED, FAILED
-from envs.worlds import FleetWorlds, Plant
+from envs.plant import Plant
+from envs.worlds import FleetWorlds
 from marginroute import view as v
 from marginroute.errors import InputError
 from marginroute.exploration import ExploringPolicy

@@ -10,8 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from agents.baselines import baselines_for
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import Plant
 from evaluation.simulated_log import write_log
 from marginroute.cli import Parser, main_guard
 from marginroute.errors import InputError

@@ -9,8 +9,8 @@ import pytest
 from sizes import SMALL, TINY, TINY_TRAINING
 
 from envs.fleet_env import FleetEnv
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import Plant
 
 
 @pytest.fixture(scope="session")

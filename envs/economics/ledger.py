@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from envs.economics.formulas import answer_usd as answer_usd  # worlds bill with it
 from envs.economics.formulas import refund_usd, service_credit_usd, tokens_usd, unserved_credit_usd
 from envs.kernels import kernel
 

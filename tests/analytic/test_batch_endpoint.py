@@ -6,7 +6,7 @@ import pytest
 from by_hand import METERED, NIGHT, SEATS, Played, workload
 
 from envs.fleet_env import FleetEnv
-from envs.worlds import Plant
+from envs.plant import Plant
 from evaluation.bound_dual import DualBound
 from evaluation.bound_options import make_options
 from marginroute import view as v

@@ -4,8 +4,9 @@ import by_hand
 import numpy as np
 import pytest
 
+from envs.plant import Plant
 from envs.vector_env import FleetVecEnv
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from marginroute import latency, pricing
 from marginroute import view as v
 from marginroute.features import CANDIDATE_FEATURES, candidate_features

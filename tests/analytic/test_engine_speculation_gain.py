@@ -10,9 +10,9 @@ from envs.fleet.profile import compact_profile, constant_profile
 from envs.fleet.replay import replay
 from envs.fleet.spec import FleetSpec, PoolSpec, check_pool
 from envs.fleet.speculation import Speculation
+from envs.plant import Plant
 from envs.scenario import load_scenario
 from envs.scenario_files import locate, read_yaml
-from envs.worlds import Plant
 from marginroute import view as v
 from marginroute.errors import InputError
 from tests.invariants.naive_engine import Naive, NaiveReplica

@@ -13,8 +13,9 @@ from envs.fleet.scaling import advance, fail_replica, reclaim_replica, set_repli
 from envs.fleet.state import ACTIVE, DOWN, DRAINING, LEAVING, OFF, STARTING
 from envs.fleet_env import FleetEnv
 from envs.fluid_worlds import FluidWorlds
+from envs.plant import Plant
 from envs.scenario_faults import faults
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from marginroute.errors import InputError
 
 SPOT = {"replicas": 1, "gpu_usd_per_hour": 1.2, "notice_s": 2.0}

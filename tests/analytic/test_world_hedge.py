@@ -14,8 +14,9 @@ from by_hand import API, CACHE, DEFER, METERED, NIGHT, ONE, SEATS, SHED, TWO_A, 
 from envs.fleet.state import ABANDONED, COMPLETED
 from envs.fleet_env import FleetEnv
 from envs.fluid_worlds import FluidWorlds
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from marginroute import view as v
 from marginroute.errors import InputError
 

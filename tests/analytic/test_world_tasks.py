@@ -11,9 +11,10 @@ import pytest
 from by_hand import API, CACHE, DEFER, METERED, NIGHT, ONE, SHED, TWO_A, play_timed, scenario, workload
 
 from envs.economics.ledger import ACCOUNTS
+from envs.plant import Plant
 from envs.world_tasks import BEGUN, DONE, FINISHED, LOST
 from envs.world_tasks import FAILED as TASK_FAILED
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from evaluation import protocol
 from evaluation.workflows import workflow_documents
 from marginroute import verification

@@ -13,8 +13,9 @@ from agents import baselines
 from agents.run import Run
 from envs.control_plant import ControlPlant
 from envs.control_worlds import EngineControl
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from evaluation.deciders import Deciders
 from evaluation.protocol import evaluate_policies
 from marginroute import bundle

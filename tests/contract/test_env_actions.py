@@ -7,7 +7,8 @@ from by_hand import API, CACHE, DEFER, METERED, NIGHT, ONE, SHED, TWO_A, TWO_B, 
 
 from envs.fleet.state import NO_CAP
 from envs.fleet_env import FleetEnv
-from envs.worlds import FleetWorlds, Plant
+from envs.plant import Plant
+from envs.worlds import FleetWorlds
 from marginroute import view as v
 from marginroute.errors import InputError
 

@@ -9,8 +9,8 @@ import pytest
 
 from agents.baselines import baselines_for
 from agents.export import make_bundle
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import Plant
 from marginroute import bundle as bundles
 
 ROOT = Path(__file__).parents[2]

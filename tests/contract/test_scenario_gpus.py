@@ -2,9 +2,9 @@
 
 import pytest
 
+from envs.plant import Plant
 from envs.scenario import load_scenario
 from envs.scenario_files import CONFIGS, read_yaml
-from envs.worlds import Plant
 from marginroute.errors import InputError
 
 PARALLEL = {"qwen3-32b-h100-tp2": 2, "llama-3.1-70b-h100-tp4": 4}

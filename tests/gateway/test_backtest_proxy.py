@@ -16,8 +16,8 @@ import pytest
 from proxy import Proxy
 
 from agents.export import make_bundle
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import Plant
 from evaluation.backtest import backtest
 from marginroute import bundle as bundles
 from marginroute.heuristics import LeastInFlight, MarginParameters, MarginRule

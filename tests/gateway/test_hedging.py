@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from test_http_app import REASON, call, decide, make  # noqa: F401 (the fixture)
 from test_view_parity import bundle_of
 
-from envs.worlds import FleetWorlds, Plant
+from envs.plant import Plant
+from envs.worlds import FleetWorlds
 from marginroute import view as v
 from marginroute.adapters import http_api, schema
 from marginroute.capabilities import GATEWAYS, abilities

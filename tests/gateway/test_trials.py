@@ -8,7 +8,8 @@ import pytest
 from by_hand import API, ONE, TWO_A
 from test_view_parity import bundle_of
 
-from envs.worlds import FleetWorlds, Plant
+from envs.plant import Plant
+from envs.worlds import FleetWorlds
 from marginroute import view as v
 from marginroute.adapters import http_api, schema
 from marginroute.errors import InputError

@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from marginroute import view as v
 from marginroute.errors import InputError
 from marginroute.heuristics import MarginParameters, MarginRule

@@ -25,9 +25,10 @@ from agents.floors import (
 from agents.run import Run
 from agents.train import train
 from envs.economics import ledger as books
+from envs.plant import Plant
 from envs.scenario import Scenario
 from envs.vector_env import ObservedWorlds, default_advice
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from evaluation.gate import broken, losses
 from marginroute.errors import InputError
 from marginroute.heuristics import from_dict, to_dict

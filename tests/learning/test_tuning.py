@@ -14,8 +14,8 @@ from agents.rules_of_thumb import nothing_to_tune
 from agents.train import router_scenario
 from agents.tuning import FIT_WORTHS, Budget, cascades, tier_prices, tune_baselines, tune_margin_rules, tune_others
 from envs.control_plant import ControlPlant
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import Plant
 from marginroute.errors import InputError
 from marginroute.gateway_rules import REPLICA_RULES, TIER_RULES
 from marginroute.heuristics import Cascade, DifficultyThreshold, MarginParameters, MarginRule, from_dict, to_dict

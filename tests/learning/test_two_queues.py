@@ -10,9 +10,10 @@ from agents.config import load_training
 from agents.export import residual_policy
 from agents.objective import margins
 from agents.train import fit_normaliser, make_model
+from envs.plant import Plant
 from envs.scenario import Scenario
 from envs.vector_env import FleetVecEnv, default_advice
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from marginroute import view as v
 from marginroute.heuristics import LeastInFlight, Random
 

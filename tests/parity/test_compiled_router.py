@@ -6,8 +6,9 @@ import pytest
 from benchmarks.simulator_fleet import least_in_flight_up
 from envs.fleet import scaling
 from envs.fleet.replay import least_in_flight
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from marginroute.heuristics import LeastInFlight
 
 REPLICAS = {f"fleet.pools.{name}.replicas": n for name, n in (("small", 4), ("medium", 2), ("large", 3))}

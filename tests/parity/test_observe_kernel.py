@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from sizes import SMALL
 
+from envs.plant import Plant
 from envs.scenario import load_scenario
 from envs.vector_env import ObservedWorlds
-from envs.worlds import Plant
 from marginroute import features, heuristics
 from marginroute import view as v
 from marginroute.heuristics import MarginParameters, MarginRule

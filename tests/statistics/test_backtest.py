@@ -20,8 +20,8 @@ def verdicts(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def plant():
+    from envs.plant import Plant
     from envs.scenario import load_scenario
-    from envs.worlds import Plant
 
     return Plant(load_scenario("quickstart", {"horizon_s": 60.0, "requests_per_episode": 400}))
 

@@ -9,8 +9,9 @@ import pytest
 
 from envs.control_plant import ControlPlant
 from envs.control_worlds import EngineControl
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from evaluation import bound_lp
 from evaluation.bound_capacity import capacity_of
 from evaluation.bound_dual import DualBound

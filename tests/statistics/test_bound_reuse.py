@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from evaluation import bound_reuse
 from evaluation.bound_dual import DualBound
 from evaluation.bound_options import make_options

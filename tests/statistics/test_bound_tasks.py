@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from by_hand import scenario, workload
 
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from evaluation.bound_dual import DualBound
 from evaluation.bound_options import make_options, observed_p_good
 from evaluation.bounds import bound_episodes, uncovered

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import Plant
 from evaluation.bound_dual import DualBound
 from evaluation.bound_options import make_options
 from evaluation.bound_windows import fill_table, runs

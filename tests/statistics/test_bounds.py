@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from envs.fleet.iteration import batch_seconds
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from evaluation import bound_lp
 from evaluation.bound_dual import DualBound
 from evaluation.bound_money import least_mean_tokens

@@ -7,8 +7,8 @@ import pytest
 import evaluate
 from agents.baselines import baselines_for
 from agents.export import make_bundle
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import Plant
 from evaluation.off_policy import evaluate_log
 from evaluation.simulated_log import write_log
 from marginroute import bundle as bundles

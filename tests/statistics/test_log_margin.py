@@ -8,8 +8,9 @@ import pytest
 from sizes import SMALL
 
 from envs.economics.ledger import ACCOUNTS
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import FleetWorlds, Plant
+from envs.worlds import FleetWorlds
 from evaluation.backtest import backtest, requests_of
 from evaluation.log_margin import margin_by_class
 from evaluation.simulated_log import write_log

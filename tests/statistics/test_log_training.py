@@ -9,8 +9,8 @@ import train
 from agents.baselines import baselines_for
 from agents.export import make_bundle
 from agents.run import Run
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import Plant
 from evaluation.log_training import judge, judged_line, read_labels, refit
 from evaluation.simulated_log import write_log
 from marginroute import bundle as bundles

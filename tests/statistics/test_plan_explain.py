@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import evaluate
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import Plant
 from evaluation import cache
 from evaluation.cache import cached_play
 from evaluation.contest import Entrants, Play

@@ -7,8 +7,8 @@ import pytest
 import evaluate
 from agents import baselines
 from agents.rules_of_thumb import as_they_come
+from envs.plant import Plant
 from envs.scenario import load_scenario
-from envs.worlds import Plant
 from marginroute.heuristics import MarginRule
 
 SMALL = ["--set", "horizon_s=15", "requests_per_episode=60", "--episodes", "2", "--workers", "1", "--no-cache"]
