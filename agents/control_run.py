@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 from agents import baselines
@@ -12,9 +11,8 @@ from agents.control_tuning import control_budget, tune_controllers
 from agents.export import PARITY_SAMPLES, Levers
 from agents.run import Run
 from envs.control_plant import ControlPlant
+from envs.progress import Progress
 from marginroute.control_rules import RuleController
-
-Progress = Callable[[int, int], None]
 
 
 def tuned_rules(run: Run, plant: ControlPlant, progress: Progress) -> tuple[dict[str, RuleController], str]:

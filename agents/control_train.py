@@ -24,11 +24,11 @@ from agents.run import Run, check_archive
 from agents.train import FIRST_TRAINING_SEED, learning_rate, load_with, save_archive
 from envs.control_plant import ControlPlant, arrival_counts
 from envs.control_worlds import FluidControl
+from envs.progress import Progress, silent
 from marginroute.control import Array
 from marginroute.control_policy import LearnedController
 from marginroute.control_rules import RuleController
 
-Progress = Callable[[int, int], None]
 CANDIDATES = 3  # validated policies that are tried on the engine
 PROBE_TICKS = 60
 
@@ -122,7 +122,7 @@ def train_controller(
     seed: int,
     *,
     resume: bool = False,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
     log: Callable[[dict[str, float]], None] = lambda _: None,
 ) -> dict[int, LearnedController]:
     """Trains, and returns the candidates by the ticks that they had learned from, best on the surrogate first.

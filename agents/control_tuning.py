@@ -9,7 +9,7 @@ what a bundle falls back to.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import fields
 
 import numpy as np
@@ -18,11 +18,10 @@ import optuna
 from agents.tuning import Budget, Tuned, search_restarts
 from envs.control_plant import ControlPlant, arrival_counts
 from envs.control_worlds import FluidControl
+from envs.progress import Progress, silent
 from envs.scenario import Split
 from marginroute.control import Array
 from marginroute.control_rules import ControlParameters, RuleController, standard_rules
-
-Progress = Callable[[int, int], None]  # done, total
 
 FIRST_VALIDATION_SEED = 20_000  # validation seeds before it belong to the router and to the gates
 
@@ -105,7 +104,7 @@ def suggest(trial: optuna.Trial, rule: RuleController) -> RuleController:
     return rule.with_parameters(**values)
 
 
-def tune_controllers(plant: ControlPlant, budget: Budget, progress: Progress = lambda *_: None) -> dict[str, Tuned]:
+def tune_controllers(plant: ControlPlant, budget: Budget, progress: Progress = silent) -> dict[str, Tuned]:
     """Every heuristic controller of a scenario, tuned.
 
     Args:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from agents.config import ControllerConfig, ppo_settings
 from agents.control_worlds import ControlVecEnv
+from agents.network import as_float32
 from agents.ppo import ElapsedRolloutBuffer, MarginPPO
 from marginroute.control import Array
 from marginroute.control_policy import REACH, ControlNetwork, LearnedController
@@ -175,19 +176,15 @@ def make_controller_model(
 
 def learned_controller(policy: ControllerPolicy, rule: RuleController) -> LearnedController:
     """The trained policy as the numpy runtime runs it."""
-
-    def array(tensor: Tensor) -> Array:
-        return np.ascontiguousarray(tensor.detach().cpu().numpy().astype(np.float32))
-
     first, second, n = policy.body[0], policy.body[2], policy.n_public
     network = ControlNetwork(
-        first=array(first.weight.T),
-        bias_1=array(first.bias),
-        second=array(second.weight.T),
-        bias_2=array(second.bias),
-        head=array(policy.head.weight.T),
-        mean=array(policy.mean[:n]),
-        std=array(policy.std[:n]),
-        step=array(policy.step),
+        first=as_float32(first.weight.T),
+        bias_1=as_float32(first.bias),
+        second=as_float32(second.weight.T),
+        bias_2=as_float32(second.bias),
+        head=as_float32(policy.head.weight.T),
+        mean=as_float32(policy.mean[:n]),
+        std=as_float32(policy.std[:n]),
+        step=as_float32(policy.step),
     )
     return LearnedController(NAME, rule.anew(), network)

@@ -194,20 +194,21 @@ def scorer_settings(config: TrainingConfig, spec: FeatureSpec) -> dict[str, Any]
     return {"spec": spec.to_dict(), "width": config.width, "residual": config.residual, "sees": sees}
 
 
+def as_float32(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """Weights as the numpy runtime takes them."""
+    return np.ascontiguousarray(tensor.detach().cpu().numpy().astype(np.float32))
+
+
 def to_numpy(scorer: Scorer) -> Network:
     """The scorer's weights in the layout that `marginroute` runs."""
-
-    def array(tensor: Tensor) -> np.ndarray[Any, Any]:
-        return np.ascontiguousarray(tensor.detach().cpu().numpy().astype(np.float32))
-
     candidate, context = scorer.first_layer()
     return Network(
-        candidate=array(candidate.T),
-        context=array(context.T),
-        bias_1=array(scorer.context.bias),
-        hidden=array(scorer.hidden.weight.T),
-        bias_2=array(scorer.hidden.bias),
-        head=array(scorer.head.weight[0]),
-        kappa=array(scorer.kappa),
-        trust=array(scorer.trust),
+        candidate=as_float32(candidate.T),
+        context=as_float32(context.T),
+        bias_1=as_float32(scorer.context.bias),
+        hidden=as_float32(scorer.hidden.weight.T),
+        bias_2=as_float32(scorer.hidden.bias),
+        head=as_float32(scorer.head.weight[0]),
+        kappa=as_float32(scorer.kappa),
+        trust=as_float32(scorer.trust),
     )

@@ -23,10 +23,9 @@ from agents.run import Run
 from agents.train import train
 from agents.workers import Crew, shared_out
 from envs.plant import Plant
+from envs.progress import Progress, silent
 from envs.scenario import Scenario
 from marginroute.heuristics import MarginRule
-
-Progress = Callable[[int, int], None]
 
 STUDY, DATABASE = "training", "optimize.db"
 FIRST_SEED, EPISODES = 20_000, 48  # validation episodes that score a trial
@@ -103,7 +102,7 @@ def optimize(
     run: Run,
     seed: int,
     trials: int,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
     workers: int | Crew = 1,
 ) -> dict[str, Any]:
     """Trains until the study has so many finished trials.

@@ -9,19 +9,17 @@ A strength that does harm under one of the stresses is not chosen for what it ga
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from agents.objective import Objective
 from envs.plant import Plant
+from envs.progress import Progress, silent
 from envs.scenario import Scenario
 from envs.scenario_family import STRESS_SHARE, stressed
 from marginroute.policy import ResidualPolicy
 from marginroute.view import Array
-
-Progress = Callable[[int, int], None]
 
 STRENGTHS = (1.0, 0.75, 0.5, 0.35, 0.25)
 NORMAL_95 = 1.96  # standard errors to the end of a 95 % interval
@@ -34,7 +32,7 @@ def scaled(policy: ResidualPolicy, strength: float) -> ResidualPolicy:
 
 
 def best_strength(
-    scenario: Scenario, policy: ResidualPolicy, episodes: int, progress: Progress = lambda *_: None
+    scenario: Scenario, policy: ResidualPolicy, episodes: int, progress: Progress = silent
 ) -> tuple[float, dict[str, list[float]]]:
     """One of `STRENGTHS`: of those that no stress speaks against, that whose gain is surest; else the weakest.
 

@@ -31,6 +31,7 @@ from agents.run import Run, check_archive
 from agents.strength import STRENGTHS, best_strength
 from agents.workers import Crew
 from envs.plant import Plant
+from envs.progress import Progress, silent
 from envs.scenario import Scenario
 from envs.scenario_family import middle
 from envs.vector_env import FleetVecEnv, ObservedWorlds
@@ -40,7 +41,6 @@ from marginroute.heuristics import MarginRule
 from marginroute.policy import Policy
 from marginroute.whole_file import replacing
 
-Progress = Callable[[int, int], None]
 Algorithm = TypeVar("Algorithm", bound=MarginPPO)
 PARITY = 0.005  # share of a rule's margin within which the policy is taken to have reached it
 MIN_SIGNAL_USD = 1e-9  # unit of the learning signal where nothing is worth anything
@@ -279,7 +279,7 @@ def train(
     seed: int,
     *,
     resume: bool = False,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
     log: Callable[[dict[str, float]], None] = lambda _: None,
     kept: Kept | None = None,
     parity: Parity | None = None,
@@ -334,7 +334,7 @@ def choose_strength(
     spec: FeatureSpec,
     config: TrainingConfig,
     run: Run,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> None:
     """Has a policy at full strength follow its correction as far as validation bears out, in the archive, too."""
     full = residual_policy(policy, advice, spec)

@@ -21,6 +21,7 @@ from agents.objective import Exploring, Objective, Rule
 from agents.quality import fit_quality, fit_reuse
 from agents.workers import Crew
 from envs.plant import Plant
+from envs.progress import Progress, silent
 from envs.scenario import Scenario
 from envs.worlds import FleetWorlds
 from marginroute import heuristics, quality
@@ -28,8 +29,6 @@ from marginroute import view as v
 from marginroute.errors import InputError
 from marginroute.heuristics import Cascade, DifficultyThreshold, MarginParameters, MarginRule, RuleOfThumb
 from marginroute.view import Array
-
-Progress = Callable[[int, int], None]  # done, total
 
 AS_IT_COMES = "shipped-default"  # the one baseline whose parameters stay what gateways ship
 AGREEMENT = 0.005  # restarts agree when their validation margins differ by less than this share
@@ -309,7 +308,7 @@ class _Tuner:
 
 
 def tune_margin_rules(
-    plant: Plant, budget: Budget, progress: Progress = lambda *_: None, crew: Crew | None = None
+    plant: Plant, budget: Budget, progress: Progress = silent, crew: Crew | None = None
 ) -> dict[str, Tuned]:
     """Tunes *bid-price* and *bid-price-fitted*: what a training starts from, and the strongest opponents.
 
@@ -345,7 +344,7 @@ def adaptive(fitted: Tuned, objective: Objective, validation: Objective) -> Tune
 
 
 def tune_others(
-    plant: Plant, budget: Budget, progress: Progress = lambda *_: None, crew: Crew | None = None
+    plant: Plant, budget: Budget, progress: Progress = silent, crew: Crew | None = None
 ) -> dict[str, Tuned]:
     """Tunes every other baseline; arguments as `tune_margin_rules`."""
     from agents import tuning_shipped
@@ -379,7 +378,7 @@ def tune_others(
 
 
 def tune_baselines(
-    plant: Plant, budget: Budget, progress: Progress = lambda *_: None, crew: Crew | None = None
+    plant: Plant, budget: Budget, progress: Progress = silent, crew: Crew | None = None
 ) -> dict[str, Tuned]:
     """Tunes every baseline of a scenario; arguments as `tune_margin_rules`."""
     return tune_others(plant, budget, progress, crew) | tune_margin_rules(plant, budget, progress, crew)

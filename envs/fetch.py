@@ -9,18 +9,17 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from envs.fetch_catalog import CATALOG, Download
+from envs.progress import Progress, silent
 from marginroute.cli import QUIET, verbosity
 from marginroute.errors import InputError
 from marginroute.whole_file import replacing
 
 _PIECE_BYTES = 1 << 16
 _TIMEOUT_S = 30.0
-Progress = Callable[[int, int], None]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def fetch(download: Download, folder: Path, progress: Progress = lambda done, total: None) -> tuple[Path, str]:
+def fetch(download: Download, folder: Path, progress: Progress = silent) -> tuple[Path, str]:
     """Downloads a file into a folder, which is made.
 
     Args:

@@ -20,11 +20,11 @@ import numpy as np
 
 from envs.fleet.state import COMPLETED
 from envs.plant import Plant
+from envs.progress import Progress, silent
 from envs.scenario import Scenario
 from envs.workload.requests import Workload
 from envs.worlds import FleetWorlds
 from evaluation.logged_requests import Array, LoggedRequests, read_requests
-from evaluation.progress import Progress, silent
 from marginroute import view as v
 
 TOLERANCE_PCT = {"p50": 10.0, "p95": 20.0}

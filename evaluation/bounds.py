@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.workers import Crew, shared_out, usable_cores
-from evaluation.progress import Progress, silent
+from envs.progress import Progress, silent
 from marginroute.errors import InputError
 
 if TYPE_CHECKING:

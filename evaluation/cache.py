@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from agents.cluster import code_digest
 from agents.workers import Crew
-from evaluation.progress import Progress, silent
+from envs.progress import Progress, silent
 from evaluation.protocol import CHUNK_EPISODES, evaluate_policies
 from evaluation.results import EpisodeResults, check_paired, concatenate
 from marginroute.policy import Policy

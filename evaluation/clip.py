@@ -8,8 +8,8 @@ import numpy as np
 
 from envs.live_view import Array, LiveView
 from envs.plant import Plant
+from envs.progress import Progress, silent
 from envs.worlds import FleetWorlds
-from evaluation.progress import Progress, silent
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario

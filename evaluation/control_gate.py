@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from envs.progress import Progress, silent
 from evaluation.deciders import Deciders
 from evaluation.gate import FIRST_GATE_SEED, losses, paired_by_blocks
-from evaluation.progress import Progress, silent
 from evaluation.protocol import evaluate_policies
 from evaluation.results import EpisodeResults
 from marginroute.control_policy import LearnedController

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from envs.progress import Progress, silent
 from evaluation.log_lines import OUTCOME_NUMBERS, LineLog, is_number
-from evaluation.progress import Progress, silent
 from marginroute import earnings
 from marginroute import view as v
 from marginroute.bundle import Bundle

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from envs.progress import Progress, silent
 from envs.scenario_family import STRESS_SHARE, stressed
-from evaluation.progress import Progress, silent
 from evaluation.protocol import evaluate_policies
 from evaluation.report import shed_shares
 from evaluation.results import EpisodeResults

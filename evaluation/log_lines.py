@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import polars as pl
 
-from evaluation.progress import Progress
+from envs.progress import Progress
 from marginroute.errors import InputError
 from marginroute.record import SCHEMA
 

@@ -19,12 +19,12 @@ import numpy as np
 
 from agents.log_quality import FittedAbilities, Labels, fit_abilities
 from envs.plant import Plant
+from envs.progress import Progress, silent
 from envs.scenario import Scenario
 from evaluation.decision_log import ShadowError
 from evaluation.logged_requests import read_requests
 from evaluation.off_policy import evaluate_log
 from evaluation.off_policy_show import overlap_words
-from evaluation.progress import Progress, silent
 from marginroute import view as v
 from marginroute.bundle import Bundle
 from marginroute.errors import InputError

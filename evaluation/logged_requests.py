@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from envs.progress import Progress, silent
 from evaluation.log_lines import OUTCOME_NUMBERS, LineLog, is_number
-from evaluation.progress import Progress, silent
 from marginroute.errors import InputError
 
 Array = np.ndarray[Any, Any]

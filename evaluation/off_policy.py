@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.progress import Progress, silent
 from evaluation.decision_log import Decisions, read_decisions
-from evaluation.progress import Progress, silent
 from marginroute.bundle import Bundle
 from marginroute.errors import InputError
 from marginroute.heuristics import MarginRule

@@ -9,10 +9,10 @@ import numpy as np
 
 from agents.workers import Crew
 from envs.plant import Plant
+from envs.progress import Progress, silent
 from envs.scenario import Scenario
 from evaluation.cache import cached_play
 from evaluation.counterfactual import differences, worth_usd
-from evaluation.progress import Progress, silent
 from evaluation.report import PER_1K
 from evaluation.sensitivity import Bar, inputs, tornado
 from evaluation.statistics import Estimate, paired_estimate

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
+from envs.progress import Progress, silent
 from marginroute.cli import QUIET, timed, verbosity
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total); total may not change."""
 
 SPARSE_LINE_EVERY_S = 10.0
 _forced: list[bool] = []
@@ -22,10 +20,6 @@ _forced: list[bool] = []
 def force_bars() -> None:
     """Shows bars even where stderr is no terminal (train.py -P)."""
     _forced.append(True)
-
-
-def silent(done: int, total: int) -> None:
-    """Reports nothing."""
 
 
 @contextmanager

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.workers import Crew, shared_out, usable_cores
+from envs.progress import Progress, silent
 from evaluation.deciders import Deciders
 from evaluation.fairness import tenant_counts
 from evaluation.latency import BINS, METRICS, histogram
-from evaluation.progress import Progress, silent
 from evaluation.results import EpisodeResults, check_paired, concatenate
 from marginroute.policy import Policy
 
