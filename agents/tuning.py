@@ -2,7 +2,7 @@
 
 The objective is the mean margin over a fixed set of training episodes (common random numbers). Numeric parameters are
 searched by Optuna's CMA-ES in populations that play side by side as worlds of one kernel call, restarted until two
-restarts agree (or the budget ends); the winner of each restart is compared on validation episodes, and the spread
+restarts agree (or the budget ends); the best of each restart are compared on validation episodes, and the spread
 between restarts is published: a baseline whose restarts disagree is not tuned. The budget counts simulated requests.
 """
 
@@ -34,6 +34,8 @@ AS_IT_COMES = "shipped-default"  # the one baseline whose parameters stay what g
 AGREEMENT = 0.005  # restarts agree when their validation margins differ by less than this share
 CHECKED_EPISODES = 16
 GENERATIONS, LEAST_EPISODES = 12, 4  # what CMA-ES needs of the first to get anywhere, and what tells rules apart
+FINALISTS = 8  # trials of a restart that are compared on validation
+SMALL_STEP = 0.06  # of a search that goes on from something good, as a share of each parameter's range
 SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 1.0)
 FIT_WORTHS = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, math.inf)  # judged answers
 REUSED_SHARE = 0.5  # of the stored answers found that are given while outcomes are logged
@@ -176,22 +178,38 @@ def _tune_cascade(tuner: _Tuner) -> Tuned:
     return found
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A rule that a search has played.
+
+    Attributes:
+        usd: its margin per 1k requests.
+        rule: as it was played.
+        parameters: what the search chose, by name.
+    """
+
+    usd: float
+    rule: Rule
+    parameters: dict[str, float]
+
+
 def _search(
     suggest: Suggest, plant: Plant, objective: Objective, budget: Budget, seed: int, start: dict[str, float] | None
-) -> tuple[Rule, int]:
-    """One CMA-ES run; returns the best rule on the objective and the simulated requests spent."""
+) -> tuple[list[Trial], int]:
+    """One CMA-ES run, in small steps where it has a start; the `FINALISTS` best trials, and requests spent."""
     sampler = optuna.samplers.CmaEsSampler(
-        seed=seed, popsize=budget.population, x0=start, sigma0=0.25 if start else None
+        seed=seed, popsize=budget.population, x0=start, sigma0=SMALL_STEP if start else None
     )
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    best, best_usd, spent = None, -np.inf, 0
-    while best is None or spent < budget.requests:
+    best: list[Trial] = []
+    spent = 0
+    while not best or spent < budget.requests:
         trials = [study.ask() for _ in range(budget.population)]
         rules = [suggest(trial, plant) for trial in trials]
         for trial, rule, usd in zip(trials, rules, objective(rules), strict=True):
             study.tell(trial, float(usd))
-            if usd > best_usd:
-                best, best_usd = rule, float(usd)
+            best.append(Trial(float(usd), rule, trial.params))
+        best = sorted(best, key=lambda trial: -trial.usd)[:FINALISTS]
         spent += objective.requests * budget.population
     return best, spent
 
@@ -204,19 +222,27 @@ def search_restarts(
     budget: Budget,
     report: Callable[[], None],
 ) -> Tuned:
-    """Restarts until the two best agree on validation, or the restarts are spent."""
-    found: list[tuple[float, Rule]] = []
+    """Restarts until the two best agree on validation, or the restarts are spent.
+
+    Two start anywhere; those after them start at the best that was found so far. What a few episodes rank first owes
+    something to their luck: of a restart's finalists the one that earns most on validation counts.
+    """
+    found: list[Trial] = []
     spent = 0
     for restart in range(max(budget.restarts, 2)):
-        rule, requests = _search(suggest, plant, objective, budget, restart, None)
+        start = found[0].parameters if restart > 1 else None
+        finalists, requests = _search(suggest, plant, objective, budget, restart, start)
         spent += requests
-        found.append((float(validation([rule])[0]), rule))
-        found.sort(key=lambda pair: -pair[0])
+        earned = validation([trial.rule for trial in finalists])
+        winner = int(earned.argmax())
+        found.append(replace(finalists[winner], usd=float(earned[winner])))
+        found.sort(key=lambda trial: -trial.usd)
         report()
-        if len(found) > 1 and found[0][0] - found[1][0] <= AGREEMENT * abs(found[0][0]):
+        if len(found) > 1 and found[0].usd - found[1].usd <= AGREEMENT * abs(found[0].usd):
             break
-    spread = 100.0 * (found[0][0] - found[1][0]) / max(abs(found[0][0]), 1e-9)
-    return Tuned(found[0][1], found[0][0], spread, spent, [usd for usd, _ in found])
+    best_usd = found[0].usd
+    spread = 100.0 * (best_usd - found[1].usd) / max(abs(best_usd), 1e-9)
+    return Tuned(found[0].rule, best_usd, spread, spent, [trial.usd for trial in found])
 
 
 def _best_of(rules: list[Rule], objective: Objective, validation: Objective) -> Tuned:
