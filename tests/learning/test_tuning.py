@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sizes import TINY
 
-from agents import baselines
+from agents import baselines, tuning
 from agents.control_tuning import FIRST_VALIDATION_SEED, ControlObjective
 from agents.objective import Objective
 from agents.quality import fit_quality
@@ -186,6 +186,24 @@ def test_prices_of_another_fleet_are_refused(tmp_path, small_scenario, tiny_plan
 def test_heuristics_survive_plain_data(tiny_tuned):
     for found in tiny_tuned[0].values():
         assert to_dict(from_dict(to_dict(found.policy))) == to_dict(found.policy)
+
+
+def test_later_restarts_go_on_from_the_best_and_validation_picks(monkeypatch):
+    """Each restart finds a rule that training episodes rank first and one that earns more on validation."""
+    usd_of = {"a": 1.0, "b": 3.0, "c": 2.0, "d": 5.0, "e": 4.0, "f": 6.0, "g": 0.0, "h": 8.0}
+    finalists, starts = iter(("ab", "cd", "ef", "gh")), []
+
+    def search(suggest, plant, objective, budget, seed, start):
+        starts.append(start)
+        return [tuning.Trial(9.0 - i, rule, {"x": rule}) for i, rule in enumerate(next(finalists))], 7
+
+    monkeypatch.setattr(tuning, "_search", search)
+    tuned = tuning.search_restarts(
+        None, None, None, lambda rules: np.array([usd_of[rule] for rule in rules]), Budget(restarts=4), lambda: None
+    )
+    assert starts == [None, None, {"x": "d"}, {"x": "f"}]
+    assert (tuned.policy, tuned.restarts_usd_per_1k, tuned.requests) == ("h", [8.0, 6.0, 5.0, 3.0], 28)
+    assert tuned.spread_pct == pytest.approx(25.0)
 
 
 def test_budget_defaults_restart_at_least_twice():
