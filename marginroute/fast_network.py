@@ -44,6 +44,7 @@ def ranker(
     unlearned = np.empty(n)
     one_and_score, temperature_share = buffer.one_and_score, scorer.temperature_share
     write, write_context, clip = struct.Struct("4d").pack_into, struct.Struct("11f").pack_into, CLIP / MIN_LOGIT
+    below_memory, context_memory = below_by.data, context.data
     describe = describer(fleet, buffer, scorer)
     add, multiply, maximum, minimum, dot, log = np.add, np.multiply, np.maximum, np.minimum, np.dot, np.log
 
@@ -55,7 +56,7 @@ def ranker(
             return None
         # As features.advice_logits, in the unit that is clipped where those are, and features.candidate_features.
         per_advice = clip / (max(temperature_share * value_usd, MIN_USD) * per_value)
-        write(below_by, 0, -best * per_advice, per_advice, 10.0 * best, -10.0)
+        write(below_memory, 0, -best * per_advice, per_advice, 10.0 * best, -10.0)
         dot(below_by, one_and_score, advice_and_below)
         if not trust_always and told_row.tobytes() == nothing:  # the correction is 0, if nothing is infinite
             minimum(advice, _CLIP, out=advice)
@@ -67,7 +68,7 @@ def ranker(
         maximum(shown, _LOW_4, out=shown)
         minimum(shown, _HIGH_4, out=shown)
         # As policy.Network.logits.
-        write_context(context, 4, *of_context)
+        write_context(context_memory, 4, *of_context)
         dot(contexts[k][j], context, from_context)
         dot(first, seen, sum_1)
         maximum(sum_1, _ZERO_4, out=sum_1)

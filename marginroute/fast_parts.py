@@ -61,7 +61,7 @@ def asker(fleet: Fleet, buffer: Buffer) -> Callable[[list[float]], Usd]:
     """Works out what the request fixes: USD, and the numbers that weigh rows."""
     numbers, parameters = buffer.numbers, fleet.rule.parameters
     ttft_scale, tpot_scale = float(parameters.ttft_scale), float(parameters.tpot_scale)
-    write = struct.Struct(f"{len(numbers)}d").pack_into
+    write, memory = struct.Struct(f"{len(numbers)}d").pack_into, numbers.data
 
     def ask(request: list[float]) -> Usd:
         (
@@ -79,7 +79,7 @@ def asker(fleet: Fleet, buffer: Buffer) -> Callable[[list[float]], Usd]:
         per_e2e, per_patience = 1.0 / slo_e2e_s, 1.0 / patience_s
         gone, to_patience = waited_s * per_patience, ttft_scale * per_patience
         write(
-            numbers, 0,
+            memory, 0,
             1.0, p, o, o * (p + 0.5 * o),
             per_token, per_token,
             o, 1.0, 0.5,

@@ -282,7 +282,7 @@ class GatewayState:
         self._quality.show(signals, p_good, cached, trial)
         request = self._contracts.request(cell[0])
         _write_asked(
-            request,
+            request.data,
             0,
             max(prompt_tokens, 1),
             output_tokens,
