@@ -15,7 +15,7 @@ from dataclasses import fields
 import numpy as np
 import optuna
 
-from agents.tuning import Budget, Tuned, search_restarts
+from agents.tuning import USUAL_RESTARTS, Budget, Tuned, search_restarts
 from envs.control_plant import ControlPlant, arrival_counts
 from envs.control_worlds import FluidControl
 from envs.progress import Progress, silent
@@ -118,7 +118,7 @@ def tune_controllers(plant: ControlPlant, budget: Budget, progress: Progress = s
     seeds = range(FIRST_VALIDATION_SEED, FIRST_VALIDATION_SEED + budget.validation_episodes)
     validation = ControlObjective(plant, "validation", seeds)
     rules = standard_rules(plant.layout)
-    done, total = 0, 2 * len(rules)
+    done, total = 0, USUAL_RESTARTS * len(rules)
 
     def report() -> None:
         nonlocal done

@@ -34,6 +34,8 @@ AS_IT_COMES = "shipped-default"  # the one baseline whose parameters stay what g
 AGREEMENT = 0.005  # restarts agree when their validation margins differ by less than this share
 CHECKED_EPISODES = 16
 GENERATIONS, LEAST_EPISODES = 12, 4  # what CMA-ES needs of the first to get anywhere, and what tells rules apart
+ANYWHERE = 2  # restarts that start anywhere
+USUAL_RESTARTS = ANYWHERE + 1
 FINALISTS = 8  # trials of a restart that are compared on validation
 SMALL_STEP = 0.06  # of a search that goes on from something good, as a share of each parameter's range
 SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 1.0)
@@ -51,7 +53,7 @@ class Budget:
         requests: simulated requests for one restart of one baseline.
         episodes: training episodes of the objective.
         population: parameter sets of a generation.
-        restarts: most restarts; at least two are made where there is anything to search.
+        restarts: most restarts; three are made where there is anything to search, if so many are allowed.
         validation_episodes: on which restarts are compared.
     """
 
@@ -224,13 +226,14 @@ def search_restarts(
 ) -> Tuned:
     """Restarts until the two best agree on validation, or the restarts are spent.
 
-    Two start anywhere; those after them start at the best that was found so far. What a few episodes rank first owes
-    something to their luck: of a restart's finalists the one that earns most on validation counts.
+    Two start anywhere; those after them, of which there is one at least, start at the best that was found so far. What a
+    few episodes rank first owes something to their luck: of a restart's finalists the one that earns most on validation
+    counts.
     """
     found: list[Trial] = []
     spent = 0
-    for restart in range(max(budget.restarts, 2)):
-        start = found[0].parameters if restart > 1 else None
+    for restart in range(max(budget.restarts, ANYWHERE)):
+        start = found[0].parameters if restart >= ANYWHERE else None
         finalists, requests = _search(suggest, plant, objective, budget, restart, start)
         spent += requests
         earned = validation([trial.rule for trial in finalists])
@@ -238,7 +241,7 @@ def search_restarts(
         found.append(replace(finalists[winner], usd=float(earned[winner])))
         found.sort(key=lambda trial: -trial.usd)
         report()
-        if len(found) > 1 and found[0].usd - found[1].usd <= AGREEMENT * abs(found[0].usd):
+        if restart >= ANYWHERE and found[0].usd - found[1].usd <= AGREEMENT * abs(found[0].usd):
             break
     best_usd = found[0].usd
     spread = 100.0 * (best_usd - found[1].usd) / max(abs(best_usd), 1e-9)
@@ -346,7 +349,7 @@ def tune_margin_rules(
         progress: called with (done, total) restarts.
         crew: shares out the populations; None: this process alone.
     """
-    tuner = _Tuner(plant, budget, progress, 4, crew)
+    tuner = _Tuner(plant, budget, progress, 2 * USUAL_RESTARTS, crew)
     tuned = {"bid-price": tuner.margin("bid-price", True)}
     outcomes = log_outcomes(plant, tuned["bid-price"].policy, range(1000, 1064))
     fitted = fit_quality(**outcomes, n_tiers=len(plant.layout.tier_names), n_tasks=len(plant.layout.task_names))
@@ -376,7 +379,7 @@ def tune_others(
     from agents import tuning_shipped
 
     several = [name for name, ranges in tuning_shipped.RANGES.items() if len(ranges) > 1]
-    tuner = _Tuner(plant, budget, progress, 2 * (2 + len(several)), crew)
+    tuner = _Tuner(plant, budget, progress, USUAL_RESTARTS * (2 + len(several)), crew)
     objective, validation = tuner.objective, tuner.validation
     tuned: dict[str, Tuned] = {}
     for t, tier in enumerate(plant.layout.tier_names):
