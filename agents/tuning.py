@@ -226,9 +226,9 @@ def search_restarts(
 ) -> Tuned:
     """Restarts until the two best agree on validation, or the restarts are spent.
 
-    Two start anywhere; those after them, of which there is one at least, start at the best that was found so far. What a
-    few episodes rank first owes something to their luck: of a restart's finalists the one that earns most on validation
-    counts.
+    Two start anywhere; those after them, of which there is one at least, start at the best that was found so far. What
+    a few episodes rank first owes something to their luck: of a restart's finalists the one that earns most on
+    validation counts.
     """
     found: list[Trial] = []
     spent = 0
