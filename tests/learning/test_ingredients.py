@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import ablations
 from envs.scenario import load_scenario
-from envs.scenario_family import drifting_less, middle
+from envs.scenario_family import middle
 from envs.vector_env import FleetVecEnv
 from marginroute.errors import InputError
 from marginroute.heuristics import MarginParameters, MarginRule
@@ -46,23 +46,6 @@ def test_the_middle_of_a_family():
     assert middle(load_scenario("quickstart", {"ranges": ranges})).load_scale == pytest.approx(1.0)
     plain = load_scenario("quickstart")
     assert middle(plain) is plain
-
-
-def test_less_drift_is_half_of_the_episodes_of_every_course():
-    """In every member of the family, and of a thousand episodes; nothing else changes."""
-    ranges = {"load_scale": {"low": 0.5, "high": 2.0}}
-    course = {"tier": "medium", "episode_share": 0.4, "ability_by": [-1.0], "after_s": [0.0]}
-    scenario = load_scenario("quickstart", {"ranges": ranges, "drift": {"worse": course}})
-    assert scenario.hash and scenario.variants  # worked out before
-    calm = drifting_less(scenario, 0.5)
-    assert {member.drift["worse"].episode_share for member in calm.variants} == {0.2}
-    assert calm.hash != scenario.hash and calm.ranges == scenario.ranges
-    for one, share in ((scenario, 0.4), (calm, 0.2)):
-        drifting = [one.generate(seed, "train").ability_shift.any() for seed in range(1000)]
-        assert np.mean(drifting) == pytest.approx(share, abs=0.05)
-    before, after = scenario.generate(7, "train"), calm.generate(7, "train")
-    np.testing.assert_array_equal(before.arrived_at_s, after.arrived_at_s)
-    assert drifting_less(scenario, 1.0) is scenario
 
 
 def test_every_row_of_the_ablations_is_a_legal_configuration():
