@@ -98,9 +98,6 @@ class TrainingConfig(Section):
     )
     controller: ControllerConfig = Field(description="Settings of the controller's training.")
     randomise: bool = Field(True, description="Train on the scenario's ranges; false: on its middle alone.")
-    drift_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        0.5, description="Share of the scenario's episodes with a drift that have it in training."
-    )
 
     @model_validator(mode="after")
     def _batch_fits(self) -> TrainingConfig:

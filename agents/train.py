@@ -33,7 +33,7 @@ from agents.workers import Crew
 from envs.plant import Plant
 from envs.progress import Progress, silent
 from envs.scenario import Scenario
-from envs.scenario_family import drifting_less, middle
+from envs.scenario_family import middle
 from envs.vector_env import FleetVecEnv, ObservedWorlds
 from marginroute.errors import InputError
 from marginroute.features import FeatureSpec, feature_spec
@@ -302,7 +302,7 @@ def train(
         config = config.model_copy(update={"sees": "all"})
     spec, scale_usd = fit_normaliser(plant, advice, config)
     first = FIRST_TRAINING_SEED * (seed + 2)
-    source = drifting_less(plant.scenario if config.randomise else middle(plant.scenario), config.drift_share)
+    source = plant.scenario if config.randomise else middle(plant.scenario)
     worlds = Worlds(source, config, advice, spec, scale_usd, first)
     own = plant if source is plant.scenario else Plant(source)
     env = worlds.env(own) if crew is None else SharedVecEnv(crew, worlds, own)

@@ -27,7 +27,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "no_shadow_price": ("no charge for the capacity taken", {"shadow_price": False}),
     "ledger_signal": ("reward: the ledger's change, discounted over 5 s", {"signal": "ledger", "tau_s": 5.0}),
     "no_stagger": ("all worlds start together", {"stagger": False}),
-    "all_drift": ("models get worse as often as in the scenario", {"drift_share": 1.0}),
     "no_randomise": ("the middle of the scenario's ranges alone", {"randomise": False}),
     "no_feedback": ("the network does not hear of judged answers", {"sees": "load"}),
     "sees_all": ("the network looks at load, latency and prices too", {"sees": "all"}),

@@ -121,20 +121,6 @@ def changed(scenario: Scenario, values: Mapping[str, Any], section: str) -> Scen
     return copy
 
 
-def drifting_less(scenario: Scenario, share: float) -> Scenario:
-    """The scenario, ranges and all, where each drift is in `share` of the episodes that it is in."""
-    if not scenario.drift or share == 1.0:
-        return scenario
-    drift = {
-        name: course.model_copy(update={"episode_share": share * course.episode_share})
-        for name, course in scenario.drift.items()
-    }
-    copy = scenario.model_copy(update={"drift": drift})
-    for worked_out in copy.__dict__.keys() - type(copy).model_fields.keys() - {"recorded"}:
-        del copy.__dict__[worked_out]
-    return copy
-
-
 def stressed(scenario: Scenario) -> dict[str, Scenario]:
     """The scenario in trouble of common kinds, none of which is one of its held-out conditions, by a name in words."""
     fifth_s, fleet = scenario.horizon_s / 5.0, scenario.fleet
