@@ -53,7 +53,7 @@ def test_the_figures_are_those_of_two_calls(tmp_path):
     refund = stay * (1 - good) * (0.5 * usage + 0.02)
     unserved = 0.25 * usage + 0.03
     at_two = PRICES[1] * work_s[TWO_A] * (6.0 / 8.0) ** 0.5
-    at_api = PRICES[2] * work_s[API] * (2.0 / s[v.SLOTS, API]) ** 0.5
+    at_api = PRICES[2] * work_s[API] * (2.0 / s[v.SLOTS, API] + s[v.LIMIT_SPENT, API]) ** 0.5
     congestion = at_two + (1 - win) * at_api
     np.testing.assert_allclose(found.parts_usd[:, TWO_A], [cost, credit, refund, congestion], rtol=1e-12)
     assert found.margin_usd[TWO_A] == pytest.approx(stay * (usage + unserved) - unserved - cost - credit - refund)
