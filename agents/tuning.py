@@ -94,10 +94,10 @@ Suggest = Callable[[optuna.Trial, Plant], Rule]
 def _margin_rule(
     name: str, trial: optuna.Trial, plant: Plant, priced: bool, fitted: quality.FittedQuality | None
 ) -> Rule:
-    limited = [bool(provider.rate_limit.to_dict()) for provider in plant.spec.providers]
+    scarce = [True] * len(plant.spec.pools) + [provider.rate_limit.limited for provider in plant.spec.providers]
     prices = [
-        10.0 ** trial.suggest_float(f"log10_price_{station}", -5.0, 0.0) if priced and scarce else 0.0
-        for station, scarce in zip(plant.layout.station_names, [True] * len(plant.spec.pools) + limited, strict=True)
+        10.0 ** trial.suggest_float(f"log10_price_{station}", -5.0, 0.0) if priced and is_scarce else 0.0
+        for station, is_scarce in zip(plant.layout.station_names, scarce, strict=True)
     ]
     parameters = MarginParameters(
         station_usd_per_s=tuple(prices),
@@ -181,7 +181,7 @@ def _tune_cascade(tuner: _Tuner) -> Tuned:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Finalist:
     """A rule that a search has played.
 
     Attributes:
@@ -197,20 +197,20 @@ class Trial:
 
 def _search(
     suggest: Suggest, plant: Plant, objective: Objective, budget: Budget, seed: int, start: dict[str, float] | None
-) -> tuple[list[Trial], int]:
-    """One CMA-ES run, in small steps where it has a start; the `FINALISTS` best trials, and requests spent."""
+) -> tuple[list[Finalist], int]:
+    """One CMA-ES run, in small steps where it has a start; the `FINALISTS` best rules, and requests spent."""
     sampler = optuna.samplers.CmaEsSampler(
         seed=seed, popsize=budget.population, x0=start, sigma0=SMALL_STEP if start else None
     )
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    best: list[Trial] = []
+    best: list[Finalist] = []
     spent = 0
     while not best or spent < budget.requests:
         trials = [study.ask() for _ in range(budget.population)]
         rules = [suggest(trial, plant) for trial in trials]
         for trial, rule, usd in zip(trials, rules, objective(rules), strict=True):
             study.tell(trial, float(usd))
-            best.append(Trial(float(usd), rule, trial.params))
+            best.append(Finalist(float(usd), rule, trial.params))
         best = sorted(best, key=lambda trial: -trial.usd)[:FINALISTS]
         spent += objective.requests * budget.population
     return best, spent
@@ -230,7 +230,7 @@ def search_restarts(
     a few episodes rank first owes something to their luck: of a restart's finalists the one that earns most on
     validation counts.
     """
-    found: list[Trial] = []
+    found: list[Finalist] = []
     spent = 0
     for restart in range(max(budget.restarts, ANYWHERE)):
         start = found[0].parameters if restart >= ANYWHERE else None

@@ -131,9 +131,9 @@ class Buffer:
         self.score = self.one_and_score[1]
         self.row["one"][:] = self.row["one_again"][:] = 1.0
 
-    def span(self, first: str, last: str, step: int = 1) -> Array:
+    def span(self, first: str, last: str) -> Array:
         """Rows that go through a call together."""
-        return self.rows[AT[first] : AT[last] + 1 : step]
+        return self.rows[AT[first] : AT[last] + 1]
 
 
 @dataclass(frozen=True, eq=False)

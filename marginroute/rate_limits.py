@@ -25,7 +25,6 @@ from marginroute.errors import InputError
 from marginroute.view import Array, Layout
 
 BURST_S = 10.0  # of the limit that a bucket holds where its size is not given
-NEARLY_S = 1e-6  # before a bucket has room again, when that is worked out exactly
 LONGEST_HOLD_S = 3600.0  # that a provider's word can hold calls back
 SHARED, WHAT = "rate", ("requests", "tokens")  # names under which workers share what they have used
 
@@ -80,6 +79,11 @@ class RateLimit:
         return self.requests_per_s, self.tokens_per_s
 
     @property
+    def limited(self) -> bool:
+        """Whether it refuses anything."""
+        return math.isfinite(min(self.per_s))
+
+    @property
     def size_requests(self) -> float:
         """Of a full bucket."""
         return self.burst_requests or max(1.0, BURST_S * self.requests_per_s)
@@ -97,15 +101,13 @@ class RateLimit:
 class _Bucket:
     """One provider's two buckets; amounts are as of the times beside them, so that there is never less than those."""
 
-    __slots__ = ("closed_until_s", "held_until_s", "limited", "per_s", "requests", "requests_at_s", "size", "tokens",
-                 "tokens_at_s")  # fmt: skip
+    __slots__ = ("held_until_s", "limited", "per_s", "requests", "requests_at_s", "size", "tokens", "tokens_at_s")
 
     def __init__(self, limit: RateLimit, now_s: float) -> None:
-        self.size, self.per_s = (limit.size_requests, limit.size_tokens), (limit.requests_per_s, limit.tokens_per_s)
-        self.limited = math.isfinite(min(self.per_s))
+        self.size, self.per_s, self.limited = (limit.size_requests, limit.size_tokens), limit.per_s, limit.limited
         self.requests, self.tokens = self.size
         self.requests_at_s = self.tokens_at_s = now_s
-        self.held_until_s = self.closed_until_s = -math.inf
+        self.held_until_s = -math.inf
 
     def requests_left(self, now_s: float) -> float:
         return refilled(self.requests, self.size[0], self.per_s[0], now_s - self.requests_at_s)
@@ -113,14 +115,9 @@ class _Bucket:
     def tokens_left(self, now_s: float) -> float:
         return refilled(self.tokens, self.size[1], self.per_s[1], now_s - self.tokens_at_s)
 
-    def admits(self, prompt_tokens: float, now_s: float) -> bool:
-        """Whether a call may be sent, if it is not held back."""
-        return has_room(self.requests_left(now_s), self.tokens_left(now_s), prompt_tokens, self.size[1])
-
     def take(self, requests: float, tokens: float, now_s: float) -> None:
         if requests:
             self.requests, self.requests_at_s = self.requests_left(now_s) - requests, now_s
-            self.close()
         if tokens:
             self.tokens, self.tokens_at_s = self.tokens_left(now_s) - tokens, now_s
 
@@ -128,14 +125,6 @@ class _Bucket:
         """No more than so much is left."""
         self.requests, self.requests_at_s = min(self.requests_left(now_s), requests), now_s
         self.tokens, self.tokens_at_s = min(self.tokens_left(now_s), tokens), now_s
-        self.close()
-
-    def close(self) -> None:
-        """Notes until when there is no room for any call: nothing need be worked out before."""
-        self.closed_until_s = self.held_until_s
-        if self.requests < 1.0:
-            opens_s = self.requests_at_s + (1.0 - self.requests) / self.per_s[0] - NEARLY_S
-            self.closed_until_s = max(self.held_until_s, opens_s)
 
 
 class RateBook:
@@ -161,29 +150,24 @@ class RateBook:
         self._own: dict[str, float] = {}  # used here, as far as others were told
         self._others: dict[str, float] = {}  # used elsewhere, as of the last exchange
 
-    def spent(self, prompt_tokens: float) -> list[int]:
-        """Candidates that would refuse a call with such a prompt now."""
-        found: list[int] = []
-        if self._watched:
-            now_s = self._clock()
-            for c, bucket in self._watched:
-                if now_s < bucket.closed_until_s:
-                    found.append(c)
-                elif not has_room(bucket.requests, bucket.tokens, prompt_tokens, bucket.size[1]):
-                    with self._lock:
-                        if not bucket.admits(prompt_tokens, now_s):
-                            found.append(c)
-        return found
+    def spent(self, prompt_tokens: float, shares: Array | None = None) -> list[int]:
+        """Candidates that would refuse a call with such a prompt now.
 
-    def show(self, shares: Array) -> None:
-        """Writes the share of its limits that is spent for each provider that has any, into (C,)."""
+        Args:
+            prompt_tokens: of the call.
+            shares: (C,) where the share of its limits that is spent is written for each provider that has any.
+        """
+        found: list[int] = []
         if self._watched:
             with self._lock:
                 now_s = self._clock()
                 for c, bucket in self._watched:
-                    shares[c] = share_spent(
-                        bucket.requests_left(now_s), bucket.size[0], bucket.tokens_left(now_s), bucket.size[1]
-                    )
+                    requests, tokens = bucket.requests_left(now_s), bucket.tokens_left(now_s)
+                    if shares is not None:
+                        shares[c] = share_spent(requests, bucket.size[0], tokens, bucket.size[1])
+                    if now_s < bucket.held_until_s or not has_room(requests, tokens, prompt_tokens, bucket.size[1]):
+                        found.append(c)
+        return found
 
     def sent(self, candidate: int, prompt_tokens: float) -> None:
         """A call leaves for a candidate; one that is no provider has no limit."""
@@ -280,7 +264,6 @@ class RateBook:
     def _hold(self, candidate: int, until_s: float) -> None:
         bucket = self._buckets[candidate]
         bucket.held_until_s = max(bucket.held_until_s, until_s)
-        bucket.close()
         if all(c != candidate for c, _ in self._watched):
             self._watched.append((candidate, bucket))
 

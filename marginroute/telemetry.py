@@ -298,8 +298,8 @@ class GatewayState:
         refused = self._contracts.show(cell[0], request, standing, quota_left)
         if miss_usd:
             request[[v.MISS_USD, v.UNSERVED_CREDIT_USD]] += miss_usd
-        self.rates.show(signals[v.LIMIT_SPENT])
-        spent, stored_by = self.rates.spent(prompt_tokens), None if cached is None else cached.tier
+        spent = self.rates.spent(prompt_tokens, signals[v.LIMIT_SPENT])
+        stored_by = None if cached is None else cached.tier
         legal = self._legal.of(cell[0], deadline_left_s, available, stored_by, trial is not None, spent)
         if refused:
             legal[:] = np.arange(len(legal)) == len(legal) - 1

@@ -252,7 +252,7 @@ def test_the_share_that_is_spent_is_that_of_the_emptier_bucket(after, tokens, sh
     for prompt in after:
         rates.sent(API, prompt)
     rates.answered(API, tokens)
-    rates.show(shares := np.zeros(len(layout().names)))
+    rates.spent(1, shares := np.zeros(len(layout().names)))
     assert shares.tolist() == pytest.approx([share if c == API else 0.0 for c in range(len(shares))])
 
 
@@ -285,8 +285,7 @@ def test_the_worlds_provider_says_the_same(seed, requests, tokens, burst):
         ends, clock.now_s = [x for x in ends if x[0] > now_s], now_s
         prompt, output = int(rng.integers(1, 500)), int(rng.integers(1, 200))
         legal = provider_available(fleet.providers, 0, 0, now_s, prompt)
-        assert legal == (API not in rates.spent(prompt))
-        rates.show(shares := np.zeros(len(layout().names)))
+        assert legal == (API not in rates.spent(prompt, shares := np.zeros(len(layout().names))))
         assert shares[API] == pytest.approx(limit_spent(fleet.providers, 0, 0, now_s), abs=1e-9)
         if legal:
             fleet.requests[0, i]["prompt_tokens"], fleet.requests[0, i]["output_tokens"] = prompt, output

@@ -195,7 +195,7 @@ def test_later_restarts_go_on_from_the_best_and_validation_picks(monkeypatch):
 
     def search(suggest, plant, objective, budget, seed, start):
         starts.append(start)
-        return [tuning.Trial(9.0 - i, rule, {"x": rule}) for i, rule in enumerate(next(finalists))], 7
+        return [tuning.Finalist(9.0 - i, rule, {"x": rule}) for i, rule in enumerate(next(finalists))], 7
 
     monkeypatch.setattr(tuning, "_search", search)
     tuned = tuning.search_restarts(
