@@ -15,6 +15,7 @@ class Engine(BaseHTTPRequestHandler):
     """Answers `/v1/chat/completions`, streamed or not, at a fixed TTFT and TPOT."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or head and body wait 40 ms for each other
     ttft_s, tpot_s = 0.1, 0.01
 
     def do_GET(self) -> None:
