@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 
 from envs.workload.traces import ReadOptions, Trace
 from envs.workload.traces_files import json_lines
-from envs.workload.traces_values import bad, hash_ids, number, optional, tokens
+from envs.workload.traces_values import Place, bad, hash_ids, number, objects, seconds, tokens
 from marginroute.errors import InputError
 
 Array = np.ndarray[Any, Any]
@@ -98,9 +98,8 @@ def _from_json(path: Path, gap_s: float) -> _Rows:
         block_tokens = record.get("block_size")
         if not isinstance(block_tokens, int) or block_tokens < 1 or COARSE_TOKENS % block_tokens:
             raise bad(place, "block_size", block_tokens, f"a whole number that divides {COARSE_TOKENS}")
-        if not isinstance(record.get("requests"), list):
-            raise bad(place, "requests", record.get("requests"), "a list of the session's requests")
-        _Session(place, rows, session, COARSE_TOKENS // block_tokens).add(record["requests"], session * gap_s, -1)
+        requests = objects(place, record, "requests")
+        _Session(place, rows, session, COARSE_TOKENS // block_tokens).add(requests, session * gap_s, -1)
     return rows
 
 
@@ -117,11 +116,12 @@ class _Session:
         """Appends an agent's requests, sub-agents where they start."""
         rows = self.rows
         for request in requests:
-            if not isinstance(request, dict):
-                raise bad(self.place, "requests", request, "a list of objects")
             at_s = start_s + number(self.place, request, "t", "seconds from the start")
+            if parent >= 0 and at_s < rows.start[parent]:
+                raise bad(self.place, "t", request["t"], "requests of an agent in order of time")
             if request.get("type") == "subagent":
-                self.add(request.get("requests") or [], at_s, parent, str(request.get("subagent_type") or "subagent"))
+                inner = objects(self.place, request, "requests")
+                self.add(inner, at_s, parent, str(request.get("subagent_type") or "subagent"))
                 continue
             if not request.get("in") or not request.get("out"):
                 rows.skipped += 1
@@ -134,7 +134,7 @@ class _Session:
             rows.session.append(self.index)
             rows.parent.append(parent)
             rows.think.append(self._think_s(request, at_s, parent))
-            rows.e2e.append(optional(request.get("api_time")))
+            rows.e2e.append(seconds(self.place, request, "api_time"))
             rows.count.append(len(coarse))
             rows.hashes.extend([self.index << 40 | block for block in coarse])
             rows.model.append(str(request.get("model") or ""))
@@ -146,7 +146,7 @@ class _Session:
         if parent < 0:
             return math.nan
         since_s = at_s - self.rows.start[parent] - self.rows.e2e[parent]
-        return max(since_s, 0.0) if not math.isnan(since_s) else optional(request.get("think_time"))
+        return max(since_s, 0.0) if not math.isnan(since_s) else seconds(self.place, request, "think_time")
 
 
 def _from_parquet(path: Path, gap_s: float) -> _Rows:
@@ -156,25 +156,36 @@ def _from_parquet(path: Path, gap_s: float) -> _Rows:
     chains: dict[tuple[str, str], list[int]] = {}
     step = COARSE_TOKENS // _PARQUET_BLOCK_TOKENS
     fresh = 0
-    for record in _parquet_records(path):
-        name, agent, at_s, model, prompt, output, blocks, shared, api_s = record
+    for row, record in enumerate(_parquet_records(path), start=1):
+        place = (path, row)
+        name, agent, model = record["id"], record["agent"], record["model"]
         session = sessions.setdefault(name, len(sessions))
-        if not prompt or not output or prompt < 1 or output < 1:
+        if not record["in"] or not record["out"]:
             rows.skipped += 1
             continue
+        at_s = number(place, record, "t", "seconds from the start")
+        prompt, output, api_s = (
+            tokens(place, record, "in"),
+            tokens(place, record, "out"),
+            seconds(place, record, "api_time"),
+        )
+        blocks = _blocks(place, record, "n_blocks", prompt)
+        shared = _blocks(place, record, "prev_prefix_blocks", prompt)
         key = (name, agent)
-        chain = chains.get(key, [])[: (shared or 0) // step]
+        chain = chains.get(key, [])[: shared // step]
         new = blocks // step - len(chain)
         chain = chain + list(range(fresh, fresh + new))
         fresh += max(new, 0)
         chains[key] = chain
         parent = last.get(key, last.get((name, "main"), -1))
+        if parent >= 0 and session * gap_s + at_s < rows.start[parent]:
+            raise bad(place, "t", at_s, "requests of an agent in order of time")
         rows.start.append(session * gap_s + at_s)
         rows.prompt.append(prompt)
         rows.output.append(output)
         rows.session.append(session)
         rows.parent.append(parent)
-        rows.e2e.append(math.nan if api_s is None else api_s)
+        rows.e2e.append(api_s)
         since_s = math.nan if parent < 0 else rows.start[-1] - rows.start[parent] - rows.e2e[parent]
         rows.think.append(max(since_s, 0.0) if not math.isnan(since_s) else since_s)
         rows.count.append(len(chain))
@@ -185,7 +196,18 @@ def _from_parquet(path: Path, gap_s: float) -> _Rows:
     return rows
 
 
-def _parquet_records(path: Path) -> Iterator[tuple[Any, ...]]:
+def _blocks(place: Place, record: Mapping[str, Any], key: str, prompt_tokens: int) -> int:
+    """A number of blocks of the prompt; null is none."""
+    value = record[key]
+    most = -(-prompt_tokens // _PARQUET_BLOCK_TOKENS)
+    if value is None:
+        return 0
+    if type(value) is not int or not 0 <= value <= most:
+        raise bad(place, key, value, f"0 to the {most} blocks of its prompt")
+    return value
+
+
+def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
@@ -195,7 +217,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[Any, ...]]:
             legal = ", ".join(_PARQUET_COLUMNS)
             raise InputError(f"{path}: no column {missing[0]!r}; legal is a table with {legal}")
         for batch in file.iter_batches(columns=list(_PARQUET_COLUMNS)):
-            yield from zip(*(batch.column(name).to_pylist() for name in _PARQUET_COLUMNS), strict=True)
+            yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         text = str(error).splitlines()[0]
         raise InputError(f"{path}: is a damaged Parquet file ({text}); legal is a complete one") from None

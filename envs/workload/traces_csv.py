@@ -18,7 +18,7 @@ import polars as pl
 
 from envs.workload.traces import MAX_TOKENS, MAX_UNIX_S, ReadOptions, Trace
 from envs.workload.traces_files import line_chunks
-from envs.workload.traces_links import dense, link
+from envs.workload.traces_links import dense, full_blocks, link
 from marginroute.errors import InputError
 
 Array = np.ndarray[Any, Any]
@@ -35,7 +35,11 @@ _REQUIRED = ("arrived_at", "prompt_tokens", "output_tokens")
 _TEXT = ("class", "tenant", "task", "model", "prompt_key", "session", "hash_ids")
 _SECONDS = ("ttft_s", "e2e_s")
 _OFFSET = r"(Z|[+-]\d\d:?\d\d)$"
-_LEGAL = {"arrived_at": "seconds or YYYY-MM-DD HH:MM:SS.fff", "ttft_s": "seconds", "e2e_s": "seconds"}
+_LEGAL = {
+    "arrived_at": "seconds or YYYY-MM-DD HH:MM:SS.fff",
+    "ttft_s": "0 or more seconds, or nothing",
+    "e2e_s": "0 or more seconds, or nothing",
+}
 
 
 def read_azure(path: Path, options: ReadOptions) -> Trace:
@@ -47,7 +51,7 @@ def read_burstgpt(path: Path, options: ReadOptions) -> Trace:
     """BurstGPT; failed calls (no response tokens) are left out, rows are put in order of time."""
     header = _header(path)
     more = {ours: name for ours, known in _BURSTGPT_MORE.items() for name in known if name in header}
-    layout = _Layout({**_BURSTGPT, **more}, skip_empty=True, sort=True, unknown_seconds=True)
+    layout = _Layout({**_BURSTGPT, **more}, skip_empty=True, sort=True)
     return _trace(path, _read(path, layout), options)
 
 
@@ -72,20 +76,20 @@ class _Layout:
         columns: our name to the file's.
         skip_empty: rows without prompt or output tokens are failed calls, left out and counted.
         sort: rows may come in any order.
-        unknown_seconds: ttft_s and e2e_s may be empty.
     """
 
     columns: Mapping[str, str]
     skip_empty: bool = False
     sort: bool = False
-    unknown_seconds: bool = False
 
 
 def _trace(path: Path, table: dict[str, Any], options: ReadOptions) -> Trace:
     arrived_at_s, e2e_s = table["arrived_at"], table.get("e2e_s")
     session = dense(table["session"]) if "session" in table else None
     parent, think_s = link(session, arrived_at_s, e2e_s) if session is not None else (None, None)
-    count, ids = _hashes(path, table["hash_ids"]) if "hash_ids" in table else (None, None)
+    count, ids = None, None
+    if "hash_ids" in table:
+        count, ids = full_blocks(table["prompt_tokens"], options.block_tokens, *_hashes(path, table["hash_ids"]))
     return Trace(
         path=str(path),
         arrived_at_s=arrived_at_s,
@@ -181,6 +185,9 @@ class _State:
     def columns(self, raw: pl.DataFrame, first: int) -> dict[str, Any]:
         """The piece's columns as arrays, checked."""
         names = self.layout.columns
+        if not set(names.values()) <= set(raw.columns):
+            legal = "legal is comma-separated text"
+            raise InputError(f"{self.path}, line 1: has a double quote that is not closed; {legal}")
         if self.text_times is None:
             stamp = raw[names["arrived_at"]][0] if raw.height else None
             self.text_times = isinstance(stamp, str) and ":" in stamp
@@ -202,7 +209,7 @@ class _State:
         least = 0 if self.layout.skip_empty else 1
         wanted += [_tokens(names[name], name, least) for name in _REQUIRED[1:]]
         wanted += [pl.col(names[name]).alias(name) for name in _TEXT if name in names]
-        wanted += [_number(names[name], name) for name in _SECONDS if name in names]
+        wanted += [_seconds(names[name], name) for name in _SECONDS if name in names]
         wanted.append(pl.all_horizontal(pl.col([names[name] for name in _REQUIRED]).is_null()).alias("blank"))
         return wanted
 
@@ -227,13 +234,12 @@ class _State:
 
     def _check_values(self, raw: pl.DataFrame, frame: pl.DataFrame, first: int) -> None:
         """Raises for the first row with a value that could not be read."""
-        checked = _REQUIRED if self.layout.unknown_seconds else (*_REQUIRED, *_SECONDS)
         bad: dict[str, int] = {}
-        for name in checked:
+        for name in (*_REQUIRED, *_SECONDS):
             if name not in frame.columns:
                 continue
             series = frame[name]
-            if series.dtype == pl.Float64:
+            if name == "arrived_at" and not self.text_times:
                 series = series.set(~series.is_finite(), None)
             if series.null_count():
                 bad[name] = int(frame["line"][int(series.is_null().arg_max() or 0)])
@@ -278,6 +284,15 @@ def _number(column: str, name: str) -> pl.Expr:
     return pl.col(column).str.strip_chars().cast(pl.Float64, strict=False).alias(name)
 
 
+def _seconds(column: str, name: str) -> pl.Expr:
+    """Seconds, 0 or more; nan where the cell is empty or says so, null where it holds anything else."""
+    text = pl.col(column).str.strip_chars()
+    number = text.cast(pl.Float64, strict=False)
+    unknown = text.is_null() | (text == "") | number.is_nan()
+    legal = number.is_finite() & (number >= 0.0)
+    return pl.when(unknown).then(np.nan).when(legal).then(number).otherwise(None).alias(name)
+
+
 def _tokens(column: str, name: str, least: int) -> pl.Expr:
     """Token counts; integers written as 12 or 12.0, anything else becomes null."""
     number = pl.col(column).str.strip_chars().cast(pl.Float64, strict=False)
@@ -290,6 +305,9 @@ def _hashes(path: Path, cells: Array) -> tuple[Array, Array]:
     rows = [cell.split() for cell in cells.tolist()]
     count = np.array([len(row) for row in rows], dtype=np.int32)
     try:
-        return count, np.array([int(number) for row in rows for number in row], dtype=np.int64)
+        ids = np.array([int(number) for row in rows for number in row], dtype=np.int64)
     except (ValueError, OverflowError):
-        raise InputError(f"{path}: hash_ids; legal is whole numbers of 64 bits between spaces") from None
+        ids = np.array([-1])
+    if (ids < 0).any():
+        raise InputError(f"{path}: hash_ids; legal is whole numbers from 0 to 2**63 - 1 between spaces")
+    return count, ids

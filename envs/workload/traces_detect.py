@@ -50,7 +50,7 @@ def detect(path: Path) -> str:
 
 
 def _csv_header(head: bytes) -> set[str]:
-    line = head.split(b"\n", 1)[0].decode("utf-8-sig", "replace")
+    line = head.split(b"\n", 1)[0].decode("utf-8", "replace")
     return {name.strip() for name in next(csv.reader(io.StringIO(line)), [])}
 
 

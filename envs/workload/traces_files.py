@@ -11,6 +11,7 @@ import gzip
 import json
 import lzma
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +21,12 @@ from marginroute.errors import InputError
 
 CHUNK_BYTES = 8 << 20
 _PACKED = {b"\x1f\x8b": ("gzip", gzip.open), b"\xfd7zXZ\x00": ("xz", lzma.open), b"BZh": ("bzip2", bz2.open)}
-_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The unpacked bytes of a file; a damaged or unreadable one becomes one sentence.
+    """The unpacked bytes of a file behind its byte order mark; a damaged or unreadable one becomes one sentence.
 
     Raises:
         InputError: the file cannot be read, or what packs it is damaged.
@@ -39,8 +40,10 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
             if head.startswith(magic):
                 kind, unpack = name, opener
         with unpack(path, "rb") as file:
+            if file.read(len(BOM_UTF8)) != BOM_UTF8:
+                file.seek(0)
             yield file
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise InputError(f"{path}: is a damaged {kind} file ({error}); legal is a complete one") from None
     except OSError as error:
         reason = error.strerror or str(error)

@@ -16,8 +16,8 @@ import polars as pl
 
 from envs.workload.traces import MAX_TOKENS, ReadOptions, Trace
 from envs.workload.traces_files import json_lines, json_objects, line_chunks
-from envs.workload.traces_links import names
-from envs.workload.traces_values import hash_ids, instant, number, optional, tokens
+from envs.workload.traces_links import full_blocks, names
+from envs.workload.traces_values import hash_ids, instant, number, optional, seconds, tokens
 from marginroute.errors import InputError
 
 Array = np.ndarray[Any, Any]
@@ -45,17 +45,14 @@ def read_mooncake(path: Path, options: ReadOptions) -> Trace:
     if not parts:
         raise InputError(f"{path}: has no rows; legal is at least one request")
     times_ms, prompt, output, count, ids = (np.concatenate(column) for column in zip(*parts, strict=True))
-    full = prompt // MOONCAKE_BLOCK_TOKENS  # a last block that is not full cannot be shared
-    if len(ids):
-        within = np.arange(len(ids)) - np.repeat(np.cumsum(count) - count, count)
-        ids = ids[within < np.repeat(full, count)]
+    count, ids = full_blocks(prompt, MOONCAKE_BLOCK_TOKENS, count, ids)
     return Trace(
         path=str(path),
         arrived_at_s=(times_ms - times_ms[0]) / 1e3,
         prompt_tokens=prompt.astype(np.int32),
         output_tokens=output.astype(np.int32),
         prefix_block_tokens=MOONCAKE_BLOCK_TOKENS if len(ids) else 0,
-        prefix_count=np.minimum(count, full).astype(np.int32) if len(ids) else None,
+        prefix_count=count if len(ids) else None,
         prefix_hash=ids if len(ids) else None,
     )
 
@@ -118,16 +115,17 @@ def read_decisions(path: Path, options: ReadOptions) -> Trace:
         signals = record.get("request")
         signals = signals if isinstance(signals, dict) else {}
         known = record if record.get("prompt_tokens") is not None else signals
+        waited_s = seconds(place, signals, "waited_s")
         rows.append(
             (
-                instant(place, record, "decided_at_s") - (optional(signals.get("waited_s")) or 0.0),
+                instant(place, record, "decided_at_s") - (0.0 if math.isnan(waited_s) else waited_s),
                 tokens(place, known, "prompt_tokens"),
                 tokens(place, record, "output_tokens"),
                 _index(signals.get("class_index")),
                 _index(signals.get("task_index")),
                 str(record.get("served_by") or record.get("choice") or ""),
-                optional(record.get("ttft_s")),
-                optional(record.get("e2e_s")),
+                seconds(place, record, "ttft_s"),
+                seconds(place, record, "e2e_s"),
                 optional(record.get("cost_usd")),
             )
         )

@@ -49,6 +49,20 @@ def link(session_index: Array, arrived_at_s: Array, e2e_s: Array | None) -> tupl
     return parent, think_s
 
 
+def full_blocks(prompt_tokens: Array, block_tokens: int, count: Array, hashes: Array) -> tuple[Array, Array]:
+    """Counts (M,) and hashes of the full blocks alone: a last block that is not full cannot be shared.
+
+    Args:
+        prompt_tokens: (M,).
+        block_tokens: of one hash.
+        count: (M,) hashes of each request.
+        hashes: (sum of count,).
+    """
+    full = prompt_tokens // block_tokens
+    within = np.arange(len(hashes)) - np.repeat(np.cumsum(count) - count, count)
+    return np.minimum(count, full).astype(np.int32), hashes[within < np.repeat(full, count)]
+
+
 def shared(keys: Sequence[str]) -> list[str]:
     """The keys that several calls have; those of a single call become empty."""
     found: dict[str, int] = {}

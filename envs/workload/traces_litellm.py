@@ -18,7 +18,7 @@ import numpy as np
 from envs.workload.traces import ReadOptions, Trace
 from envs.workload.traces_files import json_lines
 from envs.workload.traces_links import dense, link, shared
-from envs.workload.traces_values import instant, optional, tokens
+from envs.workload.traces_values import Place, bad, instant, optional, tokens
 from marginroute.errors import InputError
 
 Row = tuple[float, int, int, str, str, str, str, str, float, float, float, bool]
@@ -74,7 +74,7 @@ def read_litellm(path: Path, options: ReadOptions) -> Trace:
     )
 
 
-def _row(place: tuple[Path, int], payload: Mapping[str, Any]) -> Row:
+def _row(place: Place, payload: Mapping[str, Any]) -> Row:
     start_s = instant(place, payload, "startTime")
     metadata = payload.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
@@ -88,12 +88,25 @@ def _row(place: tuple[Path, int], payload: Mapping[str, Any]) -> Row:
         str(payload.get("model_group") or payload.get("model") or ""),
         str(payload.get("cache_key") or ""),
         str(payload.get("trace_id") or ""),
-        _since(place, payload, "completionStartTime", start_s),
-        _since(place, payload, "endTime", start_s),
+        _ttft_s(place, payload, start_s),
+        _e2e_s(place, payload, start_s),
         optional(payload.get("response_cost")),
         payload.get("cache_hit") in (True, "True", "true"),
     )
 
 
-def _since(place: tuple[Path, int], payload: Mapping[str, Any], key: str, start_s: float) -> float:
-    return math.nan if not payload.get(key) else instant(place, payload, key) - start_s
+def _ttft_s(place: Place, payload: Mapping[str, Any], start_s: float) -> float:
+    """Seconds to the first token; nan where it is unknown, or that of a call before (an answer from a cache)."""
+    if not payload.get("completionStartTime"):
+        return math.nan
+    since_s = instant(place, payload, "completionStartTime") - start_s
+    return since_s if since_s >= 0.0 else math.nan
+
+
+def _e2e_s(place: Place, payload: Mapping[str, Any], start_s: float) -> float:
+    if not payload.get("endTime"):
+        return math.nan
+    since_s = instant(place, payload, "endTime") - start_s
+    if since_s < 0.0:
+        raise bad(place, "endTime", payload["endTime"], f"a time after the start, {payload['startTime']}")
+    return since_s

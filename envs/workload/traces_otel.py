@@ -8,7 +8,6 @@ gen_ai.request.model, gen_ai.conversation.id, gen_ai.agent.name. OTLP writes 64-
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 from envs.workload.traces import ReadOptions, Trace
 from envs.workload.traces_files import json_lines, opened
 from envs.workload.traces_links import dense, link, names, shared
-from envs.workload.traces_values import bad, tokens
+from envs.workload.traces_values import Place, bad, objects, seconds, tokens
 from marginroute.errors import InputError
 
 _TEXT_OPERATIONS = ("chat", "text_completion", "generate_content")
@@ -39,7 +38,7 @@ def read_otel(path: Path, options: ReadOptions) -> Trace:
     rows: list[Row] = []
     skipped = 0
     for place, service, span in _spans(path):
-        attributes = _attributes(span.get("attributes"))
+        attributes = _attributes(place, span)
         operation = attributes.get("gen_ai.operation.name")
         if operation is None and not any(key in attributes for key in _INPUT):
             continue
@@ -75,17 +74,17 @@ def read_otel(path: Path, options: ReadOptions) -> Trace:
     )
 
 
-def _spans(path: Path) -> Iterator[tuple[tuple[Path, int], str, dict[str, Any]]]:
+def _spans(path: Path) -> Iterator[tuple[Place, str, dict[str, Any]]]:
     """Place, service name and span of every span of the file."""
     for line, document in _documents(path):
-        resources = document.get("resourceSpans")
-        if not isinstance(resources, list):
-            raise bad((path, line), "resourceSpans", resources, "OTLP JSON with a list of them")
-        for resource in resources:
-            service = str(_attributes(resource.get("resource", {}).get("attributes")).get("service.name", ""))
-            for scope in resource.get("scopeSpans", ()):
-                for span in scope.get("spans", ()):
-                    yield (path, line), service, span
+        if document.get("resourceSpans") is None:
+            raise bad((path, line), "resourceSpans", None, "OTLP JSON with a list of them")
+        place = (path, line)
+        for resource in objects(place, document, "resourceSpans"):
+            service = str(_attributes(place, _object(place, resource, "resource")).get("service.name", ""))
+            for scope in objects(place, resource, "scopeSpans"):
+                for span in objects(place, scope, "spans"):
+                    yield place, service, span
 
 
 def _documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -109,24 +108,36 @@ def _documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     yield 1, document
 
 
-def _attributes(pairs: Any) -> dict[str, Any]:
+def _attributes(place: Place, holder: Mapping[str, Any]) -> dict[str, Any]:
     """Attributes of OTLP's list of key and typed value; arrays and maps are left out."""
-    found = {}
-    for pair in pairs if isinstance(pairs, list) else ():
-        value = pair.get("value", {})
+    found: dict[str, Any] = {}
+    for pair in objects(place, holder, "attributes"):
+        key, value = str(pair.get("key")), _object(place, pair, "value")
+        for kind in ("stringValue", "doubleValue", "boolValue"):
+            if kind in value:
+                found[key] = value[kind]
         if "intValue" in value:
-            found[pair["key"]] = int(value["intValue"])
-        else:
-            for kind in ("stringValue", "doubleValue", "boolValue"):
-                if kind in value:
-                    found[pair["key"]] = value[kind]
+            try:
+                found[key] = int(value["intValue"])
+            except (TypeError, ValueError, OverflowError):
+                raise bad(place, key, value["intValue"], "a whole number") from None
     return found
 
 
-def _row(place: tuple[Path, int], service: str, span: Mapping[str, Any], attributes: dict[str, Any]) -> Row | None:
+def _object(place: Place, holder: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """An object; missing and null are an empty one."""
+    value = holder.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise bad(place, key, value, "an object")
+    return value
+
+
+def _row(place: Place, service: str, span: Mapping[str, Any], attributes: dict[str, Any]) -> Row | None:
     """A call, or None where it failed or generated nothing."""
     output = next((attributes[key] for key in _OUTPUT if key in attributes), 0)
-    if span.get("status", {}).get("code") in _ERROR or output == 0:
+    if _object(place, span, "status").get("code") in _ERROR or output == 0:
         return None
     key = next((key for key in _INPUT if key in attributes), _INPUT[0])
     start, end = _nanoseconds(place, span, "startTimeUnixNano"), _nanoseconds(place, span, "endTimeUnixNano")
@@ -134,7 +145,6 @@ def _row(place: tuple[Path, int], service: str, span: Mapping[str, Any], attribu
         raise bad(place, "endTimeUnixNano", end, f"a time after the start, {start}")
     conversation = attributes.get("gen_ai.conversation.id")
     model = attributes.get("gen_ai.request.model") or attributes.get("gen_ai.response.model") or ""
-    first = attributes.get("gen_ai.response.time_to_first_chunk", math.nan)
     return (
         start,
         tokens(place, attributes, key),
@@ -144,16 +154,16 @@ def _row(place: tuple[Path, int], service: str, span: Mapping[str, Any], attribu
         service,
         str(attributes.get("gen_ai.agent.name", "")),
         str(model),
-        float(first),
+        seconds(place, attributes, "gen_ai.response.time_to_first_chunk"),
         (end - start) / 1e9,
     )
 
 
-def _nanoseconds(place: tuple[Path, int], span: Mapping[str, Any], key: str) -> int:
+def _nanoseconds(place: Place, span: Mapping[str, Any], key: str) -> int:
     value = span.get(key)
     try:
         figure = int(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         figure = 0
     if figure < _OLDEST_NS:
         raise bad(place, key, value, "nanoseconds since 1970")

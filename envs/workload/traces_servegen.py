@@ -23,12 +23,14 @@ from typing import Any
 import numpy as np
 
 from envs.workload.arrivals import unit_gaps
-from envs.workload.traces import ReadOptions, Trace
+from envs.workload.traces import MAX_TOKENS, ReadOptions, Trace
+from envs.workload.traces_files import DAMAGE, opened
 from marginroute.errors import InputError
 
 Array = np.ndarray[Any, Any]
 
 WINDOW_S = 600.0
+MAX_PER_S = 1e5  # of one client: beyond what any service sees in all
 DEFAULT_SPAN_S = 3600.0  # a day of the largest archives has 10**8 requests
 _NAME = re.compile(r"chunk-(\d+)-(trace\.csv|dataset\.json)$")
 _INPUT = ("input_tokens", "text_tokens", "image_tokens", "audio_tokens", "video_tokens")
@@ -111,7 +113,9 @@ def read_clients(path: Path) -> list[Client]:
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     if path.is_dir():
         for file in sorted(path.rglob("chunk-*")):
-            yield file.name, file.read_bytes()
+            if _NAME.search(file.name) and file.is_file():
+                with opened(file) as content:
+                    yield file.name, content.read()
         return
     try:
         with tarfile.open(path) as archive:
@@ -119,8 +123,9 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
                 if member.isfile() and _NAME.search(member.name):
                     content = archive.extractfile(member)
                     yield member.name, content.read() if content else b""
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"{path}: is not a whole tar archive ({error}); legal is a tar archive") from None
+    except (tarfile.TarError, *DAMAGE, OSError) as error:
+        problem = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
+        raise InputError(f"{path}: is not a whole tar archive ({problem}); legal is a tar archive") from None
 
 
 def _client(path: Path, number: int, files: dict[str, bytes]) -> Client:
@@ -131,7 +136,7 @@ def _client(path: Path, number: int, files: dict[str, bytes]) -> Client:
         try:
             start_s, rate, _, law, shape, _ = cells
             row = (float(start_s), float(rate), law.strip().lower() == "weibull", float(shape or 0.0))
-            if not row[1] >= 0.0 or (row[1] > 0.0 and not row[3] > 0.0):
+            if not 0.0 <= row[1] <= MAX_PER_S or not np.isfinite(row).all() or (row[1] > 0.0 and not row[3] > 0.0):
                 raise ValueError
         except ValueError:
             legal = "legal is start, rate, cv, Gamma or Weibull, shape, scale"
@@ -150,6 +155,8 @@ def _distributions(path: Path, number: int, text: bytes | None) -> dict[float, A
         for key, fields in data.items():
             prompt = _sum([_law(fields[name]) for name in _INPUT if name in fields])
             output = _law(fields.get("output_tokens", "{}"))
+            if not np.isfinite(float(key)):
+                raise ValueError(f"{key} is not a number of seconds")
             if prompt is not None and output is not None:
                 found[float(key)] = (prompt, output)
         return found
@@ -163,6 +170,8 @@ def _law(text: str) -> tuple[Array, Array] | None:
     pairs = [part.split(":") for part in text.strip().strip("{}").split(",") if ":" in part]
     values = np.array([float(value) for value, _ in pairs])
     weight = np.array([float(share) for _, share in pairs])
+    if not (np.abs(values) <= MAX_TOKENS).all() or not ((weight >= 0.0) & (weight < np.inf)).all():
+        raise ValueError(f"{text[:60]!r} is not a distribution of tokens")
     if not weight.sum() > 0.0:
         return None
     return values, np.cumsum(weight) / weight.sum()

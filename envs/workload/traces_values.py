@@ -48,6 +48,26 @@ def optional(value: Any) -> float:
     return float(value) if is_number(value) else math.nan
 
 
+def seconds(place: Place, record: Mapping[str, Any], key: str) -> float:
+    """A duration, 0 or more; nan where it is unknown (missing, null or NaN)."""
+    value = record.get(key)
+    if value is None or value != value:
+        return math.nan
+    if not is_number(value) or value < 0:
+        raise bad(place, key, value, "0 or more seconds, or nothing")
+    return float(value)
+
+
+def objects(place: Place, record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    """A list of objects; missing and null are an empty one."""
+    values = record.get(key)
+    if values is None:
+        return []
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise bad(place, key, values, "a list of objects")
+    return values
+
+
 def instant(place: Place, record: Mapping[str, Any], key: str) -> float:
     """Seconds since 1970 of a Unix time or an ISO timestamp (UTC where it names no zone)."""
     value = record.get(key)

@@ -155,6 +155,22 @@ def test_otel_spans_link_calls_to_what_they_waited_for(tmp_path):
     assert read_trace(write(tmp_path, whole), "otel-genai").n_requests == 2
 
 
+USED = "gen_ai.usage.input_tokens"
+
+
+def counted(key, figure):
+    return {"key": key, "value": {"intValue": figure}}
+
+
+def timed(seconds):
+    return {"key": "gen_ai.response.time_to_first_chunk", "value": {"doubleValue": seconds}}
+
+
+def test_what_otel_may_leave_out_may_be_null(tmp_path):
+    bare = {"resourceSpans": [{"resource": None, "scopeSpans": [{"spans": [{**span(0, 1, "a"), "status": None}]}]}]}
+    assert read_trace(write(tmp_path, lines(bare))).n_requests == 1
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [
@@ -164,6 +180,12 @@ def test_otel_spans_link_calls_to_what_they_waited_for(tmp_path):
         (lines(export(span(0, 1, "a", (0, 5)))), "gen_ai.usage.input_tokens is 0"),
         (lines(export(span(0, 1, "a", (5, 0)))), "no answered GenAI call (1 skipped)"),
         ("[\n1]\n", "is list"),
+        (lines({"resourceSpans": [3]}), "resourceSpans is [3]"),
+        (lines({"resourceSpans": [{"resource": 3}]}), "resource is 3"),
+        (lines({"resourceSpans": [{"scopeSpans": [{"spans": [None]}]}]}), "spans is [None]"),
+        (lines(export({**span(0, 1, "a"), "status": 2})), "status is 2"),
+        (lines(export({**span(0, 1, "a"), "attributes": [counted(USED, "many")]})), f"{USED} is 'many'"),
+        (lines(export({**span(0, 1, "a"), "attributes": [*span(0, 1, "a")["attributes"], timed(-1)]})), "chunk is -1"),
     ],
 )
 def test_bad_otel_files(tmp_path, text, part):
@@ -175,6 +197,20 @@ def record(second, **changes):
     known = {"decided_at_s": 1.7e9 + second, "choice": "large", "probability": 1.0, "status": "completed"}
     known |= {"served_by": "small", "ttft_s": 0.2, "e2e_s": 1.5, "prompt_tokens": None, "output_tokens": 7}
     return {**known, "cost_usd": None, "request": signals, **changes}
+
+
+def test_a_decision_that_does_not_say_how_long_it_waited_arrived_when_it_was_decided(tmp_path):
+    path = write(tmp_path, lines(record(0), record(2, request={"prompt_tokens": 9}), record(4, ttft_s=None)))
+    trace = read_trace(path)
+    np.testing.assert_allclose(trace.arrived_at_s, [0.0, 2.5, 4.0], atol=1e-6)
+    assert np.isnan(trace.ttft_s[2])
+    assert "ttft_s is -1" in failure(write(tmp_path, lines(record(0, ttft_s=-1))))
+
+
+@pytest.mark.parametrize("text", [lines(record(0), record(2)), mooncake((0, 600, 5, [1]), (9, 600, 5, [1]))])
+def test_a_byte_order_mark_is_passed_over(tmp_path, text):
+    marked = read_trace(write(tmp_path, gzip.compress(b"\xef\xbb\xbf" + text.encode())))
+    assert marked.arrived_at_s.tobytes() == read_trace(write(tmp_path, text)).arrived_at_s.tobytes()
 
 
 def test_own_decision_records_come_back_as_a_trace(tmp_path):
@@ -227,6 +263,9 @@ def test_agent_sessions_nest_and_coarsen(tmp_path):
     close = read_trace(write(tmp_path, lines(*sessions())), session_gap_s=6.0)
     assert close.arrived_at_s.tolist() == [0.0, 5.0, 6.0, 9.0] and close.parent_index.tolist() == [-1, 0, -1, 0]
     assert "block_size is 60" in failure(write(tmp_path, lines({"block_size": 60, "requests": []})))
+    back = {"block_size": 64, "requests": [call(5.0, 5, 5, []), call(4.0, 5, 5, [])]}
+    assert "t is 4.0" in failure(write(tmp_path, lines(back)))
+    assert "requests is [1]" in failure(write(tmp_path, lines({"block_size": 64, "requests": [1]})))
     bad = {"block_size": 64, "requests": [call(None, 5, 5, [])]}
     assert "t is missing" in failure(write(tmp_path, lines(bad)))
 
@@ -245,6 +284,11 @@ def test_agent_sessions_as_parquet(tmp_path):
     trace = read_trace(path, session_gap_s=100.0)
     assert trace.arrived_at_s.tolist() == [0.0, 9.0, 103.0] and trace.think_s[1] == 7.0
     assert trace.prefix_hash[:2].tolist() == trace.prefix_hash[2:4].tolist() and len(set(trace.prefix_hash)) == 5
+    for name, value in (("t", None), ("t", 99.0), ("in", -4), ("out", 1 << 40), ("n_blocks", 99), ("api_time", -1.0)):
+        column = [value, *table[name].to_pylist()[1:]]
+        at = table.column_names.index(name)
+        pyarrow.parquet.write_table(table.set_column(at, name, [column]), path)
+        failure(path)
     pyarrow.parquet.write_table(table.drop_columns(["out"]), path)
     assert "no column 'out'" in failure(path)
     assert "damaged Parquet" in failure(write(tmp_path, b"PAR1" + b"x" * 30), "agent-sessions")
@@ -287,6 +331,13 @@ def test_bad_servegen_archives(tmp_path):
     assert "no client has lengths" in failure(archive(tmp_path, **{"0_traceXcsv": "0,1,1,Gamma,1,1\n"}))
     text = failure(archive(tmp_path, **{"0_traceXcsv": "0,1,1,Gamma,1,1\n", "0_datasetXjson": "[1]"}))
     assert "chunk-0-dataset.json" in text
+    for text in ("0,inf,1,Gamma,1,1\n", "0,1e9,1,Gamma,1,1\n", "nan,1,1,Gamma,1,1\n"):
+        assert "line 1" in failure(archive(tmp_path, **{"0_traceXcsv": text, "0_datasetXjson": LENGTHS}))
+    lengths = LENGTHS.replace("100: 0.5", "nan: 0.5")
+    text = failure(archive(tmp_path, **{"0_traceXcsv": "0,1,1,Gamma,1,1\n", "0_datasetXjson": lengths}))
+    assert "chunk-0-dataset.json" in text
+    (tmp_path / "folder" / "chunk-0-trace.csv").mkdir(parents=True)
+    assert "has no client" in failure(tmp_path / "folder")
     broken = archive(tmp_path, **{"0_traceXcsv": "0,1,1,Gamma,1,1\n" * 999})
     broken.write_bytes(broken.read_bytes()[:150])
     failure(broken, "servegen")
@@ -295,7 +346,7 @@ def test_bad_servegen_archives(tmp_path):
 def test_csv_with_sessions_and_hashes(tmp_path):
     text = "arrived_at,prompt_tokens,output_tokens,session,hash_ids,tenant\n0,600,4,a,1 2,x\n5,700,4,a,1 2 3,x\n"
     trace = read_trace(write(tmp_path, text), block_tokens=256)
-    assert trace.prefix_block_tokens == 256 and trace.prefix_count.tolist() == [2, 3]
+    assert trace.prefix_block_tokens == 256 and trace.prefix_count.tolist() == [2, 2]
     assert trace.parent_index.tolist() == [-1, 0] and np.isnan(trace.think_s).all()
     assert trace.tenant_name.tolist() == ["x", "x"]
     assert "hash_ids" in failure(write(tmp_path, text.replace("1 2 3", "1 b")))

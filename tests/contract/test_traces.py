@@ -17,6 +17,7 @@ HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 ROW = "2023-11-16 18:15:46.6805900,374,44\n"
 LATER = "2023-11-16 18:15:50.9951690,396,109\n"
 COLUMNS = {"arrived_at": "t", "prompt_tokens": "p", "output_tokens": "o", "class": "c"}
+COLUMNS_ONLY = {ours: theirs for ours, theirs in COLUMNS.items() if ours != "class"}
 CALL = {
     "id": "a",
     "call_type": "acompletion",
@@ -70,6 +71,10 @@ def test_csv_with_columns_of_another_name(tmp_path):
     assert trace.arrived_at_s.tolist() == [0.0, 1.5, 1.5]
     assert trace.class_name.tolist() == ["gold", "a, b", "gold"]
     assert trace.prompt_key.tolist() == [0, -1, 0]
+    some = read_trace(
+        write(tmp_path, "t,p,o,f\n0,3,4,0.2\n1,3,4,\n2,3,4,NaN\n"), "csv", {**COLUMNS_ONLY, "ttft_s": "f"}
+    )
+    np.testing.assert_array_equal(some.ttft_s, [0.2, np.nan, np.nan])
     plain = read_trace(write(tmp_path, "arrived_at,prompt_tokens,output_tokens\n2024-01-01T00:00:00Z,1,2\n"), "csv")
     assert plain.n_requests == 1 and plain.class_name is None
 
@@ -129,6 +134,11 @@ def test_bad_azure_file(tmp_path, content, parts):
         ("t,p,o,c\n1,2,3,a\nnan,2,3,a\n", COLUMNS, ["line 3", "t is 'nan'"]),
         ("t,p,o,c\ninf,2,3,a\n", COLUMNS, ["line 2", "t is 'inf'"]),
         ("t,p,o\n1,2,3\n", COLUMNS, ["line 1", "no column 'c'"]),
+        ('t,p,o,"c\n1,2,3,a\n', COLUMNS, ["line 1", "double quote"]),
+        ("t,p,o,c\n1,2,3,-1\n", {**COLUMNS_ONLY, "ttft_s": "c"}, ["line 2", "c is '-1'", "or nothing"]),
+        ("t,p,o,c\n1,2,3,inf\n", {**COLUMNS_ONLY, "e2e_s": "c"}, ["line 2", "c is 'inf'"]),
+        ("t,p,o,c\n1,2,3,soon\n", {**COLUMNS_ONLY, "e2e_s": "c"}, ["line 2", "c is 'soon'"]),
+        ("t,p,o,c\n1,2000,3,4 -5\n", {**COLUMNS_ONLY, "hash_ids": "c"}, ["hash_ids"]),
         ("t,p,o\n1,2,3\n", {"arrived_at": "t"}, ["prompt_tokens is not mapped"]),
         ("t,p,o\n1,2,3\n", {"arrival": "t"}, ["unknown column 'arrival'"]),
     ],
@@ -148,6 +158,7 @@ def test_bad_csv(tmp_path, content, columns, parts):
         (lines({**CALL, "prompt_tokens": float("nan")}), ["line 1", "prompt_tokens is nan"]),
         (lines({**CALL, "startTime": None}), ["startTime is missing"]),
         (lines({**CALL, "startTime": "noon"}), ["startTime is 'noon'"]),
+        (lines({**CALL, "endTime": 1.0}), ["line 1", "endTime is 1.0", "a time after the start"]),
         (lines({**CALL, "status": "failure"}), ["no answered call (1 skipped)"]),
         (b"\xff\xfe{}\n", ["line 1", "not JSON"]),
         (gzip.compress(lines(*[CALL] * 200).encode(), mtime=0)[:90], ["damaged gzip"]),
