@@ -42,8 +42,7 @@ Generator = Callable[[float, int], Trace]  # seconds and seed to a stream
 
 def run(arguments: argparse.Namespace) -> int:
     """The command."""
-    if arguments.out is not None and not arguments.out.parent.is_dir():
-        raise InputError(f"--out {arguments.out}: no such folder; legal is a file in one that exists")
+    _check(arguments)
     names = [name for name in (arguments.what, arguments.against) if name]
     columns = _columns(names, arguments)
     firsts = [column.first for column in columns]
@@ -58,6 +57,21 @@ def run(arguments: argparse.Namespace) -> int:
         write_whole(arguments.out, page(titles, firsts, rows, clock_s))
         print(f"wrote {arguments.out}")
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuses what cannot be drawn, cut or written, before anything is read."""
+    out, duration_s = arguments.out, arguments.duration_s
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise InputError(f"--out {out}: no such folder, or one itself; legal is a file in one that exists")
+    if arguments.draws < 1:
+        raise InputError(f"--draws {arguments.draws} is not legal; legal is 1 or more")
+    if duration_s is not None and not 0.0 < duration_s < math.inf:
+        raise InputError(f"--duration-s {duration_s:g} is not legal; legal is more than 0")
+    if not 0.0 <= arguments.from_s < math.inf:
+        raise InputError(f"--from-s {arguments.from_s:g} is not legal; legal is 0 or more")
+    if arguments.to_s is not None and not arguments.to_s > arguments.from_s:
+        raise InputError(f"--to-s {arguments.to_s:g} is not legal; legal is more than --from-s, {arguments.from_s:g}")
 
 
 @dataclass(frozen=True)
@@ -87,8 +101,6 @@ def _lengths(stream: Trace) -> Lengths:
 
 def _columns(names: list[str], arguments: argparse.Namespace) -> list[_Column]:
     """The streams of each name: a trace alone, or those drawn for as long as a trace lasts."""
-    if arguments.draws < 1:
-        raise InputError(f"--draws {arguments.draws} is not legal; legal is 1 or more")
     found: dict[int, _Column] = {}
     generators: dict[int, Generator] = {}
     for place, name in enumerate(names):
@@ -99,7 +111,7 @@ def _columns(names: list[str], arguments: argparse.Namespace) -> list[_Column]:
         else:
             generators[place] = partial(drawn, _generator(name))
     lasting_s = max((column.first.span_s for column in found.values()), default=_DEFAULT_S)
-    length_s = arguments.duration_s or lasting_s
+    length_s = arguments.duration_s or lasting_s or _DEFAULT_S
     for place, generator in generators.items():
         later = range(arguments.seed + 1, arguments.seed + arguments.draws)
         others = tuple(partial(generator, length_s, seed) for seed in later)
@@ -133,6 +145,11 @@ def _is_trace(name: str, arguments: argparse.Namespace) -> bool:
     path = Path(name)
     if arguments.trace_format and arguments.trace_format not in FORMATS:
         raise InputError(f"--trace-format {arguments.trace_format!r} is not legal; legal is {', '.join(FORMATS)}")
+    plain = path.suffix in ("", ".yaml", ".yml")
+    if not path.exists() and not plain:
+        raise InputError(
+            f"{name}: no such file; legal is a file of recorded requests, a YAML file or a scenario's name"
+        )
     return path.exists() and path.suffix not in (".yaml", ".yml")
 
 
@@ -205,6 +222,8 @@ def _halves(recorded: Trace, clock_s: float) -> list[str]:
     Empty where a half has too few requests to tell.
     """
     if recorded.session_index is not None and recorded.session_index.max() < 1:
+        return []
+    if recorded.n_requests < 2 * _FEWEST_ROWS or recorded.span_s <= 0.0:
         return []
     one, other = parts(recorded, 0.5)
     if other is None or min(one.n_requests, other.n_requests) < _FEWEST_ROWS:

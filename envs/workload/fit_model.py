@@ -158,8 +158,10 @@ def fit(trace: Trace, sizes: Sizes = Sizes()) -> Model:
     """The generator fitted to all rows of a trace.
 
     Raises:
-        InputError: there are too few rows.
+        InputError: there are too few rows, or all arrive at once.
     """
+    if trace.span_s <= 0.0:
+        raise InputError(f"{trace.path}: all requests arrive at once; legal is a recording that lasts")
     if trace.n_requests < _FEWEST_REQUESTS:
         text = f"{trace.path}: {trace.n_requests} requests to fit"
         raise InputError(f"{text}; legal is {_FEWEST_REQUESTS} or more")

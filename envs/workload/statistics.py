@@ -27,7 +27,7 @@ class Summary:
     Attributes:
         requests: M.
         span_s: seconds from the first to the last arrival.
-        rate_per_s: mean arrivals per second.
+        rate_per_s: mean arrivals per second; nan where all arrive at once.
         peak_per_s: most arrivals of a whole minute, per second; nan below two minutes.
         gap_cv: coefficient of variation of gaps.
         fano: variance over mean of the counts in 1, 10 and 60 s.
@@ -82,7 +82,7 @@ def summary(trace: Trace, clock_s: float = 0.0) -> Summary:
     return Summary(
         requests=trace.n_requests,
         span_s=trace.span_s,
-        rate_per_s=trace.n_requests / max(trace.span_s, 1e-9),
+        rate_per_s=trace.n_requests / trace.span_s if trace.span_s > 0.0 else np.nan,
         peak_per_s=float(minutes.max()) / 60.0 if len(minutes) > 1 else np.nan,
         gap_cv=float(gaps.std() / gaps.mean()) if len(gaps) and gaps.mean() > 0.0 else np.nan,
         fano=tuple(fano(arrived_s, window_s) for window_s in FANO_WINDOWS_S),

@@ -38,6 +38,8 @@ def detect(path: Path) -> str:
     head = head_of(path)
     if head.startswith(b"PAR1"):
         return "agent-sessions"
+    if not head:
+        raise InputError(f"{path}: is empty; legal is a file with at least one request")
     if tarfile.is_tarfile(path):
         return "servegen"
     keys = _json_keys(head)

@@ -75,6 +75,48 @@ def test_a_stretch_of_a_trace(chats, capsys):
     assert requests.split() == ["requests", "20"]
 
 
+def at_once(tmp_path, rows):
+    path = tmp_path / "at_once.csv"
+    path.write_text("arrived_at,prompt_tokens,output_tokens\n" + "5,100,20\n" * rows)
+    return path
+
+
+def test_requests_that_arrive_at_once_have_no_rate(tmp_path, chats, capsys):
+    for command in ([], ["--against", str(chats)], ["--against", "quickstart", "--draws", "1"]):
+        assert main(["describe", str(at_once(tmp_path, 1)), *command]) == 0
+        rate = [line.split()[2:] for line in capsys.readouterr().out.splitlines() if line.startswith("rate")]
+        assert len(rate) == (1 if command else 0) and all(len(row) == 1 for row in rate)
+    assert main(["describe", str(at_once(tmp_path, 60)), "--against", "fit"]) == 2
+    assert "arrive at once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--duration-s", "nan"], "--duration-s nan"),
+        (["--duration-s", "inf"], "--duration-s inf"),
+        (["--duration-s", "-1"], "--duration-s -1"),
+        (["--from-s", "-5"], "--from-s -5"),
+        (["--from-s", "nan"], "--from-s nan"),
+        (["--from-s", "50", "--to-s", "20"], "--to-s 20"),
+        (["--to-s", "nan"], "--to-s nan"),
+        (["--out", "."], "--out ."),
+    ],
+)
+def test_what_cannot_be_drawn_cut_or_written_is_refused_at_once(chats, capsys, flags, part):
+    assert main(["describe", str(chats), *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {part}") and "legal is" in captured.err and not captured.out
+
+
+def test_empty_and_missing_files_are_called_so(tmp_path, capsys):
+    (tmp_path / "empty.csv").touch()
+    assert main(["describe", str(tmp_path / "empty.csv")]) == 2
+    assert "is empty" in capsys.readouterr().err
+    assert main(["describe", str(tmp_path / "gone.csv")]) == 2
+    assert "recorded requests" in capsys.readouterr().err
+
+
 def test_what_is_wrong_is_one_sentence(chats, tmp_path, capsys):
     for words in (
         ["nothing"],
