@@ -29,15 +29,15 @@ class ContractTerms:
 
     def __init__(self, bundle: Bundle) -> None:
         names = bundle.layout.class_names
-        self._signals = np.array([_signals(bundle, name) for name in names])
+        self._signals = [_signals(bundle, name).tobytes() for name in names]
         self.terms = [bundle.terms[name] for name in names]
         self._most_tokens = [terms.get("context_tokens", math.inf) for terms in self.terms]
         self._committed = [terms.get("committed_usd", 0.0) > 0.0 for terms in self.terms]
         self.delay_tolerant = [terms.get("delay_tolerant", 0.0) > 0.0 for terms in self.terms]
 
-    def request(self, k: int) -> Array:
-        """(Q,) request signals of a class, a fresh array; those that its contract does not fix are 0."""
-        return self._signals[k].copy()
+    def request(self, k: int) -> bytearray:
+        """Memory of the (Q,) request signals of a class within its allowance; what no contract fixes is 0."""
+        return bytearray(self._signals[k])
 
     def show(self, k: int, request: Array, standing: str, quota_left: float) -> bool:
         """Writes what an answer brings as the request stands; True if its contract refuses it.
@@ -50,6 +50,8 @@ class ContractTerms:
         committed, stands = self._committed[k], STANDS[standing]
         if request.item(v.PROMPT_TOKENS) > self._most_tokens[k]:
             stands = contracts.REFUSED
+        if stands == contracts.WITHIN and quota_left == 1.0 and not committed:
+            return False  # as `request` has it
         request[v.STANDING], request[v.QUOTA_LEFT] = stands, quota_left
         if stands == contracts.REFUSED:
             return True
@@ -76,4 +78,5 @@ def _signals(bundle: Bundle, class_name: str) -> Array:
     request[v.BAD_ANSWER_USD] += terms.get("bad_lifetime_usd", 0.0)
     request[v.UNSERVED_CREDIT_USD] += terms.get("unserved_lifetime_usd", 0.0)
     request[v.MISS_USD] = terms.get("missed_lifetime_usd", 0.0)
+    request[v.STANDING], request[v.QUOTA_LEFT] = contracts.WITHIN, 1.0
     return request

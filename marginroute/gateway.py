@@ -152,6 +152,8 @@ class Gateway(Following):
         pending = pending_of(facts, runtime, verdict, view, self.clock(), judged, earlier)
         with self.lock:
             self._pending[facts.id] = pending
+            if earlier is not None:
+                self._pending.move_to_end(facts.id)
             self._note_decision(decision, acting)
             if self.limits:
                 if earlier is not None:
@@ -262,8 +264,8 @@ class Gateway(Following):
                     runtime.saw(view)
         if runtime.drift is not None and runtime.drift.drifted:
             return "drift"
-        here = view.legal[: view.layout.n_answering].any() or self._only_spent(facts)
-        return "" if here else "missing"
+        here = 1 in view.legal.tobytes()[: view.layout.n_answering]  # a third of the time of `any`
+        return "" if here or self._only_spent(facts) else "missing"
 
     def _only_spent(self, facts: Facts) -> bool:
         """Whether a provider may serve a request but for its rate limit."""

@@ -78,6 +78,6 @@ class LegalMask:
                 self._rates.note_left_out(missed)
             else:
                 legal[missed] = True
-        if not legal.any():
+        if not (legal.item(-1) or legal.any()):
             legal[-1] = True
         return legal

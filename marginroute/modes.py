@@ -56,7 +56,7 @@ class ModeSettings:
     @property
     def share(self) -> float:
         """Of the requests that may be acted on."""
-        return {"shadow": 0.0, "canary": self.canary_share, "live": 1.0}[self.mode]
+        return self.canary_share if self.mode == "canary" else float(self.mode == "live")
 
 
 def position(key: str) -> float:
@@ -111,21 +111,22 @@ class ModeSwitch:
     @property
     def share(self) -> float:
         """Of the requests that are acted on now."""
+        if self._state == IN_FORCE:
+            return self.settings.share
         if self._state == ROLLED_BACK:
             return 0.0
-        probation = self.settings.rollback.probation_share
-        return self.settings.share if self._state == IN_FORCE else min(self.settings.share, probation)
+        return min(self.settings.share, self.settings.rollback.probation_share)
 
     def acts(self, request: str, tenant: str = "", session: str = "") -> bool:
         """Whether a new request is acted on."""
         self._advance()
         share, settings = self.share, self.settings
-        if share <= 0.0:
-            return False
+        if share <= 0.0 or share >= 1.0:
+            return share > 0.0
         if settings.mode == "canary" and self._state == IN_FORCE and tenant in settings.canary_tenants:
             return True
         key = {"tenant": tenant, "session": session, "request": request}[settings.canary_by] or request
-        return share >= 1.0 or position(key) < share
+        return position(key) < share
 
     def decided(self, acted: bool, guarded: bool) -> None:
         """A decision was made; `guarded`: the guard handed it to the fallback."""

@@ -21,6 +21,7 @@ from marginroute.features import FEATURE_VERSION
 from marginroute.view import N_STATIC_SIGNALS, REQUEST_NAMES, SIGNALS, Array, Layout, View
 
 SCHEMA = 1
+_FLOAT32 = np.dtype("<f4")
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # json.dumps would make one for every record
 
 
@@ -125,7 +126,7 @@ def record_known(
 
 def changing_rows(signals: Array) -> Array:
     """(S - S_static, C) float32 copy of what a record holds of one view's signals (S, C)."""
-    return signals[N_STATIC_SIGNALS:].astype("<f4")
+    return signals[N_STATIC_SIGNALS:].astype(_FLOAT32)
 
 
 def packed(changing: Array) -> str:

@@ -73,5 +73,6 @@ def failed(state: GatewayState, pending: Pending, candidate: str) -> bool:
 
 def over(state: GatewayState, pending: Pending) -> None:
     """The request is sent somewhere else, or has ended: no second call is left."""
-    state.end(second_key(pending.facts.id), CANCELLED)
-    pending.second, pending.second_answers = "", False
+    if pending.second or pending.second_answers:
+        state.end(second_key(pending.facts.id), CANCELLED)
+        pending.second, pending.second_answers = "", False

@@ -80,6 +80,7 @@ class GatewayState:
         self._sessions = SessionMap()
         self.rates = RateBook(self.layout, {**bundle.rate_limits, **(rate_limits or {})}, clock)
         self._scraped_at_s, self._now_s = np.full(self.layout.n_candidates, np.inf), np.array(0.0)
+        self._scraped = False  # whether any page was
         self._quality = ExpectedQuality(bundle, posterior)
         self._contracts = ContractTerms(bundle)
         self._windows = SloWindows(self._contracts.terms, clock())
@@ -210,7 +211,7 @@ class GatewayState:
         """An engine's metrics page said so `age_s` seconds ago."""
         with self._lock:
             self._counters.signals[[v.WAITING, v.RUNNING, v.KV_USAGE], candidate] = waiting, running, kv_usage
-            self._scraped_at_s[candidate] = self._clock() - age_s
+            self._scraped_at_s[candidate], self._scraped = self._clock() - age_s, True
             if age_s <= FRESH_S:
                 mine = self._counters.signals[:, candidate]
                 held = max(mine[v.IN_FLIGHT] - mine[v.IN_FLIGHT_CAP], 0.0) if "hold" in self._can else 0.0
@@ -280,9 +281,9 @@ class GatewayState:
             sequence = self._sequence
             self._sequence += 1
         self._quality.show(signals, p_good, cached, trial)
-        request = self._contracts.request(cell[0])
+        asked = self._contracts.request(cell[0])
         _write_asked(
-            request.data,
+            asked,
             0,
             max(prompt_tokens, 1),
             output_tokens,
@@ -293,8 +294,10 @@ class GatewayState:
             arrival_rate_per_s,
             sequence,
             *((0.0, 0.0) if trial is None else (len(trial.tiers), trial.score)),
-            *(0.0, 0.0),
+            0.0,
+            0.0,
         )
+        request = np.frombuffer(asked)
         refused = self._contracts.show(cell[0], request, standing, quota_left)
         if miss_usd:
             request[[v.MISS_USD, v.UNSERVED_CREDIT_USD]] += miss_usd
@@ -315,10 +318,11 @@ class GatewayState:
         if self._judged:
             self._told[task].take(self._tier, 1, signals[v.SURPRISE : v.TIER_CONFIDENCE + 1, : self._serving])
         self._elsewhere.add_to(signals)
-        self._now_s[...] = now_s
-        age_s = signals[v.TELEMETRY_AGE_S]
-        np.subtract(self._now_s, self._scraped_at_s, age_s)
-        np.maximum(age_s, _ZERO, out=age_s)  # 0: there is nothing to scrape
+        if self._scraped:
+            self._now_s[...] = now_s
+            age_s = signals[v.TELEMETRY_AGE_S]
+            np.subtract(self._now_s, self._scraped_at_s, age_s)
+            np.maximum(age_s, _ZERO, out=age_s)  # 0: there is nothing to scrape
         if "hold" in self._can:
             signals[v.HELD] = np.maximum(signals[v.IN_FLIGHT] - signals[v.IN_FLIGHT_CAP], 0.0)
         return signals
@@ -338,6 +342,7 @@ class GatewayState:
             self._prompts.take_over(old._prompts, candidates)
             for theirs, c in candidates.items():
                 self._scraped_at_s[c] = old._scraped_at_s[theirs]
+            self._scraped = old._scraped
             self._lengths.take_over(old._lengths, classes, tasks)
             for t_old, t in places(self.layout.tier_names, old.layout.tier_names).items():
                 for j_old, j in tasks.items():

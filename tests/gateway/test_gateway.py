@@ -55,6 +55,19 @@ def test_the_verdict_and_the_record_say_who_acts(made, tmp_path, mode, acting):
     assert gateway.state.in_flight == gateway.pending == 0
 
 
+def test_a_retry_does_not_keep_those_behind_it_from_being_written_off(made):
+    now_s = [0.0]
+    gateway = made(clock=lambda: now_s[0], stale_after_s=10.0)
+    gateway.sent("a", gateway.decide(Facts("a", 100)).decision.name, True)
+    gateway.decide(Facts("b", 100))
+    now_s[0] = 9.0
+    gateway.attempt_failed("a")
+    assert gateway.decide(Facts("a", 100)).attempt == 2
+    now_s[0] = 11.0
+    gateway.decide(Facts("c", 100))
+    assert [gateway.waited_s(id) for id in "abc"] == [11.0, None, 0.0]
+
+
 def test_a_retry_avoids_what_failed(made, tmp_path):
     gateway = made()
     first = gateway.decide(Facts("a", 100, available=("small/0", "large/0")))
