@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from marginroute import __version__, control_policy, heuristics
+from marginroute.bundle_shape import check_predictor, check_shape
 from marginroute.control_rules import Controller
 from marginroute.drift import Histograms
 from marginroute.errors import InputError
@@ -151,15 +152,6 @@ def _npz_bytes(arrays: dict[str, Array]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
-
-
-def check_predictor(predictor: QualityPredictor, layout: Layout) -> None:
-    """Raises InputError unless at least one of the predictor's models is a tier."""
-    if not set(predictor.models) & set(layout.tier_names):
-        raise InputError(
-            f"the quality predictor knows {', '.join(predictor.models)}; legal is at least one of the tiers "
-            f"{', '.join(layout.tier_names)}: fit it with --tier TIER=MODEL"
-        )
 
 
 def _described(predictor: QualityPredictor) -> dict[str, Any]:
@@ -331,11 +323,13 @@ def load(folder: str | Path) -> Bundle:
     """Reads and verifies a bundle.
 
     Raises:
-        InputError: missing, tampered with, incompatible, or not reproducing its parity vectors.
+        InputError: missing, tampered with, incompatible, inconsistent, or not reproducing its parity vectors.
     """
     folder = Path(folder)
     try:
-        return _load(folder, read_manifest(folder))
+        bundle = _load(folder, read_manifest(folder))
+        check_shape(bundle, str(folder))
+        return bundle
     except InputError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -389,9 +383,9 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Bundle:
         allowed=np.array([np.isin(layout.names, manifest["allowed"][name]) for name in layout.class_names]),
         output_tokens=np.array(manifest["output_tokens"], dtype=np.float64),
         prior=QualityPrior.from_dict(manifest["prior"]),
-        scenario=manifest["scenario"],
-        evaluation=manifest["evaluation"],
-        provenance=manifest["provenance"],
+        scenario=dict(manifest["scenario"]),
+        evaluation=dict(manifest["evaluation"]),
+        provenance=dict(manifest["provenance"]),
         predictor=predictor,
         controller=controller,
         histograms=histograms,

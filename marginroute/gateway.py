@@ -21,6 +21,7 @@ from typing import Any
 from marginroute import second_call
 from marginroute import view as v
 from marginroute.bundle import Bundle
+from marginroute.contracts import REFUSED
 from marginroute.control_loop import Report
 from marginroute.decision import Decision
 from marginroute.drift import DriftMonitor
@@ -264,6 +265,8 @@ class Gateway(Following):
                     runtime.saw(view)
         if runtime.drift is not None and runtime.drift.drifted:
             return "drift"
+        if view.request.item(v.STANDING) == REFUSED:
+            return ""  # by the contract: that says nothing of the candidates
         here = 1 in view.legal.tobytes()[: view.layout.n_answering]  # a third of the time of `any`
         return "" if here or self._only_spent(facts) else "missing"
 

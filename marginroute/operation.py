@@ -28,6 +28,15 @@ from marginroute.spans import TracedRecords
 
 log = logging.getLogger("marginroute.gateway")
 
+ABOVE_0 = (
+    "stale_after_s",
+    "hold_s",
+    "lease_s",
+    "max_body_bytes",
+    "request_timeout_s",
+    "assumed_answer_s",
+    "max_hold_s",
+)  # settings of any adapter
 MOST_EVENT_BYTES = 1 << 16  # of the end of an event log that is read at the start
 
 
@@ -145,8 +154,9 @@ def open_gateway(
     limits, rate_limits = limits_from(settings.limits), rate_limits_from(settings.rate_limits)
     check_providers(rate_limits, bundle.layout)
     check_priority(settings.priority, bundle.layout.class_names)
-    if not (settings.hold_s > 0.0 and settings.lease_s > 0.0):
-        raise InputError(f"hold_s {settings.hold_s}, lease_s {settings.lease_s}; legal are numbers above 0")
+    for name in ABOVE_0:
+        if not getattr(settings, name, 1.0) > 0.0:
+            raise InputError(f"{name} = {getattr(settings, name)}; legal is a number above 0")
     records = AuditLog(settings.log, settings.log_max_bytes, settings.log_keep, settings.log_fsync_s)
     events = AuditLog(event_path(settings.log), max_bytes=1 << 24, keep=1, fsync_s=0.0)
     explore = (settings.explore_share, settings.explore_limit_usd) if settings.explore_share else None

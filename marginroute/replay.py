@@ -26,7 +26,7 @@ from marginroute.errors import InputError
 from marginroute.features import FEATURE_VERSION
 from marginroute.feedback_log import lines_of
 from marginroute.record import unpacked
-from marginroute.view import CLASS_INDEX, N_STATIC_SIGNALS, REQUEST_NAMES, SIGNALS, Array, View
+from marginroute.view import CLASS_INDEX, N_STATIC_SIGNALS, REQUEST_NAMES, SIGNALS, TASK_INDEX, Array, View
 
 PIECE = 2000  # decisions made in one call
 MOST_CHANGES = 10  # kinds of change that are printed
@@ -122,15 +122,23 @@ def _parsed(log: Path, number: int, record: dict[str, Any], bundle: Bundle) -> P
         theirs = record.get("feature_version")
         raise InputError(f"{log}, line {number}: feature version {theirs!r}; legal is {FEATURE_VERSION}")
     try:
-        request = np.array([math.inf if record["request"][x] is None else record["request"][x] for x in REQUEST_NAMES])
+        told = [math.inf if record["request"][x] is None else record["request"][x] for x in REQUEST_NAMES]
+        request = np.array(told, dtype=np.float64)
         changing = unpacked(record["signals"], len(names))
         legal = np.zeros(len(names), dtype=np.bool_)
         legal[[names.index(name) for name in record["legal"]]] = True
-        return request, changing, legal, names.index(record["choice"])
+        choice = names.index(record["choice"])
     except (KeyError, ValueError, TypeError):
         raise InputError(
             f"{log}, line {number}: no record of this bundle's candidates; legal are, in this order, {', '.join(names)}"
         ) from None
+    for row, known in ((CLASS_INDEX, bundle.layout.class_names), (TASK_INDEX, bundle.layout.task_names)):
+        if request[row] not in range(len(known)):
+            raise InputError(
+                f"{log}, line {number}: {REQUEST_NAMES[row]} {request[row]:g} is none of this bundle's; legal are 0 to "
+                f"{len(known) - 1}: {', '.join(known)}"
+            )
+    return request, changing, legal, choice
 
 
 def _decide(piece: list[Parsed], bundle: Bundle, result: Replay) -> None:

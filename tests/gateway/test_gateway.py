@@ -55,6 +55,15 @@ def test_the_verdict_and_the_record_say_who_acts(made, tmp_path, mode, acting):
     assert gateway.state.in_flight == gateway.pending == 0
 
 
+def test_what_the_contract_refuses_is_not_the_guards(made):
+    gateway = made()
+    decision = gateway.decide(Facts("a", 100, standing="refused")).decision
+    assert (decision.kind, decision.guard) == ("shed", "")
+    decision = gateway.decide(Facts("b", 100, available=())).decision
+    assert (decision.kind, decision.guard) == ("shed", "missing")
+    assert gateway.status()["acted"]["guard_share"] == 0.5
+
+
 def test_a_retry_does_not_keep_those_behind_it_from_being_written_off(made):
     now_s = [0.0]
     gateway = made(clock=lambda: now_s[0], stale_after_s=10.0)
@@ -288,6 +297,8 @@ def test_a_rollback_is_written_and_outlives_the_process(bundle_folder, tmp_path)
         ({"mode": "on"}, "mode = 'on'"),
         ({"prefix_block_tokens": -1}, "prefix_block_tokens -1"),
         ({"log_keep": 0}, "log_keep 0"),
+        ({"stale_after_s": float("nan")}, "stale_after_s = nan"),
+        ({"lease_s": 0.0}, "lease_s = 0.0; legal is a number above 0"),
     ],
 )
 def test_settings_say_what_is_wrong(bundle_folder, tmp_path, more, says):

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from marginroute.__main__ import main
+from marginroute.bundle import _digest
 
 
 def change_a_term(folder):
@@ -31,6 +32,41 @@ def other_feature_version(folder):
 
 def binary(folder):
     (folder / "manifest.json").write_bytes(bytes(range(256)))
+
+
+def rewritten(change):
+    """Changes the manifest and signs it again."""
+
+    def spoil(folder):
+        path = folder / "manifest.json"
+        manifest = json.loads(path.read_text())
+        change(manifest)
+        path.write_text(json.dumps(manifest | {"digest": _digest(manifest)}))
+
+    return spoil
+
+
+UNFIT = {
+    "holds a NaN": lambda m: m["static_signals"][9].__setitem__(0, "NaN"),
+    "static_signals is": lambda m: m["static_signals"].pop(),
+    "output_tokens is": lambda m: m["output_tokens"].pop(),
+    "slots is": lambda m: m["slots"].pop(),
+    "no terms of class 'premium'": lambda m: m["terms"].pop("premium"),
+    "not replicas, then": lambda m: m["layout"]["kind"].__setitem__(0, 9),
+    "names are not all different": lambda m: m["layout"]["names"].__setitem__(1, "small/0"),
+    "of a tier": lambda m: m["layout"]["tier"].__setitem__(0, 55),
+    "of a pool": lambda m: m["layout"]["station"].__setitem__(0, 55),
+    "not of its": lambda m: m["layout"]["tier"].pop(),
+    "lacks something": lambda m: m.__setitem__("scenario", None),
+}
+
+
+@pytest.mark.parametrize("words", UNFIT)
+def test_a_signed_manifest_that_describes_no_fleet_is_refused(bundle_folder, tmp_path, capsys, words):
+    folder = shutil.copytree(bundle_folder, tmp_path / "unfit")
+    rewritten(UNFIT[words])(folder)
+    assert main(["inspect", str(folder)]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_card_names_what_matters(bundle_folder, capsys):

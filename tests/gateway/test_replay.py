@@ -106,6 +106,23 @@ def test_other_records_are_refused(logged, bundle_folder, tmp_path, capsys, chan
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("signal", "value", "says"),
+    [
+        ("class_index", 99.0, "line 1: class_index 99 is none of this bundle's; legal are 0 to 2: standard"),
+        ("class_index", -1.0, "class_index -1"),
+        ("task_index", 0.5, "task_index 0.5"),
+        ("prompt_tokens", "many", "no record"),
+    ],
+)
+def test_records_of_other_classes_and_tasks_are_refused(logged, bundle_folder, tmp_path, capsys, signal, value, says):
+    record = json.loads(logged[0].read_text().splitlines()[0])
+    record["request"][signal] = value
+    (tmp_path / "log.jsonl").write_text(json.dumps(record) + "\n")
+    assert main(["replay", str(tmp_path / "log.jsonl"), str(bundle_folder)]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_nothing_to_replay(bundle_folder, tmp_path, capsys):
     (tmp_path / "log.jsonl").write_text('{"id": "a"}\n')
     assert main(["replay", str(tmp_path / "log.jsonl"), str(bundle_folder)]) == 0
