@@ -259,7 +259,7 @@ def finish(
     crew: Crew | None,
 ) -> int:
     """Baselines, training, gate and export; the steps that a new run and a resumed one share."""
-    from agents import baselines
+    from agents import baselines, run_lines
     from agents.export import export
     from agents.floors import keep_floors
     from agents.floors import parse as parse_floors
@@ -313,10 +313,10 @@ def finish(
         print(judged_line(judged))
     run.update(status="finished")
     if policy is not None:
-        print(parity_line(run.info()))
-        print(verdict_line(verdict, advice.name))
+        print(run_lines.parity_line(run.info()))
+        print(run_lines.verdict_line(verdict, advice.name))
     if levers is not None:
-        print(controller_line(run.info()["controller"]))
+        print(run_lines.controller_line(run.info()["controller"]))
     command = shlex.join(["python", "evaluate.py", "--policy", str(run.folder)])  # plays what the run was trained on
     print(f"run folder {run.folder}; compare it: {command}")
     return 0
@@ -383,49 +383,6 @@ def controller_stage(run: Run, scenario: Scenario, config: TrainingConfig, seed:
         verdict = control_gate(scenario, candidates[chosen], rule, None, settings, progress)
     control_run.keep(run, best, chosen, {"gains_usd_per_1k": {str(k): x for k, x in gains.items()}, "gate": verdict})
     return control_run.exported_levers(run, plant)
-
-
-def controller_line(controller: dict[str, Any]) -> str:
-    """What the engine said of the controller, in one line."""
-    verdict, rule = controller["gate"], controller["rule"]
-    if "vs" not in verdict:
-        return f"controller: {rule} (learned: none; not trained)"
-    interval = "none" if verdict["ci95"] is None else "[{:+z.4f}, {:+z.4f}]".format(*verdict["ci95"])
-    exported = "the learned controller" if verdict["learned"] else f"{rule} (learned: none)"
-    why = f"; refused: {'; '.join(verdict['refused'])}" if verdict["refused"] else ""
-    return (
-        f"controller gate: learned minus {rule} = {verdict['delta_usd_per_1k']:+z.4f} USD per 1k requests of "
-        f"{verdict['episodes']} validation days on the engine, 95 % {interval}; exported: {exported}{why}"
-    )
-
-
-def parity_line(info: dict[str, Any]) -> str:
-    """When the policy reached the tuned bid price on validation episodes, and when it passed it."""
-    parity = info.get("parity")
-    if parity is None:
-        return "parity: not timed in a run that was resumed before its first validation"
-    found = []
-    for words, key in (("within 0.5 %", "reached"), ("above it", "passed")):
-        moment = parity.get(key)
-        found.append(
-            f"{words} {'never' if moment is None else 'after {s:.0f} s ({steps:,} decisions)'.format(**moment)}"
-        )
-    return f"tuned bid price on validation: {parity['bid_price_usd_per_1k']:.4f} USD per 1k; policy {', '.join(found)}"
-
-
-def verdict_line(verdict: dict[str, Any], advice: str) -> str:
-    """What the gate found, in one line."""
-    interval = "none" if verdict["ci95"] is None else "[{:+z.4f}, {:+z.4f}]".format(*verdict["ci95"])
-    exported = "the learned policy" if verdict["learned"] else f"{advice} (learned: none)"
-    floors = "".join(
-        f"; {key} {x['learned']:.4f} (heuristic {x['heuristic']:.4f}, floor {x['limit']:g})"
-        for key, x in verdict.get("floors", {}).items()
-    )
-    why = f"; refused: {'; '.join(verdict['refused'])}" if verdict["refused"] else ""
-    return (
-        f"gate: learned minus {advice} = {verdict['delta_usd_per_1k']:+z.4f} USD per 1k validation requests, 95 % "
-        f"{interval} of {verdict['observations']} observations{floors}; exported: {exported}{why}"
-    )
 
 
 def tuned_baselines(run: Run, plant: Any, whole: bool, crew: Crew | None) -> Path:

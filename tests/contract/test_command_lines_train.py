@@ -13,7 +13,7 @@ import torch
 import evaluate
 import export
 import train
-from agents import baselines
+from agents import baselines, run_lines
 from agents.run import Run, load_bundle
 from agents.train import load_archive
 from envs.worlds import FleetWorlds
@@ -232,10 +232,10 @@ def test_a_run_says_when_it_reached_the_tuned_bid_price(finished_run):
     reached = info["parity"].get("reached")
     if reached is None:
         assert max(row["margin_usd_per_1k"] for row in info["history"]) < 0.995 * info["parity"]["bid_price_usd_per_1k"]
-        assert "never" in train.parity_line(info)
+        assert "never" in run_lines.parity_line(info)
     else:
         assert reached["steps"] in [row["steps"] for row in info["history"]] and reached["s"] > 0.0
-        assert f"after {reached['s']:.0f} s" in train.parity_line(info)
+        assert f"after {reached['s']:.0f} s" in run_lines.parity_line(info)
 
 
 def test_list_names_every_shipped_scenario(capsys):
