@@ -3,6 +3,7 @@
 The chain that a learned bundle is judged by, all on the same days:
 
     tuned router + tuned rules      one entrant per heuristic controller; the best on the surrogate is the reference
+    tuned router + mpc              plans around the best rule (`envs.control_mpc`); slow, so only where it is named
     router network + best rule      what the router learned
     tuned router + control network  what the controller learned
     router network + control network  both, as the bundle ships them
@@ -38,7 +39,7 @@ def enter_controlled(
     Args:
         scenario: the world.
         runs: run folders or bundles.
-        baselines: "all", "none", or names of controllers separated by commas.
+        baselines: "all" (tuned rules), "none", or names of controllers separated by commas.
 
     Raises:
         InputError: an unknown name, a bundle without a controller, nothing tuned, or nobody.
@@ -52,10 +53,14 @@ def enter_controlled(
     named = [] if baselines in ("all", "none") else [name.strip() for name in baselines.split(",")]
     rules, best, router = _rules(scenario, Path(runs[0]) if runs else None, named)
     tuned = {name: Deciders(rule, router) for name, rule in rules.items()}
+    if best:
+        from envs.control_mpc import NAME, MpcController
+
+        tuned[NAME] = Deciders(MpcController(scenario, rules[best]), router)
     wanted = list(rules) if baselines == "all" else named
     for name in wanted:
-        if name not in rules:
-            raise InputError(f"--baselines {name!r} is no controller; legal are all, none, {', '.join(rules)}")
+        if name not in tuned:
+            raise InputError(f"--baselines {name!r} is no controller; legal are all, none, {', '.join(tuned)}")
     heuristics: Names = {tuned[name].name: tuned[name] for name in wanted}
     examined: Names = {}
     for run, bundle in bundles.items():

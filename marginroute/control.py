@@ -182,10 +182,11 @@ class Levels:
         self._keep = np.exp(-layout.tick_s / np.array([FAST_S, SLOW_S]))[:, None, None]
         self._begin = np.array([FAST_S, SLOW_S])[:, None]
 
-    def reset(self, worlds: Array | slice, time_s: Array) -> None:
-        """Starts worlds anew at times of the day (n,)."""
+    def reset(self, worlds: Array | slice, time_s: Array, levels: float | Array = 1.0) -> None:
+        """Starts worlds anew at times of the day (n,), where fast and slow level stand at `levels` (2, n, K)."""
         usual = np.maximum(self._layout.season(time_s), 1e-9)
-        self._seen[:, worlds] = self._expected[:, worlds] = self._begin[..., None] * usual
+        self._expected[:, worlds] = self._begin[..., None] * usual
+        self._seen[:, worlds] = levels * self._expected[:, worlds]
 
     def update(self, arrived: Array, time_s: Array) -> None:
         """Takes in the arrivals (N, K) of the tick that ended at `time_s` (N,)."""

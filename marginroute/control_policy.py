@@ -100,9 +100,17 @@ class LearnedController:
 
 
 def rule_of(controller: Controller) -> RuleController:
-    """The rule that a controller is or corrects: what a gateway falls back to."""
+    """The rule that a controller is or corrects: what a gateway falls back to.
+
+    Raises:
+        InputError: another kind of controller, which a gateway cannot run.
+    """
     rule = controller.advice if isinstance(controller, LearnedController) else controller
-    assert isinstance(rule, RuleController)
+    if not isinstance(rule, RuleController):
+        raise InputError(
+            f"controller {controller.name!r} needs the simulator for every decision; legal in a bundle is a tuned "
+            "rule, or a network that corrects one"
+        )
     return rule
 
 

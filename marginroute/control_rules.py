@@ -205,6 +205,12 @@ class RuleController:
         """The same rule without memory of earlier ticks."""
         return replace(self, _recent={})
 
+    def of_worlds(self, worlds: Array) -> RuleController:
+        """The same rule with the memory of these worlds (n,), each as often as it is named."""
+        values = {key: x[worlds] if np.ndim(x) else x for key, x in vars(self.parameters).items()}
+        recent = {key: past[:, worlds] for key, past in self._recent.items()}
+        return replace(self, parameters=ControlParameters(**values), _recent=recent)
+
     def _demand(self, view: ControlView, p: ControlParameters, ahead_s: float) -> Array:
         """(N,) forecast of the work that nobody can hold back, requests per second."""
         usual = view.forecast_per_s(ahead_s, np.asarray(p.trend)[..., None])

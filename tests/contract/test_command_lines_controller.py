@@ -128,6 +128,16 @@ def test_evaluate_plays_the_chain_and_every_controller(finished, tmp_path, capsy
         assert words in capsys.readouterr().err
 
 
+def test_mpc_is_played_by_name_on_the_days_of_the_others(finished, tmp_path):
+    target = tmp_path / "report.json"
+    rule = Run(finished).info()["controller"]["rule"]
+    words = ["day_night", "--policy", str(finished), "--baselines", f"{rule},mpc", "--episodes", "2", "--no-cache"]
+    assert evaluate.main([*words, "--workers", "1", "--json", str(target), "--set", *SETS]) == 0
+    document = json.loads(target.read_text())
+    assert f"bid-price-fitted + {rule}" == document["best_heuristic"]
+    assert "bid-price-fitted + mpc" in document["policies"]
+
+
 def test_reports_of_controllers_are_sums_of_their_rewards(scenario, finished):
     """Margin of the examiner = sum of the rewards of the ticks, with a router and with the plain gateway."""
     controller = bundle.load(finished / "bundle").controller
