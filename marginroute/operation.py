@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -36,7 +37,7 @@ ABOVE_0 = (
     "request_timeout_s",
     "assumed_answer_s",
     "max_hold_s",
-)  # settings of any adapter
+)  # settings of any adapter, and finite
 MOST_EVENT_BYTES = 1 << 16  # of the end of an event log that is read at the start
 
 
@@ -155,8 +156,8 @@ def open_gateway(
     check_providers(rate_limits, bundle.layout)
     check_priority(settings.priority, bundle.layout.class_names)
     for name in ABOVE_0:
-        if not getattr(settings, name, 1.0) > 0.0:
-            raise InputError(f"{name} = {getattr(settings, name)}; legal is a number above 0")
+        if not 0.0 < getattr(settings, name, 1.0) < math.inf:
+            raise InputError(f"{name} = {getattr(settings, name)}; legal is a finite number above 0")
     records = AuditLog(settings.log, settings.log_max_bytes, settings.log_keep, settings.log_fsync_s)
     events = AuditLog(event_path(settings.log), max_bytes=1 << 24, keep=1, fsync_s=0.0)
     explore = (settings.explore_share, settings.explore_limit_usd) if settings.explore_share else None

@@ -65,9 +65,11 @@ class Sidecar:
                 data = response.read()
                 self._local.connection = connection
                 return json.loads(data) if response.status == 200 else None
-            except (OSError, http.client.HTTPException, ValueError):
+            except (OSError, http.client.HTTPException, ValueError) as error:
                 connection.close()
                 self._local.connection = None
+                if isinstance(error, TimeoutError):
+                    break  # it hangs, or has decided and says so too late: asking again would decide twice
         self._ask_again_s = time.monotonic() + self._rest_s
         return None
 

@@ -298,7 +298,7 @@ def test_a_rollback_is_written_and_outlives_the_process(bundle_folder, tmp_path)
         ({"prefix_block_tokens": -1}, "prefix_block_tokens -1"),
         ({"log_keep": 0}, "log_keep 0"),
         ({"stale_after_s": float("nan")}, "stale_after_s = nan"),
-        ({"lease_s": 0.0}, "lease_s = 0.0; legal is a number above 0"),
+        ({"lease_s": 0.0}, "lease_s = 0.0; legal is a finite number above 0"),
     ],
 )
 def test_settings_say_what_is_wrong(bundle_folder, tmp_path, more, says):

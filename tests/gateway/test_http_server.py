@@ -334,6 +334,18 @@ def test_the_example_client(server):
     assert done.returncode == 1 and "route as without it" in done.stdout
 
 
+def test_a_sidecar_that_hangs_is_asked_once(tmp_path):
+    with socket.socket(socket.AF_UNIX) as hangs:
+        hangs.bind(str(tmp_path / "s.sock"))
+        hangs.listen()
+        hangs.settimeout(0.2)
+        client = Sidecar(str(tmp_path / "s.sock"), timeout_s=0.05, rest_s=60.0)
+        assert client.decide(prompt_tokens=5) is None and client.decide(prompt_tokens=5) is None
+        hangs.accept()[0].close()
+        with pytest.raises(TimeoutError):
+            hangs.accept()
+
+
 SCHEMATHESIS = os.environ.get("MARGINROUTE_SCHEMATHESIS") or shutil.which("schemathesis") or ""
 
 
