@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from envs import scenario_checks, scenario_compile, scenario_faults, scenario_files, scenario_terms
 from envs.scenario_drift import DriftSection, drift_laws
-from envs.scenario_family import DRAWS, Range, check_family, drawn, under
+from envs.scenario_family import DRAWS, Range, check_family, drawn, under, without_ranges_of
 from envs.scenario_fleet import FleetSection, Name, NonNegative, Positive, Section
 from envs.scenario_plans import PlansSection
 from envs.scenario_workload import WorkloadSection
@@ -272,7 +272,8 @@ def load_scenario(
 
     Args:
         name_or_path: a name in `configs/scenarios`, or the path of a YAML file.
-        overrides: values by dotted key, such as {"fleet.pools.large.replicas": 2}; strings are parsed as YAML.
+        overrides: values by dotted key, such as {"fleet.pools.large.replicas": 2}; strings are parsed as YAML. What is
+            set so has no range any more.
         trace: file of recorded requests that replace generated arrivals and lengths.
         trace_format: its layout, one of `envs.workload.traces.FORMATS`; None: told from its content.
         columns: for `csv`, our column names to the file's.
@@ -284,7 +285,7 @@ def load_scenario(
     path = scenario_files.locate(name_or_path, "scenario")
     raw = {"name": path.stem, **scenario_files.read_yaml(path)}
     data, files = scenario_files.compose(raw, path, overrides)
-    data = scenario_files.apply_overrides(Scenario, data, overrides)
+    data = scenario_files.apply_overrides(Scenario, without_ranges_of(data, overrides), overrides)
     if trace is not None:
         trace_path = str(Path(trace).resolve())
         data["trace"] = {"path": trace_path, "format": trace_format or "", "columns": dict(columns or {})}

@@ -8,7 +8,7 @@ other, without ranges.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -70,6 +70,25 @@ def drawn(scenario: Scenario, shares: np.ndarray[Any, Any]) -> Scenario:
     """
     values = {key: item.at(float(share)) for (key, item), share in zip(scenario.ranges.items(), shares, strict=True)}
     return changed(scenario, values, "ranges")
+
+
+def without_ranges_of(data: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """A scenario's data without the ranges of what `keys` set: of a key itself, and of what lies below or above it.
+
+    A range that is itself among the keys (`ranges.KEY`) stays.
+    """
+    ranges = data.get("ranges")
+    if not isinstance(ranges, dict):
+        return data
+    given = [f"{key}." for key in keys]
+
+    def is_set(key: str) -> bool:
+        own = f"{key}."
+        if any(other.startswith(f"ranges.{own}") for other in given):
+            return False
+        return any(own.startswith(other) or other.startswith(own) for other in given)
+
+    return {**data, "ranges": {key: item for key, item in ranges.items() if not is_set(key)}}
 
 
 def middle(scenario: Scenario) -> Scenario:

@@ -11,6 +11,7 @@ from agents.workers import Crew
 from envs.plant import Plant
 from envs.progress import Progress, silent
 from envs.scenario import Scenario
+from envs.scenario_family import changed
 from evaluation.cache import cached_play
 from evaluation.counterfactual import differences, worth_usd
 from evaluation.report import PER_1K
@@ -24,12 +25,8 @@ TIMELINE_EPISODES = 16
 TORNADO_EPISODES = 16
 SWAPPED = 200
 TOP = 8
-CONDITIONS: dict[str, dict[str, str]] = {
-    "load x0.7": {"load_scale": "x0.7"},
-    "load x1.3": {"load_scale": "x1.3"},
-    "load x1.6": {"load_scale": "x1.6"},
-}
-"""Held-out conditions beside the scenario's own; a value `xF` multiplies the scenario's own."""
+LOADS = {"load x0.7": 0.7, "load x1.3": 1.3, "load x1.6": 1.6}
+"""Held-out conditions beside the scenario's own: what its load is multiplied by, every world alike as under those."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +117,7 @@ def collect(
         return PageData(reference, {}, None, {})
     plant = Plant(scenario)
     names = list(dict.fromkeys((shown, reference)))
-    worlds = {name: changed(scenario, changes) for name, changes in CONDITIONS.items()}
-    worlds |= {name: scenario.under(name) for name in scenario.conditions}
+    worlds = other_worlds(scenario)
     steps, done = len(names) + 1 + len(worlds) + len(inputs(scenario)), 0
 
     def report() -> None:
@@ -158,10 +154,11 @@ def collect(
     return PageData(reference, timelines, swaps, robustness, bars)
 
 
-def changed(scenario: Scenario, changes: Mapping[str, str]) -> Scenario:
-    """The scenario with some numbers multiplied."""
-    update = {key: float(getattr(scenario, key)) * float(factor[1:]) for key, factor in changes.items()}
-    return scenario.model_copy(update=update)
+def other_worlds(scenario: Scenario) -> dict[str, Scenario]:
+    """Where the gain is looked at again: other loads and the scenario's own conditions, by name."""
+    load = scenario.load_scale
+    worlds = {name: changed(scenario, {"load_scale": load * times}, name) for name, times in LOADS.items()}
+    return worlds | {name: scenario.under(name) for name in scenario.conditions}
 
 
 def find_swaps(plant: Plant, policy: Policy, reference: Policy, name: str, other: str, seed: int) -> Swaps | None:

@@ -141,7 +141,7 @@ def tornado(
 
     def gain(changes: Changes) -> Estimate | None:
         try:
-            world = changed(scenario, changes, "sensitivity") if changes else scenario
+            world = changed(scenario, changes, "sensitivity")  # without ranges, as the value today is measured, too
         except InputError:  # the value contradicts another one of the scenario
             return None
         results = cached_play(world, two, episodes, seed, None, workers, use_cache)

@@ -71,3 +71,23 @@ def test_what_worlds_share_has_no_range(key, values):
     scenario = load_scenario("quickstart", {**SMALL, "ranges": {key: values}})
     with pytest.raises(InputError, match=f"{key} would change engines"):
         FleetWorlds(scenario, 1)
+
+
+@pytest.mark.parametrize("key", ["load_scale", "fleet.providers.api.tokens_per_minute"])
+def test_what_is_set_has_no_range_any_more(key):
+    plain, given = load_scenario("seats_quota"), load_scenario("seats_quota", {key: 3.0})
+    assert set(plain.ranges) - set(given.ranges) == {key}
+    stands = {"load_scale": [m.load_scale for m in given.variants]}.get(
+        key, [m.fleet.providers["api"].tokens_per_minute for m in given.variants]
+    )
+    assert set(stands) == {3.0}
+
+
+def test_a_section_that_is_set_takes_its_ranges_along_and_a_range_may_be_given_with_its_key():
+    assert set(load_scenario("seats_quota", {"plans.plans.usage.request_usd": 0.1}).ranges) == set(
+        load_scenario("seats_quota").ranges
+    )
+    whole = {"plans.plans.usage": {"kind": "usage", "input_usd_per_mtok": 3.0, "output_usd_per_mtok": 9.0}}
+    assert set(load_scenario("seats_quota", whole).ranges) == {"load_scale", "fleet.providers.api.tokens_per_minute"}
+    both = {"load_scale": 2.0, "ranges.load_scale": {"low": 1.0, "high": 4.0}}
+    assert load_scenario("seats_quota", both).ranges["load_scale"].high == 4.0

@@ -5,6 +5,7 @@ import pytest
 from envs.scenario import load_scenario
 from envs.scenario_family import changed
 from evaluation.assumptions import ASSUMED, MEASURED, PUBLIC, assumptions
+from evaluation.page_data import LOADS, other_worlds
 from evaluation.sensitivity import MOST_INFLUENTIAL, break_even, inputs, tornado
 from evaluation.statistics import Estimate
 from marginroute.heuristics import FixedTier, LeastInFlight
@@ -33,6 +34,25 @@ def test_bars_move_as_they_must(scenario):
     )  # linear: no policy cares
     worth = bars["cost of a bad answer"].gains
     assert worth[4.0].mean > worth[1.0].mean > worth[0.0].mean  # the API answers better
+
+
+RANGED = {"horizon_s": 20.0, "requests_per_episode": 60, "ranges": {"load_scale": {"low": 0.5, "high": 2.0}}}
+
+
+def test_ranges_do_not_enter_what_one_input_does(scenario):
+    """Bars of a family are those of the scenario itself, the value of today among them."""
+    policies = {"hosted": FixedTier("hosted", 3), "own": LeastInFlight("own")}
+    of_family, of_one = (
+        tornado(world, policies, "hosted", "own", episodes=2, workers=1)
+        for world in (load_scenario("quickstart", RANGED), scenario)
+    )
+    assert [bar.gains for bar in of_family] == [bar.gains for bar in of_one]
+
+
+def test_other_loads_are_other_loads_in_a_family_too():
+    worlds = other_worlds(load_scenario("quickstart", RANGED))
+    counts = {name: worlds[name].generate(0, "heldout").n_requests for name in LOADS}
+    assert counts == {"load x0.7": 42, "load x1.3": 78, "load x1.6": 96}
 
 
 def test_every_input_is_legal_at_every_factor_that_is_tried():
