@@ -30,6 +30,7 @@ class ControllerConfig(Section):
     clip_range: Positive = Field(description="PPO's clip range.")
     target_kl: Positive | None = Field(description="KL at which an update stops early; null: never.")
     width: Count = Field(description="Hidden units of the network.")
+    noise_ticks: Positive = Field(description="Mean ticks for which a world keeps its exploration noise.")
     load_spread: NonNegative = Field(description="Training loads are e^-x to e^x times the scenario's.")
     tuning_ticks: Count = Field(description="Ticks for one restart of one heuristic controller, where it is tuned.")
     validations: Count = Field(description="How often during training the policy is validated on the surrogate.")

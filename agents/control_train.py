@@ -20,21 +20,25 @@ from agents.config import ControllerConfig
 from agents.control_tuning import FIRST_VALIDATION_SEED, play
 from agents.control_worlds import ControlVecEnv, probe
 from agents.controller import ControllerPolicy, ControllerPPO, learned_controller, make_controller_model
+from agents.floors import MIN_UNIT_USD
 from agents.run import Run, check_archive
 from agents.train import FIRST_TRAINING_SEED, learning_rate, load_with, save_archive
 from envs.control_plant import ControlPlant, arrival_counts
 from envs.control_worlds import FluidControl
+from envs.economics import ledger as books
 from envs.progress import Progress, silent
 from marginroute.control import Array
 from marginroute.control_policy import LearnedController
-from marginroute.control_rules import RuleController
+from marginroute.control_rules import Controller, RuleController
 
+LEAST_LOST = 0.006  # share of a class's calls that may miss SLOs by a candidate on the surrogate
+FIRM = 5.0  # unit of the multipliers in mean margins of a call
 CANDIDATES = 3  # validated policies that are tried on the engine
 PROBE_TICKS = 60
 
 
 class GainOnSurrogate:
-    """Gain over a rule in USD per 1k requests on fixed validation episodes of the surrogate.
+    """Gain over a rule on fixed validation episodes of the surrogate.
 
     Args:
         plant: the scenario.
@@ -47,11 +51,18 @@ class GainOnSurrogate:
         scenario, tick_s = plant.plant.scenario, plant.layout.tick_s
         self._arrivals = [arrival_counts(scenario, seed, "validation", tick_s) for seed in seeds]
         self._worlds = FluidControl(plant, episodes)
-        self.rule_usd_per_1k = play(self._worlds, rule, self._arrivals)
+        self.rule_usd_per_1k, self._rule_met = self._played(rule)
 
-    def __call__(self, controller: LearnedController) -> Array:
-        """(E,) of each episode."""
-        return play(self._worlds, controller, self._arrivals) - self.rule_usd_per_1k
+    def _played(self, controller: Controller) -> tuple[Array, Array]:
+        """(E,) margins in USD per 1k requests, and (K,) shares of calls inside their SLOs."""
+        usd = play(self._worlds, controller, self._arrivals)
+        counts = self._worlds.counts.sum(axis=0)
+        return usd, counts[books.SLO_OK] / np.maximum(counts[books.CALLS], 1.0)
+
+    def __call__(self, controller: LearnedController) -> tuple[Array, float]:
+        """(E,) gains in USD per 1k requests, and the largest share of a class's calls that misses its SLOs by it."""
+        usd, met = self._played(controller)
+        return usd - self.rule_usd_per_1k, float((self._rule_met - met).max())
 
 
 class ControlWatch(BaseCallback):
@@ -78,7 +89,7 @@ class ControlWatch(BaseCallback):
         super().__init__()
         self._run, self._config, self._gain, self._rule = run, config, gain, rule
         self._progress, self._log = progress, log
-        self.history: list[dict[str, float]] = run.info().get("controller_history", [])
+        self.history: list[dict[str, Any]] = run.info().get("controller_history", [])
         self._every = max(config.steps // config.validations, 1)
 
     def _on_training_start(self) -> None:
@@ -101,17 +112,20 @@ class ControlWatch(BaseCallback):
 
     def _validated(self, steps: int) -> None:
         assert isinstance(self.model.policy, ControllerPolicy)
-        gains = self._gain(learned_controller(self.model.policy, self._rule))
+        gains, missed = self._gain(learned_controller(self.model.policy, self._rule))
         row = {
             "steps": steps,
             "gain_usd_per_1k": float(gains.mean()),
             "se_usd_per_1k": float(gains.std(ddof=1) / np.sqrt(len(gains))) if len(gains) > 1 else 0.0,
+            "slo_lost": missed,
+            "integral_usd": self.training_env.get_attr("integral_usd")[0].tolist(),
         }
         save_archive(self.model, self._run.controller_checkpoint(steps))  # type: ignore[arg-type]
         self.history.append(row)
         self._run.update(controller_history=self.history)
         self.logger.record("controller/validation_gain_usd_per_1k", row["gain_usd_per_1k"])
-        self._log({f"controller_{key}": x for key, x in row.items()})
+        self.logger.record("controller/validation_slo_lost", missed)
+        self._log({f"controller_{key}": x for key, x in row.items() if isinstance(x, (int, float))})
 
 
 def train_controller(
@@ -142,18 +156,23 @@ def train_controller(
         return scale * arrival_counts(scenario, first + episode, "train", plant.layout.tick_s)
 
     worlds = FluidControl(plant, config.groups * (config.group_size + 1))
-    env = ControlVecEnv(worlds, rule, config.group_size, arrivals)
+    gain = GainOnSurrogate(plant, rule, config.validation_episodes)
+    unit_usd = max(FIRM * float(gain.rule_usd_per_1k.mean()) / 1000.0, MIN_UNIT_USD)
+    env = ControlVecEnv(worlds, rule, config.group_size, arrivals, unit_usd=unit_usd)
     mean, std, env.scale_usd = probe(env, PROBE_TICKS, seed)
     env.episodes = 0
+    env.integral_usd[:] = 0.0
     checkpoint = run.newest_controller() if resume else None
     if checkpoint is not None:
         model = load_with(ControllerPPO, check_archive(checkpoint), env)
         model.tensorboard_log = str(run.folder / "tb")  # the folder may have moved
+        if history := run.info().get("controller_history"):
+            env.integral_usd[:] = history[-1]["integral_usd"]
         env.episodes = model.num_timesteps // (config.group_size * plant.ticks) + config.groups
     else:
         rate = learning_rate(config.learning_rate)
         model = make_controller_model(env, config, rate, mean, std, seed, str(run.folder / "tb"))
-    gain = GainOnSurrogate(plant, rule, config.validation_episodes)
+    env.multipliers_usd = env.integral_usd.copy()
     watch = ControlWatch(run, config, gain, rule, progress, log)
     left = config.steps - model.num_timesteps
     if left > 0:
@@ -161,8 +180,11 @@ def train_controller(
             model.learn(left, callback=watch, reset_num_timesteps=model.num_timesteps == 0, tb_log_name="controller")
         finally:
             save_archive(model, run.controller_checkpoint(model.num_timesteps))
-    best = sorted(watch.history, key=lambda row: -row["gain_usd_per_1k"])[:CANDIDATES]
-    return {int(row["steps"]): load_controller(run.controller_checkpoint(int(row["steps"])), rule)[0] for row in best}
+    best = sorted(watch.history, key=lambda row: (max(row["slo_lost"], LEAST_LOST), -row["gain_usd_per_1k"]))
+    return {
+        int(row["steps"]): load_controller(run.controller_checkpoint(int(row["steps"])), rule)[0]
+        for row in best[:CANDIDATES]
+    }
 
 
 def load_controller(path: Path, rule: RuleController) -> tuple[LearnedController, ControllerPolicy]:

@@ -1,7 +1,10 @@
 """What a controller learns in: groups of fluid worlds on one trace, each beside a twin that plays the tuned rule.
 
     action = clip(rule's action + step * correction, -1, 1)        correction (A,): what the learner chooses, in steps
-    signal = (change of the world's ledger - change of its twin's) / scale
+    signal = (change of the world's ledger - change of its twin's - multiplier . (SLOs missed - twin's)) / scale
+
+No class may pay for a gain: its multiplier, USD per call, rises while more calls than `MOST_LOST` miss their SLOs, or
+get no answer, beyond those of the twin, and falls again after (`agents.floors`).
 
 A group of worlds meets the same arrivals, so that a world can be compared with its companions (`agents.controller`),
 and its twin is one more world on them. A correction of zero has the twin's ledger, and a signal of exactly zero.
@@ -20,14 +23,17 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
+from agents.floors import pursued
 from envs.control_worlds import FluidControl
-from marginroute.control import AHEAD_S, Array, ControlLayout, observation_names
+from marginroute.control import AHEAD_S, ARRIVED, SLO_OK, Array, ControlLayout, observation_names
 from marginroute.control_policy import network_inputs
 from marginroute.control_rules import RuleController
 
-STEPS = {"cap": 0.16, "replicas": 0.12, "release": 0.16, "spill": 0.04, "shed": 0.0}
+STEPS = {"cap": 0.05, "replicas": 0.03, "release": 0.04, "spill": 0.0, "shed": 0.0}
 """Exploration by lever in lever units, whose range is 2; customers are shed by no learner."""
 
+MOST_LOST = 0.005  # share of a class's calls; the gate, on other days and on the engine, allows 0.01
+EVERY_TICKS = 60  # that multipliers follow
 WIDEST = 10.0  # steps: what a correction and its noise stay within
 
 
@@ -46,11 +52,13 @@ class ControlVecEnv(VecEnv):
         size: learners of a group.
         arrivals: draws the arrivals (T, K) of episode e.
         scale_usd: unit of the signal.
+        unit_usd: unit of the multipliers, a call's usual margin; 0: none.
         stagger: whether groups start at different times.
 
     Attributes:
         learning_signal: (N,) of the last tick.
         elapsed_s: (N,) seconds of the last tick.
+        integral_usd, multipliers_usd: (K,) of the classes, per call.
         episodes: drawn so far.
     """
 
@@ -63,6 +71,7 @@ class ControlVecEnv(VecEnv):
         size: int,
         arrivals: Callable[[int], Array],
         scale_usd: float = 1.0,
+        unit_usd: float = 0.0,
         stagger: bool = True,
     ) -> None:
         self.worlds, self.rule, self.size, self.scale_usd = worlds, rule.anew(), size, scale_usd
@@ -77,6 +86,9 @@ class ControlVecEnv(VecEnv):
         self._usual = np.ones((self.groups, worlds.ticks + 1, k))
         self.n_public, n_private = d + a, d + k * len(AHEAD_S) + 1
         self._advice, self._actions = np.zeros((len(self._group), a)), np.zeros((n, a), dtype=np.float32)
+        self._unit_usd = np.full(k, unit_usd)
+        self.integral_usd, self.multipliers_usd = np.zeros(k), np.zeros(k)
+        self._missed, self._calls, self._counted = np.zeros(k), np.zeros(k), 0
         self.learning_signal, self.elapsed_s = np.zeros(n), np.full(n, self.layout.tick_s)
         observation = spaces.Box(-np.inf, np.inf, (self.n_public + n_private,), np.float32)
         super().__init__(n, observation, spaces.Box(-WIDEST, WIDEST, (a,), np.float32))
@@ -133,11 +145,22 @@ class ControlVecEnv(VecEnv):
         self.worlds.step(np.clip(moved, -1.0, 1.0))
         rewards = self.worlds.rewards_usd
         gain_usd = rewards[: self.num_envs] - np.repeat(rewards[self.num_envs :], self.size)
-        self.learning_signal = gain_usd / self.scale_usd
+        met = self.worlds.last_tick[..., SLO_OK]
+        missed = np.repeat(met[self.num_envs :], self.size, axis=0) - met[: self.num_envs]
+        self.learning_signal = (gain_usd - missed @ self.multipliers_usd) / self.scale_usd
+        self._follow(missed.sum(axis=0), self.worlds.last_tick[: self.num_envs, :, ARRIVED].sum(axis=0))
         dones = self.worlds.done[: self.num_envs].copy()
         for g in np.flatnonzero(self.worlds.done[self.num_envs :]):
             self._load(int(g))
         return self._observe(), gain_usd.astype(np.float32), dones, [{} for _ in range(self.num_envs)]
+
+    def _follow(self, missed: Array, calls: Array) -> None:
+        """Takes down calls (K,) of a tick and those that missed their SLOs beyond the twin's; moves the multipliers."""
+        self._missed, self._calls, self._counted = self._missed + missed, self._calls + calls, self._counted + 1
+        if self._counted == EVERY_TICKS:
+            short = self._missed / np.maximum(self._calls, 1.0) - MOST_LOST
+            self.integral_usd, self.multipliers_usd = pursued(self.integral_usd, short, self._unit_usd)
+            self._missed, self._calls, self._counted = np.zeros_like(missed), np.zeros_like(calls), 0
 
     def close(self) -> None:
         """Nothing to close."""

@@ -40,6 +40,7 @@ class ControllerPolicy(ActorCriticPolicy):
         mean, std: of all columns.
         step: (A,) of the levers; those with 0 are not learned.
         width: hidden units.
+        noise_ticks: mean time for which a world keeps its noise.
         **kwargs: passed on to ActorCriticPolicy.
     """
 
@@ -53,9 +54,18 @@ class ControllerPolicy(ActorCriticPolicy):
         std: list[float],
         step: list[float],
         width: int = 64,
+        noise_ticks: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        self._own = {"n_public": n_public, "mean": mean, "std": std, "step": step, "width": width}
+        self._own = {
+            "n_public": n_public,
+            "mean": mean,
+            "std": std,
+            "step": step,
+            "width": width,
+            "noise_ticks": noise_ticks,
+        }
+        self._noise: Tensor | None = None
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
     def _build(self, lr_schedule: Callable[[float], float]) -> None:
@@ -98,8 +108,17 @@ class ControllerPolicy(ActorCriticPolicy):
         """Actions (B, A), values (B,) and log-probabilities (B,), without gradients."""
         with torch.no_grad():
             correction, values = self._both(obs)
-            actions = correction if deterministic else correction + self.learned * torch.randn_like(correction)
+            actions = correction if deterministic else correction + self.learned * self._held_noise(correction)
             return actions, values, self._log_prob(actions, correction)
+
+    def _held_noise(self, like: Tensor) -> Tensor:
+        """(B, A) standard normal; each row is drawn anew at one tick in `noise_ticks`."""
+        noise = torch.randn_like(like)
+        if self._noise is not None and self._noise.shape == noise.shape:
+            anew = torch.rand(len(noise), 1) < 1.0 / self._own["noise_ticks"]
+            noise = torch.where(anew, noise, self._noise)
+        self._noise = noise
+        return noise
 
     def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values, log-probabilities and entropies (B,) of given actions."""
@@ -168,6 +187,7 @@ def make_controller_model(
             "std": std.tolist(),
             "step": env.step_size.tolist(),
             "width": config.width,
+            "noise_ticks": config.noise_ticks,
         },
         seed=seed,
         tensorboard_log=tensorboard,

@@ -231,6 +231,13 @@ def keep_floors(plant: Plant, rule: MarginRule, floors: Sequence[Floor]) -> Kept
     return Kept(with_multipliers(rule, found.usd), tuple(floors), aimed, found, unit_usd)
 
 
+def pursued(integral_usd: Array, missing: Array, unit_usd: Array) -> tuple[Array, Array]:
+    """One step of a PI controller on multipliers: the sum of what was missing, and that with the last of it."""
+    most_usd = HIGHEST * unit_usd
+    integral_usd = np.clip(integral_usd + RATE * unit_usd * missing, 0.0, most_usd)
+    return integral_usd, np.clip(integral_usd + PROPORTION * unit_usd * missing, 0.0, most_usd)
+
+
 class Ascent:
     """Multipliers that follow the episodes of a training.
 
@@ -246,10 +253,8 @@ class Ascent:
     def update(self, counts: Array) -> None:
         """One step after episodes with these counts (len(COUNTS), K)."""
         for floor in self.floors:
-            unit_usd, at, missing = self._unit_usd[floor.class_index], floor.at, floor.missing(counts)
-            most_usd = HIGHEST * unit_usd
-            self.integral_usd[at] = np.clip(self.integral_usd[at] + RATE * unit_usd * missing, 0.0, most_usd)
-            self.usd[at] = np.clip(self.integral_usd[at] + PROPORTION * unit_usd * missing, 0.0, most_usd)
+            at, unit_usd = floor.at, self._unit_usd[floor.class_index]
+            self.integral_usd[at], self.usd[at] = pursued(self.integral_usd[at], floor.missing(counts), unit_usd)
 
     def metrics(self) -> dict[str, float]:
         """Multipliers in USD per 1k calls by name, for logs."""

@@ -67,6 +67,11 @@ class ControlWorlds(ABC):
         return self.tick >= self.ticks
 
     @property
+    def last_tick(self) -> Array:
+        """(N, K, 4) calls that arrived, were answered, met their SLOs, and were lost, by the last tick."""
+        return self._classes
+
+    @property
     def time_s(self) -> Array:
         """(N,) second of the week."""
         return self._start_s + self.tick * self.layout.tick_s

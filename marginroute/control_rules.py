@@ -51,6 +51,7 @@ from marginroute.errors import InputError
 SCALINGS = ("static", "hpa", "keda", "predictive")
 RELEASES = ("at-once", "off-peak", "edf")
 TOLERANCE = 0.1  # kube-controller-manager's --horizontal-pod-autoscaler-tolerance
+_ROUNDS_UP = 0.5 - 1e-6  # levers are rounded to whole replicas; with the part of one, a correction shifts when they change
 _STEPS = 4  # instants at which the forecast is looked at until new replicas are ready
 
 
@@ -218,7 +219,7 @@ class RuleController:
         return (usual * at_once).sum(axis=-1)
 
     def _replicas(self, view: ControlView, p: ControlParameters, required: Array) -> Array:
-        """(N, P) replicas by the scaling rule, before the window and the limits."""
+        """(N, P) replicas by the scaling rule, to be rounded, before the window and the limits."""
         layout, pools = self.layout, view.pools
         target = np.asarray(p.target)[..., None]
         if self.scaling == "static":
@@ -235,7 +236,7 @@ class RuleController:
         demand = np.max([self._demand(view, p, share * lag_s) for share in np.linspace(0.0, 1.0, _STEPS)], axis=0)
         power = layout.max_replicas * layout.requests_per_s
         per_s = (demand + np.asarray(p.held_share) * required)[..., None] * power / power.sum()
-        return np.ceil(per_s / (layout.requests_per_s * target) - np.asarray(p.slack)[..., None])
+        return per_s / (layout.requests_per_s * target) - np.asarray(p.slack)[..., None] + _ROUNDS_UP
 
     def _stable(self, view: ControlView, wanted: Array) -> Array:
         """(N, P) the largest of what was wanted within `hold_down_s`."""
