@@ -28,7 +28,7 @@ FIRST_VALIDATION_SEED = 20_000  # validation seeds before it belong to the route
 
 def control_budget(ticks: int) -> Budget:
     """What one rule may spend on one restart, in ticks: a few episodes, many sets of parameters."""
-    return Budget(requests=ticks, episodes=6, population=12, restarts=4, validation_episodes=16)
+    return Budget(requests=ticks, episodes=8, population=12, restarts=4, validation_episodes=16)
 
 
 def stack(rules: list[RuleController], worlds_each: int) -> RuleController:
