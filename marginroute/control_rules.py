@@ -51,7 +51,7 @@ from marginroute.errors import InputError
 SCALINGS = ("static", "hpa", "keda", "predictive")
 RELEASES = ("at-once", "off-peak", "edf")
 TOLERANCE = 0.1  # kube-controller-manager's --horizontal-pod-autoscaler-tolerance
-_ROUNDS_UP = 0.5 - 1e-6  # levers are rounded to whole replicas; with the part of one, a correction shifts when they change
+_ROUNDS_UP = 0.5 - 1e-6  # levers are rounded; with the part of a replica, a correction shifts when it comes or goes
 _STEPS = 4  # instants at which the forecast is looked at until new replicas are ready
 
 
