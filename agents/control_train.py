@@ -1,8 +1,8 @@
 """Trains the controller: tuned rule -> normaliser -> PPO on the gain over the rule's twin -> candidates.
 
-Validated with its mean action on fixed surrogate episodes, at intervals; the policies that earned most there are kept
-as candidates. Which of them is best on the engine, and whether it is exported at all, is decided on the engine
-(`evaluation.control_gate`).
+Validated with its mean action on fixed surrogate episodes, at intervals; the policies that earned most there, of those
+by which no class misses many more SLOs, are kept as candidates. Which of them is best on the engine, and whether it is
+exported at all, is decided on the engine (`evaluation.control_gate`).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from marginroute.control import Array
 from marginroute.control_policy import LearnedController
 from marginroute.control_rules import Controller, RuleController
 
-LEAST_LOST = 0.006  # share of a class's calls that may miss SLOs by a candidate on the surrogate
-FIRM = 5.0  # unit of the multipliers in mean margins of a call
 CANDIDATES = 3  # validated policies that are tried on the engine
+TOLERATED = 0.006  # share of a class's calls that miss their SLOs by a policy: with less the candidates are alike
+FIRM = 5.0  # unit of the multipliers in mean margins of a call
 PROBE_TICKS = 60
 
 
@@ -157,7 +157,7 @@ def train_controller(
 
     worlds = FluidControl(plant, config.groups * (config.group_size + 1))
     gain = GainOnSurrogate(plant, rule, config.validation_episodes)
-    unit_usd = max(FIRM * float(gain.rule_usd_per_1k.mean()) / 1000.0, MIN_UNIT_USD)
+    unit_usd = max(FIRM * abs(float(gain.rule_usd_per_1k.mean())) / 1000.0, MIN_UNIT_USD)
     env = ControlVecEnv(worlds, rule, config.group_size, arrivals, unit_usd=unit_usd)
     mean, std, env.scale_usd = probe(env, PROBE_TICKS, seed)
     env.episodes = 0
@@ -180,7 +180,7 @@ def train_controller(
             model.learn(left, callback=watch, reset_num_timesteps=model.num_timesteps == 0, tb_log_name="controller")
         finally:
             save_archive(model, run.controller_checkpoint(model.num_timesteps))
-    best = sorted(watch.history, key=lambda row: (max(row["slo_lost"], LEAST_LOST), -row["gain_usd_per_1k"]))
+    best = sorted(watch.history, key=lambda row: (max(row["slo_lost"], TOLERATED), -row["gain_usd_per_1k"]))
     return {
         int(row["steps"]): load_controller(run.controller_checkpoint(int(row["steps"])), rule)[0]
         for row in best[:CANDIDATES]

@@ -13,9 +13,9 @@ state, the one future that comes, `sure` = 0 and a horizon until the end, no dec
 Bertsekas, Dynamic Programming and Optimal Control I, section 6.4).
 
 Since it needs the surrogate it is no controller for a gateway: bundles hold rules and networks. Its settings are fixed,
-not tuned: one set of them on one day costs half a million control ticks of the surrogate, twice what a rule's restart
-has. The horizon is one and a half hours, since plans last 48 minutes at most, a replica needs six minutes to come, and
-held work beyond has its price; a decision every 12 minutes is about as long as a started replica takes to pay back.
+not tuned: one set of them on one day costs half a million ticks of the surrogate, a quarter of a rule's restart.
+The horizon is one and a half hours, since plans last 48 minutes at most, a replica of `day_night` needs six minutes to
+come, and held work beyond has its price.
 """
 
 from __future__ import annotations
