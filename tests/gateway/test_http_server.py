@@ -66,20 +66,19 @@ def post(path, body, more=b""):
 
 
 def read(connection):
-    """(status, body) of the next response; (0, b"") if there is none."""
-    data = b""
-    while b"\r\n\r\n" not in data:
+    """(status, body) of the next response; (0, b"") if there is no whole one."""
+    data, whole = b"", None
+    while whole is None or len(data) < whole:
         piece = connection.recv(65536)
         if not piece:
             return 0, b""
         data += piece
-    head, _, body = data.partition(b"\r\n\r\n")
-    length = next(
-        int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
-    )
-    while len(body) < length:
-        body += connection.recv(65536)
-    return int(head.split()[1]), body
+        head, blank, _ = data.partition(b"\r\n\r\n")
+        if blank and whole is None:
+            lines = head.lower().split(b"\r\n")
+            length = next(int(line.split(b":")[1]) for line in lines if line.startswith(b"content-length"))
+            whole = len(head) + len(blank) + length
+    return int(data.split()[1]), data[len(head) + len(blank) :]
 
 
 def decides(server):
@@ -117,7 +116,9 @@ def test_plain_and_other_requests_take_turns_on_a_connection(server):
                     time.sleep(0.002)
                 for request in order:
                     while b"}" not in data:
-                        data += connection.recv(65536)
+                        piece = connection.recv(65536)
+                        assert piece, data
+                        data += piece
                     answer, _, data = data.partition(b"}")
                     status, said = expected[request]
                     assert int(answer.split()[1]) == status and said in answer
