@@ -52,7 +52,7 @@ class App:
     def __init__(self, desk: Desk, max_body_bytes: int = 1 << 20, token: str = "") -> None:
         self.desk, self.stopping = desk, False
         self._gateway, self._max_body_bytes = desk.gateway, max_body_bytes
-        self._bearer = f"Bearer {token}".encode() if token else b""
+        self._token = token.encode()
         self._ratio = chat.TokenRatio()
         self._characters: dict[str, int] = {}  # of the prompts of requests under way whose tokens were estimated
         self._block_bytes = round(desk.settings.prefix_block_tokens / chat.TOKENS_PER_CHARACTER)
@@ -97,7 +97,7 @@ class App:
 
     async def _answer(self, scope: Mapping[str, Any], receive: Receive) -> tuple[int, bytes, bytes, list[Any]]:
         path, method = scope["path"], scope["method"]
-        if self._bearer and path not in self._open and not self._may_enter(scope["headers"]):
+        if path not in self._open and not self._may_enter(_authorization(scope["headers"])):
             return 401, JSON, error("the token is missing or wrong"), [(b"www-authenticate", b"Bearer")]
         post = self._posts.get(path)
         if post is not None and method == "POST":
@@ -140,7 +140,7 @@ class App:
             fits = path in self._posts and head.length <= self._max_body_bytes and self._gateway.holding is None
         else:
             fits = is_open or path in self._gets
-        return fits and (not self._bearer or is_open or hmac.compare_digest(head.authorization, self._bearer))
+        return fits and (is_open or self._may_enter(head.authorization))
 
     def answer_at_once(self, head: Head, data: bytes) -> bytes:
         """The whole HTTP response to a request for which `at_once` is true."""
@@ -165,12 +165,13 @@ class App:
         return self._api[1:]
 
     def _document(self) -> tuple[int, bytes, bytes]:
-        document = http_api.document(self._gateway.bundle.layout, self._bearer != b"")
+        document = http_api.document(self._gateway.bundle.layout, self._token != b"")
         return 200, JSON, json.dumps(document).encode()
 
-    def _may_enter(self, headers: list[tuple[bytes, bytes]]) -> bool:
-        shown = next((value for name, value in headers if name == b"authorization"), b"")
-        return hmac.compare_digest(shown, self._bearer)
+    def _may_enter(self, authorization: bytes) -> bool:
+        """Whether the token is shown, or none is asked for; the scheme's case is free (RFC 9110, 11.1)."""
+        scheme, _, token = authorization.partition(b" ")
+        return not self._token or (scheme.lower() == b"bearer" and hmac.compare_digest(token.strip(), self._token))
 
     async def _body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes:
         for name, value in headers:
@@ -352,6 +353,10 @@ class App:
         if figures["e2e_s"] is None and arrived_s is not None:
             figures["e2e_s"] = max(time.time() - arrived_s, 0.0)
         self._gateway.finished(id, Outcome(event["status"], event.get("served_by", ""), **figures))
+
+
+def _authorization(headers: list[tuple[bytes, bytes]]) -> bytes:
+    return next((value for name, value in headers if name == b"authorization"), b"")
 
 
 def _trial(asked: Mapping[str, Any] | None) -> Trial | None:

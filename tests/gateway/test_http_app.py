@@ -13,6 +13,7 @@ from marginroute.adapters import http_api, schema
 from marginroute.adapters.desk import Desk
 from marginroute.adapters.http import HttpSettings
 from marginroute.adapters.http_app import App
+from marginroute.adapters.http_head import Head
 from marginroute.errors import InputError
 
 
@@ -243,6 +244,29 @@ def test_the_token(make):
     for path in ("/health", "/ready", "/openapi.json"):
         assert call(app, "GET", path)[0] == 200
     assert call(app, "POST", "/v1/decide", {}, [(b"authorization", b"Bearer a-token-of-some-length")])[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("shown", "may"),
+    [
+        (b"Bearer a-token-of-some-length", True),
+        (b"bearer a-token-of-some-length", True),
+        (b"BEARER  a-token-of-some-length ", True),
+        (b"bearer A-token-of-some-length", False),
+        (b"Basic a-token-of-some-length", False),
+        (b"a-token-of-some-length", False),
+        (b"Bearer", False),
+        (b"", False),
+    ],
+)
+def test_the_scheme_is_read_in_any_case_on_both_ways_in_and_the_token_is_not(make, shown, may):
+    """RFC 9110, 11.1 and 11.4; every path that asks for the token."""
+    app = make(token="a-token-of-some-length")
+    for path in ("/v1/scale", "/v1/status", "/metrics"):
+        assert (call(app, "GET", path, headers=[(b"authorization", shown)])[0] != 401) == may
+        assert app.at_once(Head(b"GET", path, 0, shown)) == may
+    assert (call(app, "POST", "/v1/decide", {}, [(b"authorization", shown)])[0] == 200) == may
+    assert app.at_once(Head(b"POST", "/v1/decide", 2, shown)) == may
 
 
 def test_stopping_is_told(make):
