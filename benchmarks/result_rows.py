@@ -13,13 +13,18 @@ from agents.baselines import baselines_for
 from agents.run import load_bundle
 from envs.scenario import Scenario
 from evaluation.conditions import ITSELF
-from evaluation.contest import Play, choose_best
+from evaluation.contest import Play, choose_best, enter
 from evaluation.controls import CONTROLS
+from evaluation.deciders import Deciders
 from evaluation.protocol import evaluate_policies
 from evaluation.report import PER_1K, shed_shares
 from evaluation.results import EpisodeResults
 from evaluation.statistics import holm, paired_estimate, sign_flip_p_value
+from marginroute.bundle import Bundle
+from marginroute.control_policy import LearnedController
+from marginroute.policy import Policy
 
+SHIPPED = "shipped"
 CHAIN = ("bid-price", "bid-price-fitted", "bid-price-adaptive")
 HEADS = ("scenario, condition", "learned", "margin", "best heuristic", "gain", "95 %", "%", "p Holm", "by seed")
 MORE_HEADS = ("over shipped", "%", "SLO", "good", "lost")
@@ -28,18 +33,48 @@ MORE_HEADS = ("over shipped", "%", "SLO", "good", "lost")
 def rows(scenario: Scenario, runs: Sequence[Path], episodes: int, conditions: bool = True) -> list[dict[str, Any]]:
     """A row for the scenario as it is, and one per condition; the best heuristic is chosen on validation, once."""
     bundles = {f"seed {i}": load_bundle(run, scenario) for i, run in enumerate(runs)}
-    learned = {name: bundle.guarded() for name, bundle in bundles.items()}
-    heuristics = {k: p for k, p in baselines_for(scenario, run_dir=runs[0]).items() if k not in CONTROLS}
-    best = str(choose_best(scenario, heuristics, Play(episodes)))
-    kept = {name: heuristics[name] for name in {best, "shipped", *CHAIN} if name in heuristics}
+    exported = {name: _learned(bundle) for name, bundle in bundles.items()}
+    alike = next(
+        (name for name in bundles if not exported[name]), ""
+    )  # what learned nothing decides alike: played once
+    plays = {name: name if exported[name] else alike for name in bundles}
+    best, kept = (_kept if scenario.control is None else _kept_controlled)(scenario, runs[0], episodes)
+    decide = {name: _decides(bundles[name]) for name in sorted(set(plays.values()))}
     found = []
     for condition in (ITSELF, *(scenario.conditions if conditions else ())):
         world = scenario if condition == ITSELF else scenario.under(condition)
-        results = evaluate_policies(world, {**learned, **kept}, episodes)
-        row = _row(results, list(learned), best)
-        exported = [bundle.learned != "none" for bundle in bundles.values()]
-        found.append({"scenario": scenario.name, "condition": condition, "exported": exported, **row})
+        results = evaluate_policies(world, {**decide, **kept}, episodes)
+        results |= {name: results[of] for name, of in plays.items()}
+        row = _row(results, list(bundles), best)
+        found.append({"scenario": scenario.name, "condition": condition, "exported": [*exported.values()], **row})
     return found
+
+
+def _learned(bundle: Bundle) -> bool:
+    return bundle.learned != "none" or isinstance(bundle.controller, LearnedController)
+
+
+def _decides(bundle: Bundle) -> Policy:
+    """What a gateway runs of a bundle: its router, beside its controller where there is one."""
+    return bundle.guarded() if bundle.controller is None else Deciders(bundle.controller, bundle.guarded())
+
+
+def _kept(scenario: Scenario, run: Path, episodes: int) -> tuple[str, dict[str, Policy]]:
+    """The best heuristic, chosen on validation, and those that the table needs."""
+    heuristics = {k: p for k, p in baselines_for(scenario, run_dir=run).items() if k not in CONTROLS}
+    best = str(choose_best(scenario, heuristics, Play(episodes)))
+    return best, {name: heuristics[name] for name in {best, SHIPPED, *CHAIN} if name in heuristics}
+
+
+def _kept_controlled(scenario: Scenario, run: Path, episodes: int) -> tuple[str, dict[str, Policy]]:
+    """The same beside a controller: the rule that was best on validation, and Kubernetes' beside what gateways ship."""
+    routers, entrants = baselines_for(scenario, run_dir=run), enter(scenario, [str(run)], "all")
+    pairs = [pair for pair in entrants.heuristics.values() if isinstance(pair, Deciders)]
+    best = next(pair for pair in pairs if pair.name == entrants.best)
+    kubernetes = next(pair.controller for pair in pairs if pair.controller.name == "hpa")
+    kept: dict[str, Policy] = {name: Deciders(best.controller, routers[name]) for name in CHAIN if name in routers}
+    kept |= {best.name: best, SHIPPED: Deciders(kubernetes, routers[SHIPPED])}
+    return best.name, kept
 
 
 def _row(results: Mapping[str, EpisodeResults], seeds: Sequence[str], best: str) -> dict[str, Any]:
@@ -48,7 +83,7 @@ def _row(results: Mapping[str, EpisodeResults], seeds: Sequence[str], best: str)
     margin_usd = np.mean([results[seed].margin_usd for seed in seeds], axis=0)
     base_usd = float(theirs.contribution_usd.mean())
     row: dict[str, Any] = {"margin_usd_per_1k": PER_1K * float(margin_usd.sum() / calls.sum()), "best_heuristic": best}
-    for name, key in ((best, "gain"), ("shipped", "over_shipped")):
+    for name, key in ((best, "gain"), (SHIPPED, "over_shipped")):
         if name not in results:
             continue
         gain_usd = margin_usd - results[name].margin_usd
