@@ -26,11 +26,11 @@ from marginroute.policy import Policy
 
 SHIPPED = "shipped"
 CHAIN = ("bid-price", "bid-price-fitted", "bid-price-adaptive")
-HEADS = ("scenario, condition", "learned", "margin", "best heuristic", "gain", "95 %", "%", "p Holm", "by seed")
+HEADS = ("episodes", "learned", "margin", "best heuristic", "gain", "95 %", "%", "p Holm", "by seed")
 MORE_HEADS = ("over shipped", "%", "SLO", "good", "lost")
 
 
-def rows(scenario: Scenario, runs: Sequence[Path], episodes: int, conditions: bool = True) -> list[dict[str, Any]]:
+def rows(scenario: Scenario, runs: Sequence[Path], episodes: int, condition_episodes: int) -> list[dict[str, Any]]:
     """A row for the scenario as it is, and one per condition; the best heuristic is chosen on validation, once."""
     bundles = {f"seed {i}": load_bundle(run, scenario) for i, run in enumerate(runs)}
     exported = {name: _learned(bundle) for name, bundle in bundles.items()}
@@ -41,12 +41,21 @@ def rows(scenario: Scenario, runs: Sequence[Path], episodes: int, conditions: bo
     best, kept = (_kept if scenario.control is None else _kept_controlled)(scenario, runs[0], episodes)
     decide = {name: _decides(bundles[name]) for name in sorted(set(plays.values()))}
     found = []
-    for condition in (ITSELF, *(scenario.conditions if conditions else ())):
+    for condition in (ITSELF, *(scenario.conditions if condition_episodes else ())):
         world = scenario if condition == ITSELF else scenario.under(condition)
-        results = evaluate_policies(world, {**decide, **kept}, episodes)
+        played = episodes if condition == ITSELF else condition_episodes
+        results = evaluate_policies(world, {**decide, **kept}, played)
         results |= {name: results[of] for name, of in plays.items()}
         row = _row(results, list(bundles), best)
-        found.append({"scenario": scenario.name, "condition": condition, "exported": [*exported.values()], **row})
+        found.append(
+            {
+                "scenario": scenario.name,
+                "condition": condition,
+                "episodes": played,
+                "exported": [*exported.values()],
+                **row,
+            }
+        )
     return found
 
 
@@ -122,6 +131,8 @@ def adjust(found: Sequence[dict[str, Any]]) -> None:
 
 def markdown(found: Sequence[Mapping[str, Any]], commit: str, command: str) -> str:
     """The rows as a page that names the command and the commit they come from."""
+    whole = [row for row in found if row["condition"] == ITSELF]
+    changed = [row for row in found if row["condition"] != ITSELF]
     lines = [
         "# Results",
         "",
@@ -129,35 +140,67 @@ def markdown(found: Sequence[Mapping[str, Any]], commit: str, command: str) -> s
         "",
         f"Written by it at commit {commit}. Gains are USD per 1k",
         "first calls, mean over training seeds, paired by held-out episode, of the policies as exported and by argmax",
-        "(where the gate did not let the network pass, the bundle is the heuristic itself, and says so); %: of",
-        "contribution margin; p: sign-flip test, adjusted over all rows (Holm); learned: seeds whose gates exported",
-        "a network. SLO, good, lost: points by which the class that fares worst differs from the best heuristic.",
+        "(where the gate did not let the network pass, the bundle is the heuristic itself, and says so); %: of the",
+        "contribution margin; p: sign-flip test, adjusted over all rows of this page (Holm); learned: seeds whose",
+        "gates exported a network. SLO, good, lost: points by which the class that fares worst differs from the best",
+        "heuristic.",
         "",
-        "| " + " | ".join(HEADS + MORE_HEADS) + " |",
-        "| --- | " + " | ".join(["---:"] * (len(HEADS + MORE_HEADS) - 1)) + " |",
+        *_summary(found),
+        "",
+        *_table(whole, "scenario"),
     ]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in found]
-    lines += [
-        "",
-        "## What the margin comes from",
-        "",
-        "| scenario | bid price | fitted | adaptive | exported |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for row in found:
-        if row["condition"] == ITSELF:
-            chain = [
-                f"{row['chain_usd_per_1k'][name]:.3f}" if name in row["chain_usd_per_1k"] else "-" for name in CHAIN
-            ]
-            lines.append(f"| {row['scenario']} | {' | '.join(chain)} | {row['margin_usd_per_1k']:.3f} |")
+    lines += ["", "## What the margin comes from", "", *_chain(whole)]
+    if changed:
+        lines += ["", "## Held-out conditions", "", *_table(changed, "condition")]
     return "\n".join(lines) + "\n"
+
+
+def _summary(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the rows say together."""
+    whole = [row for row in found if row["condition"] == ITSELF]
+    ahead = [row for row in whole if any(row["exported"]) and _significant(row) > 0]
+    behind = [row for row in found if _significant(row) < 0]
+    exported = sum(sum(row["exported"]) for row in whole)
+    trained = sum(len(row["exported"]) for row in whole)
+    pct = [row["gain"]["pct"] for row in whole if row["gain"]["pct"] is not None]
+    over = [row["over_shipped"]["pct"] for row in whole if row.get("over_shipped", {}).get("pct") is not None]
+    names = ", ".join(f"{row['scenario']} ({_pct(row['gain']['pct'])} %)" for row in ahead) or "none"
+    worse = ", ".join(f"{row['scenario']}, {row['condition']}" for row in behind) or "none"
+    lines = [
+        f"- Gates exported a network in {exported} of {trained} trainings.",
+        f"- Significantly better by what was learned: {names}.",
+        f"- Significantly worse than the best tuned heuristic, of {len(found)} rows: {worse}.",
+        f"- Median of the scenarios: {np.median(pct):+.1f} % over the best tuned heuristic.",
+    ]
+    return lines + ([f"- Over the best shipped composite, tuned: {np.median(over):+.1f} %."] if over else [])
+
+
+def _significant(row: Mapping[str, Any]) -> int:
+    """1 or -1 where a gain differs from zero, else 0."""
+    return int(np.sign(row["gain"]["usd_per_1k"])) if row["gain"]["p_holm"] < 0.05 else 0
+
+
+def _table(found: Sequence[Mapping[str, Any]], first: str) -> list[str]:
+    heads = (first, *HEADS, *MORE_HEADS)
+    lines = ["| " + " | ".join(heads) + " |", "| --- | " + " | ".join(["---:"] * (len(heads) - 1)) + " |"]
+    return lines + ["| " + " | ".join(_cells(row)) + " |" for row in found]
+
+
+def _chain(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = ["| scenario | bid price | fitted | adaptive | exported |", "| --- | ---: | ---: | ---: | ---: |"]
+    for row in found:
+        usd = row["chain_usd_per_1k"]
+        chain = [f"{usd[name]:.3f}" if name in usd else "-" for name in CHAIN]
+        lines.append(f"| {row['scenario']} | {' | '.join(chain)} | {row['margin_usd_per_1k']:.3f} |")
+    return lines
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     gain, shipped, change = row["gain"], row.get("over_shipped"), row["class_change"]
-    name = row["scenario"] if row["condition"] == ITSELF else f"· {row['condition']}"
+    name = row["scenario"] if row["condition"] == ITSELF else f"{row['scenario']}, {row['condition']}"
     return [
         name,
+        str(row["episodes"]),
         f"{sum(row['exported'])} of {len(row['exported'])}",
         f"{row['margin_usd_per_1k']:.2f}",
         row["best_heuristic"],
