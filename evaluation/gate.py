@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 FIRST_GATE_SEED = 10_000  # validation seeds below it chose among checkpoints
 MOST_LOST = 0.01  # share of a class's requests
-STRESS_EPISODES = 32  # of each stress at most: they are to refuse harm, not to prove a gain
 
 
 def paired_by_blocks(scenario: Scenario, ours: EpisodeResults, theirs: EpisodeResults) -> tuple[Estimate, int]:
@@ -93,8 +92,7 @@ def gate(
     from agents.export import residual_policy
 
     learned = residual_policy(policy, advice, spec)
-    stresses = stressed(scenario)
-    each = max(min(int(STRESS_SHARE * config.gate_episodes), STRESS_EPISODES), 2)
+    stresses, each = stressed(scenario), max(int(STRESS_SHARE * config.gate_episodes), 2)
     whole = config.gate_episodes + each * len(stresses)
 
     def play(world: Scenario, episodes: int, before: int) -> tuple[EpisodeResults, EpisodeResults]:
