@@ -82,8 +82,8 @@ def _kept_controlled(scenario: Scenario, run: Path, episodes: int) -> tuple[str,
     best = next(pair for pair in pairs if pair.name == entrants.best)
     kubernetes = next(pair.controller for pair in pairs if pair.controller.name == "hpa")
     kept: dict[str, Policy] = {name: Deciders(best.controller, routers[name]) for name in CHAIN if name in routers}
-    kept |= {best.name: best, SHIPPED: Deciders(kubernetes, routers[SHIPPED])}
-    return best.name, kept
+    kept |= {SHIPPED: Deciders(kubernetes, routers[SHIPPED])} if SHIPPED in routers else {}
+    return best.name, {**kept, best.name: best}
 
 
 def _row(results: Mapping[str, EpisodeResults], seeds: Sequence[str], best: str) -> dict[str, Any]:
