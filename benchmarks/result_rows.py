@@ -11,6 +11,7 @@ import numpy as np
 
 from agents.baselines import baselines_for
 from agents.run import load_bundle
+from agents.workers import Crew
 from envs.scenario import Scenario
 from evaluation.conditions import ITSELF
 from evaluation.contest import Play, choose_best, enter
@@ -30,7 +31,9 @@ HEADS = ("episodes", "learned", "margin", "best heuristic", "gain", "95 %", "%",
 MORE_HEADS = ("over shipped", "%", "SLO", "good", "lost")
 
 
-def rows(scenario: Scenario, runs: Sequence[Path], episodes: int, condition_episodes: int) -> list[dict[str, Any]]:
+def rows(
+    scenario: Scenario, runs: Sequence[Path], episodes: int, condition_episodes: int, workers: Crew | int | None = 1
+) -> list[dict[str, Any]]:
     """A row for the scenario as it is, and one per condition; the best heuristic is chosen on validation, once."""
     bundles = {f"seed {i}": load_bundle(run, scenario) for i, run in enumerate(runs)}
     exported = {name: _learned(bundle) for name, bundle in bundles.items()}
@@ -38,13 +41,15 @@ def rows(scenario: Scenario, runs: Sequence[Path], episodes: int, condition_epis
         (name for name in bundles if not exported[name]), ""
     )  # what learned nothing decides alike: played once
     plays = {name: name if exported[name] else alike for name in bundles}
-    best, kept = (_kept if scenario.control is None else _kept_controlled)(scenario, runs[0], episodes)
+    best, kept = (_kept if scenario.control is None else _kept_controlled)(
+        scenario, runs[0], Play(episodes, workers=workers)
+    )
     decide = {name: _decides(bundles[name]) for name in sorted(set(plays.values()))}
     found = []
     for condition in (ITSELF, *(scenario.conditions if condition_episodes else ())):
         world = scenario if condition == ITSELF else scenario.under(condition)
         played = episodes if condition == ITSELF else condition_episodes
-        results = evaluate_policies(world, {**decide, **kept}, played)
+        results = evaluate_policies(world, {**decide, **kept}, played, workers=workers)
         results |= {name: results[of] for name, of in plays.items()}
         row = _row(results, list(bundles), best)
         found.append(
@@ -68,14 +73,14 @@ def _decides(bundle: Bundle) -> Policy:
     return bundle.guarded() if bundle.controller is None else Deciders(bundle.controller, bundle.guarded())
 
 
-def _kept(scenario: Scenario, run: Path, episodes: int) -> tuple[str, dict[str, Policy]]:
+def _kept(scenario: Scenario, run: Path, play: Play) -> tuple[str, dict[str, Policy]]:
     """The best heuristic, chosen on validation, and those that the table needs."""
     heuristics = {k: p for k, p in baselines_for(scenario, run_dir=run).items() if k not in CONTROLS}
-    best = str(choose_best(scenario, heuristics, Play(episodes)))
+    best = str(choose_best(scenario, heuristics, play))
     return best, {name: heuristics[name] for name in {best, SHIPPED, *CHAIN} if name in heuristics}
 
 
-def _kept_controlled(scenario: Scenario, run: Path, episodes: int) -> tuple[str, dict[str, Policy]]:
+def _kept_controlled(scenario: Scenario, run: Path, play: Play) -> tuple[str, dict[str, Policy]]:
     """The same beside a controller: the rule that was best on validation, and Kubernetes' beside what gateways ship."""
     routers, entrants = baselines_for(scenario, run_dir=run), enter(scenario, [str(run)], "all")
     pairs = [pair for pair in entrants.heuristics.values() if isinstance(pair, Deciders)]

@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--condition-episodes", type=int, metavar="N", help="of a condition; 0: none (default: an eighth; days: a half)"
     )
+    parse.add_argument("--workers", type=int, metavar="N", help="processes that play (default: one per core)")
     parse.add_argument("--runs", type=Path, default=Path("runs/results"), metavar="DIR", help="run folders")
     parse.add_argument("--out", type=Path, metavar="FILE.md", help="where the table goes (default: stderr)")
     return parse
@@ -55,18 +56,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError:
         raise InputError(f"--seeds {args.seeds!r} is not legal; legal are whole numbers separated by commas") from None
     from agents.baselines import find
+    from agents.cluster import crew_of
+    from agents.workers import usable_cores
     from benchmarks import result_rows
     from envs.scenario import load_scenario
     from evaluation.suite import scenario_names
 
     found, steps = [], 1024 if args.quick else args.steps
-    for name in args.scenarios or scenario_names():
-        scenario = load_scenario(name)
-        if find(scenario) is None and not args.scenarios:
-            common.note(f"{name} is left out: it has no tuned baselines")
-            continue
-        runs = [_trained(name, seed, steps, args.runs) for seed in seeds]
-        found += result_rows.rows(scenario, runs, *_episodes(args, scenario.control is not None))
+    with crew_of(None, args.workers or usable_cores()) as workers:
+        for name in args.scenarios or scenario_names():
+            scenario = load_scenario(name)
+            if find(scenario) is None and not args.scenarios:
+                common.note(f"{name} is left out: it has no tuned baselines")
+                continue
+            runs = [_trained(name, seed, steps, args.runs) for seed in seeds]
+            common.note(f"playing {name}")
+            found += result_rows.rows(scenario, runs, *_episodes(args, scenario.control is not None), workers)
     result_rows.adjust(found)
     command = shlex.join(["python", "-m", "benchmarks.results", *(sys.argv[1:] if argv is None else argv)])
     text = result_rows.markdown(found, common.commit(), command)
