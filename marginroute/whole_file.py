@@ -37,11 +37,17 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file that a user has named; text becomes UTF-8.
 
+    A link is followed. A pipe or a device (`/dev/stdout`) is written to: nothing could take its place.
+
     Raises:
         InputError: it cannot be written; what was there is still there.
     """
+    data = content.encode() if isinstance(content, str) else content
     try:
-        with replacing(path) as partial:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
+        with replacing(Path(os.path.realpath(path))) as partial:
+            partial.write_bytes(data)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); legal is a file in a folder you own") from None

@@ -39,6 +39,20 @@ def test_at_the_end_the_new_file_is_there_alone(tmp_path):
     assert path.read_bytes() == b"\xe2\x82\xac\n"
 
 
+def test_a_link_is_followed_and_a_pipe_is_written_to(tmp_path):
+    """As root `--json /dev/stdout` would else leave a file where the device was."""
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_whole(tmp_path / "link", "x")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "x"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_whole(tmp_path / "pipe", "y")
+        assert (tmp_path / "pipe").is_fifo() and os.read(reader, 9) == b"y"
+    finally:
+        os.close(reader)
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o000])
 def test_permissions_are_those_of_an_ordinary_open(tmp_path, mask):
     before = os.umask(mask)
