@@ -34,10 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     """Exports; bad input exits 2 and leaves no folder."""
     args = parser().parse_args(argv)
     from agents import baselines
+    from agents.archive import load_archive
     from agents.export import export
     from agents.network import ScorerPolicy
     from agents.run import Run
-    from agents.train import load_archive, router_scenario
+    from agents.train import router_scenario
     from envs.plant import Plant
     from marginroute.control_policy import learned_of
     from marginroute.features import FeatureSpec

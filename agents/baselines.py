@@ -15,7 +15,7 @@ import yaml
 
 from agents.objective import Rule
 from agents.rules_of_thumb import nothing_to_tune
-from agents.tuning import AGREEMENT, Budget, Tuned
+from agents.search import AGREEMENT, Budget, Tuned
 from envs import scenario_files
 from envs.plant import Plant
 from envs.scenario import Scenario
@@ -24,6 +24,7 @@ from marginroute.cli import note
 from marginroute.control import ControlLayout
 from marginroute.control_rules import RuleController
 from marginroute.errors import InputError
+from marginroute.margin_rule import MarginRule
 from marginroute.whole_file import replacing
 
 SCHEMA = 1
@@ -122,9 +123,9 @@ def tell_loose(document: Mapping[str, Any]) -> None:
         note(f"note: restarts of the tuning differ for {said}: more training.tuning_requests may find better ones")
 
 
-def margin_rules(path: Path) -> dict[str, heuristics.MarginRule]:
+def margin_rules(path: Path) -> dict[str, MarginRule]:
     """The margin rules of a file of tuned baselines, by name."""
-    return {name: rule for name, rule in load(path)[1].items() if isinstance(rule, heuristics.MarginRule)}
+    return {name: rule for name, rule in load(path)[1].items() if isinstance(rule, MarginRule)}
 
 
 def replace_rules(path: Path, rules: Mapping[str, Rule]) -> None:
@@ -135,7 +136,7 @@ def replace_rules(path: Path, rules: Mapping[str, Rule]) -> None:
     _write(path, data)
 
 
-def advice_and_fallback(path: Path, fitted: bool = True) -> tuple[heuristics.MarginRule, Rule]:
+def advice_and_fallback(path: Path, fitted: bool = True) -> tuple[MarginRule, Rule]:
     """The rule that a network corrects and the one that the guard hands over to, from a file of tuned baselines.
 
     Args:
@@ -147,7 +148,7 @@ def advice_and_fallback(path: Path, fitted: bool = True) -> tuple[heuristics.Mar
     """
     rules = load(path)[1]
     advice, fallback = rules.get("bid-price-fitted" if fitted else "bid-price"), rules.get("bid-price")
-    if not isinstance(advice, heuristics.MarginRule) or fallback is None:
+    if not isinstance(advice, MarginRule) or fallback is None:
         raise InputError(f"{path} lacks bid-price or bid-price-fitted; tune the baselines again with train.py --retune")
     return advice, fallback
 
@@ -187,7 +188,7 @@ def baselines_for(scenario: Scenario, run_dir: Path | None = None) -> dict[str, 
     rules |= {name: rule for name, rule in nothing_to_tune(plant).items() if name not in rules and "shipped" in rules}
     stations = len(scenario.pool_names) + len(scenario.provider_names)
     for name, rule in rules.items():
-        if isinstance(rule, heuristics.MarginRule) and len(rule.parameters.station_usd_per_s) != stations:
+        if isinstance(rule, MarginRule) and len(rule.parameters.station_usd_per_s) != stations:
             raise InputError(
                 f"{path}: {name} has prices for {len(rule.parameters.station_usd_per_s)} pools and providers, "
                 f"scenario {scenario.name!r} has {stations}; tune again with train.py --retune"

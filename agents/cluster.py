@@ -19,7 +19,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from agents.workers import Crew, Member, Processes, usable_cores
+from agents.processes import Processes
+from agents.workers import Crew, Member, usable_cores
 from marginroute.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -186,7 +187,7 @@ def _by_value() -> type:
             sys.path.insert(0, root)
             try:
                 from agents.cluster import identity
-                from agents.workers import Worker
+                from agents.processes import Worker
             except ImportError:
                 return socket.gethostname(), None
             self._worker = Worker()

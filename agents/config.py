@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from envs import scenario_files
-from envs.scenario_fleet import NonNegative, Positive, Section
+from envs.scenario_section import NonNegative, Positive, Section
 
 Count = Annotated[int, Field(ge=1)]
 PREFIX = "training."

@@ -16,14 +16,15 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import set_random_seed
 
+from agents.archive import load_with, save_archive
 from agents.config import ControllerConfig
 from agents.control_tuning import FIRST_VALIDATION_SEED, play
 from agents.control_worlds import ControlVecEnv, probe
 from agents.controller import ControllerPolicy, ControllerPPO, learned_controller, make_controller_model
 from agents.floors import MIN_UNIT_USD
 from agents.run import Run, check_archive
-from agents.train import FIRST_TRAINING_SEED, learning_rate, load_with, save_archive
-from envs.control_plant import ControlPlant, Traffic, traffic_of
+from agents.train import FIRST_TRAINING_SEED, learning_rate
+from envs.control_plant import ControlPlant, arrival_counts
 from envs.control_worlds import FluidControl
 from envs.economics import ledger as books
 from envs.progress import Progress, silent
@@ -49,13 +50,13 @@ class GainOnSurrogate:
     def __init__(self, plant: ControlPlant, rule: RuleController, episodes: int) -> None:
         seeds = range(FIRST_VALIDATION_SEED, FIRST_VALIDATION_SEED + episodes)
         scenario, tick_s = plant.plant.scenario, plant.layout.tick_s
-        self._traffic = [traffic_of(scenario, seed, "validation", tick_s) for seed in seeds]
+        self._arrivals = [arrival_counts(scenario, seed, "validation", tick_s) for seed in seeds]
         self._worlds = FluidControl(plant, episodes)
         self.rule_usd_per_1k, self._rule_met = self._played(rule)
 
     def _played(self, controller: Controller) -> tuple[Array, Array]:
         """(E,) margins in USD per 1k requests, and (K,) shares of calls inside their SLOs."""
-        usd = play(self._worlds, controller, self._traffic)
+        usd = play(self._worlds, controller, self._arrivals)
         counts = self._worlds.counts.sum(axis=0)
         return usd, counts[books.SLO_OK] / np.maximum(counts[books.CALLS], 1.0)
 
@@ -150,16 +151,15 @@ def train_controller(
     set_random_seed(seed)
     scenario, first = plant.plant.scenario, FIRST_TRAINING_SEED * (seed + 2)
 
-    def traffic(episode: int) -> Traffic:
+    def arrivals(episode: int) -> Array:
         rng = np.random.default_rng([seed, episode])
         scale = np.exp(rng.uniform(-config.load_spread, config.load_spread))
-        arrivals, variant = traffic_of(scenario, first + episode, "train", plant.layout.tick_s)
-        return Traffic(scale * arrivals, variant)
+        return scale * arrival_counts(scenario, first + episode, "train", plant.layout.tick_s)
 
     worlds = FluidControl(plant, config.groups * (config.group_size + 1))
     gain = GainOnSurrogate(plant, rule, config.validation_episodes)
     unit_usd = max(FIRM * abs(float(gain.rule_usd_per_1k.mean())) / 1000.0, MIN_UNIT_USD)
-    env = ControlVecEnv(worlds, rule, config.group_size, traffic, unit_usd=unit_usd)
+    env = ControlVecEnv(worlds, rule, config.group_size, arrivals, unit_usd=unit_usd)
     mean, std, env.scale_usd = probe(env, PROBE_TICKS, seed)
     env.episodes = 0
     env.integral_usd[:] = 0.0

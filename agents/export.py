@@ -20,9 +20,10 @@ from marginroute.control_rules import Controller
 from marginroute.drift import histograms_of
 from marginroute.features import FeatureSpec, split
 from marginroute.guard import GuardLimits
-from marginroute.heuristics import MarginRule, RuleOfThumb
+from marginroute.margin_rule import MarginRule
 from marginroute.policy import Policy, ResidualPolicy
 from marginroute.predictor import QualityPredictor
+from marginroute.rules import RuleOfThumb
 from marginroute.view import Array
 
 NAME = "marginroute"  # the exported policy's name in tables, learned or not

@@ -32,7 +32,7 @@ from envs.plant import Plant
 from envs.workload.requests import Workload
 from envs.worlds import FleetWorlds
 from marginroute.errors import InputError
-from marginroute.heuristics import MarginRule
+from marginroute.margin_rule import MarginRule
 from marginroute.view import Array
 
 KINDS = ("slo", "quality", "shed")

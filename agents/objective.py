@@ -14,8 +14,9 @@ from envs.scenario import Scenario, Split
 from envs.worlds import FleetWorlds
 from marginroute import view as v
 from marginroute.gateway_rules import ShippedRule
-from marginroute.heuristics import Cascade, DifficultyThreshold, MarginParameters, MarginRule, RuleOfThumb
+from marginroute.margin_rule import MarginParameters, MarginRule
 from marginroute.quality import FittedQuality
+from marginroute.rules import Cascade, DifficultyThreshold, RuleOfThumb
 from marginroute.view import Array, Layout, View
 
 Rule = MarginRule | RuleOfThumb

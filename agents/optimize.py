@@ -25,7 +25,7 @@ from agents.workers import Crew, shared_out
 from envs.plant import Plant
 from envs.progress import Progress, silent
 from envs.scenario import Scenario
-from marginroute.heuristics import MarginRule
+from marginroute.margin_rule import MarginRule
 
 STUDY, DATABASE = "training", "optimize.db"
 FIRST_SEED, EPISODES = 20_000, 48  # validation episodes that score a trial

@@ -27,7 +27,7 @@ from envs.plant import Plant
 from envs.scenario import Scenario
 from envs.vector_env import FleetVecEnv
 from marginroute.features import FeatureSpec
-from marginroute.heuristics import MarginRule
+from marginroute.margin_rule import MarginRule
 
 FIELDS = ("observations", "actions", "rewards", "episode_starts", "values", "log_probs", "discounts")
 

@@ -6,18 +6,18 @@ Providers are a last resort of them, as in `marginroute.gateway_rules`, and thre
 from __future__ import annotations
 
 from agents.objective import Rule
-from agents.tuning import cascades, has_verifiers, is_semantic, tier_ranks
+from agents.search_spaces import cascades, has_verifiers, is_semantic, tier_ranks
 from agents.tuning_shipped import default, spread_evenly
 from envs.plant import Plant
-from marginroute import heuristics
 from marginroute.gateway_rules import REPLICA_RULES, TIER_RULES
+from marginroute.rules import FixedTier, LeastInFlight, Random, RoundRobin
 
 
 def as_they_come(plant: Plant) -> dict[str, Rule]:
     """Every rule of thumb of a scenario, untuned, by name."""
-    rules: list[Rule] = [heuristics.FixedTier(f"fixed-{tier}", t) for t, tier in enumerate(plant.layout.tier_names)]
-    rules += [heuristics.Random("random"), heuristics.RoundRobin("round-robin")]
-    rules += [heuristics.LeastInFlight("least-in-flight"), spread_evenly(tier_ranks(plant))]
+    rules: list[Rule] = [FixedTier(f"fixed-{tier}", t) for t, tier in enumerate(plant.layout.tier_names)]
+    rules += [Random("random"), RoundRobin("round-robin")]
+    rules += [LeastInFlight("least-in-flight"), spread_evenly(tier_ranks(plant))]
     rules += [default(name) for name in (*REPLICA_RULES, *TIER_RULES)]
     lists = cascades(plant)
     rules.append(max(lists, key=lambda rule: len(rule.order)) if has_verifiers(plant) else lists[0])

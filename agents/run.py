@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import platform
 import zipfile
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -153,6 +154,27 @@ class Run:
         if not archives:
             raise InputError(f"{self.folder} has no checkpoint to resume from; start again without --resume")
         return check_archive(archives[-1])
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run that is carried out, and what all stages need of it.
+
+    Attributes:
+        run: its folder.
+        scenario: as it was resolved, overrides and the log's changes included.
+        config: its settings.
+        seed: of the training.
+        started_s: `time.monotonic()` when the command started.
+        resumed: whether the stages go on where they were interrupted.
+    """
+
+    run: Run
+    scenario: Scenario
+    config: TrainingConfig
+    seed: int
+    started_s: float
+    resumed: bool = False
 
 
 def check_archive(path: Path) -> Path:

@@ -1,8 +1,40 @@
-"""What train.py says of a finished run, in one line each."""
+"""What train.py says of a run and its stages, in one line each."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from agents.log_quality import FittedAbilities
+from envs.scenario import Scenario
+
+
+def refit_line(log: Path, fit: FittedAbilities, scenario: Scenario) -> str:
+    """How much the outcomes of a log change who answers what well."""
+    moved = np.abs(fit.ability - np.array(scenario.workload_spec.quality.ability))
+    return (
+        f"{log.name}: {fit.labels.sum():,} labelled answers move the tiers' abilities by {moved.mean():.2f} probits on "
+        f"average, {moved.max():.2f} at most; their standard errors are {fit.sd.min():.2f} to {fit.sd.max():.2f}"
+    )
+
+
+def search_line(found: dict[str, Any], advice: str) -> str:
+    """What a search of the training's settings has found."""
+    return (
+        f"best of {found['trials']} trainings: {found['gain_usd_per_1k']:+z.4f} USD per 1k over {advice} on "
+        f"validation, settings as they are {found['as_it_is_usd_per_1k']:+z.4f}; train with it on other seeds:"
+    )
+
+
+def out_of_reach(verdict: dict[str, Any]) -> str:
+    """Why neither the learned policy nor the heuristic may be exported: a sentence for an `InputError`."""
+    return (
+        "no policy keeps the floors on validation episodes: of the heuristic "
+        f"{'; '.join(verdict['heuristic_breaks'])}; the learned policy was refused since "
+        f"{'; '.join(verdict['refused'])}; nothing is exported, legal are floors within reach"
+    )
 
 
 def controller_line(controller: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import optuna
 
 from agents.objective import Objective, Rule
-from agents.tuning import Suggest, Tuned
+from agents.search import Suggest, Tuned
 from envs.plant import Plant
 from marginroute.gateway_rules import REPLICA_RULES, SHIPPED_RULES, TIER_RULES, Composite, LeastLoaded, ShippedRule
 from marginroute.rules import DifficultyThreshold

@@ -1,4 +1,4 @@
-"""Work shared out over others: processes of this machine, or members of a Ray cluster (`agents.cluster`).
+"""Work shared out: processes of this machine (`agents.processes`), or members of a Ray cluster (`agents.cluster`).
 
 A *job* is a function that is started once by every member of a crew (imports, kernels, constants) and then takes one
 item after the other, on one thread. What comes of an item depends on the job and the item alone, neither on who does
@@ -9,24 +9,20 @@ only: its item is done again by another.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import pickle
-import signal
-import threading
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import count
 from typing import Any, Generic, Protocol, TypeVar
 
+from agents.processes import Processes
 from marginroute.cli import note
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 MOST_LOSSES = 3  # members that one item may cost, or that may die one after the other before they have come
 PATIENCE_S = 30.0  # without any member at work, after which the user is told
 
@@ -221,130 +217,3 @@ def shared_out(
         return
     with contextlib.nullcontext(workers) if isinstance(workers, Crew) else Crew(Processes(workers)) as crew:
         yield from crew.job(start, arguments).each(items)
-
-
-class Worker:
-    """What a member does inside its process."""
-
-    def __init__(self) -> None:
-        self._job = -1
-        self._do: Callable[[Any], Any] | None = None
-
-    def do(self, job: int, packed: bytes | None, item: Any) -> Any:
-        """Does an item; starts the job first where it is told how."""
-        if packed is not None:
-            self._do, (start, arguments) = None, pickle.loads(packed)
-            self._do, self._job = start(*arguments), job
-        assert self._do is not None and self._job == job
-        return self._do(item)
-
-
-class Processes:
-    """Processes of this machine as a crew's staff.
-
-    Args:
-        size: how many.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def hire(self) -> Member:
-        """A new process."""
-        return _Process()
-
-    def pack(self, job: bytes) -> bytes:
-        """As it is."""
-        return job
-
-    def welcome(self, arrived: Any) -> None:
-        """Nothing to look at: the same machine, the same code."""
-
-    def meant(self, error: Exception) -> Exception | None:
-        """Only a dead process breaks a pool."""
-        return None if isinstance(error, BrokenProcessPool) else error
-
-
-_worker: Worker | None = None
-
-
-class _Process:
-    """One process, which starts at once and uses one thread."""
-
-    def __init__(self) -> None:
-        before = set(multiprocessing.active_children())
-        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _enter)
-        self._children: set[Any] = set()
-        try:
-            with _one_thread_each(), _signals_later(), _sigint_held():
-                self.ready: Future[Any] = self._pool.submit(os.getpid)
-                self._children = set(multiprocessing.active_children()) - before
-        except BaseException:  # a signal that has waited: nobody else knows of the child
-            self.stop(at_once=True)
-            raise
-
-    def submit(self, job: int, packed: Any, item: Any) -> Future[Any]:
-        return self._pool.submit(_work, job, packed, item)
-
-    def stop(self, at_once: bool) -> None:
-        self._pool.shutdown(wait=not at_once, cancel_futures=True)
-        if at_once:
-            for child in self._children:
-                child.terminate()
-
-
-def _enter() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
-    global _worker
-    _worker = Worker()
-
-
-def _work(job: int, packed: bytes | None, item: Any) -> Any:
-    assert _worker is not None
-    return _worker.do(job, packed, item)
-
-
-@contextlib.contextmanager
-def _signals_later() -> Iterator[None]:
-    """Ctrl-C and SIGTERM come after what is inside: a child that is told half of how to start would crash."""
-    if threading.current_thread() is not threading.main_thread():  # which is where Python sees signals
-        yield
-        return
-    came: list[int] = []
-    caught = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in caught}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if came:
-        signal.raise_signal(came[0])
-
-
-@contextlib.contextmanager
-def _sigint_held() -> Iterator[None]:
-    """Processes started inside are born deaf to Ctrl-C, which would else kill them before `_enter` runs."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Child processes started inside use one thread each: two pools of threads on two cores collapse."""
-    saved = {name: os.environ.get(name) for name in ONE_THREAD}
-    os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
-    try:
-        yield
-    finally:
-        for name, value in saved.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

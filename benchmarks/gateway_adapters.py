@@ -24,7 +24,7 @@ def small_bundle_folder(folder: Path) -> Path:
     from envs.scenario import load_scenario
     from envs.vector_env import default_advice
     from marginroute import bundle as bundles
-    from marginroute.heuristics import LeastInFlight
+    from marginroute.rules import LeastInFlight
 
     plant = Plant(load_scenario("quickstart"))
     fallback = LeastInFlight("least-in-flight", use_providers=True)

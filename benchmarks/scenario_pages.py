@@ -12,8 +12,9 @@ from envs import scenario_files
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario
-    from envs.scenario_fleet import Pool, Provider
     from envs.scenario_plans import CustomerClass, Slo
+    from envs.scenario_pools import Pool
+    from envs.scenario_providers import Provider
 
 COMMAND = "python -m benchmarks.scenarios{} --out docs/scenarios.md"
 RICH_PCT = 97.0  # share of the clairvoyant bound above which a scenario teaches little

@@ -2,7 +2,7 @@
 
 The fleet is Llama-3.1-8B on H100 (vLLM V1 scheduler, 2,048 tokens per iteration, 256 sequences), the requests are
 lognormal conversations at shares of the measured capacity. Each arrival advances the whole world and compares all
-replicas in one compiled rule, which a test holds to `least-in-flight` of marginroute/heuristics.py. Modes:
+replicas in one compiled rule, which a test holds to `least-in-flight` of marginroute/rules.py. Modes:
 
 * base: the engine alone;
 * parity: the same with Vidur's Sarathi scheduler and its quirks;

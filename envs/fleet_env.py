@@ -14,7 +14,7 @@ from envs.vector_env import ObservedWorlds
 from envs.workload.requests import Workload
 from marginroute import view as v
 from marginroute.errors import InputError
-from marginroute.heuristics import MarginRule
+from marginroute.margin_rule import MarginRule
 from marginroute.view import Array, View
 
 ENV_ID = "marginroute/Fleet-v0"

@@ -1,7 +1,7 @@
 """What `MarginRule.assess` and `features.observe` say of every world, in one compiled pass.
 
-The formulas and their meaning are those of `marginroute` (latency.py, heuristics.py, features.py), which a gateway runs
-as numpy; here they are once more, decision by decision, because thousands of worlds spend most of numpy's time on
+The formulas and their meaning are those of `marginroute` (latency.py, margin_rule.py, features.py), which a gateway
+runs as numpy; here they are once more, decision by decision, because thousands of worlds spend most of numpy's time on
 passing over memory. tests/parity/test_observe_kernel.py holds every number to the original, on views with every feature
 on.
 """
@@ -20,7 +20,7 @@ from envs.kernels import kernel
 from marginroute import quality
 from marginroute import view as v
 from marginroute.features import CLIP, MIN_LOGIT, FeatureSpec
-from marginroute.heuristics import MAX_FILL, NEVER_USD, MarginRule
+from marginroute.margin_rule import MAX_FILL, NEVER_USD, MarginRule
 from marginroute.view import Array, Layout
 
 told_change = kernel(quality.told_change, inline="always")
@@ -162,7 +162,7 @@ def _latency(s, w, c, prompt_tokens, output_tokens):
 
 @kernel(error_model="numpy")
 def _candidates(rule, s, q, legal, w, value_usd, usage_usd, unserved_usd, row, n_features, seen):
-    """`heuristics.assess` for world `w`, with most candidate features; returns the highest legal score."""
+    """`margin_rule.assess` for world `w`, with most candidate features; returns the highest legal score."""
     numbers = rule.numbers[0]
     prompt_tokens, output_tokens = q[v.PROMPT_TOKENS, w], q[v.EXPECTED_OUTPUT_TOKENS, w]
     bad_now_usd = refund_usd(value_usd, q[v.REFUND_SHARE, w], q[v.BAD_ANSWER_USD, w])

@@ -20,8 +20,9 @@ from pydantic import AfterValidator, Field, ValidationError
 from envs import scenario_checks, scenario_compile, scenario_faults, scenario_files, scenario_terms
 from envs.scenario_drift import DriftSection, drift_laws
 from envs.scenario_family import DRAWS, Range, check_family, drawn, under, without_ranges_of
-from envs.scenario_fleet import FleetSection, Name, NonNegative, Positive, Section
+from envs.scenario_fleet import FleetSection
 from envs.scenario_plans import PlansSection
+from envs.scenario_section import Name, NonNegative, Positive, Section
 from envs.scenario_workload import WorkloadSection
 from envs.workload.drift import draw_drifts
 from envs.workload.generator import generate

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from envs.scenario_fleet import Name, NonNegative, Positive, Section
+from envs.scenario_section import Name, NonNegative, Positive, Section
 from envs.workload.arrivals import GammaArrivals, MmppArrivals
 from envs.workload.arrivals_bursts import BurstArrivals, WeibullArrivals
 from envs.workload.season import Season

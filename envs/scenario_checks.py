@@ -11,7 +11,7 @@ from marginroute.errors import suggestion
 
 if TYPE_CHECKING:
     from envs.scenario import Scenario
-    from envs.scenario_fleet import Pool
+    from envs.scenario_pools import Pool
     from envs.scenario_sessions import SessionSection
 
 Problem = tuple[str, str]  # dotted key path, sentence

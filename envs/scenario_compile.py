@@ -12,8 +12,9 @@ import numpy as np
 
 from envs.scenario_composition import composition
 from envs.scenario_files import locate, read_yaml
-from envs.scenario_fleet import FleetSection, Provider
+from envs.scenario_fleet import FleetSection
 from envs.scenario_lengths import LengthSection
+from envs.scenario_providers import Provider
 from envs.workload.lengths import LengthMixture
 from envs.workload.quality import QualityTruth, mean_ability, with_auc
 from envs.workload.spec import WorkloadSpec

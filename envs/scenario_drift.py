@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
-from envs.scenario_fleet import Name, NonNegative, Positive, Section
+from envs.scenario_section import Name, NonNegative, Positive, Section
 from envs.workload.drift import DriftLaw
 
 if TYPE_CHECKING:

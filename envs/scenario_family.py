@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from envs import scenario_files
-from envs.scenario_fleet import Section
+from envs.scenario_section import Section
 from marginroute.errors import InputError, suggestion
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from envs.scenario_fleet import Positive, Section
+from envs.scenario_section import Positive, Section
 from envs.workload.durations import SecondsMixture
 from envs.workload.lengths import LengthMixture
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from envs.scenario_fleet import Name, NonNegative, Positive, Section, Share
+from envs.scenario_section import Name, NonNegative, Positive, Section, Share
 
 MONTH_S = 365.25 * 86400 / 12
 

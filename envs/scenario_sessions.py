@@ -7,8 +7,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from envs.scenario_arrivals import ArrivalSection
-from envs.scenario_fleet import Name, NonNegative, Positive, Section, Share
 from envs.scenario_lengths import LengthSection, SecondsSection, Weight
+from envs.scenario_section import Name, NonNegative, Positive, Section, Share
 
 FollowShare = dict[Annotated[int, Field(ge=1, strict=False)], Share]  # keys of JSON are words
 

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from envs.scenario_arrivals import ArrivalSection, SeasonSection
-from envs.scenario_fleet import Name, NonNegative, Positive, Section, Share
 from envs.scenario_lengths import LengthSection, Weight
+from envs.scenario_section import Name, NonNegative, Positive, Section, Share
 from envs.scenario_sessions import ClientsSection, JobsSection, PrefixSection, SessionSection
 from envs.workload.intents import IntentSpec, Reuse
 from marginroute.response_cache import PUBLIC_HALF, PUBLIC_WIDTH

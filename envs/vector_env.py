@@ -33,7 +33,7 @@ from envs.worlds import FleetWorlds
 from marginroute import features, hedging, latency
 from marginroute import view as v
 from marginroute.features import CLIP, MIN_LOGIT, FeatureSpec
-from marginroute.heuristics import MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
 from marginroute.view import Array
 
 Workloads = Callable[[int], Workload]

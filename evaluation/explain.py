@@ -21,7 +21,7 @@ from evaluation.table import stdout_console
 from marginroute import view as v
 from marginroute.decision import Decision
 from marginroute.errors import InputError
-from marginroute.heuristics import MarginRule
+from marginroute.margin_rule import MarginRule
 from marginroute.policy import Policy, ResidualPolicy
 from marginroute.view import View
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from agents.network import ScorerPolicy
     from envs.scenario import Scenario
     from marginroute.features import FeatureSpec
-    from marginroute.heuristics import MarginRule
+    from marginroute.margin_rule import MarginRule
 
 FIRST_GATE_SEED = 10_000  # validation seeds below it chose among checkpoints
 MOST_LOST = 0.01  # share of a class's requests

@@ -32,7 +32,7 @@ from envs.progress import Progress, silent
 from evaluation.decision_log import Decisions, read_decisions
 from marginroute.bundle import Bundle
 from marginroute.errors import InputError
-from marginroute.heuristics import MarginRule
+from marginroute.margin_rule import MarginRule
 from marginroute.policy import ResidualPolicy
 
 Floats = NDArray[np.float64]

@@ -19,13 +19,6 @@ parity vectors to 1e-5, or whose predictor does not reproduce the manifest's pro
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import os
-import shutil
-import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from marginroute import __version__, control_policy, heuristics
+from marginroute.bundle_files import FORMAT, arrays_of, npz_bytes, number, read_manifest, verified, write
 from marginroute.bundle_shape import check_predictor, check_shape
 from marginroute.control_rules import Controller
 from marginroute.drift import Histograms
@@ -41,7 +35,7 @@ from marginroute.errors import InputError
 from marginroute.features import FEATURE_VERSION, FeatureSpec
 from marginroute.features import split as split_observation
 from marginroute.guard import GuardedPolicy, GuardLimits
-from marginroute.heuristics import MarginRule
+from marginroute.margin_rule import MarginRule
 from marginroute.policy import WEIGHT_NAMES, Network, Policy, ResidualPolicy
 from marginroute.predictor import QualityPredictor
 from marginroute.quality import QualityPrior
@@ -49,11 +43,9 @@ from marginroute.rate_limits import RateLimit, rate_limits_from
 from marginroute.rules import RuleOfThumb
 from marginroute.view import REQUEST_NAMES, SIGNAL_NAMES, Array, Layout
 
-FORMAT = 1
 PARITY_TOLERANCE = 1e-5
 PROBE = "Write a Python function that returns the 12 largest primes below n.\nWhy does it stop? \u00bfPor qu\u00e9?"
 PROBE_TOLERANCE = 1e-9
-MAX_FILE_BYTES = 64 << 20
 CONTROLLER_FILES = (control_policy.WEIGHTS_FILE, control_policy.PARITY_FILE)
 FILES = ("weights.npz", "policy.onnx", "parity.npz", "quality.npz", *CONTROLLER_FILES)  # beside the manifest
 
@@ -128,32 +120,6 @@ class Bundle:
         return guarded.prepared(self.layout, self.static_signals)
 
 
-def _plain(value: Any) -> Any:
-    """Floats that JSON cannot hold become strings, so that the manifest is strict JSON in every language."""
-    if isinstance(value, dict):
-        return {key: _plain(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(x) for x in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return "Infinity" if value > 0 else "-Infinity" if value < 0 else "NaN"
-    return value
-
-
-def _number(value: Any) -> float:
-    return float(value)  # float("Infinity") is what `_plain` wrote
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    body = {key: value for key, value in manifest.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _npz_bytes(arrays: dict[str, Array]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    return buffer.getvalue()
-
-
 def _described(predictor: QualityPredictor) -> dict[str, Any]:
     """What the manifest says of a predictor; `auc` is null where it was not measured."""
     return {
@@ -200,7 +166,7 @@ def save(
     assert isinstance(advice, MarginRule | RuleOfThumb)
     if isinstance(policy, ResidualPolicy):
         assert parity is not None
-        files = {"weights.npz": _npz_bytes(policy.network.arrays()), "parity.npz": _npz_bytes(parity)}
+        files = {"weights.npz": npz_bytes(policy.network.arrays()), "parity.npz": npz_bytes(parity)}
         if onnx is not None:
             files["policy.onnx"] = onnx
     if bundle.predictor is not None:
@@ -209,114 +175,38 @@ def save(
     if isinstance(bundle.controller, control_policy.LearnedController):
         assert control_parity is not None
         archives = bundle.controller.network.arrays(), control_parity
-        files |= {name: _npz_bytes(x) for name, x in zip(CONTROLLER_FILES, archives, strict=True)}
-    manifest = _plain(
-        {
-            "format": FORMAT,
-            "feature_version": FEATURE_VERSION,
-            "marginroute_version": __version__,
-            "policy": policy.name,
-            "learned": bundle.learned,
-            "scenario": bundle.scenario,
-            "layout": bundle.layout.to_dict(),
-            "signals": list(SIGNAL_NAMES),
-            "request": list(REQUEST_NAMES),
-            "static_signals": bundle.static_signals.tolist(),
-            "slots": bundle.slots.tolist(),
-            "terms": bundle.terms,
-            "allowed": {
-                name: [c for c, may in zip(bundle.layout.names, row, strict=True) if may]
-                for name, row in zip(bundle.layout.class_names, bundle.allowed, strict=True)
-            },
-            "rate_limits": {name: limit.to_dict() for name, limit in bundle.rate_limits.items()},
-            "output_tokens": bundle.output_tokens.tolist(),
-            "prior": bundle.prior.to_dict(),
-            "quality": None if bundle.predictor is None else _described(bundle.predictor),
-            "advice": heuristics.to_dict(advice),
-            "fallback": heuristics.to_dict(bundle.fallback),
-            "spec": policy.spec.to_dict() if isinstance(policy, ResidualPolicy) else None,
-            "guard": bundle.limits.to_dict(),
-            "drift": None if bundle.histograms is None else bundle.histograms.to_dict(),
-            "controller": None if bundle.controller is None else control_policy.described(bundle.controller),
-            "evaluation": bundle.evaluation,
-            "provenance": bundle.provenance,
-            "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
-        }
-    )
-    manifest["digest"] = _digest(manifest)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder.parent} cannot be made ({error.strerror}); name another folder") from None
-    files["manifest.json"] = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
-    try:
-        _write(folder, files)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}); name another folder") from None
-
-
-def _write(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes and verifies the files beside the folder, then puts them in its place."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        complete = Path(scratch) / "bundle"
-        complete.mkdir()
-        for name, data in files.items():
-            (complete / name).write_bytes(data)
-        load(complete)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(complete, folder)
-
-
-def _read(folder: Path, name: str) -> bytes:
-    path = folder / name
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"{path} is larger than the {MAX_FILE_BYTES >> 20} MiB that a bundle file may have")
-        return path.read_bytes()
-    except OSError:
-        raise InputError(f"{path} is missing or unreadable; a bundle is a folder written by export.py") from None
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The verified manifest of a bundle.
-
-    Raises:
-        InputError: missing, malformed, tampered with, or of another format or feature version.
-    """
-    path = folder / "manifest.json"
-    data = _read(folder, "manifest.json")
-    try:
-        manifest = json.loads(data)
-        digest, fmt, version = manifest["digest"], manifest["format"], manifest["feature_version"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is not a bundle manifest; export the policy again") from None
-    if fmt != FORMAT:
-        raise InputError(f"{path} has format {fmt}; this marginroute reads format {FORMAT}; export the policy again")
-    if version != FEATURE_VERSION:
-        raise InputError(
-            f"{path} was made for feature version {version}; this marginroute computes version {FEATURE_VERSION}; "
-            "train and export the policy again"
-        )
-    if digest != _digest(manifest):
-        raise InputError(f"{path} does not match its digest: it was changed after the export; export the policy again")
-    return dict(manifest)
-
-
-def _verified(folder: Path, name: str, sha256: dict[str, str]) -> bytes:
-    data = _read(folder, name)
-    if hashlib.sha256(data).hexdigest() != sha256.get(name):
-        raise InputError(f"{folder / name} does not match the sha256 in the manifest; export the policy again")
-    return data
-
-
-def _arrays(folder: Path, name: str, sha256: dict[str, str]) -> dict[str, Array]:
-    data = _verified(folder, name, sha256)
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, zipfile.BadZipFile):
-        raise InputError(f"{folder / name} is not a plain npz archive; export the policy again") from None
+        files |= {name: npz_bytes(x) for name, x in zip(CONTROLLER_FILES, archives, strict=True)}
+    manifest = {
+        "format": FORMAT,
+        "feature_version": FEATURE_VERSION,
+        "marginroute_version": __version__,
+        "policy": policy.name,
+        "learned": bundle.learned,
+        "scenario": bundle.scenario,
+        "layout": bundle.layout.to_dict(),
+        "signals": list(SIGNAL_NAMES),
+        "request": list(REQUEST_NAMES),
+        "static_signals": bundle.static_signals.tolist(),
+        "slots": bundle.slots.tolist(),
+        "terms": bundle.terms,
+        "allowed": {
+            name: [c for c, may in zip(bundle.layout.names, row, strict=True) if may]
+            for name, row in zip(bundle.layout.class_names, bundle.allowed, strict=True)
+        },
+        "rate_limits": {name: limit.to_dict() for name, limit in bundle.rate_limits.items()},
+        "output_tokens": bundle.output_tokens.tolist(),
+        "prior": bundle.prior.to_dict(),
+        "quality": None if bundle.predictor is None else _described(bundle.predictor),
+        "advice": heuristics.to_dict(advice),
+        "fallback": heuristics.to_dict(bundle.fallback),
+        "spec": policy.spec.to_dict() if isinstance(policy, ResidualPolicy) else None,
+        "guard": bundle.limits.to_dict(),
+        "drift": None if bundle.histograms is None else bundle.histograms.to_dict(),
+        "controller": None if bundle.controller is None else control_policy.described(bundle.controller),
+        "evaluation": bundle.evaluation,
+        "provenance": bundle.provenance,
+    }
+    write(folder, manifest, files, check=load)
 
 
 def load(folder: str | Path) -> Bundle:
@@ -342,11 +232,11 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Bundle:
     for name in manifest["sha256"]:
         if name not in FILES:
             raise InputError(f"{folder} names a file {name!r} that is no part of a bundle; legal: {', '.join(FILES)}")
-        _verified(folder, name, manifest["sha256"])
+        verified(folder, name, manifest["sha256"])
     policy: Policy = heuristics.from_dict(manifest["advice"])
     if manifest["learned"] == "residual":
-        weights = _arrays(folder, "weights.npz", manifest["sha256"])
-        parity = _arrays(folder, "parity.npz", manifest["sha256"])
+        weights = arrays_of(folder, "weights.npz", manifest["sha256"])
+        parity = arrays_of(folder, "parity.npz", manifest["sha256"])
         assert isinstance(policy, MarginRule)
         network = Network(*(weights[name] for name in WEIGHT_NAMES))
         policy = ResidualPolicy(manifest["policy"], policy, FeatureSpec.from_dict(manifest["spec"]), network)
@@ -356,7 +246,7 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Bundle:
             raise InputError(f"{folder} does not reproduce its parity vectors to {PARITY_TOLERANCE} on this machine")
     predictor = None
     if manifest.get("quality") is not None:
-        data = _verified(folder, "quality.npz", manifest["sha256"])
+        data = verified(folder, "quality.npz", manifest["sha256"])
         predictor = QualityPredictor.from_bytes(data, str(folder / "quality.npz"))
         probe = manifest["quality"]["probe"]
         if not np.allclose(predictor.p_good(probe["text"]), probe["p_good"], rtol=0.0, atol=PROBE_TOLERANCE):
@@ -365,7 +255,7 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Bundle:
     if controller is not None:
 
         def arrays(name: str) -> dict[str, Array]:
-            return _arrays(folder, name, manifest["sha256"])
+            return arrays_of(folder, name, manifest["sha256"])
 
         controller = control_policy.read(controller, arrays, str(folder))
     histograms = None
@@ -377,9 +267,9 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Bundle:
         fallback=heuristics.from_dict(manifest["fallback"]),
         limits=GuardLimits(**manifest["guard"]),
         layout=layout,
-        static_signals=np.array([[_number(x) for x in row] for row in manifest["static_signals"]]),
+        static_signals=np.array([[number(x) for x in row] for row in manifest["static_signals"]]),
         slots=np.array(manifest["slots"], dtype=np.float64),
-        terms={k: {name: _number(x) for name, x in row.items()} for k, row in manifest["terms"].items()},
+        terms={k: {name: number(x) for name, x in row.items()} for k, row in manifest["terms"].items()},
         allowed=np.array([np.isin(layout.names, manifest["allowed"][name]) for name in layout.class_names]),
         output_tokens=np.array(manifest["output_tokens"], dtype=np.float64),
         prior=QualityPrior.from_dict(manifest["prior"]),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from marginroute import bundle as bundles
+from marginroute.bundle_files import read_manifest
 from marginroute.card_evaluation import evaluation_lines
 from marginroute.errors import InputError
 from marginroute.view import KINDS
@@ -22,7 +23,7 @@ def model_card(folder: str | Path) -> str:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; a bundle is a folder written by export.py")
     bundles.load(folder)
-    manifest = bundles.read_manifest(folder)
+    manifest = read_manifest(folder)
     learned = {"residual": "network that corrects its advice", "none": "nothing learned: the heuristic itself"}
     lines = [
         f"Bundle {folder}: verified",

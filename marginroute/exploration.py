@@ -17,7 +17,7 @@ import numpy as np
 from marginroute import view as v
 from marginroute.decision import Decision
 from marginroute.errors import InputError
-from marginroute.heuristics import MarginRule
+from marginroute.margin_rule import MarginRule
 from marginroute.policy import Policy
 from marginroute.quality import FittedQuality
 from marginroute.view import KINDS, Array, Layout, View

@@ -13,9 +13,10 @@ from collections.abc import Callable
 import numpy as np
 
 from marginroute import view as v
+from marginroute.assessment import usd_by_part
 from marginroute.decision import Decision, decided
 from marginroute.fast_rows import AT, BARRED, COPIED, Buffer, Fleet, signals_of_copied_rows
-from marginroute.heuristics import CACHE_COLUMN, DEFER_COLUMN, MAX_FILL, NEVER_USD, usd_by_part
+from marginroute.margin_rule import CACHE_COLUMN, DEFER_COLUMN, MAX_FILL, NEVER_USD
 from marginroute.view import KINDS, Array, View
 
 MIN_USD = 1e-9  # what a value or temperature is at least where something is divided by it, as in `features`
@@ -150,7 +151,7 @@ def estimator(fleet: Fleet, buffer: Buffer) -> Callable[[list[float]], None]:
 
 
 def assessor(fleet: Fleet, buffer: Buffer) -> Callable[[View, list[float], Usd], None]:
-    """Score of every candidate, as `heuristics.assess`, without the credit of an unserved request, common to all."""
+    """Score of every candidate, as `margin_rule.assess`, without the credit of an unserved request, common to all."""
     s, n, row, layout = fleet.static, fleet.layout.n_candidates, buffer.row, fleet.layout
     parameters, quality = fleet.rule.parameters, fleet.rule.quality
     sharpness, fill_power = np.array(float(parameters.sharpness)), np.array(float(parameters.fill_power))

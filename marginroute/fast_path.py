@@ -27,7 +27,7 @@ from marginroute import fast_network, fast_parts, features
 from marginroute import view as v
 from marginroute.decision import Decision
 from marginroute.fast_rows import Buffer, Fleet, Scorer, covers_features, scorer_of
-from marginroute.heuristics import MarginRule
+from marginroute.margin_rule import MarginRule
 from marginroute.policy import ResidualPolicy
 from marginroute.view import Array, Layout, View
 

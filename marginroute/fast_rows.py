@@ -8,7 +8,7 @@ import numpy as np
 
 from marginroute import view as v
 from marginroute.features import CANDIDATE_FEATURES, CLIP, CONTEXT_FEATURES, MIN_LOGIT
-from marginroute.heuristics import MarginRule
+from marginroute.margin_rule import MarginRule
 from marginroute.policy import ResidualPolicy
 from marginroute.view import Array, Layout
 

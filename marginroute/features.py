@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from marginroute import view as v
-from marginroute.heuristics import Assessment
+from marginroute.assessment import Assessment
 from marginroute.view import KINDS, Array, Layout, View
 
 FEATURE_VERSION = 7

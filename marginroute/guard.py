@@ -18,7 +18,7 @@ from marginroute import view as v
 from marginroute.decision import Decision, best_legal
 from marginroute.fast_path import FastPath, prepared
 from marginroute.features import FeatureSpec
-from marginroute.heuristics import MarginRule
+from marginroute.margin_rule import MarginRule
 from marginroute.policy import Policy, ResidualPolicy
 from marginroute.quality import FittedQuality
 from marginroute.rules import RuleOfThumb

@@ -20,9 +20,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from marginroute import features
+from marginroute.assessment import Assessment
 from marginroute.decision import Decision, best_legal, explain
 from marginroute.features import TIER_CONFIDENCE, FeatureSpec
-from marginroute.heuristics import Assessment, MarginRule
+from marginroute.margin_rule import MarginRule
 from marginroute.quality import FittedQuality
 from marginroute.view import Array, Layout, View
 

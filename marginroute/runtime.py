@@ -17,8 +17,8 @@ from marginroute.exploration import ExploringPolicy
 from marginroute.facts import Facts
 from marginroute.feedback import QualityPosterior
 from marginroute.guard import GuardedPolicy
-from marginroute.heuristics import MarginRule
 from marginroute.limits import Breach
+from marginroute.margin_rule import MarginRule
 from marginroute.rate_limits import RateLimit
 from marginroute.response_cache import Hit
 from marginroute.telemetry import GatewayState

@@ -25,7 +25,7 @@ from marginroute.elsewhere import FRESH_S, Elsewhere
 from marginroute.expected_quality import ExpectedQuality
 from marginroute.facts import Trial
 from marginroute.feedback import QualityPosterior
-from marginroute.latency import RECENT_JUDGED, running_mean, told
+from marginroute.judged_answers import JudgedAnswers
 from marginroute.legal_mask import LegalMask
 from marginroute.names import index_of, indices, places
 from marginroute.rate_limits import RateBook, RateLimit
@@ -86,10 +86,7 @@ class GatewayState:
         self._windows = SloWindows(self._contracts.terms, clock())
         self._legal = LegalMask(bundle, self._can, hold_s, self._contracts.delay_tolerant, self.rates)
         self._lengths = AnswerLengths(bundle.output_tokens)
-        self._judged = False  # whether any answer was
-        tiers, tasks = len(self.layout.tier_names), len(self.layout.task_names)
-        self._surprise = np.zeros((2, tiers, tasks))  # mean, answers
-        self._told = np.zeros((tasks, 4, tiers))  # the View's `surprise` to `tier_judged`
+        self._judged = JudgedAnswers(len(self.layout.tier_names), len(self.layout.task_names))
         self._arrivals, self._sequence = Arrivals(clock()), 0
         caps = bundle.policy.in_flight_caps(self.layout, bundle.slots) if "hold" in self._can else None
         self._counters.signals[v.IN_FLIGHT_CAP] = v.UNLIMITED
@@ -190,16 +187,7 @@ class GatewayState:
     def judged(self, tier: int, task: int, surprise: float) -> None:
         """An answer of a tier turned out good (1) or bad (0), which is `surprise` more than the P(good) expected."""
         with self._lock:
-            mean, answers = self._surprise[:, tier, task]
-            self._surprise[:, tier, task] = running_mean(mean, answers, surprise, RECENT_JUDGED)
-            self._judged = True
-            self._tell(tier)
-
-    def _tell(self, tier: int) -> None:
-        """Works out what the View says of a tier's judged answers."""
-        mean, answers = self._surprise[:, tier]
-        self._told[:, 0, tier], self._told[:, 1, tier] = told(mean * answers, answers)
-        self._told[:, 2, tier], self._told[:, 3, tier] = told((mean * answers).sum(), answers.sum())
+            self._judged.note(tier, task, surprise)
 
     def settled(self, class_name: str | None, met: bool, value_usd: float) -> None:
         """A request met every SLO or did not (no answer: with a value of 0); its class's SLO window counts it."""
@@ -315,8 +303,7 @@ class GatewayState:
     def _signals(self, task: int, now_s: float) -> Array:
         """(S, C) what is known of the candidates; of the request only its task matters."""
         signals = self._counters.snapshot(now_s)
-        if self._judged:
-            self._told[task].take(self._tier, 1, signals[v.SURPRISE : v.TIER_CONFIDENCE + 1, : self._serving])
+        self._judged.show(signals, task, self._tier)
         self._elsewhere.add_to(signals)
         if self._scraped:
             self._now_s[...] = now_s
@@ -344,11 +331,7 @@ class GatewayState:
                 self._scraped_at_s[c] = old._scraped_at_s[theirs]
             self._scraped = old._scraped
             self._lengths.take_over(old._lengths, classes, tasks)
-            for t_old, t in places(self.layout.tier_names, old.layout.tier_names).items():
-                for j_old, j in tasks.items():
-                    self._surprise[:, t, j] = old._surprise[:, t_old, j_old]
-                self._tell(t)
-            self._judged = old._judged
+            self._judged.take_over(old._judged, places(self.layout.tier_names, old.layout.tier_names), tasks)
             self._elsewhere.take_over(old._elsewhere, candidates)
             self.rates.take_over(old.rates, candidates)
             self._windows.take_over(old._windows, classes)

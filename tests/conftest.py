@@ -50,7 +50,8 @@ def tiny_plant():
 @pytest.fixture(scope="session")
 def tiny_tuned(tiny_plant):
     """Baselines tuned with next to no budget."""
-    from agents.tuning import Budget, tune_baselines
+    from agents.search import Budget
+    from agents.tuning import tune_baselines
 
     budget = Budget(requests=1, episodes=2, population=4, restarts=2, validation_episodes=2)
     return tune_baselines(tiny_plant, budget), budget

@@ -5,7 +5,7 @@ import signal
 import time
 from concurrent.futures import Future
 
-from agents.workers import Worker
+from agents.processes import Worker
 from marginroute.errors import InputError
 
 

@@ -11,7 +11,7 @@ from evaluation.bound_dual import DualBound
 from evaluation.bound_options import make_options
 from marginroute import view as v
 from marginroute.errors import InputError
-from marginroute.heuristics import MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
 
 API, BATCH, CACHE, DEFER, SHED = 3, 4, 5, 6, 7
 ENDPOINT = by_hand.SCENARIO["fleet"]["providers"]["api"] | {

@@ -10,7 +10,7 @@ from envs.worlds import FleetWorlds
 from marginroute import latency, pricing
 from marginroute import view as v
 from marginroute.features import CANDIDATE_FEATURES, candidate_features
-from marginroute.heuristics import MarginParameters, assess
+from marginroute.margin_rule import MarginParameters, assess
 
 CACHED, API = 320.0, 3  # tokens; the candidate of quickstart's provider
 

@@ -6,6 +6,7 @@ import pytest
 from marginroute import heuristics
 from marginroute import view as v
 from marginroute.gateway_rules import (
+    SHIPPED_RULES,
     CacheAware,
     CheapestAble,
     Composite,
@@ -20,6 +21,7 @@ from marginroute.gateway_rules import (
     PrefixAware,
     SessionAffinity,
 )
+from marginroute.margin_rule import MarginParameters
 from marginroute.rules import Cascade, FixedTier
 from marginroute.view import Layout, View
 
@@ -160,7 +162,7 @@ def test_files_give_back_the_same_rule(name):
     if name == "composite":
         arguments |= {"tier_rule": MultiFactor("multi-factor"), "replica_rule": LlmD("llm-d", kv_weight=0.5)}
     if name == "margin":
-        arguments["parameters"] = heuristics.MarginParameters((0.0, 1.0))
+        arguments["parameters"] = MarginParameters((0.0, 1.0))
     if rule is FixedTier:
         arguments["tier"] = 1
     policy = rule(**arguments)
@@ -172,7 +174,7 @@ def test_one_view_and_many_decide_alike():
     names = ("in_flight", "waiting", "kv_usage", "cached_tokens", "recent_ttft_s", "p_good_prior", "input_usd")
     views = make_view(worlds=50, **{name: rng.random((50, 4)) for name in names})
     composite = Composite("x", MultiFactor("t"), CacheAware("r", cache_threshold=0.0))
-    for rule in (*(cls(name) for name, cls in heuristics.SHIPPED_RULES.items()), composite):
+    for rule in (*(cls(name) for name, cls in SHIPPED_RULES.items()), composite):
         together = rule.decide_batch(views)
         assert [rule.decide(views[w]).candidate for w in range(50)] == together.tolist(), rule.name
 

@@ -10,7 +10,7 @@ from envs.vector_env import ObservedWorlds
 from envs.worlds import FleetWorlds
 from marginroute import features, latency
 from marginroute import view as v
-from marginroute.heuristics import MarginParameters, MarginRule, assess
+from marginroute.margin_rule import MarginParameters, MarginRule, assess
 from marginroute.rules import FixedTier, LeastInFlight, RoundRobin
 
 PRICES = (0.01, 0.02, 0.005)

@@ -9,9 +9,9 @@ import pytest
 from by_hand import API, METERED, ONE, SEATS, SHED, TWO_A, Played, workload
 
 from envs.fleet_env import FleetEnv
-from marginroute import contracts, heuristics
+from marginroute import contracts
 from marginroute import view as v
-from marginroute.heuristics import MarginParameters
+from marginroute.margin_rule import MarginParameters, assess
 
 USD = 100 * 0.001 + 11 * 0.01  # of the default metered request: 100 prompt tokens, 11 output tokens
 ENERGY_USD = 100 * 10e-6 + 11 * 20e-6  # of it at ONE
@@ -132,7 +132,7 @@ def test_cached_tokens_and_calls_have_prices_of_their_own(tmp_path):
     episode = dataclasses.replace(episode, prefix_block_tokens=16, prefix_count=[6, 6], prefix_hash=hashes)
     p = Played(env, episode, [ONE, ONE])
     assert p.usd("usage_revenue") == exactly(2 * (USD + 0.05) - 96 * 0.0009)
-    second = heuristics.assess(p.views[1], MarginParameters((0.0, 0.0, 0.0)))
+    second = assess(p.views[1], MarginParameters((0.0, 0.0, 0.0)))
     parts = second.parts(ONE)
     cost_usd = 4 * 10e-6 + p.views[1].request[v.EXPECTED_OUTPUT_TOKENS] * 20e-6
     assert parts["cost"] == exactly(-(cost_usd + 96 * 0.0009))
@@ -186,7 +186,7 @@ def test_the_view_shows_what_one_more_miss_costs(tmp_path):
     usd = contracts.window_miss_usd(2.0, 3.0, to_come, rate, value_usd, 0.9, 0.1, 0.6, 0.5)
     assert usd > 0.0 and request[v.MISS_USD] == exactly(usd)
     assert request[v.UNSERVED_CREDIT_USD] == exactly(0.03 + usd)
-    a = heuristics.assess(p.views[3], MarginParameters((0.0, 0.0, 0.0)))
+    a = assess(p.views[3], MarginParameters((0.0, 0.0, 0.0)))
     ratio = (a.latency_s[0, API] / 0.4) ** 4.0
     late = ratio / (1.0 + ratio)
     assert a.parts_usd[1, API] == exactly(a.stay[API] * late * usd)

@@ -11,7 +11,8 @@ from by_hand import API, METERED, ONE, SEAT_USD_PER_S, SHED, TWO_A, TWO_B, Playe
 from envs.fleet_env import FleetEnv
 from envs.worlds import FleetWorlds
 from marginroute import view as v
-from marginroute.heuristics import LeastInFlight, MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
+from marginroute.rules import LeastInFlight
 
 INPUT, OUTPUT = 1000e-6, 10000e-6  # USD per token that a metered customer pays
 STEP_S = by_hand.STEP_S

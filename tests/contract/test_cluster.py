@@ -14,11 +14,11 @@ from sizes import TINY, TINY_TRAINING
 
 import evaluate
 import train
+from agents.archive import load_archive
 from agents.cluster import Cluster, connected, identity
 from agents.config import load_training
 from agents.objective import Objective
 from agents.run import Run
-from agents.train import load_archive
 from agents.train import train as train_router
 from agents.workers import Crew
 from marginroute.errors import InputError

@@ -272,11 +272,11 @@ def test_export_with_something_that_is_no_evaluation(refused, finished_run, tmp_
 
 
 def edited(bundle, **values):
-    from marginroute.bundle import _digest
+    from marginroute.bundle_files import digest_of
 
     path = bundle / "manifest.json"
     manifest = {**json.loads(path.read_text()), **values}
-    path.write_text(json.dumps({**manifest, "digest": _digest(manifest)}))
+    path.write_text(json.dumps({**manifest, "digest": digest_of(manifest)}))
 
 
 @pytest.mark.parametrize("main", [evaluate.main, marginroute_main], ids=["evaluate", "inspect"])

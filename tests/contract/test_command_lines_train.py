@@ -14,8 +14,8 @@ import evaluate
 import export
 import train
 from agents import baselines, run_lines
+from agents.archive import load_archive
 from agents.run import Run, load_bundle
-from agents.train import load_archive
 from envs.worlds import FleetWorlds
 from marginroute import bundle
 
@@ -213,8 +213,8 @@ def test_tuning_is_part_of_a_run_without_tuned_values(tmp_path, tiny_arguments, 
         return tune
 
     monkeypatch.setattr("agents.baselines.CACHE", tmp_path / "cache")
-    monkeypatch.setattr("agents.tuning.tune_margin_rules", tuner(True))
-    monkeypatch.setattr("agents.tuning.tune_others", tuner(False))
+    monkeypatch.setattr("agents.run_baselines.tune_margin_rules", tuner(True))
+    monkeypatch.setattr("agents.run_baselines.tune_others", tuner(False))
     words = [*tiny_arguments, "training.tuning_requests=777"]
     assert train.main([*words, "--out", str(tmp_path / "one")]) == 0
     assert calls == [777, 777]

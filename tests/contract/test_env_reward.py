@@ -7,7 +7,8 @@ from by_hand import GPU_USD_PER_S, SEAT_USD_PER_S, Played, workload
 from envs.economics import ledger as books
 from envs.fleet_env import FleetEnv
 from envs.vector_env import FleetVecEnv, FleetVectorEnv, default_advice
-from marginroute import heuristics
+from marginroute.margin_rule import MarginParameters, MarginRule
+from marginroute.rules import LeastInFlight
 
 
 def legal_at_random(env, rng):
@@ -28,7 +29,7 @@ def by_rule(rule):
 POLICIES = {
     "legal": legal_at_random,
     "anything": anything_at_random,
-    "least-in-flight": by_rule(heuristics.LeastInFlight("least-in-flight", use_providers=True)),
+    "least-in-flight": by_rule(LeastInFlight("least-in-flight", use_providers=True)),
     "expected-margin": None,
     "shed everything": lambda env, rng: env.action_space.n - 1,
 }
@@ -120,8 +121,8 @@ def test_vec_env_rewards_and_summary_are_the_ledgers(small_plant):
 def test_vec_env_keeps_the_advice_caps_over_episodes(small_plant):
     """The learner plays with the caps that evaluation will play with, in the second episode too."""
     stations = len(small_plant.layout.station_names)
-    parameters = heuristics.MarginParameters((0.0,) * stations, cap_share=4.0 / 128.0)
-    env = FleetVecEnv(small_plant, 2, advice=heuristics.MarginRule("capped", parameters))
+    parameters = MarginParameters((0.0,) * stations, cap_share=4.0 / 128.0)
+    env = FleetVecEnv(small_plant, 2, advice=MarginRule("capped", parameters))
     env.reset()
     wanted = np.round(small_plant.slots * 4.0 / 128.0)[small_plant.spec.pool_of_replica]
     assert (env.worlds.fleet.replicas["in_flight_cap"] == wanted).all()

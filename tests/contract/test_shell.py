@@ -161,7 +161,7 @@ def test_commands_are_marked_for_completion(path):
     assert "PYTHON_ARGCOMPLETE_OK" in (ROOT / path).read_text()[:1024]
 
 
-@pytest.mark.parametrize("stage", ["evaluation.gate.gate", "agents.export.export"], ids=["gate", "export"])
+@pytest.mark.parametrize("stage", ["evaluation.training.gate", "agents.export.export"], ids=["gate", "export"])
 def test_an_interruption_at_any_stage_is_written_down(
     stage, tmp_path, tiny_arguments, tuned_cache, monkeypatch, capsys
 ):
@@ -182,7 +182,7 @@ def test_a_crash_is_written_down(tmp_path, tiny_arguments, tuned_cache, monkeypa
     def crash(*_, **__):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("evaluation.gate.gate", crash)
+    monkeypatch.setattr("evaluation.training.gate", crash)
     with pytest.raises(RuntimeError, match="out of luck"):
         train.main([*tiny_arguments, "--out", str(tmp_path / "run")])
     assert Run(tmp_path / "run").info()["status"] == "failed"

@@ -9,7 +9,7 @@ from envs.economics.ledger import ACCOUNTS, COUNTS
 from envs.scenario import load_scenario
 from envs.scenario_files import CONFIGS
 from envs.worlds import FleetWorlds
-from marginroute.heuristics import MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
 
 NAMES = sorted(path.stem for path in (CONFIGS / "scenarios").glob("*.yaml"))
 STORIES = (

@@ -7,8 +7,9 @@ import numpy as np
 from marginroute import view as v
 from marginroute.bundle import Bundle
 from marginroute.guard import GuardLimits
-from marginroute.heuristics import LeastInFlight, MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
 from marginroute.quality import QualityPrior
+from marginroute.rules import LeastInFlight
 from marginroute.view import Layout
 
 TERMS = {

@@ -20,7 +20,8 @@ from envs.plant import Plant
 from envs.scenario import load_scenario
 from evaluation.backtest import backtest
 from marginroute import bundle as bundles
-from marginroute.heuristics import LeastInFlight, MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
+from marginroute.rules import LeastInFlight
 
 PYTHON = os.environ.get("MARGINROUTE_LITELLM_PYTHON", "")
 ROOT = Path(__file__).parents[2]

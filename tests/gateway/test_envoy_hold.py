@@ -12,7 +12,7 @@ from upstream import Upstream
 pytest.importorskip("envoy.service.ext_proc.v3", reason="pip install 'marginroute[envoy]'")
 
 from marginroute import bundle as bundles
-from marginroute.heuristics import MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
 
 pytestmark = [pytest.mark.integration, ep.needs_envoy]
 

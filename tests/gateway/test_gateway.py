@@ -14,11 +14,11 @@ from marginroute.adapters import metrics
 from marginroute.errors import InputError
 from marginroute.facts import Facts, Outcome
 from marginroute.gateway import Gateway
-from marginroute.heuristics import LeastInFlight
 from marginroute.modes import ModeSettings
 from marginroute.operation import OperationSettings, event_path, open_gateway
 from marginroute.record_log import RecordLog
 from marginroute.replay import replay
+from marginroute.rules import LeastInFlight
 
 ANSWER = Outcome("completed", "small/0", 0.1, 1.0, 0.1, 1.0, 100, 120)
 

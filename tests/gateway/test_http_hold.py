@@ -16,7 +16,7 @@ from test_http_server import TOKEN, Server, post, read
 pytest.importorskip("uvicorn", reason="pip install 'marginroute[http]'")
 
 from marginroute import bundle as bundles
-from marginroute.heuristics import MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
 
 HOLD = {"can": ["shed", "hold"], "endpoints": {"small/0": "a:1"}}
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from marginroute.__main__ import main
-from marginroute.bundle import _digest
+from marginroute.bundle_files import digest_of
 
 
 def change_a_term(folder):
@@ -41,7 +41,7 @@ def rewritten(change):
         path = folder / "manifest.json"
         manifest = json.loads(path.read_text())
         change(manifest)
-        path.write_text(json.dumps(manifest | {"digest": _digest(manifest)}))
+        path.write_text(json.dumps(manifest | {"digest": digest_of(manifest)}))
 
     return spoil
 

@@ -16,7 +16,7 @@ from proxy import Proxy
 from upstream import Upstream
 
 from marginroute import bundle as bundles
-from marginroute.heuristics import MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
 
 PYTHON = os.environ.get("MARGINROUTE_LITELLM_PYTHON", "")
 pytestmark = [

@@ -15,6 +15,7 @@ from marginroute import card
 from marginroute.adapters import metrics
 from marginroute.adapters.desk import read_settings
 from marginroute.adapters.http import HttpSettings
+from marginroute.bundle_files import digest_of
 from marginroute.errors import InputError
 from marginroute.facts import Facts, Outcome
 from marginroute.gateway import Gateway
@@ -135,7 +136,7 @@ def test_bundles_with_limits_and_from_before_them(tmp_path):
     manifest = json.loads(path.read_text())
     assert manifest["rate_limits"] == {"api": {"requests_per_minute": 90.0, "tokens_per_minute": 1e5}}
     del manifest["rate_limits"]
-    manifest["digest"] = bundles._digest(manifest)
+    manifest["digest"] = digest_of(manifest)
     path.write_text(json.dumps(manifest))
     assert bundles.load(tmp_path / "with").rate_limits == {}
 

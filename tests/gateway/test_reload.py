@@ -12,7 +12,7 @@ from bundles import small_bundle
 from marginroute import bundle as bundles
 from marginroute.errors import InputError
 from marginroute.facts import Facts
-from marginroute.heuristics import MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
 from marginroute.operation import OperationSettings, event_path, open_gateway
 
 

@@ -11,9 +11,10 @@ from marginroute import bundle as bundles
 from marginroute.__main__ import main
 from marginroute.facts import Facts, Outcome
 from marginroute.gateway import Gateway
-from marginroute.heuristics import FixedTier, MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
 from marginroute.record_log import RecordLog
 from marginroute.replay import replay
+from marginroute.rules import FixedTier
 
 REQUESTS = 300
 

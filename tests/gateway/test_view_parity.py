@@ -12,9 +12,10 @@ from envs.worlds import FleetWorlds
 from marginroute import view as v
 from marginroute.bundle import Bundle
 from marginroute.guard import GuardLimits
-from marginroute.heuristics import LeastInFlight, MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
 from marginroute.quality import QualityPrior
 from marginroute.response_cache import ResponseCache
+from marginroute.rules import LeastInFlight
 from marginroute.telemetry import GatewayState
 
 DECISIONS = 400

@@ -19,7 +19,7 @@ from marginroute import bundle as bundles
 from marginroute import view as v
 from marginroute.errors import InputError
 from marginroute.features import feature_spec
-from marginroute.heuristics import CACHE_COLUMN, MarginParameters, MarginRule
+from marginroute.margin_rule import CACHE_COLUMN, MarginParameters, MarginRule
 from marginroute.policy import Network, ResidualPolicy
 from marginroute.response_cache import Hit
 from marginroute.rules import FixedTier, Random, RoundRobin

@@ -11,7 +11,7 @@ from envs.fleet_env import FleetEnv
 from envs.world_gateways import PREFILL, instance_of, show_replica
 from envs.worlds import FleetWorlds
 from marginroute import view as v
-from marginroute.heuristics import RoundRobin
+from marginroute.rules import RoundRobin
 
 COUNTERS = [v.IN_FLIGHT, v.HELD, v.PENDING_PREFILL_TOKENS, v.DECODING, v.DECODING_TOKENS]
 FIELDS = ["in_flight", "held", "pending_prefill_tokens", "decoding", "decoding_tokens"]

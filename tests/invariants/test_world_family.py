@@ -10,7 +10,7 @@ from envs.scenario import load_scenario
 from envs.worlds import FleetWorlds
 from marginroute import view as v
 from marginroute.errors import InputError
-from marginroute.heuristics import MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
 
 RANGES = {
     "load_scale": {"low": 0.5, "high": 1.5},

@@ -18,7 +18,7 @@ from envs.worlds import FleetWorlds
 from marginroute import features
 from marginroute import view as v
 from marginroute.features import split
-from marginroute.heuristics import MarginRule
+from marginroute.margin_rule import MarginRule
 from marginroute.policy import ResidualPolicy
 
 

@@ -207,7 +207,7 @@ def test_what_is_no_floor(word, sentence):
 
 def test_the_gate_refuses_what_a_class_pays_for(small_plant):
     from evaluation.protocol import play
-    from marginroute.heuristics import FixedTier
+    from marginroute.rules import FixedTier
 
     workloads = [small_plant.scenario.generate(seed, "validation") for seed in range(2)]
     weak, strong = (play(small_plant, FixedTier("fixed", tier), "fixed", workloads, (0, 1)) for tier in (0, 3))

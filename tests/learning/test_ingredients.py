@@ -8,7 +8,7 @@ from envs.scenario import load_scenario
 from envs.scenario_family import middle
 from envs.vector_env import FleetVecEnv
 from marginroute.errors import InputError
-from marginroute.heuristics import MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
 
 
 @pytest.fixture(scope="module")

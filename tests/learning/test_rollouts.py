@@ -5,15 +5,19 @@ import pytest
 from jobs import Here, start_squares, start_suicide
 from sizes import TINY_TRAINING
 
+from agents.archive import load_archive
 from agents.config import load_training
 from agents.objective import Objective
+from agents.processes import Processes
 from agents.rollouts import Whereabouts, shares
 from agents.run import Run
-from agents.train import load_archive, train
-from agents.tuning import Budget, tune_margin_rules
-from agents.workers import Crew, Processes, shared_out
+from agents.search import Budget
+from agents.train import train
+from agents.tuning import tune_margin_rules
+from agents.workers import Crew, shared_out
 from marginroute.errors import InputError
-from marginroute.heuristics import MarginParameters, MarginRule, to_dict
+from marginroute.heuristics import to_dict
+from marginroute.margin_rule import MarginParameters, MarginRule
 
 FOUR_ROLLOUTS = TINY_TRAINING | {"n_envs": 40, "rollout_steps": 32, "steps": 40 * 32 * 4, "validations": 1}
 

@@ -6,20 +6,24 @@ import numpy as np
 import pytest
 from sizes import TINY
 
-from agents import baselines, tuning
+from agents import baselines, search
 from agents.control_tuning import FIRST_VALIDATION_SEED, ControlObjective
 from agents.objective import Objective
 from agents.quality import fit_quality
 from agents.rules_of_thumb import nothing_to_tune
+from agents.search import Budget
+from agents.search_spaces import cascades, tier_prices
 from agents.train import router_scenario
-from agents.tuning import FIT_WORTHS, Budget, cascades, tier_prices, tune_baselines, tune_margin_rules, tune_others
+from agents.tuning import FIT_WORTHS, tune_baselines, tune_margin_rules, tune_others
 from envs.control_plant import ControlPlant
 from envs.plant import Plant
 from envs.scenario import load_scenario
 from marginroute.errors import InputError
 from marginroute.gateway_rules import REPLICA_RULES, TIER_RULES
-from marginroute.heuristics import Cascade, DifficultyThreshold, MarginParameters, MarginRule, from_dict, to_dict
+from marginroute.heuristics import from_dict, to_dict
+from marginroute.margin_rule import MarginParameters, MarginRule
 from marginroute.quality import normal_cdf
+from marginroute.rules import Cascade, DifficultyThreshold
 
 SHIPPED = sorted(baselines.SHIPPED.glob("*.yaml"))
 CONTROLLED = [path for path in SHIPPED if load_scenario(path.stem).control]
@@ -193,12 +197,12 @@ def test_later_restarts_go_on_from_the_best_and_validation_picks(monkeypatch):
     usd_of = {"a": 1.0, "b": 3.0, "c": 2.0, "d": 5.0, "e": 4.0, "f": 6.0, "g": 0.0, "h": 8.0}
     finalists, starts = iter(("ab", "cd", "ef", "gh")), []
 
-    def search(suggest, plant, objective, budget, seed, start):
+    def found(suggest, plant, objective, budget, seed, start):
         starts.append(start)
-        return [tuning.Finalist(9.0 - i, rule, {"x": rule}) for i, rule in enumerate(next(finalists))], 7
+        return [search.Finalist(9.0 - i, rule, {"x": rule}) for i, rule in enumerate(next(finalists))], 7
 
-    monkeypatch.setattr(tuning, "_search", search)
-    tuned = tuning.search_restarts(
+    monkeypatch.setattr(search, "_search", found)
+    tuned = search.search_restarts(
         None, None, None, lambda rules: np.array([usd_of[rule] for rule in rules]), Budget(restarts=4), lambda: None
     )
     assert starts == [None, None, {"x": "d"}, {"x": "f"}]

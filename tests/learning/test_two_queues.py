@@ -15,7 +15,7 @@ from envs.scenario import Scenario
 from envs.vector_env import FleetVecEnv, default_advice
 from envs.worlds import FleetWorlds
 from marginroute import view as v
-from marginroute.heuristics import LeastInFlight, Random
+from marginroute.rules import LeastInFlight, Random
 
 
 @pytest.fixture(scope="module")

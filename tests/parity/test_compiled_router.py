@@ -1,4 +1,4 @@
-"""The compiled least-in-flight rule of benchmarks and `envs simulate` is the policy of marginroute/heuristics.py."""
+"""The compiled least-in-flight rule of benchmarks and `envs simulate` is the policy of marginroute/rules.py."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from envs.fleet.replay import least_in_flight
 from envs.plant import Plant
 from envs.scenario import load_scenario
 from envs.worlds import FleetWorlds
-from marginroute.heuristics import LeastInFlight
+from marginroute.rules import LeastInFlight
 
 REPLICAS = {f"fleet.pools.{name}.replicas": n for name, n in (("small", 4), ("medium", 2), ("large", 3))}
 

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marginroute import features, heuristics, latency
+from marginroute import features, latency
 from marginroute import view as v
 from marginroute.guard import GuardedPolicy, GuardLimits
-from marginroute.heuristics import CACHE_COLUMN, DEFER_COLUMN, MarginParameters, MarginRule
+from marginroute.margin_rule import CACHE_COLUMN, DEFER_COLUMN, MarginParameters, MarginRule
 from marginroute.policy import Network, ResidualPolicy
 from marginroute.quality import FittedQuality
+from marginroute.rules import LeastInFlight
 from marginroute.view import Layout, View
 
 WIDTH = 8
@@ -209,7 +210,7 @@ def ready():
 @given(seed=st.integers(0, 2**32 - 1), learned=st.booleans())
 def test_replicas_that_are_too_old_are_left_out_by_both(seed, learned):
     rng, layout, static, _, policy = drawn(seed, learned)
-    general = GuardedPolicy(policy, heuristics.LeastInFlight("least-in-flight"), GuardLimits(20.0, drift_features=99))
+    general = GuardedPolicy(policy, LeastInFlight("least-in-flight"), GuardLimits(20.0, drift_features=99))
     guarded = general.prepared(layout, static)
     for _ in range(4):
         view = view_of(rng, layout, static)
@@ -282,7 +283,7 @@ def test_what_it_does_not_cover_has_none(ready, monkeypatch):
     _, general, _, layout, static = ready
     many = replace(general.policy.advice.parameters, sharpness=np.array([[4.0], [2.0]]))
     several = replace(general.policy, advice=replace(general.policy.advice, parameters=many))
-    for policy in (heuristics.LeastInFlight("least-in-flight"), several):
+    for policy in (LeastInFlight("least-in-flight"), several):
         assert GuardedPolicy(policy, general.fallback, GuardLimits()).prepared(layout, static).fast is None
     monkeypatch.setattr(features, "FEATURE_VERSION", features.FEATURE_VERSION + 1)
     assert general.prepared(layout, static).fast is None

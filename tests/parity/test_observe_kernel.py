@@ -12,9 +12,9 @@ from sizes import SMALL
 from envs.plant import Plant
 from envs.scenario import load_scenario
 from envs.vector_env import ObservedWorlds
-from marginroute import features, heuristics
+from marginroute import features
 from marginroute import view as v
-from marginroute.heuristics import MarginParameters, MarginRule
+from marginroute.margin_rule import DEFER_COLUMN, MarginParameters, MarginRule
 from marginroute.quality import FittedQuality
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +105,7 @@ def test_random_views(small_plant, which):
     for _ in range(5):
         scramble(worlds, rng)
         assessed = check(worlds)
-        assert worlds.legal[:, heuristics.DEFER_COLUMN].any() and (assessed.parts_usd[:3] != 0.0).any(axis=(1, 2)).all()
+        assert worlds.legal[:, DEFER_COLUMN].any() and (assessed.parts_usd[:3] != 0.0).any(axis=(1, 2)).all()
     assert (assessed.parts_usd[3] != 0.0).any() == (which != "plain")
 
 

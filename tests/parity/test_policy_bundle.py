@@ -15,9 +15,11 @@ from agents.export import export
 from envs.vector_env import default_advice
 from envs.worlds import FleetWorlds
 from marginroute import bundle as bundles
+from marginroute.bundle_files import digest_of
 from marginroute.errors import InputError
-from marginroute.heuristics import LeastInFlight, to_dict
+from marginroute.heuristics import to_dict
 from marginroute.policy import Network, ResidualPolicy
+from marginroute.rules import LeastInFlight
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ def rewrite(folder, change, sign=True):
     manifest = json.loads(path.read_text())
     change(manifest)
     if sign:
-        manifest["digest"] = bundles._digest(manifest)
+        manifest["digest"] = digest_of(manifest)
     path.write_text(json.dumps(manifest))
 
 

@@ -10,7 +10,7 @@ from envs.vector_env import ObservedWorlds
 from marginroute import features
 from marginroute.bundle import PARITY_TOLERANCE, parity_logits
 from marginroute.decision import best_legal
-from marginroute.heuristics import MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
 
 
 @pytest.fixture(scope="module")

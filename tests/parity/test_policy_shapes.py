@@ -7,9 +7,10 @@ import pytest
 
 from envs.vector_env import default_advice
 from envs.worlds import FleetWorlds
-from marginroute import features, heuristics, latency
-from marginroute.heuristics import MarginParameters, MarginRule
+from marginroute import features, latency
+from marginroute.margin_rule import DEFER_COLUMN, MarginParameters, MarginRule
 from marginroute.quality import FittedQuality
+from marginroute.rules import DifficultyThreshold, FixedTier, LeastInFlight, Random, RoundRobin, ShuffledMix
 from marginroute.view import View
 
 WORLDS = 5
@@ -24,7 +25,7 @@ def batches(small_plant):
     while not worlds.done.any():
         found.append(worlds.view().copy())
         worlds.step(np.where(worlds.legal, rng.random(worlds.legal.shape), -1.0).argmax(axis=1))
-    defer = np.array([view.legal[:, heuristics.DEFER_COLUMN] for view in found])
+    defer = np.array([view.legal[:, DEFER_COLUMN] for view in found])
     assert (defer.any(axis=1) & ~defer.all(axis=1)).any()  # some worlds may defer where others may not
     return found
 
@@ -44,12 +45,12 @@ def rules(plant, fitted_rule):
     return [
         default_advice(plant),
         fitted_rule,
-        heuristics.FixedTier("fixed", 1),
-        heuristics.Random("random", use_providers=True, seed=4),
-        heuristics.RoundRobin("round-robin", use_providers=True),
-        heuristics.LeastInFlight("least-in-flight"),
-        heuristics.DifficultyThreshold("difficulty-threshold", ranks, tuple(x - 1.0 for x in ranks[1:]), 0.5),
-        heuristics.ShuffledMix("shuffled-mix", tuple(1.0 for _ in ranks), seed=2),
+        FixedTier("fixed", 1),
+        Random("random", use_providers=True, seed=4),
+        RoundRobin("round-robin", use_providers=True),
+        LeastInFlight("least-in-flight"),
+        DifficultyThreshold("difficulty-threshold", ranks, tuple(x - 1.0 for x in ranks[1:]), 0.5),
+        ShuffledMix("shuffled-mix", tuple(1.0 for _ in ranks), seed=2),
     ]
 
 

@@ -8,7 +8,7 @@ import evaluate
 from evaluation import calibration
 from evaluation.backtest import backtest
 from evaluation.simulated_log import write_log
-from marginroute.heuristics import FixedTier, LeastInFlight
+from marginroute.rules import FixedTier, LeastInFlight
 
 WORLD = ["quickstart", "--set", "horizon_s=60", "requests_per_episode=400"]
 

@@ -20,7 +20,7 @@ from evaluation.bounds import bound_episodes
 from evaluation.deciders import Deciders
 from evaluation.protocol import evaluate_policies
 from marginroute.control_rules import standard_rules
-from marginroute.heuristics import MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
 
 USD_PER_S = 2.0 * 3.6 / 3600.0  # of a replica of pool `two`
 CONTROL = {"control.tick_s": 20.0, "fleet.pools.two.max_replicas": 5}

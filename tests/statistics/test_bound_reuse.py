@@ -11,7 +11,8 @@ from envs.worlds import FleetWorlds
 from evaluation import bound_reuse
 from evaluation.bound_dual import DualBound
 from evaluation.bound_options import make_options
-from marginroute.heuristics import LeastInFlight, MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
+from marginroute.rules import LeastInFlight
 
 OVER = {
     "horizon_s": 30.0, "requests_per_episode": 150, "workload.recurring.share": 0.0,

@@ -14,7 +14,8 @@ from evaluation.bound_dual import DualBound
 from evaluation.bound_options import make_options, observed_p_good
 from evaluation.bounds import bound_episodes, uncovered
 from evaluation.protocol import evaluate_policies
-from marginroute.heuristics import FixedTier, LeastInFlight, MarginParameters, MarginRule, Random
+from marginroute.margin_rule import MarginParameters, MarginRule
+from marginroute.rules import FixedTier, LeastInFlight, Random
 
 VERIFIER = {"sensitivity": 0.9, "specificity": 0.8, "max_attempts": 2, "verify_s": 0.05, "verify_usd": 0.002}
 LENGTHS = {"components": [{"weight": 1.0, "median_tokens": 20, "sigma": 0.1}], "max_tokens": 100}

@@ -17,7 +17,8 @@ from evaluation.bounds import MODELLED, bound_episodes, uncovered
 from evaluation.hull import pool_hull
 from evaluation.protocol import evaluate_policies
 from marginroute.errors import InputError
-from marginroute.heuristics import FixedTier, LeastInFlight, MarginParameters, MarginRule, Random
+from marginroute.margin_rule import MarginParameters, MarginRule
+from marginroute.rules import FixedTier, LeastInFlight, Random
 
 TINY = {"horizon_s": 5.0, "requests_per_episode": 3}
 SMALL = {"horizon_s": 40.0, "requests_per_episode": 200}

@@ -9,7 +9,7 @@ from envs.fleet_env import FleetEnv
 from envs.live_view import DECODING, MARGIN, save_clip
 from evaluation.clip import pictures
 from marginroute.errors import InputError
-from marginroute.heuristics import LeastInFlight
+from marginroute.rules import LeastInFlight
 
 
 def count(frame, colour):

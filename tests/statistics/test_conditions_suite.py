@@ -10,7 +10,7 @@ import evaluate
 from evaluation.contest import Contest
 from evaluation.report import build_report
 from evaluation.summary import pooled_pct, summarise
-from marginroute.heuristics import FixedTier, LeastInFlight
+from marginroute.rules import FixedTier, LeastInFlight
 
 SMALL = ["--set", "horizon_s=15", "requests_per_episode=60", "--episodes", "3", "--workers", "1"]
 

@@ -15,7 +15,7 @@ from evaluation.controls import (
     unit_cost_usd,
 )
 from evaluation.report import build_report
-from marginroute.heuristics import DifficultyThreshold, FixedTier, LeastInFlight
+from marginroute.rules import DifficultyThreshold, FixedTier, LeastInFlight
 
 PLAY = Play(8, workers=1)
 

@@ -78,7 +78,7 @@ def test_every_documented_flag_is_there():
 @pytest.fixture
 def two_heuristics(monkeypatch, tmp_path_factory):
     """Untuned heuristics in place of the tuned ones, and a run folder's policy."""
-    from marginroute.heuristics import FixedTier, LeastInFlight
+    from marginroute.rules import FixedTier, LeastInFlight
 
     known = {"least-in-flight": LeastInFlight("least-in-flight"), "fixed-small": FixedTier("fixed-small", 0)}
     monkeypatch.setattr("evaluation.cache.CACHE", tmp_path_factory.mktemp("cache"))

@@ -11,7 +11,7 @@ from envs.scenario_family import stressed
 from evaluation import gate as gates
 from evaluation.gate import paired_by_blocks
 from evaluation.protocol import evaluate_policies
-from marginroute.heuristics import LeastInFlight, Random
+from marginroute.rules import LeastInFlight, Random
 
 
 @pytest.fixture(scope="module")

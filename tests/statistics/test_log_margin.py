@@ -14,7 +14,7 @@ from envs.worlds import FleetWorlds
 from evaluation.backtest import backtest, requests_of
 from evaluation.log_margin import margin_by_class
 from evaluation.simulated_log import write_log
-from marginroute.heuristics import LeastInFlight
+from marginroute.rules import LeastInFlight
 
 SEEDS = [0, 1]
 

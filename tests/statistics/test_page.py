@@ -17,7 +17,7 @@ from evaluation.page_data import PageData, collect
 from evaluation.page_figures import figures
 from evaluation.protocol import evaluate_policies
 from evaluation.report import build_report
-from marginroute.heuristics import FixedTier, LeastInFlight
+from marginroute.rules import FixedTier, LeastInFlight
 
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

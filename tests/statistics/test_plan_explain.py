@@ -18,7 +18,8 @@ from evaluation.protocol import evaluate_policies
 from evaluation.results import ARRAYS
 from evaluation.statistics import Estimate
 from marginroute.errors import InputError
-from marginroute.heuristics import FixedTier, LeastInFlight, MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
+from marginroute.rules import FixedTier, LeastInFlight
 
 SMALL = {"horizon_s": 15.0, "requests_per_episode": 40}
 

@@ -9,7 +9,7 @@ from evaluation.contest import Play, choose_best
 from evaluation.protocol import evaluate_policies, usable_cores
 from evaluation.results import ARRAYS
 from marginroute.errors import InputError
-from marginroute.heuristics import FixedTier, LeastInFlight, Random
+from marginroute.rules import FixedTier, LeastInFlight, Random
 
 EPISODES = 5
 

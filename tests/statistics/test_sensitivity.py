@@ -8,7 +8,7 @@ from evaluation.assumptions import ASSUMED, MEASURED, PUBLIC, assumptions
 from evaluation.page_data import LOADS, other_worlds
 from evaluation.sensitivity import MOST_INFLUENTIAL, break_even, inputs, tornado
 from evaluation.statistics import Estimate
-from marginroute.heuristics import FixedTier, LeastInFlight
+from marginroute.rules import FixedTier, LeastInFlight
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from agents import baselines
 from agents.rules_of_thumb import as_they_come
 from envs.plant import Plant
 from envs.scenario import load_scenario
-from marginroute.heuristics import MarginRule
+from marginroute.margin_rule import MarginRule
 
 SMALL = ["--set", "horizon_s=15", "requests_per_episode=60", "--episodes", "2", "--workers", "1", "--no-cache"]
 DAY = [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import worth
-from marginroute.heuristics import MarginParameters, MarginRule
+from marginroute.margin_rule import MarginParameters, MarginRule
 
 
 def test_slope_and_rows_of_known_differences():
