@@ -24,7 +24,7 @@ from agents.controller import ControllerPolicy, ControllerPPO, learned_controlle
 from agents.floors import MIN_UNIT_USD
 from agents.run import Run, check_archive
 from agents.train import FIRST_TRAINING_SEED, learning_rate
-from envs.control_plant import ControlPlant, arrival_counts
+from envs.control_plant import ControlPlant, Traffic, traffic_of
 from envs.control_worlds import FluidControl
 from envs.economics import ledger as books
 from envs.progress import Progress, silent
@@ -50,13 +50,13 @@ class GainOnSurrogate:
     def __init__(self, plant: ControlPlant, rule: RuleController, episodes: int) -> None:
         seeds = range(FIRST_VALIDATION_SEED, FIRST_VALIDATION_SEED + episodes)
         scenario, tick_s = plant.plant.scenario, plant.layout.tick_s
-        self._arrivals = [arrival_counts(scenario, seed, "validation", tick_s) for seed in seeds]
+        self._traffic = [traffic_of(scenario, seed, "validation", tick_s) for seed in seeds]
         self._worlds = FluidControl(plant, episodes)
         self.rule_usd_per_1k, self._rule_met = self._played(rule)
 
     def _played(self, controller: Controller) -> tuple[Array, Array]:
         """(E,) margins in USD per 1k requests, and (K,) shares of calls inside their SLOs."""
-        usd = play(self._worlds, controller, self._arrivals)
+        usd = play(self._worlds, controller, self._traffic)
         counts = self._worlds.counts.sum(axis=0)
         return usd, counts[books.SLO_OK] / np.maximum(counts[books.CALLS], 1.0)
 
@@ -151,15 +151,16 @@ def train_controller(
     set_random_seed(seed)
     scenario, first = plant.plant.scenario, FIRST_TRAINING_SEED * (seed + 2)
 
-    def arrivals(episode: int) -> Array:
+    def traffic(episode: int) -> Traffic:
         rng = np.random.default_rng([seed, episode])
         scale = np.exp(rng.uniform(-config.load_spread, config.load_spread))
-        return scale * arrival_counts(scenario, first + episode, "train", plant.layout.tick_s)
+        arrivals, variant = traffic_of(scenario, first + episode, "train", plant.layout.tick_s)
+        return Traffic(scale * arrivals, variant)
 
     worlds = FluidControl(plant, config.groups * (config.group_size + 1))
     gain = GainOnSurrogate(plant, rule, config.validation_episodes)
     unit_usd = max(FIRM * abs(float(gain.rule_usd_per_1k.mean())) / 1000.0, MIN_UNIT_USD)
-    env = ControlVecEnv(worlds, rule, config.group_size, arrivals, unit_usd=unit_usd)
+    env = ControlVecEnv(worlds, rule, config.group_size, traffic, unit_usd=unit_usd)
     mean, std, env.scale_usd = probe(env, PROBE_TICKS, seed)
     env.episodes = 0
     env.integral_usd[:] = 0.0

@@ -16,7 +16,7 @@ import numpy as np
 import optuna
 
 from agents.search import USUAL_RESTARTS, Budget, Tuned, search_restarts
-from envs.control_plant import ControlPlant, arrival_counts
+from envs.control_plant import ControlPlant, Traffic, traffic_of
 from envs.control_worlds import FluidControl
 from envs.progress import Progress, silent
 from envs.scenario import Split
@@ -40,14 +40,14 @@ def stack(rules: list[RuleController], worlds_each: int) -> RuleController:
     return rules[0].with_parameters(**values)
 
 
-def play(worlds: FluidControl, controller: RuleController, arrivals: list[Array]) -> Array:
-    """(N,) margin in USD per 1k requests that a controller earns on arrivals (T, K) of every world."""
-    for w, counts in enumerate(arrivals):
-        worlds.load(w, counts)
+def play(worlds: FluidControl, controller: RuleController, episodes: list[Traffic]) -> Array:
+    """(N,) margin in USD per 1k requests that a controller earns, an episode in every world."""
+    for w, traffic in enumerate(episodes):
+        worlds.load(w, traffic)
     controller = controller.anew()
     while not worlds.done.all():
         worlds.step(controller.act(worlds.view()))
-    calls = np.array([counts.sum() for counts in arrivals])
+    calls = np.array([traffic.arrivals.sum() for traffic in episodes])
     return np.asarray(worlds.ledger_usd.sum(axis=(1, 2)) / np.maximum(calls, 1.0) * 1000.0)
 
 
@@ -64,16 +64,16 @@ class ControlObjective:
 
     def __init__(self, plant: ControlPlant, split: Split, seeds: Iterable[int]) -> None:
         self.plant = plant
-        self.arrivals = [arrival_counts(plant.plant.scenario, seed, split, plant.layout.tick_s) for seed in seeds]
-        self.requests = plant.ticks * len(self.arrivals)
+        self.traffic = [traffic_of(plant.plant.scenario, seed, split, plant.layout.tick_s) for seed in seeds]
+        self.requests = plant.ticks * len(self.traffic)
         self._worlds: dict[int, FluidControl] = {}
 
     def __call__(self, rules: list[RuleController]) -> Array:
         """(L,) mean margin per 1k requests of each rule."""
-        n = len(rules) * len(self.arrivals)
+        n = len(rules) * len(self.traffic)
         if n not in self._worlds:
             self._worlds[n] = FluidControl(self.plant, n)
-        usd = play(self._worlds[n], stack(rules, len(self.arrivals)), self.arrivals * len(rules))
+        usd = play(self._worlds[n], stack(rules, len(self.traffic)), self.traffic * len(rules))
         return np.asarray(usd.reshape(len(rules), -1).mean(axis=1))
 
 

@@ -24,6 +24,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.floors import pursued
+from envs.control_plant import Traffic
 from envs.control_worlds import FluidControl
 from marginroute.control import AHEAD_S, ARRIVED, SLO_OK, Array, ControlLayout, observation_names
 from marginroute.control_policy import network_inputs
@@ -50,7 +51,7 @@ class ControlVecEnv(VecEnv):
         worlds: groups * (size + 1) worlds, for learners in the order of their groups and then for the twins.
         rule: what is corrected.
         size: learners of a group.
-        arrivals: draws the arrivals (T, K) of episode e.
+        traffic: draws episode e.
         scale_usd: unit of the signal.
         unit_usd: unit of the multipliers, a call's usual margin; 0: none.
         stagger: whether groups start at different times.
@@ -69,7 +70,7 @@ class ControlVecEnv(VecEnv):
         worlds: FluidControl,
         rule: RuleController,
         size: int,
-        arrivals: Callable[[int], Array],
+        traffic: Callable[[int], Traffic],
         scale_usd: float = 1.0,
         unit_usd: float = 0.0,
         stagger: bool = True,
@@ -77,7 +78,7 @@ class ControlVecEnv(VecEnv):
         self.worlds, self.rule, self.size, self.scale_usd = worlds, rule.anew(), size, scale_usd
         self.groups = worlds.n_worlds // (size + 1)
         self.layout, self.step_size, self.episodes = worlds.layout, lever_steps(worlds.layout), 0
-        self._draw, self._stagger = arrivals, stagger
+        self._draw, self._stagger = traffic, stagger
         n, a, d = self.groups * size, len(self.layout.lever_names), len(observation_names(self.layout))
         self._group = np.concatenate([np.repeat(np.arange(self.groups), size), np.arange(self.groups)])
         k = len(self.layout.class_names)
@@ -95,10 +96,11 @@ class ControlVecEnv(VecEnv):
 
     def _load(self, g: int) -> None:
         """Starts the next episode in all worlds of a group."""
-        counts = self._draw(self.episodes)
+        traffic = self._draw(self.episodes)
+        counts = traffic.arrivals
         self.episodes += 1
         for w in np.flatnonzero(self._group == g):
-            self.worlds.load(int(w), counts)
+            self.worlds.load(int(w), traffic)
         begin_s = self.worlds.time_s[self.num_envs + g]
         times_s = begin_s + (np.arange(len(counts)) + 0.5) * self.layout.tick_s
         usual = self.layout.season(times_s) * self.layout.tick_s

@@ -52,19 +52,19 @@ def figures(plant: Any, rule: Any, settings: Any, days: int) -> dict[str, Any]:
     """Of a rule and the controller that plans around it, on the first validation days after those of the router."""
     from agents.control_tuning import FIRST_VALIDATION_SEED, play
     from envs.control_mpc import MpcController
-    from envs.control_plant import arrival_counts
+    from envs.control_plant import traffic_of
     from envs.control_worlds import FluidControl
     from envs.economics.ledger import ACCOUNTS
     from evaluation.statistics import paired_estimate
 
     seeds = range(FIRST_VALIDATION_SEED, FIRST_VALIDATION_SEED + days)
-    arrivals = [arrival_counts(plant.plant.scenario, seed, "validation", plant.layout.tick_s) for seed in seeds]
-    calls = np.array([counts.sum() for counts in arrivals])
+    episodes = [traffic_of(plant.plant.scenario, seed, "validation", plant.layout.tick_s) for seed in seeds]
+    calls = np.array([traffic.arrivals.sum() for traffic in episodes])
     worlds, twins = FluidControl(plant, days), FluidControl(plant, days)
-    rule_usd = play(twins, rule, arrivals) * calls / 1000.0
+    rule_usd = play(twins, rule, episodes) * calls / 1000.0
     controller = MpcController(plant.plant.scenario, rule.anew(), settings)
-    for w, counts in enumerate(arrivals):
-        worlds.load(w, counts)
+    for w, traffic in enumerate(episodes):
+        worlds.load(w, traffic)
     controller.prepare(plant)
     begun_s = time.process_time()
     while not worlds.done.all():

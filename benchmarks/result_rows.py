@@ -11,35 +11,84 @@ import numpy as np
 
 from agents.baselines import baselines_for
 from agents.run import load_bundle
+from agents.workers import Crew
 from envs.scenario import Scenario
 from evaluation.conditions import ITSELF
-from evaluation.contest import Play, choose_best
+from evaluation.contest import Play, choose_best, enter
 from evaluation.controls import CONTROLS
+from evaluation.deciders import Deciders
 from evaluation.protocol import evaluate_policies
 from evaluation.report import PER_1K, shed_shares
 from evaluation.results import EpisodeResults
 from evaluation.statistics import holm, paired_estimate, sign_flip_p_value
+from marginroute.bundle import Bundle
+from marginroute.control_policy import LearnedController
+from marginroute.policy import Policy
 
+SHIPPED = "shipped"
 CHAIN = ("bid-price", "bid-price-fitted", "bid-price-adaptive")
-HEADS = ("scenario, condition", "learned", "margin", "best heuristic", "gain", "95 %", "%", "p Holm", "by seed")
+HEADS = ("episodes", "learned", "margin", "best heuristic", "gain", "95 %", "%", "p Holm", "by seed")
 MORE_HEADS = ("over shipped", "%", "SLO", "good", "lost")
 
 
-def rows(scenario: Scenario, runs: Sequence[Path], episodes: int, conditions: bool = True) -> list[dict[str, Any]]:
+def rows(
+    scenario: Scenario, runs: Sequence[Path], episodes: int, condition_episodes: int, workers: Crew | int | None = 1
+) -> list[dict[str, Any]]:
     """A row for the scenario as it is, and one per condition; the best heuristic is chosen on validation, once."""
     bundles = {f"seed {i}": load_bundle(run, scenario) for i, run in enumerate(runs)}
-    learned = {name: bundle.guarded() for name, bundle in bundles.items()}
-    heuristics = {k: p for k, p in baselines_for(scenario, run_dir=runs[0]).items() if k not in CONTROLS}
-    best = str(choose_best(scenario, heuristics, Play(episodes)))
-    kept = {name: heuristics[name] for name in {best, "shipped", *CHAIN} if name in heuristics}
+    exported = {name: _learned(bundle) for name, bundle in bundles.items()}
+    alike = next(
+        (name for name in bundles if not exported[name]), ""
+    )  # what learned nothing decides alike: played once
+    plays = {name: name if exported[name] else alike for name in bundles}
+    best, kept = (_kept if scenario.control is None else _kept_controlled)(
+        scenario, runs[0], Play(episodes, workers=workers)
+    )
+    decide = {name: _decides(bundles[name]) for name in sorted(set(plays.values()))}
     found = []
-    for condition in (ITSELF, *(scenario.conditions if conditions else ())):
+    for condition in (ITSELF, *(scenario.conditions if condition_episodes else ())):
         world = scenario if condition == ITSELF else scenario.under(condition)
-        results = evaluate_policies(world, {**learned, **kept}, episodes)
-        row = _row(results, list(learned), best)
-        exported = [bundle.learned != "none" for bundle in bundles.values()]
-        found.append({"scenario": scenario.name, "condition": condition, "exported": exported, **row})
+        played = episodes if condition == ITSELF else condition_episodes
+        results = evaluate_policies(world, {**decide, **kept}, played, workers=workers)
+        results |= {name: results[of] for name, of in plays.items()}
+        row = _row(results, list(bundles), best)
+        found.append(
+            {
+                "scenario": scenario.name,
+                "condition": condition,
+                "episodes": played,
+                "exported": [*exported.values()],
+                **row,
+            }
+        )
     return found
+
+
+def _learned(bundle: Bundle) -> bool:
+    return bundle.learned != "none" or isinstance(bundle.controller, LearnedController)
+
+
+def _decides(bundle: Bundle) -> Policy:
+    """What a gateway runs of a bundle: its router, beside its controller where there is one."""
+    return bundle.guarded() if bundle.controller is None else Deciders(bundle.controller, bundle.guarded())
+
+
+def _kept(scenario: Scenario, run: Path, play: Play) -> tuple[str, dict[str, Policy]]:
+    """The best heuristic, chosen on validation, and those that the table needs."""
+    heuristics = {k: p for k, p in baselines_for(scenario, run_dir=run).items() if k not in CONTROLS}
+    best = str(choose_best(scenario, heuristics, play))
+    return best, {name: heuristics[name] for name in {best, SHIPPED, *CHAIN} if name in heuristics}
+
+
+def _kept_controlled(scenario: Scenario, run: Path, play: Play) -> tuple[str, dict[str, Policy]]:
+    """The same beside a controller: the rule that was best on validation, and Kubernetes' beside what gateways ship."""
+    routers, entrants = baselines_for(scenario, run_dir=run), enter(scenario, [str(run)], "all")
+    pairs = [pair for pair in entrants.heuristics.values() if isinstance(pair, Deciders)]
+    best = next(pair for pair in pairs if pair.name == entrants.best)
+    kubernetes = next(pair.controller for pair in pairs if pair.controller.name == "hpa")
+    kept: dict[str, Policy] = {name: Deciders(best.controller, routers[name]) for name in CHAIN if name in routers}
+    kept |= {SHIPPED: Deciders(kubernetes, routers[SHIPPED])} if SHIPPED in routers else {}
+    return best.name, {**kept, best.name: best}
 
 
 def _row(results: Mapping[str, EpisodeResults], seeds: Sequence[str], best: str) -> dict[str, Any]:
@@ -48,7 +97,7 @@ def _row(results: Mapping[str, EpisodeResults], seeds: Sequence[str], best: str)
     margin_usd = np.mean([results[seed].margin_usd for seed in seeds], axis=0)
     base_usd = float(theirs.contribution_usd.mean())
     row: dict[str, Any] = {"margin_usd_per_1k": PER_1K * float(margin_usd.sum() / calls.sum()), "best_heuristic": best}
-    for name, key in ((best, "gain"), ("shipped", "over_shipped")):
+    for name, key in ((best, "gain"), (SHIPPED, "over_shipped")):
         if name not in results:
             continue
         gain_usd = margin_usd - results[name].margin_usd
@@ -87,6 +136,8 @@ def adjust(found: Sequence[dict[str, Any]]) -> None:
 
 def markdown(found: Sequence[Mapping[str, Any]], commit: str, command: str) -> str:
     """The rows as a page that names the command and the commit they come from."""
+    whole = [row for row in found if row["condition"] == ITSELF]
+    changed = [row for row in found if row["condition"] != ITSELF]
     lines = [
         "# Results",
         "",
@@ -94,35 +145,67 @@ def markdown(found: Sequence[Mapping[str, Any]], commit: str, command: str) -> s
         "",
         f"Written by it at commit {commit}. Gains are USD per 1k",
         "first calls, mean over training seeds, paired by held-out episode, of the policies as exported and by argmax",
-        "(where the gate did not let the network pass, the bundle is the heuristic itself, and says so); %: of",
-        "contribution margin; p: sign-flip test, adjusted over all rows (Holm); learned: seeds whose gates exported",
-        "a network. SLO, good, lost: points by which the class that fares worst differs from the best heuristic.",
+        "(where the gate did not let the network pass, the bundle is the heuristic itself, and says so); %: of the",
+        "contribution margin; p: sign-flip test, adjusted over all rows of this page (Holm); learned: seeds whose",
+        "gates exported a network. SLO, good, lost: points by which the class that fares worst differs from the best",
+        "heuristic.",
         "",
-        "| " + " | ".join(HEADS + MORE_HEADS) + " |",
-        "| --- | " + " | ".join(["---:"] * (len(HEADS + MORE_HEADS) - 1)) + " |",
+        *_summary(found),
+        "",
+        *_table(whole, "scenario"),
     ]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in found]
-    lines += [
-        "",
-        "## What the margin comes from",
-        "",
-        "| scenario | bid price | fitted | adaptive | exported |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for row in found:
-        if row["condition"] == ITSELF:
-            chain = [
-                f"{row['chain_usd_per_1k'][name]:.3f}" if name in row["chain_usd_per_1k"] else "-" for name in CHAIN
-            ]
-            lines.append(f"| {row['scenario']} | {' | '.join(chain)} | {row['margin_usd_per_1k']:.3f} |")
+    lines += ["", "## What the margin comes from", "", *_chain(whole)]
+    if changed:
+        lines += ["", "## Held-out conditions", "", *_table(changed, "condition")]
     return "\n".join(lines) + "\n"
+
+
+def _summary(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the rows say together."""
+    whole = [row for row in found if row["condition"] == ITSELF]
+    ahead = [row for row in whole if any(row["exported"]) and _significant(row) > 0]
+    behind = [row for row in found if _significant(row) < 0]
+    exported = sum(sum(row["exported"]) for row in whole)
+    trained = sum(len(row["exported"]) for row in whole)
+    pct = [row["gain"]["pct"] for row in whole if row["gain"]["pct"] is not None]
+    over = [row["over_shipped"]["pct"] for row in whole if row.get("over_shipped", {}).get("pct") is not None]
+    names = ", ".join(f"{row['scenario']} ({_pct(row['gain']['pct'])} %)" for row in ahead) or "none"
+    worse = ", ".join(f"{row['scenario']}, {row['condition']}" for row in behind) or "none"
+    lines = [
+        f"- Gates exported a network in {exported} of {trained} trainings.",
+        f"- Significantly better by what was learned: {names}.",
+        f"- Significantly worse than the best tuned heuristic, of {len(found)} rows: {worse}.",
+        f"- Median of the scenarios: {np.median(pct):+.1f} % over the best tuned heuristic.",
+    ]
+    return lines + ([f"- Over the best shipped composite, tuned: {np.median(over):+.1f} %."] if over else [])
+
+
+def _significant(row: Mapping[str, Any]) -> int:
+    """1 or -1 where a gain differs from zero, else 0."""
+    return int(np.sign(row["gain"]["usd_per_1k"])) if row["gain"]["p_holm"] < 0.05 else 0
+
+
+def _table(found: Sequence[Mapping[str, Any]], first: str) -> list[str]:
+    heads = (first, *HEADS, *MORE_HEADS)
+    lines = ["| " + " | ".join(heads) + " |", "| --- | " + " | ".join(["---:"] * (len(heads) - 1)) + " |"]
+    return lines + ["| " + " | ".join(_cells(row)) + " |" for row in found]
+
+
+def _chain(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = ["| scenario | bid price | fitted | adaptive | exported |", "| --- | ---: | ---: | ---: | ---: |"]
+    for row in found:
+        usd = row["chain_usd_per_1k"]
+        chain = [f"{usd[name]:.3f}" if name in usd else "-" for name in CHAIN]
+        lines.append(f"| {row['scenario']} | {' | '.join(chain)} | {row['margin_usd_per_1k']:.3f} |")
+    return lines
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     gain, shipped, change = row["gain"], row.get("over_shipped"), row["class_change"]
-    name = row["scenario"] if row["condition"] == ITSELF else f"· {row['condition']}"
+    name = row["scenario"] if row["condition"] == ITSELF else f"{row['scenario']}, {row['condition']}"
     return [
         name,
+        str(row["episodes"]),
         f"{sum(row['exported'])} of {len(row['exported'])}",
         f"{row['margin_usd_per_1k']:.2f}",
         row["best_heuristic"],

@@ -8,24 +8,26 @@ table (Holm). The table goes to --out as Markdown.
 Try:
   python -m benchmarks.results --seeds 0,1,2 --out docs/results.md
   python -m benchmarks.results quickstart shaky --steps 1000000
-  python -m benchmarks.results --as-is --episodes 128
+  python -m benchmarks.results day_night --episodes 16 --condition-episodes 0
 """
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks import common
 from marginroute.cli import main_guard
 from marginroute.errors import InputError
 
+EPISODES, DAYS = 256, 16  # of a scenario as it is; under a controller an episode is a day
 
-def parser() -> Any:
+
+def parser() -> argparse.ArgumentParser:
     """The command line."""
     parse = common.parser(__doc__)
     parse.add_argument(
@@ -33,8 +35,13 @@ def parser() -> Any:
     )
     parse.add_argument("--seeds", default="0,1,2", metavar="A,B,...", help="training seeds (default: 0,1,2)")
     parse.add_argument("--steps", type=int, metavar="N", help="decisions per training (default: configs/training)")
-    parse.add_argument("--episodes", type=int, default=32, metavar="N", help="held-out episodes per row (default: 32)")
-    parse.add_argument("--as-is", action="store_true", help="leave the held-out conditions out")
+    parse.add_argument(
+        "--episodes", type=int, metavar="N", help=f"held-out episodes of a scenario (default: {EPISODES}; days: {DAYS})"
+    )
+    parse.add_argument(
+        "--condition-episodes", type=int, metavar="N", help="of a condition; 0: none (default: an eighth; days: a half)"
+    )
+    parse.add_argument("--workers", type=int, metavar="N", help="processes that play (default: one per core)")
     parse.add_argument("--runs", type=Path, default=Path("runs/results"), metavar="DIR", help="run folders")
     parse.add_argument("--out", type=Path, metavar="FILE.md", help="where the table goes (default: stderr)")
     return parse
@@ -49,18 +56,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError:
         raise InputError(f"--seeds {args.seeds!r} is not legal; legal are whole numbers separated by commas") from None
     from agents.baselines import find
+    from agents.cluster import crew_of
+    from agents.workers import usable_cores
     from benchmarks import result_rows
     from envs.scenario import load_scenario
     from evaluation.suite import scenario_names
 
     found, steps = [], 1024 if args.quick else args.steps
-    for name in args.scenarios or scenario_names():
-        scenario = load_scenario(name)
-        if find(scenario) is None and not args.scenarios:
-            common.note(f"{name} is left out: it has no tuned baselines")
-            continue
-        runs = [_trained(name, seed, steps, args.runs) for seed in seeds]
-        found += result_rows.rows(scenario, runs, 4 if args.quick else args.episodes, not args.as_is)
+    with crew_of(None, args.workers or usable_cores()) as workers:
+        for name in args.scenarios or scenario_names():
+            scenario = load_scenario(name)
+            if find(scenario) is None and not args.scenarios:
+                common.note(f"{name} is left out: it has no tuned baselines")
+                continue
+            runs = [_trained(name, seed, steps, args.runs) for seed in seeds]
+            common.note(f"playing {name}")
+            found += result_rows.rows(scenario, runs, *_episodes(args, scenario.control is not None), workers)
     result_rows.adjust(found)
     command = shlex.join(["python", "-m", "benchmarks.results", *(sys.argv[1:] if argv is None else argv)])
     text = result_rows.markdown(found, common.commit(), command)
@@ -70,6 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.write_text(text)
     common.emit("results", {"rows": found}, seeds=seeds, steps=steps)
     return 0
+
+
+def _episodes(args: argparse.Namespace, days: bool) -> tuple[int, int]:
+    """Of the scenario as it is, and of each condition."""
+    if args.quick:
+        return 4, 4
+    whole = args.episodes or (DAYS if days else EPISODES)
+    part = max(whole // (2 if days else 8), 1) if args.condition_episodes is None else args.condition_episodes
+    return whole, part
 
 
 def _trained(name: str, seed: int, steps: int | None, runs: Path) -> Path:

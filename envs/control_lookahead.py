@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.control_plant import HISTORY_EPISODES, ControlPlant, arrival_counts
+from envs.control_plant import HISTORY_EPISODES, ControlPlant, traffic_of
 from envs.control_worlds import FluidControl
 from envs.fleet.fluid_tick import LAST_AGES
 from marginroute.control import (
@@ -41,7 +41,8 @@ from marginroute.control import (
 
 def view_of(view: ControlView, worlds: Array) -> ControlView:
     """The rows (n,) of a view, each as often as it is named."""
-    return replace(view, **{f.name: getattr(view, f.name)[worlds] for f in fields(ControlView) if f.name != "layout"})
+    arrays = {f.name: getattr(view, f.name) for f in fields(ControlView) if f.name != "layout"}
+    return replace(view, **{name: array[worlds] for name, array in arrays.items() if array is not None})
 
 
 class Lookahead(FluidControl):
@@ -53,7 +54,10 @@ class Lookahead(FluidControl):
     """
 
     def begin(self, view: ControlView, arrivals: Array) -> None:
-        """Starts world w where row w of a view (N rows) says, with arrivals (N, h, K) in the ticks that follow."""
+        """Starts world w where row w of a view (N rows) says, with arrivals (N, h, K) in the ticks that follow.
+
+        The money is that of the member of the family whose prices are nearest.
+        """
         layout, fluid, worlds = self.layout, self.worlds.fluid, self.worlds
         for array in (worlds.ledger_usd, worlds.counts, worlds.margins_usd, worlds.rewards_usd, self._before):
             array[:] = 0.0
@@ -61,6 +65,9 @@ class Lookahead(FluidControl):
         self.tick[:] = np.rint((view.time_s - self._start_s) / layout.tick_s)
         self._levels.reset(slice(None), view.time_s, np.stack([view.fast, view.slow]))
         self._classes, self._pools[:] = view.classes.copy(), view.pools
+        if view.prices_usd is not None and self.layout.price_names:
+            apart = np.log(view.prices_usd[:, None] / self.plant.member_usd)
+            worlds.variant[:], self._prices_usd[:] = np.square(apart).sum(axis=-1).argmin(axis=1), view.prices_usd
         self._begin_pools(fluid.stations, fluid.orders, view.pools)
         self._begin_flows(fluid.flows, view)
         self._begin_held(fluid.held, view.held)
@@ -126,7 +133,7 @@ class Futures:
     def of(cls, plant: ControlPlant, days: int = HISTORY_EPISODES) -> Futures:
         """From the training days that the season is known from."""
         layout, tick_s = plant.layout, plant.layout.tick_s
-        counts = np.stack([arrival_counts(plant.plant.scenario, seed, "train", tick_s) for seed in range(days)])
+        counts = np.stack([traffic_of(plant.plant.scenario, seed, "train", tick_s).arrivals for seed in range(days)])
         times_s = plant.start_s + np.arange(plant.ticks) * tick_s
         usual = layout.season(times_s + 0.5 * tick_s) * tick_s
         moving, seen = Levels(layout, days), np.zeros((days, plant.ticks, 2))

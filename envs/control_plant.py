@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,7 @@ SAMPLE_S = 3600.0  # of each sampled episode: lengths do not depend on the hour
 SAMPLE_EPISODES = 4
 HISTORY_EPISODES = 16  # training episodes from which an operator knows the season
 HOURS = 48
+LEAST_USD = 1e-12  # what is free counts as this, since ratios are told
 
 
 def sample_workloads(scenario: Scenario) -> list[Workload]:
@@ -30,19 +31,30 @@ def sample_workloads(scenario: Scenario) -> list[Workload]:
     return [short.generate(seed, "train") for seed in range(SAMPLE_EPISODES)]
 
 
-def arrival_counts(scenario: Scenario, seed: int, split: Split, tick_s: float) -> Array:
-    """(T, K) requests per control tick and class of an episode: those of `scenario.generate`, at a tenth of its cost.
+class Traffic(NamedTuple):
+    """An episode of the surrogate.
+
+    Attributes:
+        arrivals: (T, K) requests per control tick and class.
+        variant: the member of the scenario's family that it takes place in.
+    """
+
+    arrivals: Array
+    variant: int = 0
+
+
+def traffic_of(scenario: Scenario, seed: int, split: Split, tick_s: float) -> Traffic:
+    """The requests of `scenario.generate`, counted, at a tenth of its cost.
 
     Follow-ups of sessions count at their nominal times.
     """
-    drawn = None
+    drawn, (variant, rng) = None, scenario.stream(seed, split)
     if scenario.trace is None:
-        variant, rng = scenario.stream(seed, split)
         drawn = arrivals_of(scenario.variants[variant].workload_spec, rng)
     if drawn is None:
         workload = scenario.generate(seed, split)
         drawn = workload.arrived_at_s, workload.class_index
-    return counts_of(*drawn, scenario.horizon_s, tick_s, len(scenario.class_names))
+    return Traffic(counts_of(*drawn, scenario.horizon_s, tick_s, len(scenario.class_names)), variant)
 
 
 def counts_of(arrived_at_s: Array, class_index: Array, horizon_s: float, tick_s: float, classes: int) -> Array:
@@ -51,6 +63,19 @@ def counts_of(arrived_at_s: Array, class_index: Array, horizon_s: float, tick_s:
     inside = arrived_at_s < horizon_s
     tick = np.minimum((arrived_at_s[inside] / tick_s).astype(np.int64), ticks - 1)
     return np.bincount(tick * classes + class_index[inside], minlength=ticks * classes).reshape(ticks, classes) * 1.0
+
+
+def prices_usd(plant: Plant) -> dict[str, float]:
+    """Prices that a controller may know: of an hour of a replica, and of tokens and calls by their geometric mean."""
+    fleet, terms = plant.scenario.fleet, plant.terms
+    prices = {f"gpu:{name}": pool.gpus_per_replica * pool.gpu_usd_per_hour for name, pool in fleet.pools.items()}
+    for name, provider in fleet.providers.items():
+        input_usd, _, output_usd = provider.usd_per_token()
+        prices[f"api:{name}"] = math.sqrt(input_usd * output_usd)
+    for name, term in zip(plant.layout.class_names, terms, strict=True):
+        tokens_usd = math.sqrt(term["input_usd_per_token"] * term["output_usd_per_token"])
+        prices[f"call:{name}"] = tokens_usd or float(term["request_value_usd"])
+    return {name: max(float(usd), LEAST_USD) for name, usd in prices.items()}
 
 
 class ControlPlant:
@@ -106,14 +131,32 @@ class ControlPlant:
             season_per_s=self._season(),
             allowance=np.array([p.rate_limit.size_requests for p in spec.providers], dtype=np.float64),
             refill_per_s=np.array([p.rate_limit.requests_per_s for p in spec.providers], dtype=np.float64),
+            price_names=self._price_names,
+            usual_usd=self.prices_usd(self.plant),
         )
+
+    @cached_property
+    def _price_names(self) -> tuple[str, ...]:
+        """Prices in which the members of a family differ from each other."""
+        usd = [prices_usd(member) for member in self.plant.members]
+        return tuple(name for name in usd[0] if len({of[name] for of in usd}) > 1)
+
+    def prices_usd(self, plant: Plant) -> Array:
+        """(X,) prices of a member, in the order of `ControlLayout.price_names`."""
+        of = prices_usd(plant)
+        return np.array([of[name] for name in self._price_names])
+
+    @cached_property
+    def member_usd(self) -> Array:
+        """(F, X) prices of every member of the family."""
+        return np.stack([self.prices_usd(member) for member in self.plant.members])
 
     def _season(self) -> Array:
         """(H, K) mean arrivals per second by time of the day over training episodes; the mean where there were none."""
         scenario = self.plant.scenario
         season = scenario.workload.season
         counts = np.mean(
-            [arrival_counts(scenario, seed, "train", self.tick_s) for seed in range(HISTORY_EPISODES)], axis=0
+            [traffic_of(scenario, seed, "train", self.tick_s).arrivals for seed in range(HISTORY_EPISODES)], axis=0
         )
         rates = counts / self.tick_s
         hours = HOURS if season is not None and season.start_h is not None else 1

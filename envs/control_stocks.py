@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from envs.control_lookahead import Lookahead, view_of
-from envs.control_plant import ControlPlant, arrival_counts
+from envs.control_plant import ControlPlant, traffic_of
 from envs.control_worlds import FluidControl
 from marginroute.control import DAY_S, Array, ControlLayout, ControlView
 from marginroute.control_rules import RuleController
@@ -67,10 +67,11 @@ def more(view: ControlView) -> Iterator[tuple[int, float, ControlView]]:
 def measure(plant: ControlPlant, rule: RuleController, days: int = DAYS) -> StockPrices:
     """Plays training days by the rule, and what follows at times of the day with more of each stock."""
     layout = plant.layout
-    arrivals = [arrival_counts(plant.plant.scenario, seed, "train", layout.tick_s) for seed in range(days)]
+    played = [traffic_of(plant.plant.scenario, seed, "train", layout.tick_s) for seed in range(days)]
+    arrivals = np.stack([traffic.arrivals for traffic in played])
     worlds = FluidControl(plant, days)
-    for w, counts in enumerate(arrivals):
-        worlds.load(w, counts)
+    for w, traffic in enumerate(played):
+        worlds.load(w, traffic)
     cases = list(more(worlds.view()))
     ahead = Lookahead(plant, days * (len(cases) + 1))
     every = max(round(EVERY_S / layout.tick_s), 1)
@@ -81,7 +82,7 @@ def measure(plant: ControlPlant, rule: RuleController, days: int = DAYS) -> Stoc
         view, now = worlds.view(), int(worlds.tick[0])
         if now % every == 0:
             hour = int(view.time_s[0] % DAY_S / EVERY_S)
-            usd = _gains(ahead, view, rule, np.stack(arrivals)[:, now : now + longest])
+            usd = _gains(ahead, view, rule, arrivals[:, now : now + longest])
             for (stock, amount, _), gain_usd in zip(cases, usd, strict=True):
                 sums[hour, stock] += gain_usd / amount
             seen[hour] += 1

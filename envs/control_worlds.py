@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from envs import control_kernel, world_hold
-from envs.control_plant import ControlPlant, arrival_counts
+from envs.control_plant import ControlPlant, Traffic, prices_usd, traffic_of
 from envs.economics import ledger as books
 from envs.fluid_worlds import FluidWorlds
 from envs.scenario import Split
@@ -58,6 +58,7 @@ class ControlWorlds(ABC):
         self._pools = np.zeros((n_worlds, p, len(POOL_SIGNALS)))
         self._held = np.zeros((n_worlds, k, AGES))
         self._allowance = np.zeros((n_worlds, len(layout.provider_names)))
+        self._prices_usd = np.tile(layout.usual_usd, (n_worlds, 1))
         self._classes = np.zeros((n_worlds, k, 4))
         self._before = np.zeros((n_worlds, 4, k))
 
@@ -94,6 +95,7 @@ class ControlWorlds(ABC):
             fast=self._levels.fast,
             slow=self._levels.slow,
             allowance=self._allowance.copy(),
+            prices_usd=self._prices_usd.copy(),
         )
 
     def step(self, action: Array) -> None:
@@ -139,15 +141,16 @@ class FluidControl(ControlWorlds):
         self.arrivals = np.zeros((n_worlds, plant.ticks, len(plant.layout.class_names)))
         self._pool_levers, self._class_levers = self.worlds.default_levers()
 
-    def load(self, w: int, arrivals: Array) -> None:
-        """Starts an episode with arrivals (T, K) per tick in world `w`."""
-        self.worlds.reset(w)
-        self.arrivals[w] = arrivals
+    def load(self, w: int, traffic: Traffic) -> None:
+        """Starts an episode in world `w`."""
+        self.worlds.reset(w, traffic.variant)
+        self.arrivals[w] = traffic.arrivals
+        self._prices_usd[w] = self.plant.member_usd[traffic.variant]
         self._begun(w)
 
     def load_seed(self, w: int, seed: int, split: Split) -> None:
         """Starts an episode of the scenario in world `w`."""
-        self.load(w, arrival_counts(self.plant.plant.scenario, seed, split, self.layout.tick_s))
+        self.load(w, traffic_of(self.plant.plant.scenario, seed, split, self.layout.tick_s))
 
     def _read(self) -> None:
         fluid = self.worlds.fluid
@@ -221,6 +224,8 @@ class EngineControl(ControlWorlds):
     def begin(self, w: int) -> None:
         """Takes over world `w`, which stands at its first decision."""
         self._debts[w], self._margins_usd[w] = 0.0, 0.0
+        usd = prices_usd(self.worlds.plant.members[int(self.worlds.desks["variant"][w])])
+        self._prices_usd[w] = [usd[name] for name in self.layout.price_names]
         self._targets[w] = self.layout.start_replicas
         self._begun(w)
 

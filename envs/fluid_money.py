@@ -1,6 +1,6 @@
 """The money of a control tick: joins the fluid surrogate's amounts with the ledger, as `envs.world` does with requests.
 
-Shapes: N worlds, P pools, K classes, V providers.
+Shapes: N worlds, P pools, K classes, V providers, F members of a family of scenarios, whose money may differ.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202 (Numba infers the types of kernels)
@@ -24,7 +24,7 @@ PRICE = np.dtype(
         ("spot_usd_per_s", "f8"),  # of a spot replica
     ]
 )
-"""Cost of a pool, `(P,)`."""
+"""Cost of a pool, `(F, P)`."""
 
 ANSWER = np.dtype(
     [
@@ -35,7 +35,7 @@ ANSWER = np.dtype(
         *[(name, "f8") for name in ("ttft_ok", "tpot_ok", "e2e_ok", "slo_ok", "credited")],  # a provider's, per request
     ]
 )
-"""What a class gets at a pool or provider, `(P + V, K)`."""
+"""What a class gets at a pool or provider, `(F, P + V, K)`."""
 
 
 @kernel
@@ -89,13 +89,14 @@ def _post_provider(terms, answers, row, spills, ledger_usd, counts, w, v):
 @kernel
 def step(
     pools, classes, curves, kept, deadline_s, providers, stations, orders, flows, held, clocks_s, spills,
-    terms, prices, answers, ledger_usd, counts, margins_usd, rewards_usd, arrivals, pool_levers, class_levers, tick_s,
-    running,
+    all_terms, all_prices, all_answers, variant, ledger_usd, counts, margins_usd, rewards_usd, arrivals, pool_levers,
+    class_levers, tick_s, running,
 ):  # fmt: skip
     """Advances `running` (N,) worlds by one tick and posts it; `rewards_usd` (N,) is the change of the ledger."""
     for w in range(flows.shape[0]):
         if not running[w]:
             continue
+        terms, prices, answers = all_terms[variant[w]], all_prices[variant[w]], all_answers[variant[w]]
         tick(
             pools, classes, curves, kept, deadline_s, providers, stations, orders, flows, held, clocks_s, spills,
             w, arrivals, pool_levers, class_levers, tick_s,
@@ -116,13 +117,15 @@ def step(
 @kernel
 def settle(
     pools, classes, curves, kept, deadline_s, providers, stations, orders, flows, held, clocks_s, spills,
-    terms, prices, answers, ledger_usd, counts, margins_usd, rewards_usd, last_provider, w,
+    all_terms, all_prices, all_answers, variant, ledger_usd, counts, margins_usd, rewards_usd, all_last_provider, w,
 ):  # fmt: skip
     """Ends world w at its horizon as the engine does: what is in the fleet is served, what is held is bought.
 
-    Held work is bought from provider `last_provider` (K,), or goes unserved without one (-1); those whose users would
-    have left leave; `rewards_usd` is the change of the ledger.
+    Held work is bought from provider `all_last_provider` (F, K), or goes unserved without one (-1); those whose users
+    would have left leave; `rewards_usd` is the change of the ledger.
     """
+    m = variant[w]
+    terms, prices, answers, last_provider = all_terms[m], all_prices[m], all_answers[m], all_last_provider[m]
     for p in range(flows.shape[1]):
         for k in range(flows.shape[2]):
             flow, answer = flows[w, p, k], answers[p, k]

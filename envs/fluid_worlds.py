@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,10 @@ _UNKNOWN_TERMS = {
     "missed_lifetime_usd": 0.0,
     "unserved_lifetime_usd": 0.0,
 }
+_MEMBERS_OWN = re.compile(
+    r"load_scale$|workload\.(arrivals|season)|fleet\.pools\.[^.]+\.(gpu|reserved_gpu|energy_|spot\.gpu)|"
+    r"fleet\.providers\.[^.]+\.(price_of|.*_usd)|plans\.plans\."
+)
 _CURVES: dict[tuple[Any, ...], Curves] = {}
 
 
@@ -108,6 +113,28 @@ def check_modelled(plant: Plant) -> None:
             )
 
 
+def check_ranges(scenario: Scenario) -> None:
+    """Refuses a family whose members differ in more than money and traffic: curves are measured once for all.
+
+    Raises:
+        InputError: a range of something else.
+    """
+    for key in scenario.ranges:
+        if not _MEMBERS_OWN.match(key):
+            raise InputError(
+                f"scenario {scenario.name!r}, ranges: {key} would change what the fluid surrogate measures once; legal "
+                "with a controller are load_scale, arrivals, and prices of GPUs, providers and plans"
+            )
+
+
+def _stacked(rows: Sequence[Any]) -> Any:
+    """Record arrays of all members in one."""
+    stacked = record_array((len(rows), *rows[0].shape), rows[0].dtype)
+    for i, row in enumerate(rows):
+        stacked[i] = row
+    return stacked
+
+
 class FluidWorlds:
     """N independent fluid worlds of a scenario.
 
@@ -121,6 +148,8 @@ class FluidWorlds:
 
     Attributes:
         fluid: state and figures of the last tick, `envs.fleet.fluid_state`.
+        variant: (N,) the member of the family whose money counts in a world.
+        terms, prices, answers, last_provider: of the F members: (F, K), (F, P), (F, P + V, K), (F, K).
         ledger_usd: (N, A, K + 1), as `FleetWorlds.ledger_usd`.
         counts: (N, len(COUNTS), K) f8.
         rewards_usd: (N,) change of the ledger by the last tick.
@@ -130,7 +159,9 @@ class FluidWorlds:
         self.plant = scenario if isinstance(scenario, Plant) else Plant(scenario)
         self.n_worlds = n_worlds
         plant = self.plant
-        check_modelled(plant)
+        check_ranges(plant.scenario)
+        for member in plant.members:
+            check_modelled(member)
         if workloads is None:
             workloads = [plant.scenario.generate(seed, "train") for seed in range(_EPISODES)]
         self.sample = sample_of(plant.terms, workloads)
@@ -146,15 +177,18 @@ class FluidWorlds:
             ),
             n_worlds,
         )
-        self.prices = self._prices()
-        self.answers = self._answers(workloads)
+        self.terms = _stacked([member.terms for member in plant.members])
+        self.prices = _stacked([self._prices(member) for member in plant.members])
+        self.answers = _stacked([self._answers(member, workloads) for member in plant.members])
+        self.last_provider = np.stack([member.agreed.last_provider for member in plant.members])
+        self.variant = np.zeros(n_worlds, dtype=np.int64)
         self.ledger_usd = np.zeros((n_worlds, len(ACCOUNTS), len(plant.terms) + 1))
         self.counts = np.zeros((n_worlds, len(COUNTS), len(plant.terms)))
         self.margins_usd, self.rewards_usd = np.zeros(n_worlds), np.zeros(n_worlds)
 
-    def _prices(self) -> Any:
-        prices = record_array(len(self.plant.spec.pools), fluid_money.PRICE)
-        for p, pool in enumerate(self.plant.scenario.fleet.pools.values()):
+    def _prices(self, plant: Plant) -> Any:
+        prices = record_array(len(plant.spec.pools), fluid_money.PRICE)
+        for p, pool in enumerate(plant.scenario.fleet.pools.values()):
             prices["energy_input_usd"][p] = pool.energy_input_usd_per_mtok * 1e-6
             prices["energy_output_usd"][p] = pool.energy_output_usd_per_mtok * 1e-6
             prices["replica_usd_per_s"][p] = pool.gpus_per_replica * pool.gpu_usd_per_hour / 3600.0
@@ -165,10 +199,10 @@ class FluidWorlds:
                 prices["spot_usd_per_s"][p] = pool.gpus_per_replica * pool.spot.gpu_usd_per_hour / 3600.0
         return prices
 
-    def _answers(self, workloads: Sequence[Workload]) -> Any:
-        spec, sample, fleet = self.plant.spec, self.sample, self.plant.scenario.fleet
+    def _answers(self, plant: Plant, workloads: Sequence[Workload]) -> Any:
+        spec, sample, fleet = plant.spec, self.sample, plant.scenario.fleet
         stations = [*spec.pools, *spec.providers]
-        answers = record_array((len(stations), len(self.plant.terms)), fluid_money.ANSWER)
+        answers = record_array((len(stations), len(plant.terms)), fluid_money.ANSWER)
         counts = np.maximum(np.bincount(sample.class_index, minlength=answers.shape[1]), 1)
 
         def mean(of: Array) -> Array:
@@ -193,8 +227,9 @@ class FluidWorlds:
             answers["cost_usd"][v] = pricing.tokens_usd(answers["prompt_tokens"][v], answers["output_tokens"][v], *usd)
         return answers
 
-    def reset(self, w: int) -> None:
-        """Empties world `w` at time 0."""
+    def reset(self, w: int, variant: int = 0) -> None:
+        """Empties world `w` at time 0, with the money of a member of the scenario's family."""
+        self.variant[w] = variant
         reset_fluid(self.fluid, w)
         for array in (self.ledger_usd, self.counts, self.margins_usd, self.rewards_usd):
             array[w] = 0.0
@@ -239,16 +274,16 @@ class FluidWorlds:
 
     def settle(self, w: int) -> None:
         """Ends world `w` as the engine does: the fleet runs dry, held work is bought; posted as one more reward."""
-        fluid_money.settle(*self._arguments, self.plant.agreed.last_provider, w)
+        fluid_money.settle(*self._arguments, self.last_provider, w)
 
     @property
     def _arguments(self) -> tuple[Any, ...]:
-        terms = self.plant.terms
         return (
             *self.fluid.arrays,
-            terms.view(np.recarray) if isinstance(self.fluid.flows, np.recarray) else terms,
+            self.terms,
             self.prices,
             self.answers,
+            self.variant,
             self.ledger_usd,
             self.counts,
             self.margins_usd,

@@ -46,7 +46,7 @@ def examine(args: argparse.Namespace, scenario: Scenario, entrants: Entrants, pl
     Everybody is as tuned or trained for the scenario itself, and the best heuristic is chosen there.
     """
     names = chosen(scenario, args.condition)
-    best = choose_best(scenario, entrants.heuristics, play)
+    best = entrants.best or choose_best(scenario, entrants.heuristics, play)
     found: dict[str, tuple[Report, Contest]] = {}
     for number, name in enumerate([ITSELF, *names]):
         note(f"condition {number} of {len(names)}: {name}")

@@ -5,7 +5,8 @@ them may have at once, how fast held batch work is released, and which shares of
 or shed. The same functions build observations in the fluid surrogate, on the engine and in a gateway, for any number of
 worlds at once.
 
-Shapes: N worlds (first axis), P pools, K classes, V providers, A levers, H hours of the season, G parts of a deadline.
+Shapes: N worlds (first axis), P pools, K classes, V providers, A levers, H hours of the season, G parts of a deadline,
+X prices that may differ from the usual.
 
 Levers, each in [-1, 1] (`ControlLayout.lever_names`), x = (lever + 1) / 2:
 
@@ -23,7 +24,7 @@ have fixed ones. Levers that are masked do nothing.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +32,7 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-CONTROL_VERSION = 1
+CONTROL_VERSION = 2
 DAY_S = 86400.0
 FAST_S, SLOW_S = 600.0, 7200.0  # time constants of the two levels of traffic
 AGES = 4  # G
@@ -60,6 +61,8 @@ class ControlLayout:
         season_per_s: (H, K) usual arrivals at H even times of the day, joined by straight lines.
         allowance: (V,) size of a provider's token bucket in requests.
         refill_per_s: (V,) requests per second that it fills with.
+        price_names: X, `gpu:POOL`, `api:PROVIDER` or `call:CLASS`: those that differ in a family of scenarios.
+        usual_usd: (X,) what they are as a rule; units as in `ControlView.prices_usd`.
     """
 
     pool_names: tuple[str, ...]
@@ -76,6 +79,8 @@ class ControlLayout:
     season_per_s: Array
     allowance: Array
     refill_per_s: Array
+    price_names: tuple[str, ...] = ()
+    usual_usd: Array = field(default_factory=lambda: np.zeros(0))
 
     @cached_property
     def lever_names(self) -> tuple[str, ...]:
@@ -127,7 +132,7 @@ class ControlLayout:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ControlLayout:
         """The layout that `to_dict` wrote; infinities may be strings."""
-        names = {key: tuple(data[key]) for key in ("pool_names", "class_names", "provider_names")}
+        names = {key: tuple(data[key]) for key in ("pool_names", "class_names", "provider_names", "price_names")}
         arrays = {
             key: np.array(data[key], dtype=np.float64).reshape(-1, len(names["class_names"]))
             if key == "season_per_s"
@@ -151,6 +156,7 @@ class ControlView:
         held: (N, K, G) held requests by the part of their deadline that has passed.
         fast, slow: (N, K) arrivals relative to the season, averaged over `FAST_S` and `SLOW_S`.
         allowance: (N, V) calls that the providers' limits leave now.
+        prices_usd: (N, X) of a replica-hour, of a provider's tokens, and of a class's call; None: the usual ones.
     """
 
     layout: ControlLayout
@@ -162,6 +168,7 @@ class ControlView:
     fast: Array
     slow: Array
     allowance: Array
+    prices_usd: Array | None = None
 
     def forecast_per_s(self, ahead_s: float | Array, trend: float | Array = 0.0) -> Array:
         """Arrivals per second (N, K) expected `ahead_s` from now: season times level, and a share of its trend."""
@@ -275,6 +282,7 @@ def observation_names(layout: ControlLayout) -> tuple[str, ...]:
         *(f"{name}:{of}" for of in layout.class_names for name in per_class),
         *(f"{name}:{of}" for of in layout.pool_names for name in per_pool),
         *(f"allowance:{of}" for of in layout.provider_names),
+        *(f"price:{of}" for of in layout.price_names),
     )
 
 
@@ -282,7 +290,8 @@ def observe(view: ControlView) -> Array:
     """(N, D) float32 within +-`CLIP`: the columns of `observation_names`.
 
     Rates are in the throughput of all replicas that there can be, held work in what those serve in an hour, replicas in
-    the pool's largest number, requests in sequence slots of the ready replicas.
+    the pool's largest number, requests in sequence slots of the ready replicas, prices as logarithms of their ratio to
+    the usual ones.
     """
     layout, n = view.layout, len(view.time_s)
     angle = 2.0 * np.pi / DAY_S * view.time_s
@@ -319,4 +328,7 @@ def observe(view: ControlView) -> Array:
     parts = [np.stack(hours, axis=-1), of_class.reshape(n, -1), of_pool.reshape(n, -1)]
     if layout.provider_names:
         parts.append(view.allowance / np.maximum(layout.allowance, 1e-9))
+    if layout.price_names:
+        now_usd = layout.usual_usd if view.prices_usd is None else view.prices_usd
+        parts.append(np.broadcast_to(np.log(now_usd / layout.usual_usd), (n, len(layout.price_names))))
     return np.clip(np.concatenate(parts, axis=-1), -CLIP, CLIP).astype(np.float32)

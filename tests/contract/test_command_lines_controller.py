@@ -163,3 +163,17 @@ def test_one_decider_alone(tmp_path, cache, capsys):
     assert "controller gate: learned minus" in capsys.readouterr().out
     assert not (run / "policy.zip").exists() and bundle.load(run / "bundle").learned == "none"
     assert export.main([str(run), "--out", str(tmp_path / "bundle")]) == 0
+
+
+def test_the_table_of_results_has_both_deciders_beside_the_best_rule(finished, scenario):
+    from benchmarks.result_rows import rows
+
+    (row,) = rows(scenario, [finished, finished], 2, 0)
+    learned = bundle.load(finished / "bundle")
+    ours = Deciders(learned.controller, learned.guarded())
+    theirs = Deciders(rule_of(learned.controller), baselines.advice_and_fallback(finished / "baselines.yaml")[0])
+    played = evaluate_policies(scenario, {"ours": ours, "theirs": theirs}, 2)
+    gain_usd = (played["ours"].margin_usd - played["theirs"].margin_usd).sum()
+    assert row["best_heuristic"] == theirs.name and row["episodes"] == 2
+    assert row["gain"]["usd_per_1k"] == pytest.approx(1000.0 * gain_usd / played["ours"].first_calls.sum(), abs=1e-9)
+    assert row["gain_by_seed"][0] == row["gain_by_seed"][1]

@@ -8,7 +8,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from envs.control_env import ENV_ID, ControlEnv, ControlVectorEnv, make_worlds
-from envs.control_plant import ControlPlant, arrival_counts, counts_of
+from envs.control_plant import ControlPlant, counts_of, traffic_of
 from envs.control_worlds import EngineControl
 from envs.economics.ledger import ACCOUNTS, COUNTS
 from envs.scenario import load_scenario
@@ -197,7 +197,7 @@ def test_counts_are_those_of_the_requests(scenario):
     workload = scenario.generate(5, "validation")
     k = len(scenario.class_names)
     np.testing.assert_array_equal(
-        arrival_counts(scenario, 5, "validation", 60.0),
+        traffic_of(scenario, 5, "validation", 60.0).arrivals,
         counts_of(workload.arrived_at_s, workload.class_index, workload.horizon_s, 60.0, k),
     )
 

@@ -8,7 +8,7 @@ import pytest
 from envs import control_mpc
 from envs.control_lookahead import Futures, Lookahead
 from envs.control_mpc import Believed, MpcController, MpcSettings, Plan, plans
-from envs.control_plant import ControlPlant, arrival_counts
+from envs.control_plant import ControlPlant, Traffic, traffic_of
 from envs.control_stocks import StockPrices
 from envs.control_worlds import FluidControl
 from envs.scenario import load_scenario
@@ -53,8 +53,8 @@ class Truth(Believed):
 def play(plant, controller, arrivals, knows=None):
     """(N,) margins of a controller, and its actions (T, N, A)."""
     worlds = FluidControl(plant, len(arrivals))
-    for w, counts in enumerate(arrivals):
-        worlds.load(w, counts)
+    for w, traffic in enumerate(arrivals):
+        worlds.load(w, traffic)
     if isinstance(controller, MpcController):
         controller._believed = knows or Truth(plant, worlds)
     actions = []
@@ -66,7 +66,7 @@ def play(plant, controller, arrivals, knows=None):
 
 @pytest.mark.parametrize("name", ["static", "hpa-edf", "predictive-edf"])
 def test_with_the_right_state_and_future_it_never_does_worse_than_its_rule(plant, name):
-    arrivals = [arrival_counts(plant.plant.scenario, seed, "validation", plant.tick_s) for seed in range(3)]
+    arrivals = [traffic_of(plant.plant.scenario, seed, "validation", plant.tick_s) for seed in range(3)]
     rule = standard_rules(plant.layout)[name]
     usd, _ = play(plant, rule.anew(), arrivals)
     planned_usd, actions = play(plant, MpcController(plant.plant.scenario, rule.anew(), TO_THE_END), arrivals)
@@ -75,7 +75,7 @@ def test_with_the_right_state_and_future_it_never_does_worse_than_its_rule(plant
 
 
 def test_a_plan_that_is_the_rule_s_leaves_its_action_as_it_is(plant, monkeypatch):
-    arrivals = [arrival_counts(plant.plant.scenario, seed, "validation", plant.tick_s) for seed in range(2)]
+    arrivals = [traffic_of(plant.plant.scenario, seed, "validation", plant.tick_s) for seed in range(2)]
     rule = standard_rules(plant.layout)["predictive-edf"]
     still = Plan("nothing", np.zeros(len(plant.layout.mask)), 720.0)
     monkeypatch.setattr(control_mpc, "plans", lambda *_: [still])
@@ -94,10 +94,10 @@ def test_it_waits_where_waiting_is_best():
     arrivals[:5, 2] = 20.0
     rule = standard_rules(plant.layout)["static"]
     controller = MpcController(scenario, rule.anew(), TO_THE_END)
-    usd, actions = play(plant, controller, [arrivals])
+    usd, actions = play(plant, controller, [Traffic(arrivals)])
     release = plant.layout.lever_names.index("release")
     assert (actions[:9, 0, release] < -0.9).all(), "the rule alone releases at once"
-    assert usd > play(plant, rule.anew(), [arrivals])[0]
+    assert usd > play(plant, rule.anew(), [Traffic(arrivals)])[0]
 
 
 def test_lookahead_stands_where_the_view_says(plant):

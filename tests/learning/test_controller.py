@@ -12,7 +12,7 @@ from agents.control_train import load_controller, train_controller
 from agents.control_worlds import MOST_LOST, ControlVecEnv, lever_steps, probe
 from agents.controller import GroupRolloutBuffer, learned_controller, make_controller_model
 from agents.run import Run
-from envs.control_plant import ControlPlant, arrival_counts
+from envs.control_plant import ControlPlant, Traffic, traffic_of
 from envs.control_worlds import FluidControl
 from envs.scenario import load_scenario
 from marginroute.control import AGES, DAY_S, SLO_OK, ControlLayout, ControlView
@@ -66,8 +66,8 @@ class Parabola:
     def time_s(self):
         return self.tick * LAYOUT.tick_s
 
-    def load(self, w, counts):
-        self.tick[w], self.traffic[w] = 0, counts
+    def load(self, w, traffic):
+        self.tick[w], self.traffic[w] = 0, traffic.arrivals
 
     def best(self):
         return 0.1 * np.sin(2.0 * np.pi * self.time_s / DAY_S), 0.6
@@ -95,7 +95,10 @@ def learn(steps, seed=0, groups=4, size=8, harm=0.0):
     """The trained policy, its environment, and the learned controller."""
     config = load_training(None, {"controller.rollout_ticks": 24, "controller.minibatch": 768}).controller
     set_random_seed(seed)
-    traffic = lambda episode: np.random.default_rng(episode).exponential(5.0, (Parabola.ticks, 1))  # noqa: E731
+
+    def traffic(episode):
+        return Traffic(np.random.default_rng(episode).exponential(5.0, (Parabola.ticks, 1)))
+
     env = ControlVecEnv(Parabola(groups * (size + 1), harm), RULE, size, traffic, unit_usd=1e-3)
     mean, std, env.scale_usd = probe(env, 24, seed)
     model = make_controller_model(env, config, lambda _: 3e-3, mean, std, seed, None)
@@ -186,9 +189,7 @@ def plant():
 def test_twins_have_no_gain_and_gains_are_differences_of_ledgers(plant):
     scenario, rule = plant.plant.scenario, standard_rules(plant.layout)["predictive-edf"]
     worlds = FluidControl(plant, 2 * 4)
-    env = ControlVecEnv(
-        worlds, rule, 3, lambda e: arrival_counts(scenario, e, "train", plant.layout.tick_s), stagger=False
-    )
+    env = ControlVecEnv(worlds, rule, 3, lambda e: traffic_of(scenario, e, "train", plant.layout.tick_s), stagger=False)
     env.reset()
     total, rng = np.zeros(6), np.random.default_rng(0)
     for tick in range(plant.ticks - 1):  # the last tick starts the next episodes
@@ -205,7 +206,7 @@ def test_twins_have_no_gain_and_gains_are_differences_of_ledgers(plant):
 
 def test_groups_start_at_different_hours(plant):
     scenario, rule = plant.plant.scenario, standard_rules(plant.layout)["static"]
-    draw = lambda e: arrival_counts(scenario, e, "train", plant.layout.tick_s)  # noqa: E731
+    draw = lambda e: traffic_of(scenario, e, "train", plant.layout.tick_s)  # noqa: E731
     env = ControlVecEnv(FluidControl(plant, 3 * 3), rule, 2, draw)
     env.reset()
     assert env.worlds.tick.tolist() == [0, 0, 10, 10, 20, 20, 0, 10, 20]

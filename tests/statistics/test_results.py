@@ -14,7 +14,7 @@ EPISODES = 3
 
 @pytest.fixture(scope="module")
 def found(tiny_plant, finished_run):
-    rows = result_rows.rows(tiny_plant.scenario, [finished_run, finished_run], EPISODES)
+    rows = result_rows.rows(tiny_plant.scenario, [finished_run, finished_run], EPISODES, 2)
     result_rows.adjust(rows)
     return rows
 
@@ -35,8 +35,10 @@ def test_gains_are_differences_of_margins_on_the_same_episodes(tiny_plant, finis
 
 def test_the_page_has_a_line_per_row_with_all_its_columns(found):
     lines = result_rows.markdown(found, "abc", "a command").splitlines()
-    head = next(i for i, line in enumerate(lines) if line.startswith("| scenario, condition"))
-    assert {line.count("|") for line in lines[head : head + 2 + len(found)]} == {lines[head].count("|")}
+    for first, rows in (("| scenario | episodes", 1), ("| condition | episodes", len(found) - 1)):
+        head = next(i for i, line in enumerate(lines) if line.startswith(first))
+        assert {line.count("|") for line in lines[head : head + 2 + rows]} == {lines[head].count("|")}
+    assert any(line.startswith("- Gates exported a network in") for line in lines)
     assert any(line.startswith("| quickstart | ") for line in lines)
 
 
