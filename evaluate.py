@@ -33,6 +33,13 @@ if TYPE_CHECKING:
 
 
 DEFAULT_SCENARIO = "quickstart"
+UNUSED = {
+    "log": ("baselines", "episodes", "seed", "bound", "until_ci", "workers", "ray", "no_cache"),
+    "explain": ("bound", "until_ci", "json", "report"),
+    "render": ("bound", "until_ci", "json", "report"),
+    "vary": ("bound", "until_ci"),
+}
+"""Flags that would do nothing, by what is asked for."""
 
 
 def parser() -> Parser:
@@ -81,11 +88,15 @@ def main(argv: list[str] | None = None) -> int:
     check_flags(args)
     from agents.cluster import crew_of
     from evaluation.contest import EPISODES, MOST_EPISODES, Play
-    from evaluation.document import check_target
+    from evaluation.statistics import FIRST_LOOK_EPISODES
+    from marginroute.whole_file import check_target
 
     for target in (args.json, args.report, args.render):
         if target is not None:
             check_target(target)
+    if args.until_ci is not None and args.episodes is not None and args.episodes < FIRST_LOOK_EPISODES:
+        least = f"legal is {FIRST_LOOK_EPISODES} or more, from which a gain is looked at"
+        raise InputError(f"--episodes {args.episodes} is too few for --until-ci; {least}")
     episodes = args.episodes or (MOST_EPISODES if args.until_ci is not None else EPISODES)
     settings = planned(args)
     with crew_of(args.ray, args.workers) as workers:
@@ -235,9 +246,11 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.until_ci is not None and not args.until_ci > 0.0:
         raise InputError(f"--until-ci {args.until_ci} is not legal; legal is more than 0")
     modes = ("explain", "vary", "log", "condition", "suite", "render")
-    asked = [f"--{mode}" for mode in modes if (value := getattr(args, mode)) or (value == 0 and value is not False)]
+    asked = [mode for mode in modes if _given(args, mode)]
     if len(asked) > 1:
-        raise InputError(f"{' and '.join(asked)} exclude each other; legal is one of them")
+        raise InputError(f"{' and '.join(f'--{mode}' for mode in asked)} exclude each other; legal is one of them")
+    for mode in asked:
+        _check_mode(args, mode)
     for flag, value in (("--out", args.out), ("--runs", args.runs)):
         if value is not None and not args.suite:
             raise InputError(f"{flag} {value} needs --suite")
@@ -248,6 +261,24 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.suite:
         _check_suite(args)
     check_trace_flags(args)
+
+
+def _given(args: argparse.Namespace, name: str) -> bool:
+    """Whether a flag says something else than its default."""
+    return bool(getattr(args, name) != parser().get_default(name))
+
+
+def _check_mode(args: argparse.Namespace, mode: str) -> None:
+    """Refuses flags that would do nothing."""
+    idle = list(UNUSED.get(mode, ()))
+    if mode == "log" and args.policy:
+        idle += ["set", "trace"]
+    for name in idle:
+        if _given(args, name):
+            also = " and --policy" if name in ("set", "trace") else ""
+            raise InputError(f"--{name.replace('_', '-')} does nothing with --{mode}{also}; legal is to leave it out")
+    if args.report is not None and args.report.suffix == ".md":
+        raise InputError(f"--report {args.report} does not go with --{mode}; legal is a page, FILE.html")
 
 
 def _check_suite(args: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from marginroute.cli import note
 from marginroute.errors import InputError
 from marginroute.predictor import QualityPredictor
 from marginroute.view import Array
-from marginroute.whole_file import write_whole
+from marginroute.whole_file import check_target, write_whole
 
 BINS = 5
 MIN_PROMPTS = 50
@@ -149,8 +149,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Fits, judges, prints and writes."""
     if not 0.0 < arguments.held_out <= 0.5:
         raise InputError(f"--held-out {arguments.held_out}: legal is above 0 and at most 0.5")
-    if not arguments.out.resolve().parent.is_dir():
-        raise InputError(f"{arguments.out}: cannot be written (no such folder); legal is a file in a folder you own")
+    if not 0.0 < arguments.good_from <= 1.0:
+        raise InputError(f"--good-from {arguments.good_from}: legal is above 0 and at most 1")
+    if arguments.seed < 0:
+        raise InputError(f"--seed {arguments.seed}: legal is 0 or more")
+    for target in (arguments.out, arguments.json):
+        if target is not None:
+            check_target(target)
     models = tuple(arguments.models.split(",")) if arguments.models else None
     columns = Columns(prompt=arguments.prompt, model=arguments.model, outcome=arguments.outcome, models=models)
     table = _named(read_outcomes(arguments.table, columns), arguments.tier)

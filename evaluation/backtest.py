@@ -34,23 +34,30 @@ METRICS = ("ttft_s", "e2e_s", "cost_usd")
 UNKNOWN = "unknown"
 
 
-def backtest(scenario: Scenario, log: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Replays a log in a scenario's world.
-
-    Args:
-        scenario: whose candidates the log names.
-        log: JSONL file of DecisionRecords, of shadow mode or live.
-        progress: called with requests replayed and requests in all.
-
-    Returns:
-        scenario, hash, log, requests, span_s, skipped, stations: {name: {requests, errors, ttft_s, ...}}, calibrated,
-        outside: sentences about what is outside the tolerances.
+def backtest(scenario: Scenario, log: Path) -> dict[str, Any]:
+    """Replays a log, a JSONL file of DecisionRecords of shadow mode or live; as `compared`.
 
     Raises:
         InputError: a line that cannot be used.
     """
     plant = Plant(scenario)
-    layout, logged = plant.layout, requests_of(plant, log)
+    return compared(plant, log, requests_of(plant, log))
+
+
+def compared(plant: Plant, log: Path, logged: LoggedRequests, progress: Progress = silent) -> dict[str, Any]:
+    """What a scenario's world makes of a log's requests, beside what the log says.
+
+    Args:
+        plant: of the scenario.
+        log: where they were read.
+        logged: the requests.
+        progress: called with requests replayed and requests in all.
+
+    Returns:
+        scenario, hash, log, requests, span_s, skipped, stations: {name: {requests, errors, ttft_s, ...}}, calibrated,
+        outside: sentences about what is outside the tolerances.
+    """
+    scenario, layout = plant.scenario, plant.layout
     known = np.flatnonzero(logged.candidate >= 0)
     predicted = replay(plant, logged, known, progress) if len(known) else {}
     stations: dict[str, dict[str, Any]] = {}
@@ -77,11 +84,11 @@ def backtest(scenario: Scenario, log: Path, progress: Progress = silent) -> dict
     }
 
 
-def requests_of(plant: Plant, log: Path) -> LoggedRequests:
+def requests_of(plant: Plant, log: Path, progress: Progress = silent) -> LoggedRequests:
     """The requests of a log that a scenario's replicas and providers were asked to answer."""
     layout = plant.layout
     served = tuple(name for name, kind in zip(layout.names, layout.kind, strict=True) if kind <= v.PROVIDER)
-    return read_requests(log, served, layout.class_names, layout.task_names)
+    return read_requests(log, served, layout.class_names, layout.task_names, progress)
 
 
 def replay(plant: Plant, logged: LoggedRequests, rows: Array, progress: Progress = silent) -> dict[str, Array]:

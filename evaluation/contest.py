@@ -237,5 +237,9 @@ def _until(
             ]
             progress(episodes, play.episodes)
             widest = max((interval.high - interval.low) / 2.0 for interval in widths)
-            if episodes >= play.episodes or (not math.isnan(widest) and widest <= until_usd):
+            if not math.isnan(widest) and widest <= until_usd:
+                return results
+            if episodes >= play.episodes:
+                reached = "not known at all" if math.isnan(widest) else f"known to +- {widest:.3g} USD per 1k requests"
+                note(f"note: after {episodes} episodes the gain is {reached}, --until-ci asks for +- {until_usd:g}")
                 return results

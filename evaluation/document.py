@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,6 @@ from evaluation.results import EpisodeResults, Floats
 from evaluation.router_cost import CPU_S_PER_DECISION, USD_PER_CORE_HOUR, router_usd_per_1k
 from evaluation.statistics import Estimate, ratio_of_sums
 from evaluation.workflows import workflow_documents
-from marginroute.errors import InputError
 from marginroute.whole_file import write_whole
 
 SCHEMA = 1
@@ -63,18 +61,6 @@ def to_document(report: Report) -> dict[str, Any]:
     result = _without_nan(document)
     assert isinstance(result, dict)
     return result
-
-
-def check_target(path: Path) -> None:
-    """Refuses, before the work, a file that could not be written after it.
-
-    Raises:
-        InputError: the folder is missing or not writable, or the path is a folder.
-    """
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"cannot write {path}: {path.parent} is not a folder that can be written to")
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

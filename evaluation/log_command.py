@@ -55,15 +55,17 @@ def backtest(args: argparse.Namespace, scenario: Scenario) -> None:
         InputError: a line of the log that cannot be used.
     """
     from envs.plant import Plant
-    from evaluation import backtest as examiner
     from evaluation import calibration
+    from evaluation.backtest import compared, requests_of
     from evaluation.backtest_show import backtest_page, print_backtest
     from evaluation.log_margin import margin_by_class, print_margin
 
     plant = Plant(scenario)
-    earned = margin_by_class(plant, examiner.requests_of(plant, args.log))
+    with progress_bar(f"reading {args.log.name} (bytes)") as progress:
+        logged = requests_of(plant, args.log, progress)
+    earned = margin_by_class(plant, logged)
     with progress_bar(f"replaying {args.log.name}") as progress:
-        document = examiner.backtest(scenario, args.log, progress)
+        document = compared(plant, args.log, logged, progress)
     calibration.remember(document)
     if args.json is not None:
         write_json(args.json, {"schema": SCHEMA, "earned": earned, "backtest": document})

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import polars as pl
 
 from envs.progress import Progress
+from envs.workload.traces import MAX_TOKENS
 from marginroute.errors import InputError
 from marginroute.record import SCHEMA
 
@@ -24,6 +26,13 @@ Part = TypeVar("Part")
 
 PIECE_LINES = 20_000
 OUTCOME_NUMBERS = ("ttft_s", "e2e_s", "prompt_tokens", "output_tokens", "cost_usd")  # of a DecisionRecord
+STATUSES = ("completed", "abandoned", "failed", "shed", "")
+MOST = {
+    **dict.fromkeys(("prompt_tokens", "output_tokens", "expected_output_tokens"), float(MAX_TOKENS)),
+    **dict.fromkeys(("ttft_s", "e2e_s", "cost_usd", "waited_s"), math.inf),
+}
+"""Numbers of a record, or of its request, that are 0 or more, with the most that is legal."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass
@@ -32,7 +41,7 @@ class LineLog:
 
     Attributes:
         path: JSONL file of DecisionRecords.
-        columns: polars type by name of what is read; `id`, `schema` and `decided_at_s` among them.
+        columns: polars type by name of what is read; `id`, `schema`, `decided_at_s`, `status` and `request` among them.
         needed: columns that every line must have.
         lines: read so far.
         seen: line by hash of id and time of the decision.
@@ -68,6 +77,8 @@ class LineLog:
         done = 0
         with file:
             while lines := [line for _, line in zip(range(PIECE_LINES), file, strict=False)]:
+                if not self.lines:
+                    lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)
                 part = self._read(lines, use, explain)
                 done += sum(map(len, lines))
                 progress(done, total)
@@ -82,6 +93,8 @@ class LineLog:
                 raise ValueError
             if any(table.select(pl.col(*self.needed).null_count()).row(0)) or not (table["schema"] == SCHEMA).all():
                 raise ValueError
+            if not table["status"].is_in(STATUSES).all() or self._out_of_range(table):
+                raise ValueError
             part = use(table)
         except (pl.exceptions.PolarsError, ValueError):
             for i, line in enumerate(lines):
@@ -90,6 +103,20 @@ class LineLog:
         self._remember(table)
         self.lines += len(lines)
         return part
+
+    def _out_of_range(self, table: pl.DataFrame) -> bool:
+        """Whether any number of `MOST` is not legal."""
+        fields = {name: pl.col(name) for name in self.columns}
+        fields |= {f"request.{item.name}": pl.col("request").struct.field(item.name) for item in self._request()}
+        checks = [
+            (~column.is_between(0.0, MOST[leaf])).any().alias(name)
+            for name, column in fields.items()
+            if (leaf := name.removeprefix("request.")) in MOST
+        ]
+        return any(table.select(checks).row(0))
+
+    def _request(self) -> list[pl.Field]:
+        return list(self.columns["request"].fields)
 
     def _remember(self, table: pl.DataFrame) -> None:
         """Refuses a request decided twice at the same time."""
@@ -110,7 +137,7 @@ class LineLog:
             record = json.loads(line, parse_constant=lambda text: text)
             if not isinstance(record, dict):
                 raise ValueError
-        except ValueError:
+        except (ValueError, RecursionError):
             end = "" if line.endswith(b"\n") else ", the file ends within it"
             raise self.refusal(number, f"is not a JSON object{end}; legal is one whole record per line") from None
         if not line.endswith(b"\n"):
@@ -120,9 +147,36 @@ class LineLog:
                 raise self.refusal(number, f"has no {name}; legal is a DecisionRecord of schema {SCHEMA}")
         if record["schema"] != SCHEMA:
             raise self.refusal(number, f"has schema {record['schema']!r}; legal is {SCHEMA}, that of this version")
+        for name, kind in self.columns.items():
+            if name != "request":
+                self._check(number, name, record.get(name), kind)
+        if not isinstance(record["request"], dict):
+            raise self.refusal(number, f"has request = {reprlib.repr(record['request'])}; legal is an object")
+        for item in self._request():
+            self._check(number, f"request.{item.name}", record["request"].get(item.name), item.dtype)
+        if record["status"] not in STATUSES:
+            raise self.refusal(number, f"has status {record['status']!r}; legal is {', '.join(STATUSES[:-1])} or none")
         return record
+
+    def _check(self, number: int, name: str, value: Any, kind: Any) -> None:
+        """Refuses a value that is not of its column's type, or out of its range; null is left to the reader."""
+        fits, legal = JSON_KINDS.get(kind, (lambda _: True, ""))
+        most = MOST.get(name.removeprefix("request."))
+        if most is not None:
+            legal = "a number of 0 or more" if math.isinf(most) else f"a number from 0 to {most:.0f}"
+        if value is not None and not (fits(value) and (most is None or 0.0 <= value <= most)):
+            raise self.refusal(number, f"has {name} = {reprlib.repr(value)}; legal is {legal}")
 
 
 def is_number(value: Any) -> bool:
     """Whether a JSON value is a finite number."""
-    return isinstance(value, float | int) and not isinstance(value, bool) and bool(np.isfinite(value))
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+JSON_KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    pl.Float64: (is_number, "a number"),
+    pl.Int64: (lambda value: type(value) is int, "a whole number"),
+    pl.Boolean: (lambda value: isinstance(value, bool), "true or false"),
+    pl.List(pl.String): (lambda value: isinstance(value, list), "a list of names"),
+}
+"""By type of a column: what fits, and the words for it; a string is anything."""

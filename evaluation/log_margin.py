@@ -58,9 +58,9 @@ def margin_by_class(plant: Plant, logged: LoggedRequests) -> dict[str, Any]:
     """The log's margin.
 
     Returns:
-        span_s, gpu_usd_per_hour, labelled: share of answers with feedback, classes: {name: {requests, answered,
+        span_s, gpu_usd_per_hour, labelled: share of answers with feedback, classes: {name: {requests, answered: share,
         slo: share of answers that met every SLO that can be judged, and in USD per 1k requests usage, seats, credits,
-        refunds, unserved, cost, margin: their sum, the contribution margin}}.
+        refunds, unserved, cost, margin: their sum, the contribution margin}}; a share of nothing is None.
     """
     request, done = request_signals(plant, logged), logged.completed
     span_s = max(float(np.ptp(logged.decided_at_s)), 1.0)
@@ -85,8 +85,8 @@ def margin_by_class(plant: Plant, logged: LoggedRequests) -> dict[str, Any]:
         usd["seats"] = float(1e3 * plant.terms["seat_usd_per_s"][k] * span_s / n) if rows.any() else 0.0
         classes[name] = {
             "requests": int(rows.sum()),
-            "answered": float(done[rows].sum() / n),
-            "slo": float(met[rows & done].mean()) if (rows & done).any() else float("nan"),
+            "answered": float(done[rows].sum() / n) if rows.any() else None,
+            "slo": float(met[rows & done].mean()) if (rows & done).any() else None,
             **usd,
             "margin": sum(usd.values()),
         }
@@ -111,12 +111,12 @@ PARTS = ("usage", "seats", "credits", "refunds", "unserved", "cost", "margin")
 def print_margin(found: Mapping[str, Any]) -> None:
     """Prints the table, and the whole with GPU-hours."""
     console = stdout_console()
-    console.print("[bold]What the log has earned[/bold], USD per 1,000 requests of the class\n")
+    console.print("\n[bold]What the log has earned[/bold], USD per 1,000 requests of the class\n")
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for i, head in enumerate(HEADS):
         shown.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
     for name, row in found["classes"].items():
-        shares = (f"{100.0 * row[key]:.1f} %" for key in ("answered", "slo"))
+        shares = ("-" if row[key] is None else f"{100.0 * row[key]:.1f} %" for key in ("answered", "slo"))
         shown.add_row(name, f"{row['requests']:,}", *shares, *(f"{row[part]:z.2f}" for part in PARTS))
     console.print(shown)
     console.print(f"\n{whole(found)}\n", markup=False)

@@ -206,6 +206,8 @@ def evaluate_log(path: Path, bundle: Bundle, progress: Progress = silent) -> dic
         labelled += int((piece.completed & ~np.isnan(piece.good)).sum())
         answered += int(piece.completed.sum())
         skipped = piece.skipped
+    if totals.n == 0:
+        raise InputError(f"{path}: has no decision with an outcome; legal is at least one")
     return {
         "policy": bundle.policy.name,
         "learned": bundle.learned,

@@ -99,8 +99,8 @@ def markdown(report: Report, shown: str) -> str:
     lines += ["| " + " | ".join(row) + " |" for row in _rows(report)]
     lines += ["", f"Accounts of {shown}, USD per 1,000 requests:", "", "| account | USD |", "| --- | ---: |"]
     accounts = accounts_usd_per_1k(report.results[shown])
-    lines += [f"| {name.replace('_', ' ')} | {usd:,.3f} |" for name, usd in accounts.items() if usd]
-    lines.append(f"| **margin** | {sum(accounts.values()):,.3f} |")
+    lines += [f"| {name.replace('_', ' ')} | {usd:z,.3f} |" for name, usd in accounts.items() if usd]
+    lines.append(f"| **margin** | {sum(accounts.values()):z,.3f} |")
     if report.assumptions:
         lines += ["", "Inputs:", "", "| input | kind | value |", "| --- | --- | --- |"]
         lines += [f"| {item.name} | {item.kind} | {item.value} |" for item in report.assumptions]
@@ -160,11 +160,11 @@ def _fairness(report: Report, shown: str) -> list[str]:
 def _accounts(report: Report, names: list[str]) -> str:
     accounts = {name: accounts_usd_per_1k(report.results[name]) for name in names}
     rows = [
-        [account.replace("_", " "), *(f"{accounts[name][account]:,.3f}" for name in names)]
+        [account.replace("_", " "), *(f"{accounts[name][account]:z,.3f}" for name in names)]
         for account in accounts[names[0]]
         if any(accounts[name][account] for name in names)
     ]
-    rows.append(["margin", *(f"{sum(accounts[name].values()):,.3f}" for name in names)])
+    rows.append(["margin", *(f"{sum(accounts[name].values()):z,.3f}" for name in names)])
     actions = {name: action_shares(report.results[name]) for name in names}
     kinds = [[kind, *(f"{100 * actions[name][kind]:.1f} %" for name in names)] for kind in actions[names[0]]]
     return section(

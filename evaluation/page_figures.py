@@ -64,8 +64,8 @@ def figures(report: Report, data: PageData, shown: str) -> Figures:
     if data.swaps is not None:
         made["swaps"] = (
             "What deciding otherwise was worth",
-            f"Decisions in which {data.swaps.policy} took another station than {data.swaps.reference}: mean worth of"
-            " one in USD, and how many were played both ways.",
+            f"Decisions in which {data.swaps.policy} took another candidate than {data.swaps.reference}: mean worth of"
+            " one in USD, in brackets how many were played both ways.",
             _swaps(data),
         )
     if data.robustness:
@@ -128,8 +128,9 @@ def _margins(report: Report) -> Any:
             figure.add_vline(x=usd, line_dash=dash, line_color=PALETTE[5])
             figure.add_annotation(
                 x=usd,
-                y=1.0 if name == "clairvoyant" else 1.07,
+                y=1.0,
                 yref="paper",
+                yshift=0 if name == "clairvoyant" else 14,
                 yanchor="bottom",
                 xanchor="right",
                 text=name.replace("_", " "),
@@ -154,7 +155,7 @@ def _waterfall(results: EpisodeResults) -> Any:
         x=[*(ACCOUNTS[a].replace("_", " ") for a in kept), "margin"],
         y=[*usd[kept], usd.sum()],
         measure=["relative"] * len(kept) + ["total"],
-        text=[f"{x:,.2f}" for x in (*usd[kept], usd.sum())],
+        text=[f"{x:z,.2f}" for x in (*usd[kept], usd.sum())],
         textposition="outside",
         increasing={"marker": {"color": PALETTE[0]}},
         decreasing={"marker": {"color": PALETTE[1]}},
@@ -179,13 +180,13 @@ def _classes(results: EpisodeResults) -> Any:
     figure.add_scatter(
         x=list(results.class_names),
         y=usd.sum(axis=0),
-        mode="markers+text",
-        text=[f"<b>{x:.2f}</b>" for x in usd.sum(axis=0)],
-        textposition="middle right",
-        textfont={"color": "#ffffff"},
+        mode="markers",
         marker={"symbol": "diamond", "size": 11, "color": "#000000", "line": {"color": "#ffffff", "width": 1}},
         name="contribution",
     )
+    for name, contribution in zip(results.class_names, usd.sum(axis=0), strict=True):
+        words = {"text": f"<b>{contribution:z.2f}</b>", "bgcolor": "rgba(255, 255, 255, 0.85)", "showarrow": False}
+        figure.add_annotation(x=name, y=contribution, xanchor="left", xshift=9, borderpad=1, **words)
     figure.update_yaxes(title="USD per 1,000 requests")
     return figure
 
@@ -200,6 +201,7 @@ def _slo(report: Report, names: list[str]) -> Any:
             y=share,
             name=name,
             text=[f"{x:.1f}" for x in share],
+            textposition="outside",
             marker={"color": PALETTE[i], "pattern": {"shape": ("", "/")[i]}},
         )
     figure.update_yaxes(title="% of requests", range=[0, 109])
@@ -263,6 +265,7 @@ def _actions(report: Report, names: list[str]) -> Any:
             marker={"color": PALETTE[i], "pattern": {"shape": ("", "/", ".", "x", "-")[i]}},
         )
     figure.update_xaxes(title="% of decisions")
+    figure.update_layout(legend={"y": -0.6})
     return figure
 
 
@@ -271,9 +274,8 @@ def _swaps(data: PageData) -> Any:
     pairs = sorted(data.swaps.by_pair.items(), key=lambda item: item[1][0] * item[1][1])
     figure = _figure(110 + 26 * len(pairs), showlegend=False)
     figure.add_bar(
-        y=[f"{choice} not {other}" for (choice, other), _ in pairs],
+        y=[f"{choice} not {other} ({n})" for (choice, other), (_, n) in pairs],
         x=[usd for _, (usd, _) in pairs],
-        text=[f"{n} decisions" for _, (_, n) in pairs],
         orientation="h",
         marker={"color": [PALETTE[0] if usd >= 0 else PALETTE[5] for _, (usd, _) in pairs]},
     )
@@ -293,4 +295,5 @@ def _robustness(data: PageData) -> Any:
     )
     figure.add_vline(x=0.0, line_color="#555")
     figure.update_xaxes(title="gain, USD per 1,000 requests")
+    figure.update_yaxes(autorange="reversed")
     return figure

@@ -27,6 +27,7 @@ def tornado_figure(bars: Sequence[Bar]) -> Any:
             base=middle,
             text=[f"x{f:.3g}" for f in factors],
             orientation="h",
+            width=(0.8, 0.45)[i],  # both are seen where they lie on one side
             name=("lower value", "higher value")[i],
             marker={"color": colour, "pattern": {"shape": pattern}},
         )

@@ -88,8 +88,8 @@ def _one(args: argparse.Namespace, scenario: Scenario, out: Path, play: Play) ->
         play = replace(play, episodes=min(play.episodes, usual_episodes(scenario)))
     contest = hold(scenario, entrants, play)
     report = judged(scenario, contest, play, args.bound, forgiving=True)
+    write_report(out / f"{scenario.name}.html", scenario, report, contest, play)  # first: an interruption leaves none
     write_json(out / f"{scenario.name}.json", to_document(report))
-    write_report(out / f"{scenario.name}.html", scenario, report, contest, play)
     with contextlib.closing(io.StringIO()) as shown:
         print_report(report, Console(file=shown, width=PIPE_COLUMNS, highlight=False))
         write_whole(out / f"{scenario.name}.txt", shown.getvalue())

@@ -34,6 +34,18 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def check_target(path: Path) -> None:
+    """Refuses, before the work, a file that could not be written after it.
+
+    Raises:
+        InputError: the folder is missing or not writable, or the path is a folder.
+    """
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"cannot write {path}: {path.parent} is not a folder that can be written to")
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file that a user has named; text becomes UTF-8.
 

@@ -6,6 +6,7 @@ names the model. An outcome is true or false, or a score from 0 to 1; a missing 
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from marginroute.cli import note
 from marginroute.errors import InputError
 
 Array = np.ndarray[Any, Any]
 
 PROMPT_NAMES = ("prompt", "question", "text", "input", "instruction")
 OUTCOME_NAMES = ("correct", "good", "score", "success")
+RENAMED = "_duplicated_"  # what polars puts behind the name of a column that another one has, too
 READERS = {".csv": pl.read_csv, ".jsonl": pl.read_ndjson, ".ndjson": pl.read_ndjson, ".parquet": pl.read_parquet}
 
 
@@ -71,6 +74,8 @@ def read_outcomes(path: Path, columns: Columns | None = None) -> OutcomeTable:
     columns = columns or Columns()
     frame = _frame(path)
     prompt = _find(path, frame, columns.prompt, PROMPT_NAMES, "prompt")
+    if frame[prompt].dtype.is_nested():
+        raise InputError(f"{path}: column {prompt!r} holds lists or objects; legal is text")
     category = [] if columns.category is None else [_find(path, frame, columns.category, (), "category")]
     model = _find(path, frame, columns.model, (), "model") if columns.model else "model"
     if model in frame.columns:
@@ -90,6 +95,8 @@ def _frame(path: Path) -> pl.DataFrame:
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if suffix.lower() not in READERS:
         raise InputError(f"{path}: unknown kind of table; legal is .csv, .csv.gz, .jsonl or .parquet")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; legal is a table")
     try:
         reader: Any = READERS[suffix.lower()]
         options = {"infer_schema_length": None} if reader is not pl.read_parquet else {}
@@ -98,7 +105,12 @@ def _frame(path: Path) -> pl.DataFrame:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); legal is a table") from None
     except pl.exceptions.PolarsError as error:
         first = str(error).strip().partition("\n")[0]
-        raise InputError(f"{path}: is no table that can be read ({first})") from None
+        legal = "legal is CSV with commas and a header, one JSON object per line, or Parquet"
+        raise InputError(f"{path}: is no table that can be read ({first[:100]}); {legal}") from None
+    for name in frame.columns:
+        first, renamed, _ = name.partition(RENAMED)
+        if renamed and first in frame.columns:
+            raise InputError(f"{path}: two columns are called {first!r}; legal is a name for each")
     if frame.height == 0:
         raise InputError(f"{path}: has no rows; legal is one or more")
     return frame
@@ -114,12 +126,7 @@ def _find(path: Path, frame: pl.DataFrame, name: str | None, usual: tuple[str, .
 
 def _numeric(path: Path, frame: pl.DataFrame, name: str) -> pl.Series:
     """(rows,) f8 outcomes of a column, null where missing."""
-    column = frame[name]
-    if column.dtype == pl.String:
-        words = {"true": "1", "false": "0", "": None}
-        column = column.str.strip_chars().str.to_lowercase().replace(words)
-    values = column.cast(pl.Float64, strict=False).fill_nan(None)
-    lost = (values.is_null() & column.is_not_null()) | ~values.fill_null(0.0).is_between(0.0, 1.0)
+    values, lost = _outcomes(frame[name])
     if lost.any():
         row = int(lost.arg_true()[0])
         raise InputError(
@@ -128,20 +135,38 @@ def _numeric(path: Path, frame: pl.DataFrame, name: str) -> pl.Series:
     return values
 
 
+def _outcomes(column: pl.Series) -> tuple[pl.Series, pl.Series]:
+    """(rows,) f8 outcomes, null where missing, and whether a value is none."""
+    if column.dtype.is_nested():
+        return pl.Series([None] * len(column), dtype=pl.Float64), column.is_not_null()
+    if column.dtype == pl.String:
+        words = {"true": "1", "false": "0", "": None}
+        column = column.str.strip_chars().str.to_lowercase().replace(words)
+    values = column.cast(pl.Float64, strict=False).fill_nan(None)
+    missing = column.is_null() | (column.is_nan() if column.dtype.is_float() else False)
+    return values, (values.is_null() & ~missing) | ~values.fill_null(0.0).is_between(0.0, 1.0)
+
+
 def _wide(path: Path, frame: pl.DataFrame, models: tuple[str, ...] | None, taken: set[str]) -> list[str]:
-    """Names of the outcome columns of a wide table."""
+    """Names of the outcome columns of a wide table; says which columns hold none, and why."""
     if models is not None:
         return [_find(path, frame, name, (), "model") for name in models]
-    found = []
+    found, left_out = [], []
     for name in frame.columns:
-        column = frame[name]
-        if name in taken or not (column.dtype == pl.Boolean or column.dtype.is_numeric()):
+        if name in taken:
             continue
-        values = column.cast(pl.Float64).fill_nan(None).drop_nulls()
-        if len(values) and values.is_between(0.0, 1.0).all():
+        values, lost = _outcomes(frame[name])
+        if not lost.any() and values.is_not_null().any():
             found.append(name)
+        elif lost.any():
+            row = int(lost.arg_true()[0])
+            left_out.append(f"{name} (row {row + 1}: {reprlib.repr(frame[name][row])})")
+    words = "true/false or 0 to 1 per model, or a column that names the model (model, or --model COLUMN)"
+    why = f"; no outcomes are in {', '.join(left_out)}" if left_out else ""
     if not found:
-        raise InputError(f"{path}: no column of outcomes; legal is true/false or 0 to 1 per model, or a column model")
+        raise InputError(f"{path}: no column of outcomes; legal is {words}{why}")
+    if left_out:
+        note(f"note: {path} is read as a table of the models {', '.join(found)}{why}; legal is {words}")
     return found
 
 

@@ -11,6 +11,7 @@ from envs.workload.traces import Trace
 from marginroute.errors import InputError
 
 SPLIT_EDGES = (0.0, 0.6, 0.8, 1.0)  # of the trace's time span: train, validation, held out
+LEGAL = "legal is a trace whose first 60, next 20 and last 20 % of time all have requests"
 _TRIES = 64  # draws of a window before a part counts as too sparse
 
 
@@ -32,7 +33,7 @@ def window(
         class_names: the scenario's classes; used if the trace names nothing else.
         speed: seconds of the trace played in one second.
     """
-    low_s, high_s = (edge * trace.span_s for edge in SPLIT_EDGES[part : part + 2])
+    low_s, high_s = _owned(trace, part)
     length_s = min(horizon_s * speed, high_s - low_s)
     for _ in range(_TRIES):
         start_s = low_s + rng.random() * (high_s - low_s - length_s)
@@ -40,10 +41,11 @@ def window(
         if last > first:
             times = (start_s, length_s, speed)
             return _cut(trace.rows(int(first), int(last)), times, _class_numbers(trace, class_names))
-    raise InputError(
-        f"{trace.path}: no requests between {low_s:.0f} s and {high_s:.0f} s; "
-        "legal is a trace whose first 60, next 20 and last 20 % of time all have requests"
-    )
+    found = np.diff(np.searchsorted(trace.arrived_at_s, (low_s, high_s)))[0]
+    what = f"no requests between {low_s:.4g} s and {high_s:.4g} s"
+    if found:
+        what = f"no requests in {_TRIES} stretches of {length_s:.4g} s between {low_s:.4g} s and {high_s:.4g} s"
+    raise InputError(f"{trace.path}: {what}; {LEGAL}")
 
 
 def block(trace: Trace, part: int, horizon_s: float, rng: np.random.Generator, speed: float = 1.0) -> int:
@@ -52,10 +54,23 @@ def block(trace: Trace, part: int, horizon_s: float, rng: np.random.Generator, s
     Windows of different blocks overlap little, those of one block much: a part is worth as many observations as it has
     blocks, however many windows are drawn from it.
     """
-    low_s, high_s = (edge * trace.span_s for edge in SPLIT_EDGES[part : part + 2])
+    low_s, high_s = _owned(trace, part)
     length_s = min(horizon_s * speed, high_s - low_s)
     blocks = max(int((high_s - low_s) / length_s), 1)
     return min(int(rng.random() * blocks), blocks - 1)
+
+
+def _owned(trace: Trace, part: int) -> tuple[float, float]:
+    """Begin and end of a part of the trace's time.
+
+    Raises:
+        InputError: the trace takes no time.
+    """
+    if trace.span_s <= 0.0:
+        many = "its one request is" if trace.n_requests == 1 else f"all its {trace.n_requests} requests are"
+        raise InputError(f"{trace.path}: {many} at one moment; {LEGAL}")
+    low, high = SPLIT_EDGES[part : part + 2]
+    return low * trace.span_s, high * trace.span_s
 
 
 def _class_numbers(trace: Trace, class_names: tuple[str, ...]) -> dict[str, int]:

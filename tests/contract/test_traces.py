@@ -229,6 +229,21 @@ def test_an_empty_part_is_an_error(tmp_path):
         scenario.generate(0, "validation")
 
 
+@pytest.mark.parametrize(("rows", "words"), [(1, "its one request is at one moment"), (3, "all its 3 requests are at")])
+def test_a_trace_that_takes_no_time(rows, words, tmp_path):
+    path = write(tmp_path, "arrived_at,prompt_tokens,output_tokens\n" + "5,1,2\n" * rows)
+    scenario = one_to_one({"horizon_s": 50.0}, path, "csv")
+    for ask in (scenario.generate, scenario.block):
+        with pytest.raises(InputError, match=words):
+            ask(0, "heldout")
+
+
+def test_stretches_too_short_to_meet_a_request(tmp_path):
+    path = write(tmp_path, "arrived_at,prompt_tokens,output_tokens\n" + "".join(f"{t},1,2\n" for t in range(100)))
+    with pytest.raises(InputError, match=r"no requests in 64 stretches of 5e-08 s between 0 s and 59\.4 s"):
+        one_to_one({"horizon_s": 50.0, "load_scale": 1e-9}, path, "csv").generate(0, "train")
+
+
 def test_trace_decides_class_and_recurrence_where_it_can(tmp_path):
     names = ("enterprise", "team", "batch")
     rows = "".join(f"{second},{second + 1},7,{names[second % 3]},{second % 2}\n" for second in range(200))

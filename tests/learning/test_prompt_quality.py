@@ -175,6 +175,19 @@ def no_outcomes(folder):
     pl.DataFrame({"prompt": ["a", "b"], "tokens": [17, 12]}).write_csv(folder / "t.csv")
 
 
+def nested(folder):
+    messages = [[{"role": "user", "content": "hello"}]] * 2
+    pl.DataFrame({"prompt": messages, "small": [1, 0]}).write_ndjson(folder / "t.ndjson")
+
+
+def twice(folder):
+    (folder / "t.csv").write_text("prompt,small,small\na,1,0\n")
+
+
+def semicolons(folder):
+    (folder / "t.csv").write_text("prompt;small\n" + '"a";1\n')
+
+
 def few(folder):
     pl.DataFrame({"prompt": ["a", "b"], "small": [1, 0]}).write_csv(folder / "t.csv")
 
@@ -198,6 +211,9 @@ def binary(folder):
         (few, ["2 prompts", "at least 50"]),
         (empty, ["no rows"]),
         (binary, ["t.csv"]),
+        (twice, ["two columns are called 'small'"]),
+        (semicolons, ["CSV with commas"]),
+        (lambda folder: (folder / "t.csv").mkdir(), ["is a folder"]),
         (lambda folder: None, ["t.csv", "cannot be read"]),
     ],
 )
@@ -211,6 +227,25 @@ def test_bad_tables_give_one_sentence(spoil, words, tmp_path, capsys):
     assert not (tmp_path / "q.npz").exists()
 
 
+def test_a_prompt_that_is_no_text(tmp_path, capsys):
+    nested(tmp_path)
+    assert main(["quality", str(tmp_path / "t.ndjson"), "--out", str(tmp_path / "q.npz")]) == 2
+    assert "column 'prompt' holds lists or objects; legal is text" in capsys.readouterr().err
+
+
+def test_a_column_without_outcomes_is_named(tmp_path, capsys):
+    """One word among the outcomes would cost a model, a column of models under another name would mix them all."""
+    path = tmp_path / "t.csv"
+    columns = {"prompt": ["a", "b"], "llm": ["x", "y"], "small": ["1", "good"], "large": ["TRUE", "false"]}
+    pl.DataFrame(columns).write_csv(path)
+    table = read_outcomes(path)
+    assert table.models == ("large",)
+    np.testing.assert_array_equal(table.score, [[1.0], [0.0]])
+    said = capsys.readouterr().err
+    assert "table of the models large; no outcomes are in llm (row 1: 'x'), small (row 2: 'good')" in said
+    assert "--model COLUMN" in said
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -219,7 +254,9 @@ def test_bad_tables_give_one_sentence(spoil, words, tmp_path, capsys):
         (["--models", "large,medium"], ["'medium'", "legal is one of"]),
         (["--prompt", "text"], ["'text' is missing"]),
         (["--held-out", "0.9"], ["--held-out 0.9"]),
-        (["--good-from", "nan"], ["0 good", "legal"]),
+        (["--good-from", "nan"], ["--good-from nan", "legal"]),
+        (["--seed", "-1"], ["--seed -1", "legal"]),
+        (["--json", "/nonexistent/figures.json"], ["is not a folder that can be written to"]),
     ],
 )
 def test_bad_flags_give_one_sentence(more, words, tables, tmp_path, capsys):

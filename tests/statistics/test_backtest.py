@@ -101,6 +101,8 @@ def changed(**values):
         (changed(cost_usd=float("nan")), "has cost_usd = 'NaN'"),
         (changed(schema=2), "has schema 2"),
         (changed(id=None), "has no id"),
+        (changed(output_tokens=10**12), "has output_tokens = 1000000000000; legal is a number from 0 to 10000000"),
+        (changed(status="ok"), "has status 'ok'"),
         (lambda line: line[:100], "is not a JSON object"),
     ],
 )
@@ -111,6 +113,19 @@ def test_a_bad_line_is_named(change, sentence, log, tmp_path, capsys):
     captured = capsys.readouterr()
     assert f"edited.jsonl, line {number}: {sentence}" in captured.err and captured.out == ""
     assert not (tmp_path / "out.json").exists() and not calibration.FOLDER.exists()
+
+
+def test_a_class_without_requests_has_no_shares(log, tmp_path, capsys):
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    some = [record for record in lines if record["request"]["class_index"] == 0]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(record) + "\n" for record in some))
+    words = [*WORLD, "--log", tmp_path / "some.jsonl", "--json", tmp_path / "out.json"]
+    assert evaluate.main([str(word) for word in words]) == 0
+    team = json.loads((tmp_path / "out.json").read_text())["earned"]["classes"]["team"]
+    assert team["requests"] == team["margin"] == 0 and team["slo"] is None and team["answered"] is None
+    assert [line.split()[:4] for line in capsys.readouterr().out.splitlines() if line.startswith("team")] == [
+        ["team", "0", "-", "-"]
+    ]
 
 
 def test_too_short_to_judge(log, tmp_path, plant):

@@ -49,6 +49,11 @@ def test_help_is_fast_and_imports_nothing_heavy():
         (["--trace", "t.csv", "--columns", "arrived_at"], "--columns 'arrived_at' is not legal; legal is KEY=VALUE"),
         (["--json", "/nonexistent/report.json"], "is not a folder that can be written to"),
         (["no_such_scenario"], "no_such_scenario"),
+        (["--log", "l.jsonl", "--bound"], "--bound does nothing with --log; legal is to leave it out"),
+        (["--log", "l.jsonl", "--policy", "a", "--set", "b=1"], "--set does nothing with --log and --policy"),
+        (["--log", "l.jsonl", "--report", "card.md"], "--report card.md does not go with --log; legal is a page"),
+        (["--explain", "0", "--json", "r.json"], "--json does nothing with --explain"),
+        (["--vary", "load_scale=1,2", "--until-ci", "1"], "--until-ci does nothing with --vary"),
     ],
 )
 def test_bad_input_is_one_sentence(words, sentence, capsys):

@@ -104,6 +104,28 @@ BAD = {
         "line 3: has request.waited_s = 'NaN'",
     ),
     "infinite cost": (lambda line: changed(line, cost_usd=1e999), "line 3: has cost_usd"),
+    "negative cost": (lambda line: changed(line, cost_usd=-1), "line 3: has cost_usd = -1; legal is a number of 0 or"),
+    "a number as text": (lambda line: changed(line, ttft_s="1"), "line 3: has ttft_s = '1'; legal is a number of 0 or"),
+    "beyond any window": (
+        lambda line: changed(line, prompt_tokens=10**30),
+        "line 3: has prompt_tokens = 1000000000000000000000000000000; legal is a number from 0 to 10000000",
+    ),
+    "no truth": (lambda line: changed(line, good="yes"), "line 3: has good = 'yes'; legal is true or false"),
+    "no time": (
+        lambda line: changed(line, decided_at_s="noon"),
+        "line 3: has decided_at_s = 'noon'; legal is",
+    ),
+    "no list": (lambda line: changed(line, legal="api"), "line 3: has legal = 'api'; legal is a list of names"),
+    "no object": (lambda line: changed(line, request=[1]), "line 3: has request = [1]; legal is an object"),
+    "unknown status": (
+        lambda line: changed(line, status="done"),
+        "line 3: has status 'done'; legal is completed, abandoned, failed, shed or none",
+    ),
+    "in the future": (
+        lambda line: request(line, waited_s=-1.0),
+        "line 3: has request.waited_s = -1.0; legal",
+    ),
+    "too deep": (lambda line: "[" * 100_000, "line 3: is not a JSON object"),
     "no signals": (lambda line: changed(line, signals="AAAA"), "line 3: has no signals of"),
     "truncated": (lambda line: line[: len(line) // 2], "line 3: is not a JSON object"),
     "an array": (lambda line: "[1]", "line 3: is not a JSON object"),
@@ -139,7 +161,14 @@ def test_duplicated_and_unfinished_lines(folder, tmp_path, capsys):
     (tmp_path / "log.jsonl").write_text("\n".join(lines)[:-40])
     refuse(folder, tmp_path, "line 5: is not a JSON object, the file ends within it", capsys)
     (tmp_path / "log.jsonl").write_text("")
-    refuse(folder, tmp_path, "no decision with an outcome", capsys)
+    refuse(folder, tmp_path, "log.jsonl: has no decision with an outcome", capsys)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(folder, tmp_path):
+    lines = (folder / "log.jsonl").read_bytes()
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
+    bundle = bundles.load(folder / "bundle")
+    assert evaluate_log(tmp_path / "marked.jsonl", bundle) == evaluate_log(folder / "log.jsonl", bundle)
 
 
 def refuse(folder, tmp_path, sentence, capsys):

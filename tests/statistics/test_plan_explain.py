@@ -69,6 +69,16 @@ def test_swapping_for_the_same_choice_is_worth_nothing(scenario):
     assert worth_usd(plant, rule, workload, found.decision, found.choice) == pytest.approx(0.0, abs=1e-12)
 
 
+def test_swaps_played_in_several_batches_are_worth_the_same(scenario, monkeypatch):
+    plant, workload, rule = Plant(scenario), scenario.generate(0, "heldout"), margin_rule(scenario)
+    found = differences(plant, rule, FixedTier("fixed", 1), workload)
+    assert len(found.decision) > 7
+    together = worth_usd(plant, rule, workload, found.decision, found.other)
+    monkeypatch.setattr("evaluation.counterfactual.WORLDS_AT_ONCE", 3)
+    np.testing.assert_array_equal(worth_usd(plant, rule, workload, found.decision, found.other), together)
+    assert worth_usd(plant, rule, workload, found.decision[:0], found.other[:0]).shape == (0,)
+
+
 def test_an_explanation_names_the_choice_first_and_agrees_with_the_policy(scenario):
     explanation = explain_decision(scenario, margin_rule(scenario), 7)
     first, *others = explanation.candidates
@@ -156,5 +166,8 @@ def test_until_ci_stops_when_the_gain_is_known(two_heuristics, tmp_path, capsys)
     assert json.loads(target.read_text())["episodes"] == 32
     assert evaluate.main([*COMMON, "--until-ci", "0.0001", "--episodes", "40", "--json", str(target)]) == 0
     assert json.loads(target.read_text())["episodes"] == 40
+    assert "after 40 episodes the gain is known to +- " in capsys.readouterr().err
     assert evaluate.main([*COMMON, "--until-ci", "-1"]) == 2
+    assert evaluate.main([*COMMON, "--until-ci", "1", "--episodes", "31"]) == 2
+    assert "--episodes 31 is too few for --until-ci; legal is 32 or more" in capsys.readouterr().err
     assert evaluate.main([*COMMON, "--until-ci", "1", "--baselines", "fixed-hosted"]) == 2

@@ -11,11 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from envs.economics.ledger import ACCOUNTS
 from evaluation.bounds import Bounds
-from evaluation.document import check_target, to_document, write_json
+from evaluation.document import to_document, write_json
 from evaluation.report import build_report
 from evaluation.results import concatenate
 from marginroute.errors import InputError
 from marginroute.view import KINDS
+from marginroute.whole_file import check_target
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
