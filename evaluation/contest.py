@@ -197,12 +197,12 @@ def _baselines(scenario: Scenario, wanted: str, runs: list[str]) -> tuple[dict[s
     names, tuned = [name.strip() for name in wanted.split(",")], True
     try:
         known: dict[str, Policy] = {**baselines_for(scenario, run_dir=Path(runs[0]) if runs else None)}
-    except UntunedError:
+    except UntunedError as error:
         from agents.rules_of_thumb import as_they_come
 
         known, tuned = {**as_they_come(Plant(scenario))}, False
         if not set(names) <= {*known, *CONTROLS}:
-            raise
+            raise InputError(f"{error}; untuned, --baselines may name {', '.join(known)}") from None
     for control in CONTROLS:
         known.pop(control, None)
     if wanted == "all":

@@ -46,11 +46,11 @@ def page(report: Report, data: PageData, shown: str, command: str) -> str:
     body = [paragraph(words, "note" if good else "warning") for words in warnings_of(report)] + body
     for key, (title, words, figure) in figures(report, data, shown).items():
         body.append(section(title, paragraph(words), drawn(figure, key)))
+        if key == "tornado":
+            body.append(break_even_section(data.tornado))
     body += [comparison_section(report, shown), _accounts(report, list(dict.fromkeys((shown, data.reference))))]
     if data.swaps is not None:
         body.append(_swaps(data))
-    if data.tornado:
-        body.append(break_even_section(data.tornado))
     if report.assumptions:
         body.append(assumptions_section(report.assumptions))
     return frame(report.scenario, "\n".join(body), command)
