@@ -49,7 +49,8 @@ def rows(
     for condition in (ITSELF, *(scenario.conditions if condition_episodes else ())):
         world = scenario if condition == ITSELF else scenario.under(condition)
         played = episodes if condition == ITSELF else condition_episodes
-        results = evaluate_policies(world, {**decide, **kept}, played, workers=workers)
+        rivals = kept if condition == ITSELF else {name: kept[name] for name in (best, SHIPPED) if name in kept}
+        results = evaluate_policies(world, {**decide, **rivals}, played, workers=workers)
         results |= {name: results[of] for name, of in plays.items()}
         row = _row(results, list(bundles), best)
         found.append(
