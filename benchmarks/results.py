@@ -24,7 +24,7 @@ from benchmarks import common
 from marginroute.cli import main_guard
 from marginroute.errors import InputError
 
-EPISODES, DAYS = 256, 16  # of a scenario as it is; under a controller an episode is a day
+EPISODES, DAYS = 256, 8  # of a scenario as it is; under a controller an episode is a day
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,7 +39,10 @@ def parser() -> argparse.ArgumentParser:
         "--episodes", type=int, metavar="N", help=f"held-out episodes of a scenario (default: {EPISODES}; days: {DAYS})"
     )
     parse.add_argument(
-        "--condition-episodes", type=int, metavar="N", help="of a condition; 0: none (default: an eighth; days: a half)"
+        "--condition-episodes",
+        type=int,
+        metavar="N",
+        help="of a condition; 0: none (default: an eighth; days: as many)",
     )
     parse.add_argument("--workers", type=int, metavar="N", help="processes that play (default: one per core)")
     parse.add_argument("--runs", type=Path, default=Path("runs/results"), metavar="DIR", help="run folders")
@@ -88,7 +91,7 @@ def _episodes(args: argparse.Namespace, days: bool) -> tuple[int, int]:
     if args.quick:
         return 4, 4
     whole = args.episodes or (DAYS if days else EPISODES)
-    part = max(whole // (2 if days else 8), 1) if args.condition_episodes is None else args.condition_episodes
+    part = (whole if days else max(whole // 8, 1)) if args.condition_episodes is None else args.condition_episodes
     return whole, part
 
 
