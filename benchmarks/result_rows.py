@@ -67,7 +67,7 @@ def rows(
 
 
 def _plain(entered: Mapping[str, Policy]) -> dict[str, Policy]:
-    """Beside a controller the plain gateway routes, compiled: a router decides on a quarter of a million calls a day."""
+    """Beside a controller the plain gateway routes, compiled: a router would decide on every call of a day."""
     return {name: Deciders(p.controller) if isinstance(p, Deciders) else p for name, p in entered.items()}
 
 
