@@ -29,7 +29,8 @@ def ticks_per_cpu_s(plant: Any, replicas: int, tick_s: float, ticks: int) -> int
     per_s = 0.8 * replicas * plant.requests_per_s(case.CAP)
     rng = np.random.default_rng(0)
     arrivals = rng.poisson(per_s * tick_s * np.array(case.SHARE), (ticks, WORLDS, 1, 3)).astype(float)
-    arrays = (plant.terms, prices, answers, ledger_usd, counts, np.zeros(WORLDS), np.zeros(WORLDS))
+    variants, money = np.zeros(WORLDS, np.int64), (np.zeros(WORLDS), np.zeros(WORLDS))
+    arrays = (plant.terms[None], prices, answers, variants, ledger_usd, counts, *money)
     seconds = []
     for _ in range(5):
         start = time.process_time()

@@ -267,7 +267,7 @@ def run_fluid(plant: Plant, case: Case) -> dict[str, Any]:
         if t == ticks // 2:
             levers[0, 0, 0] = case.new_cap or case.cap
             levers[0, 0, 1] = case.new_replicas
-        arrays = (plant.terms, prices, answers, ledger_usd, counts, margins, rewards)
+        arrays = (plant.terms[None], prices, answers, np.zeros(1, np.int64), ledger_usd, counts, margins, rewards)
         step(*fluid.arrays, *arrays, amounts[t][None, None], levers, class_levers, TICK_S, np.ones(1, dtype=np.bool_))
         busy_s += float(fluid.stations["busy_share"][0, 0] * fluid.stations["ready"][0, 0]) * TICK_S
         latency_s += [fluid.flows[f"{name}_sum"].sum() for name in ("ttft", "tpot", "e2e")]
@@ -278,8 +278,8 @@ def run_fluid(plant: Plant, case: Case) -> dict[str, Any]:
 def worlds_of(plant: Plant, n_worlds: int, replicas: int, cap: int) -> tuple[Fluid, Array, Array, Array, Any, Any]:
     """Fluid worlds of the plant without scaling lag, a ledger for them, their levers, and prices without GPU cost."""
     spec = FluidSpec((plant.curves,), (replicas,), (cap,), (0.0,), (np.inf,) * len(CLASSES))
-    prices, answers = record_array(1, PRICE), record_array((1, len(CLASSES)), ANSWER)
-    answers["prompt_tokens"][0], answers["output_tokens"][0] = plant.curves.mean_tokens.T
+    prices, answers = record_array((1, 1), PRICE), record_array((1, 1, len(CLASSES)), ANSWER)
+    answers["prompt_tokens"][0, 0], answers["output_tokens"][0, 0] = plant.curves.mean_tokens.T
     answers["p_good"] = P_GOOD
     ledger_usd = np.zeros((n_worlds, len(books.ACCOUNTS), len(CLASSES) + 1))
     counts = np.zeros((n_worlds, len(books.COUNTS), len(CLASSES)))

@@ -93,7 +93,8 @@ def test_worlds_decide_alone_as_together(exported):
     controller, view = exported[0].controller, random_views(6)
     together = controller.anew().act(view)
     for w in range(6):
-        rows = {name: getattr(view, name)[w : w + 1] for name in vars(view) if name != "layout"}
+        arrays = {name: array for name, array in vars(view).items() if name != "layout" and array is not None}
+        rows = {name: array[w : w + 1] for name, array in arrays.items()}
         alone = controller.anew().act(dataclasses.replace(view, **rows))
         np.testing.assert_allclose(alone[0], together[w], atol=1e-6)
 
