@@ -50,8 +50,7 @@ def rows(
         world = scenario if condition == ITSELF else scenario.under(condition)
         played = episodes if condition == ITSELF else condition_episodes
         rivals = kept if condition == ITSELF else {name: kept[name] for name in (best, SHIPPED) if name in kept}
-        entered = {**decide, **rivals} if condition == ITSELF else _plain({**decide, **rivals})
-        results = evaluate_policies(world, entered, played, workers=workers)
+        results = evaluate_policies(world, {**decide, **rivals}, played, workers=workers)
         results |= {name: results[of] for name, of in plays.items()}
         row = _row(results, list(bundles), best)
         found.append(
@@ -66,18 +65,13 @@ def rows(
     return found
 
 
-def _plain(entered: Mapping[str, Policy]) -> dict[str, Policy]:
-    """Beside a controller the plain gateway routes, compiled: a router would decide on every call of a day."""
-    return {name: Deciders(p.controller) if isinstance(p, Deciders) else p for name, p in entered.items()}
-
-
 def _learned(bundle: Bundle) -> bool:
     return bundle.learned != "none" or isinstance(bundle.controller, LearnedController)
 
 
 def _decides(bundle: Bundle) -> Policy:
-    """What a gateway runs of a bundle: its router, beside its controller where there is one."""
-    return bundle.guarded() if bundle.controller is None else Deciders(bundle.controller, bundle.guarded())
+    """What a gateway runs of a bundle; of one with a controller that, beside the plain gateway."""
+    return bundle.guarded() if bundle.controller is None else Deciders(bundle.controller)
 
 
 def _kept(scenario: Scenario, run: Path, play: Play) -> tuple[str, dict[str, Policy]]:
@@ -88,14 +82,11 @@ def _kept(scenario: Scenario, run: Path, play: Play) -> tuple[str, dict[str, Pol
 
 
 def _kept_controlled(scenario: Scenario, run: Path, play: Play) -> tuple[str, dict[str, Policy]]:
-    """The same beside a controller: the rule that was best on validation, and Kubernetes' beside what gateways ship."""
-    routers, entrants = baselines_for(scenario, run_dir=run), enter(scenario, [str(run)], "all")
-    pairs = [pair for pair in entrants.heuristics.values() if isinstance(pair, Deciders)]
-    best = next(pair for pair in pairs if pair.name == entrants.best)
-    kubernetes = next(pair.controller for pair in pairs if pair.controller.name == "hpa")
-    kept: dict[str, Policy] = {name: Deciders(best.controller, routers[name]) for name in CHAIN if name in routers}
-    kept |= {SHIPPED: Deciders(kubernetes, routers[SHIPPED])} if SHIPPED in routers else {}
-    return best.name, {**kept, best.name: best}
+    """The rule that was best on validation, and Kubernetes', beside the plain gateway."""
+    entrants = enter(scenario, [str(run)], "all")
+    pairs = {name: pair.controller for name, pair in entrants.heuristics.items() if isinstance(pair, Deciders)}
+    best = Deciders(pairs[str(entrants.best)])
+    return best.name, {best.name: best, SHIPPED: Deciders(next(x for x in pairs.values() if x.name == "hpa"))}
 
 
 def _row(results: Mapping[str, EpisodeResults], seeds: Sequence[str], best: str) -> dict[str, Any]:
@@ -155,8 +146,8 @@ def markdown(found: Sequence[Mapping[str, Any]], commit: str, command: str) -> s
         "(where the gate did not let the network pass, the bundle is the heuristic itself, and says so); %: of the",
         "contribution margin; p: sign-flip test, adjusted over all rows of this page (Holm); learned: seeds whose",
         "gates exported a network. SLO, good, lost: points by which the class that fares worst differs from the best",
-        "heuristic. Where there is a controller, an episode is a day, and under a condition the plain gateway routes",
-        "on both sides, so that the row tells of controllers alone.",
+        "heuristic. Where there is a controller, an episode is a day, and a plain gateway routes on both sides, so",
+        "that the row tells of controllers alone; shipped is Kubernetes' rule.",
         "",
         *_summary(found),
         "",

@@ -24,7 +24,7 @@ from benchmarks import common
 from marginroute.cli import main_guard
 from marginroute.errors import InputError
 
-EPISODES, DAYS = 256, 8  # of a scenario as it is; under a controller an episode is a day
+EPISODES, DAYS = 256, 16  # of a scenario as it is; under a controller an episode is a day
 
 
 def parser() -> argparse.ArgumentParser:

@@ -165,13 +165,12 @@ def test_one_decider_alone(tmp_path, cache, capsys):
     assert export.main([str(run), "--out", str(tmp_path / "bundle")]) == 0
 
 
-def test_the_table_of_results_has_both_deciders_beside_the_best_rule(finished, scenario):
+def test_the_table_of_results_has_the_controller_beside_the_best_rule(finished, scenario):
     from benchmarks.result_rows import rows
 
     (row,) = rows(scenario, [finished, finished], 2, 0)
-    learned = bundle.load(finished / "bundle")
-    ours = Deciders(learned.controller, learned.guarded())
-    theirs = Deciders(rule_of(learned.controller), baselines.advice_and_fallback(finished / "baselines.yaml")[0])
+    learned = bundle.load(finished / "bundle").controller
+    ours, theirs = Deciders(learned), Deciders(rule_of(learned))
     played = evaluate_policies(scenario, {"ours": ours, "theirs": theirs}, 2)
     gain_usd = (played["ours"].margin_usd - played["theirs"].margin_usd).sum()
     assert row["best_heuristic"] == theirs.name and row["episodes"] == 2
