@@ -37,14 +37,11 @@ def rows(
     """A row for the scenario as it is, and one per condition; the best heuristic is chosen on validation, once."""
     bundles = {f"seed {i}": load_bundle(run, scenario) for i, run in enumerate(runs)}
     exported = {name: _learned(bundle) for name, bundle in bundles.items()}
-    alike = next(
-        (name for name in bundles if not exported[name]), ""
-    )  # what learned nothing decides alike: played once
-    plays = {name: name if exported[name] else alike for name in bundles}
-    best, kept = (_kept if scenario.control is None else _kept_controlled)(
-        scenario, runs[0], Play(episodes, workers=workers)
-    )
+    rules = [name for name in bundles if not exported[name]]  # all of them decide alike: the first plays for all
+    plays = {name: name if exported[name] else rules[0] for name in bundles}
     decide = {name: _decides(bundles[name]) for name in sorted(set(plays.values()))}
+    keep = _kept if scenario.control is None else _kept_controlled
+    best, kept = keep(scenario, runs[0], Play(episodes, workers=workers))
     found = []
     for condition in (ITSELF, *(scenario.conditions if condition_episodes else ())):
         world = scenario if condition == ITSELF else scenario.under(condition)

@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
         raise InputError(f"--seeds {args.seeds!r} is not legal; legal are whole numbers separated by commas") from None
+    for flag, least in (("episodes", 1), ("condition_episodes", 0), ("workers", 1)):
+        if (value := getattr(args, flag)) is not None and value < least:
+            raise InputError(f"--{flag.replace('_', '-')} {value} is not legal; legal is {least} or more")
     from agents.baselines import find
     from agents.cluster import crew_of
     from agents.workers import usable_cores

@@ -113,7 +113,7 @@ def check_modelled(plant: Plant) -> None:
             )
 
 
-def check_ranges(scenario: Scenario) -> None:
+def check_members(scenario: Scenario) -> None:
     """Refuses a family whose members differ in more than money and traffic: curves are measured once for all.
 
     Raises:
@@ -159,7 +159,7 @@ class FluidWorlds:
         self.plant = scenario if isinstance(scenario, Plant) else Plant(scenario)
         self.n_worlds = n_worlds
         plant = self.plant
-        check_ranges(plant.scenario)
+        check_members(plant.scenario)
         for member in plant.members:
             check_modelled(member)
         if workloads is None:

@@ -54,5 +54,11 @@ def test_seeds_that_are_no_numbers_are_refused(capsys):
     assert "--seeds 'one' is not legal" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("flag", "value"), [("--episodes", 0), ("--condition-episodes", -1), ("--workers", 0)])
+def test_counts_below_what_is_legal_are_refused(flag, value, capsys):
+    assert results.main(["quickstart", flag, str(value)]) == 2
+    assert f"{flag} {value} is not legal; legal is" in capsys.readouterr().err
+
+
 def test_rows_are_plain_data(found):
     assert json.loads(json.dumps(found)) == found
