@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.arguments import check_trace_flags, complete_scenarios
 from marginroute.cli import Parser, main_guard, note
-from marginroute.errors import InputError
+from marginroute.errors import InputError, WorkError
 
 STARTED_S = time.monotonic()
 MAX_SEED = 400_000  # training seeds take 10,000 episodes each, out of the 2**32 that a split has
@@ -173,7 +173,7 @@ def carry_out(training: Training, track: bool, workers: Crew | int | None) -> in
         if trials := run.info().get("optimize"):
             return search(training, int(trials), workers)
         return finish(training, track, None if isinstance(workers, int) else workers)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, WorkError):
         run.update(status="interrupted")
         note(f"go on with: python train.py --resume {run.folder}")
         raise

@@ -175,6 +175,9 @@ class _Actor:
         done: Future[Any] = self._handle.do.remote(job, packed, item).future()
         return done
 
+    def fate(self) -> str:
+        return ""
+
     def stop(self, at_once: bool) -> None:
         self._ray.kill(self._handle)
 

@@ -8,14 +8,18 @@ import os
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
+from marginroute.errors import WorkError
+
 if TYPE_CHECKING:
     from agents.workers import Member
 
+REAPED_S = 1.0  # in which a dead process says how it ended
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -46,8 +50,16 @@ class Processes:
         self.size = size
 
     def hire(self) -> Member:
-        """A new process."""
-        return _Process()
+        """A new process.
+
+        Raises:
+            WorkError: the system refuses one more.
+        """
+        try:
+            return _Process()
+        except (OSError, RuntimeError) as error:  # RuntimeError: no thread to look after it
+            why = getattr(error, "strerror", None) or error
+            raise WorkError(f"a worker process cannot be started ({why}); try fewer --workers") from error
 
     def pack(self, job: bytes) -> bytes:
         """As it is."""
@@ -82,11 +94,31 @@ class _Process:
     def submit(self, job: int, packed: Any, item: Any) -> Future[Any]:
         return self._pool.submit(_work, job, packed, item)
 
+    def fate(self) -> str:
+        end = time.monotonic() + REAPED_S
+        while time.monotonic() < end:
+            codes = [child.exitcode for child in self._children]
+            if None not in codes:
+                return " and ".join(map(_in_words, codes))
+            time.sleep(0.01)
+        return ""
+
     def stop(self, at_once: bool) -> None:
         self._pool.shutdown(wait=not at_once, cancel_futures=True)
         if at_once:
             for child in self._children:
                 child.terminate()
+
+
+def _in_words(code: int) -> str:
+    """An exit code as multiprocessing gives it: minus the signal's number where one ended the process."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # a real-time signal
+        name = f"signal {-code}"
+    return f"killed by {name}{', out of memory?' if code == -signal.SIGKILL else ''}"
 
 
 def _enter() -> None:

@@ -19,12 +19,14 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from agents.processes import Processes
 from marginroute.cli import note
+from marginroute.errors import WorkError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MOST_LOSSES = 3  # members that one item may cost, or that may die one after the other before they have come
 PATIENCE_S = 30.0  # without any member at work, after which the user is told
+TRY = "try fewer --workers (1: this process alone)"
 
 
 def usable_cores() -> int:
@@ -44,6 +46,9 @@ class Member(Protocol):
     def submit(self, job: int, packed: Any, item: Any) -> Future[Any]:
         """Has an item of a job done; `packed`: how the job is started, None where the member knows."""
 
+    def fate(self) -> str:
+        """How a lost one ended, in words; empty if nobody knows."""
+
     def stop(self, at_once: bool) -> None:
         """Ends it, in the middle of an item if `at_once`."""
 
@@ -54,7 +59,11 @@ class Staff(Protocol):
     size: int
 
     def hire(self) -> Member:
-        """A new member, which may take its time to come."""
+        """A new member, which may take its time to come.
+
+        Raises:
+            WorkError: there is no room for one more.
+        """
 
     def pack(self, job: bytes) -> Any:
         """A pickled job as members are sent it."""
@@ -117,12 +126,11 @@ class Crew:
                     try:
                         result = future.result()
                     except Exception as error:
-                        self._lost(slot, error)
+                        fate = self._lost(slot, error)
                         losses[i] += 1
                         if losses[i] == MOST_LOSSES:
-                            raise RuntimeError(
-                                f"{MOST_LOSSES} workers died of the same work (out of memory?): try fewer --workers"
-                            ) from error
+                            raise WorkError(f"{MOST_LOSSES} workers died of the same work{fate}; {TRY}") from error
+                        note(f"a worker was lost{fate}; its work is done again by another")
                         waiting.appendleft(i)
                         continue
                     yield result
@@ -158,18 +166,22 @@ class Crew:
             self._staff.welcome(future.result())
             self._stillborn = 0
         except Exception as error:
-            self._lost(slot, error)
+            fate = self._lost(slot, error)
             self._stillborn += 1
             if self._stillborn == MOST_LOSSES:
-                raise RuntimeError(f"{MOST_LOSSES} workers died as they started (out of memory?)") from error
+                raise WorkError(f"{MOST_LOSSES} workers died as they started{fate}; {TRY}") from error
+            note(f"a worker died as it started{fate}; another is started")
 
-    def _lost(self, slot: int, error: Exception) -> None:
-        """Lets go of a member that is lost; any other error is raised."""
+    def _lost(self, slot: int, error: Exception) -> str:
+        """Lets go of a member that is lost, and returns how it ended, in brackets; any other error is raised."""
         meant = self._staff.meant(error)
+        if isinstance(meant, MemoryError):
+            raise WorkError(f"a worker ran out of memory; {TRY}") from error
         if meant is not None:
             raise meant
+        fate = self._members[slot].fate()
         self._dismiss(slot, at_once=True)
-        note("a worker was lost; its work is done again by another")
+        return f" ({fate})" if fate else ""
 
     def _dismiss(self, slot: int, at_once: bool) -> None:
         member = self._members.pop(slot, None)
@@ -193,7 +205,7 @@ class Job(Generic[Item, Result]):
                 another has nothing to do.
 
         Raises:
-            RuntimeError: members died of the same item again and again.
+            WorkError: members died as they started or of the same item again and again, or there is no room for them.
         """
         return self.crew.do(self._number, self._packed, items)
 

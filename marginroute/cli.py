@@ -1,6 +1,7 @@
 """What every command line shares: help with examples, exit codes, the one-sentence error, and no traceback.
 
-Exit codes: 0 done; 1 the output cannot be written; 2 bad input; 130 interrupted (Ctrl-C); 143 terminated (SIGTERM).
+Exit codes: 0 done; 1 the output cannot be written, or memory or processes are lacking; 2 bad input; 130 interrupted
+(Ctrl-C); 143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from marginroute.errors import InputError, nearest, suggestion
+from marginroute.errors import InputError, WorkError, nearest, suggestion
 
-EXIT_BAD_OUTPUT = 1
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
@@ -172,6 +173,12 @@ def main_guard(main: Callable[[list[str] | None], int]) -> Callable[[list[str] |
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_BAD_INPUT
+        except WorkError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_FAILED
+        except MemoryError as error:
+            print(f"error: out of memory{f' ({error})' if str(error) else ''}", file=sys.stderr)
+            return EXIT_FAILED
         except Terminated:
             print("terminated", file=sys.stderr)
             return EXIT_TERMINATED
@@ -186,7 +193,7 @@ def main_guard(main: Callable[[list[str] | None], int]) -> Callable[[list[str] |
                 raise
             _discard_output()
             print(f"error: output cannot be written ({error.strerror})", file=sys.stderr)
-            return EXIT_BAD_OUTPUT
+            return EXIT_FAILED
 
     return guarded
 

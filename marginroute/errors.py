@@ -1,4 +1,4 @@
-"""The one error that a user of the command lines is meant to read, and the hint for a word that is nearly legal."""
+"""The errors that a user of the command lines is meant to read, and the hint for a word that is nearly legal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 class InputError(ValueError):
     """Bad input: one sentence that names the value, its place and what is legal (exit code 2)."""
+
+
+class WorkError(RuntimeError):
+    """Good input, but the machine does not carry the work: one sentence, what failed and what to try (exit code 1)."""
 
 
 def suggestion(word: str, names: Iterable[str]) -> str:

@@ -21,16 +21,26 @@ def start_squares(least):
 
 
 def start_suicide(path):
-    """Kills its process over item 3, once; says who did an item."""
+    """Kills its process over item 3, once (always, if `path` is None); says who did an item."""
 
     def do(x):
-        if x == 3 and not path.exists():
-            path.write_text(str(os.getpid()))
+        if x == 3 and (path is None or not path.exists()):
+            if path is not None:
+                path.write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.05)
         return x, os.getpid()
 
     return do
+
+
+def start_hunger():
+    """Asks for more memory than there is."""
+
+    def eat(_):
+        raise MemoryError
+
+    return eat
 
 
 class Inside:
@@ -46,12 +56,15 @@ class Inside:
         done = Future()
         try:
             if self.left == 0:
-                raise MemoryError
+                raise EOFError
             self.did.append(item)
             done.set_result(self.worker.do(job, packed, item))
         except Exception as error:
             done.set_exception(error)
         return done
+
+    def fate(self):
+        return "killed by nobody"
 
     def stop(self, at_once):
         self.left = 0
@@ -74,4 +87,4 @@ class Here:
         assert arrived == "here"
 
     def meant(self, error):
-        return None if isinstance(error, MemoryError) else error
+        return None if isinstance(error, EOFError) else error

@@ -1,5 +1,6 @@
 """Shell habits: help with examples, nearest words, -v and -q, colours, completion, signals, and output nobody takes."""
 
+import contextlib
 import importlib
 import multiprocessing.util
 import os
@@ -241,6 +242,37 @@ def test_a_signal_at_the_birth_of_a_process():
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize("script", ["evaluate.py", "train.py"])
+def test_processes_that_die_as_they_start(script, tmp_path):
+    """One sentence, no file, and nobody is left; a training may be gone on with."""
+    kill = "import os, sys\nif '--multiprocessing-fork' in sys.orig_argv: os.kill(os.getpid(), 9)\n"
+    (tmp_path / "sitecustomize.py").write_text(kill)
+    files = [tmp_path / name for name in ("x.json", "x.html")]
+    words = {
+        "evaluate.py": ["--baselines", "least-in-flight", "--no-cache", "--json", files[0], "--report", files[1]],
+        "train.py": ["--retune", "--out", tmp_path / "run"],
+    }[script]
+    run = subprocess.Popen(
+        [sys.executable, script, "--workers", "2", *map(str, words)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    shown, errors = run.communicate(timeout=300)
+    assert run.returncode == 1 and shown == "" and "Traceback" not in errors
+    sentence = "error: 3 workers died as they started (killed by SIGKILL, out of memory?); try fewer --workers"
+    assert errors.splitlines()[-1].startswith(sentence)
+    assert not any(path.exists() for path in files) and not list(tmp_path.glob(".*"))
+    if script == "train.py":
+        assert Run(tmp_path / "run").info()["status"] == "interrupted" and "--resume" in errors
+    for _ in range(100):  # the last helper of multiprocessing ends by itself
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, 0)
+            time.sleep(0.05)
+            continue
+        return
+    raise AssertionError("somebody is left")
+
+
 @pytest.mark.parametrize("name", ["train", "envs", "marginroute"])
 @pytest.mark.parametrize(("redirection", "code"), [("> /dev/full", 1), ("| true", 0)])
 def test_help_that_nobody_takes(name, redirection, code):
@@ -253,5 +285,5 @@ def test_help_that_nobody_takes(name, redirection, code):
 
 def test_exit_codes_are_documented():
     text = (ROOT / "docs" / "shell.md").read_text()
-    for code in (cli.EXIT_BAD_OUTPUT, cli.EXIT_BAD_INPUT, cli.EXIT_INTERRUPTED, cli.EXIT_TERMINATED):
+    for code in (cli.EXIT_FAILED, cli.EXIT_BAD_INPUT, cli.EXIT_INTERRUPTED, cli.EXIT_TERMINATED):
         assert f"| {code} |" in text

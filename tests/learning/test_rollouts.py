@@ -1,8 +1,11 @@
 """Work that others share gives the numbers of one process, also where a worker dies: rollouts, populations, trials."""
 
+import os
+import resource
+
 import numpy as np
 import pytest
-from jobs import Here, start_squares, start_suicide
+from jobs import Here, start_hunger, start_squares, start_suicide
 from sizes import TINY_TRAINING
 
 from agents.archive import load_archive
@@ -15,7 +18,7 @@ from agents.search import Budget
 from agents.train import train
 from agents.tuning import tune_margin_rules
 from agents.workers import Crew, shared_out
-from marginroute.errors import InputError
+from marginroute.errors import InputError, WorkError
 from marginroute.heuristics import to_dict
 from marginroute.margin_rule import MarginParameters, MarginRule
 
@@ -40,8 +43,30 @@ def test_what_a_lost_member_had_is_done_by_another(capsys):
 
 
 def test_work_that_kills_everybody_ends():
-    with Crew(Here(2, dies_of=[1] * 9)) as crew, pytest.raises(RuntimeError, match="3 workers died of the same work"):
+    with Crew(Here(2, dies_of=[1] * 9)) as crew, pytest.raises(WorkError, match="3 workers died of the same work"):
         list(crew.job(start_squares, (0,)).each([1]))
+
+
+def test_the_sentence_says_how_they_died():
+    sentence = r"3 workers died of the same work \(killed by SIGKILL, out of memory\?\); try fewer --workers"
+    with Crew(Processes(2)) as crew, pytest.raises(WorkError, match=sentence):
+        list(crew.job(start_suicide, (None,)).each([3]))
+    with Crew(Here(2)) as crew, pytest.raises(WorkError, match="a worker ran out of memory; try fewer --workers"):
+        list(crew.job(start_hunger, ()).each([1]))
+
+
+def test_no_room_for_a_process():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Crew(Processes(3)) as crew, pytest.raises(WorkError) as refused:
+        job = crew.job(start_squares, (0,))
+        next(iter(job.each([1])))  # one can start
+        try:
+            os.close(free := os.dup(0))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free + 2, limits[1]))
+            list(job.each(range(9)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert str(refused.value) == "a worker process cannot be started (Too many open files); try fewer --workers"
 
 
 def test_an_error_of_the_work_is_the_callers():
