@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from evaluation.backtest import FEWEST, METRICS, TOLERANCE_PCT, UNKNOWN
 from evaluation.calibration import verdict_words
+from evaluation.columns import print_columns, stdout_console
 from evaluation.page_figures import PALETTE
 from evaluation.page_parts import drawn, frame, paragraph, section, table, text
-from evaluation.table import stdout_console
 
 HEADS = ("pool", "figure", "answers", "P50 log", "P50 world", "off %", "P95 log", "P95 world", "off %")
 NOTE = (
@@ -28,12 +25,7 @@ def print_backtest(document: Mapping[str, Any]) -> None:
     console = stdout_console()
     console.print(f"[bold]{verdict_words(document)}[/bold]\n")
     console.print(facts(document) + "\n", markup=False)
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for i, head in enumerate(HEADS):
-        shown.add_column(head, justify="left" if i < 2 else "right", no_wrap=True)
-    for row in rows(document):
-        shown.add_row(*row)
-    console.print(shown)
+    print_columns(console, HEADS, list(rows(document)), (2, 1, 3, 3))
     for words in document["outside"]:
         console.print(f"outside: {words}", markup=False)
     console.print(f"\n{NOTE}", markup=False)

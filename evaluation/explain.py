@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from envs.plant import Plant
 from envs.scenario import Scenario
+from evaluation.columns import print_columns, stdout_console
 from evaluation.counterfactual import view_of_decision, worth_usd
-from evaluation.table import stdout_console
 from marginroute import view as v
 from marginroute.decision import Decision
 from marginroute.errors import InputError
 from marginroute.margin_rule import MarginRule
 from marginroute.policy import Policy, ResidualPolicy
 from marginroute.view import View
+
+HEADS = ("candidate", "expected USD", "P(good)", "TTFT s", "TPOT s", "probability", "episode USD")
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,8 @@ def print_explanation(explanation: Explanation, number: int, seed: int) -> None:
     facts = ", ".join(f"{name} {value}" for name, value in explanation.request.items())
     console.print(f"Decision {number} of held-out episode {seed}: {facts}\n", markup=False)
     console.print(f"{decision.policy} chose {decision.name}; runner-up {decision.runner_up or '-'}\n", markup=False)
-    table = Table(box=None, pad_edge=False)
-    heads = ("candidate", "expected USD", "P(good)", "TTFT s", "TPOT s", "probability", "episode USD")
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="left" if i == 0 else "right")
-    for row in explanation.candidates:
-        table.add_row(
+    rows = [
+        [
             row.name + (" *" if row.name == decision.name else ""),
             _figure(row.expected_usd, 5),
             _figure(row.p_good, 2),
@@ -135,8 +132,10 @@ def print_explanation(explanation: Explanation, number: int, seed: int) -> None:
             _figure(row.tpot_s, 4),
             _figure(row.probability, 3),
             "" if row.name == decision.name else f"{row.counterfactual_usd:+z.5f}",
-        )
-    console.print(table)
+        ]
+        for row in explanation.candidates
+    ]
+    print_columns(console, HEADS, rows, [1] * len(HEADS))
     parts = ", ".join(f"{name} {usd:+z.5f}" for name, usd in decision.reason_usd.items() if usd)
     if parts:
         console.print(f"\nExpected USD of the choice by part: {parts}", markup=False)

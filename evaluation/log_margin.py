@@ -13,12 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from envs.plant import Plant
+from evaluation.columns import print_columns, stdout_console
 from evaluation.logged_requests import Array, LoggedRequests
-from evaluation.table import stdout_console
 from marginroute import earnings
 from marginroute import view as v
 
@@ -112,13 +110,11 @@ def print_margin(found: Mapping[str, Any]) -> None:
     """Prints the table, and the whole with GPU-hours."""
     console = stdout_console()
     console.print("\n[bold]What the log has earned[/bold], USD per 1,000 requests of the class\n")
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for i, head in enumerate(HEADS):
-        shown.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
+    rows = []
     for name, row in found["classes"].items():
         shares = ("-" if row[key] is None else f"{100.0 * row[key]:.1f} %" for key in ("answered", "slo"))
-        shown.add_row(name, f"{row['requests']:,}", *shares, *(f"{row[part]:z.2f}" for part in PARTS))
-    console.print(shown)
+        rows.append([name, f"{row['requests']:,}", *shares, *(f"{row[part]:z.2f}" for part in PARTS)])
+    print_columns(console, HEADS, rows, (1, 1, 2, *[1] * len(PARTS)))
     console.print(f"\n{whole(found)}\n", markup=False)
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from evaluation.calibration import verdict_words
+from evaluation.columns import print_columns, stdout_console
 from evaluation.page_figures import PALETTE, error_bars
 from evaluation.page_parts import drawn, frame, paragraph, section, table, text
 from evaluation.statistics import Estimate
-from evaluation.table import stdout_console
 
 ESTIMATORS = {
     "logged": "logged: what the log itself earned",
@@ -38,12 +35,7 @@ def print_off_policy(log: str, found: Mapping[str, Mapping[str, Any]]) -> None:
         if words := verdict_words(document["calibration"]):
             console.print(f"[bold]{words}[/bold]\n")
         console.print(f"[bold]{name}[/bold] on {log}: {overlap_words(document)}\n")
-        shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        for i, head in enumerate(("USD per 1k decisions", "mean", r"\[95 % CI]")):
-            shown.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
-        for words, mean, interval in _rows(document):
-            shown.add_row(words, mean, interval.replace("[", r"\["))
-        console.print(shown)
+        print_columns(console, ("USD per 1k decisions", "mean", "[95 % CI]"), _rows(document), (1, 2))
         if document["refusal"]:
             console.print(f"\nNo answer: {document['refusal']}.", markup=False)
         console.print()

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rich import box
-from rich.table import Table
-
+from evaluation.columns import print_columns, stdout_console
 from evaluation.page_figures import DASHES, PALETTE
 from evaluation.page_parts import drawn, frame, paragraph, table, text
 from evaluation.plan import Row, break_even
 from evaluation.statistics import Estimate
-from evaluation.table import stdout_console
 
 HEADS = ("policy", "USD/h", "[95 % CI]", "change", "[95 % CI]", "SLO %", "lost %", "busy %")
 
@@ -22,18 +19,8 @@ def print_plan(scenario: str, rows: Sequence[Row], episodes: int) -> None:
     console = stdout_console()
     console.print(f"[bold]{scenario}[/bold]: {episodes} held-out episodes per setting, the same seeds in each")
     console.print(f"{', '.join(rows[0].setting)}\n", markup=False)
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    keys = list(rows[0].setting)
-    ends = [key.rpartition(".")[2] for key in keys]
-    for key, end in zip(keys, ends, strict=True):
-        head = end if ends.count(end) == 1 else key
-        width = max(len(head), *(len(row.setting[key]) for row in rows))
-        shown.add_column(head, min_width=width, no_wrap=True)
-    for i, head in enumerate(HEADS):
-        shown.add_column(head.replace("[", r"\["), justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        shown.add_row(*row.setting.values(), *(cell.replace("[", r"\[") for cell in cells(row)))
-    console.print(shown)
+    heads = [*short(list(rows[0].setting)), *HEADS]
+    print_columns(console, heads, [[*row.setting.values(), *cells(row)] for row in rows], (len(heads) - 7, 2, 2, 3))
     for line in break_even_lines(rows):
         console.print(line, markup=False)
     console.print(
@@ -41,6 +28,16 @@ def print_plan(scenario: str, rows: Sequence[Row], episodes: int) -> None:
         " highest class. Policies stay as tuned for the scenario itself.",
         markup=False,
     )
+
+
+def short(keys: Sequence[str]) -> list[str]:
+    """Each dotted key without what goes before, as far as they stay different."""
+    parts = [key.split(".") for key in keys]
+    for kept in range(1, max(map(len, parts))):
+        found = [".".join(part[-kept:]) for part in parts]
+        if len(set(found)) == len(keys):
+            return found
+    return list(keys)
 
 
 def cells(row: Row) -> list[str]:

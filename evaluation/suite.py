@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from evaluation.columns import PIPE_COLUMNS
 from evaluation.compare import judged, write_report
 from evaluation.contest import Contest, Play, enter, hold, usual_episodes
 from evaluation.document import to_document, write_json
 from evaluation.page_parts import command_line, frame, paragraph, text
 from evaluation.summary import print_summary, summarise, summary_document, summary_section
-from evaluation.table import PIPE_COLUMNS, print_report
+from evaluation.table import print_report
 from marginroute.cli import note
 from marginroute.errors import InputError
 from marginroute.whole_file import write_whole

@@ -14,15 +14,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
+from evaluation.columns import print_columns, stdout_console
 from evaluation.page_figures import PALETTE
 from evaluation.page_parts import drawn, paragraph, section, table
 from evaluation.report import PER_1K, Report, shed_shares
 from evaluation.results import Floats
 from evaluation.statistics import Estimate, holm, interquartile_mean, paired_estimate, sign_flip_p_value
-from evaluation.table import stdout_console
 
 if TYPE_CHECKING:
     from evaluation.contest import Contest
@@ -144,12 +142,8 @@ def print_summary(title: str, what: str, rows: Sequence[Row]) -> None:
         for row in rows:
             console.print(f"{row.name}: {row.policy} against {row.reference}", markup=False)
         console.print()
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for i, head in enumerate((what, *HEADS[2:])):
-        shown.add_column(head.replace("[", r"\["), justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        shown.add_row(*(cell.replace("[", r"\[") for cell in (_named(row), *_cells(row)[2:])))
-    console.print(shown)
+    shown = [[_named(row), *_cells(row)[2:]] for row in rows]
+    print_columns(console, (what, *HEADS[2:]), shown, (1, 1, 4, 1, 3))
     console.print(f"\n{pooled_words(rows)} {NOTE}", markup=False)
 
 

@@ -1,18 +1,14 @@
-"""The terminal table of a Report: column groups, as many side by side as the width allows."""
+"""The terminal table of a Report."""
 
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from envs.economics.ledger import ACCOUNTS
+from evaluation.columns import GAP, WIDE_GAP, Group, make_group, print_groups, stdout_console
 from evaluation.controls import CONTROLS, MATCHED_COST, SHUFFLED_MIX
 from evaluation.fairness import fairness_documents
 from evaluation.report import PER_1K, Paired, Report, accounts_usd_per_1k, action_shares, shed_shares, warnings_of
@@ -21,38 +17,7 @@ from evaluation.router_cost import router_words
 from evaluation.statistics import Estimate, ratio_of_sums
 from evaluation.workflows import workflow_documents
 
-PIPE_COLUMNS = 100
-GAP = 3  # between groups, the box's own column of blanks included
-ACCOUNTS_GAP = 2
 ACTION_TITLES = {"replica": "own", "provider": "api", "cache": "cache", "defer": "defer", "shed": "shed"}
-
-
-@dataclass(frozen=True)
-class Group:
-    """Columns that stay together: `lines[0]` heads them, then one line per policy, all equally wide."""
-
-    title: str
-    lines: tuple[str, ...]
-
-    @property
-    def width(self) -> int:
-        """Characters of the widest line."""
-        return max(len(self.title), len(self.lines[0]))
-
-
-def make_group(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Group:
-    """Aligns cells to the right in columns two spaces apart; an interval follows its estimate after one.
-
-    Args:
-        title: heading above the columns; empty for none.
-        heads: one per column.
-        rows: one per policy, a cell per column.
-    """
-    columns = list(zip(heads, *rows, strict=True))
-    widths = [max(map(len, column)) + (1 if column[0].startswith("[") else 2) for column in columns]
-    widths[0] -= 2
-    lines = zip(*columns, strict=True)
-    return Group(title, tuple("".join(map(str.rjust, line, widths)) for line in lines))
 
 
 def print_report(report: Report, console: Console | None = None, title: str | None = None) -> None:
@@ -67,7 +32,7 @@ def print_report(report: Report, console: Console | None = None, title: str | No
     )
     _print_groups(report, [*_money_groups(report), *_service_groups(report)], console)
     console.print("[bold]Accounts[/bold], USD per 1k requests; costs are negative, the sum is the margin\n")
-    _print_groups(report, _account_groups(report), console, ACCOUNTS_GAP)
+    _print_groups(report, _account_groups(report), console, GAP)
     if first.workflow_names:
         console.print("[bold]Tasks[/bold], USD per finished task; variable cost only, GPU-hours are nobody's\n")
         _print_groups(report, _workflow_groups(report), console)
@@ -112,42 +77,10 @@ def _note(report: Report, first: EpisodeResults) -> str:
     return f"{note}. SLO: answered inside every SLO of the class; lost: shed, abandoned or failed."
 
 
-def stdout_console() -> Console:
-    """A console on stdout: the terminal's width, or COLUMNS, or 100 columns in a pipe."""
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS
-    return Console(width=width, highlight=False)
-
-
-def pack(groups: Sequence[Group], name_width: int, width: int, gap: int = GAP) -> list[list[Group]]:
-    """Splits the groups, in order, into tables that fit the width beside a column of names."""
-    tables: list[list[Group]] = []
-    room = 0
-    for group in groups:
-        needed = group.width + gap
-        if not tables or needed > room:
-            tables.append([])
-            room = width - name_width
-        tables[-1].append(group)
-        room -= needed
-    return tables
-
-
-def _print_groups(report: Report, groups: Sequence[Group], console: Console, gap: int = GAP) -> None:
+def _print_groups(report: Report, groups: Sequence[Group], console: Console, gap: int = WIDE_GAP) -> None:
     names = [f"{name} *" if name == report.best_heuristic else name for name in report.ranking]
-    name_width = max(map(len, (*names, "policy")))
-    for of_table in pack(groups, name_width, console.width, gap):
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), pad_edge=False, show_edge=False)
-        titled = any(group.title for group in of_table)
-        table.add_column("\npolicy" if titled else "policy", no_wrap=True, min_width=name_width)
-        for group in of_table:
-            title = f"{group.title}\n" if titled else ""
-            header = f"{title}{group.lines[0]:>{group.width}}".replace("[", r"\[")
-            table.add_column(header, justify="right", no_wrap=True, min_width=group.width)
-        for i, name in enumerate(names):
-            style = "bold" if name.endswith(" *") else None
-            table.add_row(name, *(group.lines[i + 1].replace("[", r"\[") for group in of_table), style=style)
-        console.print(table)
-        console.print()
+    print_groups(console, ["policy", *names], groups, gap, [name for name in names if name.endswith(" *")])
+    console.print()
 
 
 def _money_groups(report: Report) -> list[Group]:

@@ -6,8 +6,9 @@ import pytest
 from episodes import comparison, make_results
 from rich.console import Console
 
+from evaluation.columns import make_group, pack, print_columns, stdout_console
 from evaluation.report import build_report
-from evaluation.table import _digits, make_group, pack, print_report, stdout_console
+from evaluation.table import _digits, print_report
 
 
 def printed(width=100, best="bid-price", results=None, **console):
@@ -80,6 +81,23 @@ def test_pack_keeps_order_and_never_drops_a_group_too_wide_for_the_page():
     assert [len(table) for table in tables] == [2, 2, 1]
     assert [group for table in tables for group in table] == groups
     assert [len(table) for table in pack(groups, name_width=10, width=5)] == [1] * 5
+
+
+@pytest.mark.parametrize("width", [20, 80, 200])
+def test_rows_of_cells_are_whole_at_any_width(width):
+    heads = ["setting", "policy", "USD/h", "[95 % CI]", "SLO %"]
+    rows = [["0.5", "least-in-flight", "1.00", "[0.50, 1.50]", "99.0"], ["10", "x", "-1,000.00", "-", "8.0"]]
+    out = io.StringIO()
+    print_columns(Console(file=out, width=width), heads, rows, (2, 2, 1))
+    lines = [
+        "setting  policy               USD/h    [95 % CI]  SLO %",
+        "─" * 55,
+        "0.5      least-in-flight       1.00 [0.50, 1.50]   99.0",
+        "10       x                -1,000.00            -    8.0",
+    ]
+    if width == 20:  # a group each; nothing is cut, though it does not fit
+        lines = [*(line[:48].rstrip() for line in lines), "", *(line[:24] + line[48:] for line in lines)]
+    assert out.getvalue().splitlines() == lines
 
 
 def test_digits_show_four_figures():
