@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from evaluation.arguments import check_names
 from evaluation.compare import judged
 from evaluation.contest import Contest, Entrants, Play, choose_best, hold
 from evaluation.document import to_document, write_json
@@ -33,10 +34,7 @@ def chosen(scenario: Scenario, words: list[str]) -> list[str]:
     if not scenario.conditions:
         raise InputError(f"scenario {scenario.name!r} has no conditions; legal is one that names some in `conditions`")
     names = [name.strip() for word in words for name in word.split(",")]
-    for name in names:
-        if name not in (*scenario.conditions, "all"):
-            legal = ", ".join(["all", *scenario.conditions])
-            raise InputError(f"--condition {name!r} is not in scenario {scenario.name!r}; legal are {legal}")
+    check_names("--condition", names, ["all", *scenario.conditions], f"is not in scenario {scenario.name!r}")
     return list(scenario.conditions) if "all" in names else names
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from agents.workers import Crew
 from envs.plant import Plant
 from envs.scenario import Scenario
+from evaluation.arguments import check_names, names_of, untuned_error
 from evaluation.cache import cached_play
 from evaluation.controls import CONTROLS, MATCHED_COST, SHUFFLED_MIX, matched_mixes, shuffled_mixes
 from evaluation.progress import progress_bar
@@ -194,22 +195,20 @@ def _baselines(scenario: Scenario, wanted: str, runs: list[str]) -> tuple[dict[s
         return {}, (), True
     from agents.baselines import UntunedError, baselines_for
 
-    names, tuned = [name.strip() for name in wanted.split(",")], True
+    names, tuned = names_of(wanted), True
     try:
         known: dict[str, Policy] = {**baselines_for(scenario, run_dir=Path(runs[0]) if runs else None)}
     except UntunedError as error:
         from agents.rules_of_thumb import as_they_come
 
         known, tuned = {**as_they_come(Plant(scenario))}, False
-        if not set(names) <= {*known, *CONTROLS}:
-            raise InputError(f"{error}; untuned, --baselines may name {', '.join(known)}") from None
+        if not names or not set(names) <= {*known, *CONTROLS}:
+            raise untuned_error(error, names, known) from None
     for control in CONTROLS:
         known.pop(control, None)
     if wanted == "all":
         return known, CONTROLS, tuned
-    for name in names:
-        if name not in (*known, *CONTROLS):
-            raise InputError(f"--baselines {name!r} is not known; legal are {', '.join([*known, *CONTROLS])}")
+    check_names("--baselines", names, ["all", "none", *known, *CONTROLS])
     return {name: known[name] for name in names if name in known}, tuple(set(CONTROLS) & set(names)), tuned
 
 

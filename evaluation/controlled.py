@@ -16,6 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evaluation.arguments import check_names, names_of, untuned_error
 from evaluation.deciders import Deciders
 from marginroute.bundle import Bundle
 from marginroute.control_policy import LearnedController, rule_of
@@ -50,7 +51,7 @@ def enter_controlled(
     for run, bundle in bundles.items():
         if bundle.controller is None:
             raise InputError(f"{run} has no controller, scenario {scenario.name!r} has one; train on it again")
-    named = [] if baselines in ("all", "none") else [name.strip() for name in baselines.split(",")]
+    named = names_of(baselines)
     rules, best, router = _rules(scenario, Path(runs[0]) if runs else None, named)
     tuned = {name: Deciders(rule, router) for name, rule in rules.items()}
     if best:
@@ -58,9 +59,7 @@ def enter_controlled(
 
         tuned[NAME] = Deciders(MpcController(scenario, rules[best]), router)
     wanted = list(rules) if baselines == "all" else named
-    for name in wanted:
-        if name not in tuned:
-            raise InputError(f"--baselines {name!r} is no controller; legal are all, none, {', '.join(tuned)}")
+    check_names("--baselines", wanted, ["all", "none", *tuned], "is no controller")
     heuristics: Names = {tuned[name].name: tuned[name] for name in wanted}
     examined: Names = {}
     for run, bundle in bundles.items():
@@ -97,10 +96,11 @@ def _rules(
     layout = ControlPlant(scenario).layout
     try:
         path = baselines.file_for(scenario, run)
-    except baselines.UntunedError:
-        if run is None and named and set(named) <= set(standard_rules(layout)):
-            return standard_rules(layout), "", None
-        raise
+    except baselines.UntunedError as error:
+        plain = standard_rules(layout)
+        if run is None and named and set(named) <= set(plain):
+            return plain, "", None
+        raise untuned_error(error, named, plain) from None
     rules, best = baselines.load_controllers(path, layout)
     if not rules:
         raise InputError(f"{path} holds no tuned controllers; tune them with train.py on the same scenario")

@@ -50,13 +50,16 @@ def settings(words: Sequence[str]) -> list[dict[str, str]]:
     """All combinations of `KEY=A..B` (whole numbers) and `KEY=V1,V2`.
 
     Raises:
-        InputError: a word of another form, or too many combinations.
+        InputError: a word of another form, a key twice, or too many combinations.
     """
-    keys, values = [], []
+    keys: list[str] = []
+    values: list[list[str]] = []
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key or not text:
             raise InputError(f"--vary {word!r} is not legal; legal is KEY=V1,V2 or KEY=A..B")
+        if key in keys:
+            raise InputError(f"--vary {key} stands twice; legal is all its values after one {key}=")
         keys.append(key)
         values.append(_values(word, text))
     combinations = [dict(zip(keys, chosen, strict=True)) for chosen in itertools.product(*values)]
@@ -68,7 +71,10 @@ def settings(words: Sequence[str]) -> list[dict[str, str]]:
 def _values(word: str, text: str) -> list[str]:
     low, dots, high = text.partition("..")
     if not dots:
-        return [value.strip() for value in text.split(",")]
+        values = [value.strip() for value in text.split(",")]
+        if not all(values):
+            raise InputError(f"--vary {word!r} has an empty value; legal is KEY=V1,V2")
+        return values
     try:
         first, last = int(low), int(high)
     except ValueError:
@@ -90,12 +96,15 @@ def vary(
         entrants: of the scenario itself.
         chosen: settings; the first is what the others are compared with.
         play: how.
+
+    Raises:
+        InputError: a setting that makes no scenario, before anything is played.
     """
+    scenarios = [_loaded(load, setting) for setting in chosen]
     best = choose_best(load({}), entrants.heuristics, play)
     policies: dict[str, Policy] = dict(entrants.examined)
     if best is not None:
         policies[best] = entrants.heuristics[best]
-    scenarios = [load(setting) for setting in chosen]
     rows: list[Row] = []
     first: dict[str, EpisodeResults] = {}
     with progress_bar("settings") as progress:
@@ -105,6 +114,17 @@ def vary(
             rows += [_row(setting, name, result, first[name]) for name, result in results.items()]
             progress(number, len(chosen))
     return rows
+
+
+def _loaded(load: Callable[[Mapping[str, str]], Scenario], setting: Mapping[str, str]) -> Scenario:
+    """The scenario of a setting; what is wrong with a key is said of --vary, which set it."""
+    try:
+        return load(setting)
+    except InputError as error:
+        for key in setting:
+            if str(error).startswith(f"--set {key}"):
+                raise InputError(str(error).replace("--set", "--vary", 1)) from None
+        raise
 
 
 def _row(setting: Mapping[str, str], name: str, result: EpisodeResults, first: EpisodeResults) -> Row:

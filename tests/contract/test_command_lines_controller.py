@@ -122,7 +122,7 @@ def test_evaluate_plays_the_chain_and_every_controller(finished, tmp_path, capsy
     assert set(document["policies"][document["best_heuristic"]]["shed"]) == {"enterprise", "team", "batch"}
     capsys.readouterr()
     for flags, words in (
-        (["--baselines", "bid-price"], "is no controller; legal are all, none, static"),
+        (["--baselines", "bid-price"], "is no controller; legal is all, none, static"),
         (["--explain", "3"], "--explain does not know controllers"),
     ):
         assert evaluate.main([*arguments, *flags]) == 2

@@ -84,7 +84,10 @@ def test_a_table_per_condition_and_a_summary(family, tmp_path, capsys, monkeypat
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["shaky", "--condition", "rain"], "legal are all, "),
+        (
+            ["shaky", "--condition", "api-dwn"],
+            "not in scenario 'shaky'; did you mean api-down? legal is all, ",
+        ),
         (["--suite", "--json", "x.json"], "--json x.json does not go with --suite"),
         (["shaky", "--suite"], "SCENARIO shaky does not go with --suite"),
         (["--out", "x"], "--out x needs --suite"),
@@ -122,6 +125,27 @@ def test_the_suite_writes_three_files_per_scenario(monkeypatch, tmp_path, capsys
     assert "Accounts" in (out / "quickstart.txt").read_text()
     captured = capsys.readouterr()
     assert "unknown is left out" in captured.out and "scenario 2 of 2: unknown, about" in captured.err
+
+
+def test_the_suite_writes_the_page_first(monkeypatch, tmp_path):
+    """It takes longest: an interruption in it leaves no table and no figures beside a page of an earlier suite."""
+    folder = tmp_path / "scenarios"
+    folder.mkdir()
+    for name in ("quickstart", "enterprise_slo"):
+        (folder / f"{name}.yaml").write_text("")
+    monkeypatch.setattr("evaluation.suite.SCENARIOS", folder)
+    written = []
+
+    def interrupted(path, *_):
+        written.append(path.name)
+        if path.name == "quickstart.html":
+            raise KeyboardInterrupt
+
+    for writer in ("write_report", "write_json", "write_whole"):
+        monkeypatch.setattr(f"evaluation.suite.{writer}", interrupted)
+    words = ["--suite", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "none"), *SMALL]
+    assert evaluate.main(words) == 130
+    assert written == ["enterprise_slo.html", "enterprise_slo.json", "enterprise_slo.txt", "quickstart.html"]
 
 
 def contests(edges_usd, noise=0.0):

@@ -48,7 +48,7 @@ def test_help_is_fast_and_imports_nothing_heavy():
         (["--trace-format", "csv"], "--trace-format 'csv' needs --trace FILE"),
         (["--trace", "t.csv", "--columns", "arrived_at"], "--columns 'arrived_at' is not legal; legal is KEY=VALUE"),
         (["--json", "/nonexistent/report.json"], "is not a folder that can be written to"),
-        (["no_such_scenario"], "no_such_scenario"),
+        (["quickstrat"], "scenario 'quickstrat': not in configs/scenarios; did you mean quickstart? legal is "),
         (["--log", "l.jsonl", "--bound"], "--bound does nothing with --log; legal is to leave it out"),
         (["--log", "l.jsonl", "--policy", "a", "--set", "b=1"], "--set does nothing with --log and --policy"),
         (["--log", "l.jsonl", "--report", "card.md"], "--report card.md does not go with --log; legal is a page"),
@@ -78,6 +78,41 @@ def test_every_documented_flag_is_there():
     assert args.policy == ["a", "b", "c"]
     assert args.set == ["a=1", "b=2"]
     assert args.scenario == "azure_conversation"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["--baselines", "fixed-smal"],
+            "--baselines 'fixed-smal' is not known; did you mean fixed-small? legal is all",
+        ),
+        (
+            ["--baselines", "all,random"],
+            "--baselines 'all,random' names others beside all; legal is all alone",
+        ),
+        (
+            ["--condition", "burts"],
+            "--condition 'burts' is not in scenario 'quickstart'; did you mean burst? legal is",
+        ),
+        (
+            ["--vary", "load_scal=1"],
+            "--vary load_scal: unknown key 'load_scal'; did you mean load_scale? legal is",
+        ),
+        (["--vary", "load_scale=1,-1"], "--vary load_scale: -1 is not legal; legal is greater than 0"),
+        (["--vary", "load_scale=1,,2"], "--vary 'load_scale=1,,2' has an empty value; legal is KEY=V1,V2"),
+        (
+            ["--vary", "load_scale=1", "load_scale=2"],
+            "--vary load_scale stands twice; legal is all its values",
+        ),
+    ],
+)
+def test_a_name_that_is_nearly_right(two_heuristics, words, sentence, capsys):
+    """Said before anything is played."""
+    assert evaluate.main(["quickstart", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {sentence}") and captured.err.count("\n") == 1
+    assert captured.out == ""
 
 
 @pytest.fixture

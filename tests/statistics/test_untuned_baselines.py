@@ -42,10 +42,25 @@ def test_rules_of_thumb_are_played_as_they_come(tmp_path, capsys, monkeypatch):
     assert WORDS in files[2].read_text()
 
 
-@pytest.mark.parametrize("names", ["all", "bid-price", "least-in-flight,expected-margin", "shipped", "least-inflight"])
-def test_anything_else_needs_tuning(names, capsys):
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [
+        ("all", ""),
+        ("bid-price", ""),
+        ("least-in-flight,expected-margin", ""),
+        ("shipped", ""),
+        ("least-inflight", " did you mean least-in-flight?"),
+    ],
+)
+def test_anything_else_needs_tuning(names, hint, capsys):
+    """The whole sentence: what is lacking, how to make it, what can be played without."""
+    scenario = load_scenario("quickstart", {"horizon_s": 15, "requests_per_episode": 60})
+    rules = ", ".join(as_they_come(Plant(scenario)))
     assert evaluate.main(["quickstart", "--baselines", names, *SMALL]) == 2
-    assert "no tuned baselines for scenario 'quickstart'" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"error: no tuned baselines for scenario 'quickstart' (hash {scenario.hash}); tune them with train.py on the"
+        f" same scenario, trace and --set values;{hint} untuned, --baselines may name {rules}\n"
+    )
 
 
 def test_every_rule_plays(capsys):
@@ -77,4 +92,6 @@ def test_controllers_as_they_come(tmp_path, capsys):
     assert set(document["policies"]) == {"plain + static", "plain + predictive-edf"}
     for names in ("all", "static,bid-price"):
         assert evaluate.main([*words, names]) == 2
-        assert "no tuned baselines for scenario 'day_night'" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "no tuned baselines for scenario 'day_night'" in error
+        assert "; untuned, --baselines may name static, hpa, " in error
