@@ -16,7 +16,7 @@ from evaluation.page_data import PageData
 from evaluation.page_figures import figures
 from evaluation.page_parts import drawn, frame, paragraph, section, table, text
 from evaluation.page_sensitivity import assumptions_section, break_even_section
-from evaluation.report import PER_1K, Report, accounts_usd_per_1k, action_shares, shed_shares, warnings_of
+from evaluation.report import PER_1K, Report, accounts_usd_per_1k, action_shares, played_words, shed_shares, warnings_of
 from evaluation.results import Floats
 from evaluation.router_cost import router_words
 from evaluation.statistics import Estimate, paired_estimate
@@ -62,30 +62,33 @@ def headline(report: Report, shown: str) -> str:
     margin, hourly = report.margin_usd_per_1k[shown], report.margin_usd_per_hour[shown]
     words = [
         f"{shown} earns {_usd(margin)} per 1,000 requests after all costs ({_usd(hourly)} per hour), over"
-        f" {report.episodes} held-out episodes with {first.first_calls.sum():,} requests."
+        f" {played_words(report.episodes)} with {first.first_calls.sum():,} requests."
     ]
     paired = report.paired.get(shown)
     if paired is not None:
+        pct = paired.delta_pct  # NaN where the heuristic has no contribution margin to be a share of
+        share = "" if math.isnan(pct) else f" ({pct:+z.1f} % of contribution margin)"
         sure = "more than chance" if paired.delta_usd_per_1k.excludes_zero else "no more than chance may explain"
         words.append(
             f"Against {paired.vs}, the best {'tuned ' * report.tuned}heuristic, on the same requests, that is"
-            f" {_usd(paired.delta_usd_per_1k, '+')} per 1,000 requests ({paired.delta_pct:+z.1f} % of contribution"
-            f" margin), {paired.net_usd_per_1k:+z.2f} net of what deciding costs: {sure} (p = {paired.p_holm:.3f})."
+            f" {_usd(paired.delta_usd_per_1k, '+')} per 1,000 requests{share}, {paired.net_usd_per_1k:+z.2f} net of"
+            f" what deciding costs: {sure} (p = {paired.p_holm:.3f})."
         )
     control = report.results.get(MATCHED_COST)
     if control is not None and shown not in CONTROLS:
         worth = paired_estimate(first.margin_usd - control.margin_usd, first.first_calls, scale=PER_1K)
         words.append(
             f"A content-blind mix of models that spends as much on answers ({answer_cost_usd(control):.2f} against"
-            f" {answer_cost_usd(first):.2f}) earns {control.margin_usd.sum() / control.first_calls.sum() * PER_1K:.2f}:"
-            f" choosing by content is worth {_usd(worth, '+')}."
+            f" {answer_cost_usd(first):.2f}) earns {report.margin_usd_per_1k[MATCHED_COST].mean:z.2f}: choosing by"
+            f" content is worth {_usd(worth, '+')}."
         )
-    share, bounds = report.share_of_bound(shown), report.bounds_usd_per_1k
-    if share is not None and bounds["clairvoyant"] is not None and bounds["same_information"] is not None:
+    bounds, reached = report.bounds_usd_per_1k, report.share_of_bound(shown)
+    if bounds["clairvoyant"] is not None and bounds["same_information"] is not None:
+        of_it = "" if reached is None else f"; {shown} reaches {100.0 * reached.mean:z.1f} % of the first"
         words.append(
-            f"No policy can earn more than {bounds['clairvoyant']:.2f}, and none that cannot foresee which answers are"
-            f" good more than {bounds['same_information']:.2f}; {shown} reaches {100 * share.mean:.1f} % of the first"
-            " (before GPU-hours that are paid in any case)."
+            f"No policy can earn more than {bounds['clairvoyant']:z.2f}, and none that cannot foresee which answers are"
+            f" good more than {bounds['same_information']:z.2f}{of_it}"
+            f"{' (before GPU-hours that are paid in any case)' if of_it else ''}."
         )
     return " ".join(words)
 
@@ -114,12 +117,12 @@ def _rows(report: Report) -> list[list[str]]:
         rows.append(
             [
                 f"{name} *" if name == report.best_heuristic else name,
-                f"{margin.mean:,.2f}",
-                f"{margin.low:,.2f} to {margin.high:,.2f}",
+                f"{margin.mean:z,.2f}",
+                margin.interval(),
                 _usd(paired.delta_usd_per_1k, "+") if paired else "",
                 f"{paired.p_holm:.3f}" if paired else "",
-                f"{report.contribution_usd_per_1k[name].mean:,.2f}",
-                f"{report.iqm_usd_per_1k(name):,.2f}",
+                f"{report.contribution_usd_per_1k[name].mean:z,.2f}",
+                f"{report.iqm_usd_per_1k(name):z,.2f}",
                 _by_class(results.share("slo_ok")),
                 _by_class(results.share("good", "served")),
                 _by_class(shed_shares(results)),
@@ -191,10 +194,7 @@ def _swaps(data: PageData) -> str:
 
 
 def _usd(estimate: Estimate, sign: str = "", digits: int = 2) -> str:
-    shown = f"{estimate.mean:{sign}z,.{digits}f}"
-    if math.isnan(estimate.low):
-        return f"USD {shown}"
-    return f"USD {shown} [{estimate.low:{sign}z,.{digits}f}, {estimate.high:{sign}z,.{digits}f}]"
+    return f"USD {estimate.words(digits, sign)}"
 
 
 def _by_class(shares: Floats) -> str:

@@ -43,11 +43,7 @@ def break_even_section(bars: Sequence[Bar]) -> str:
     """The same figures as a table, with the value at which the gain is gone."""
     rows = []
     for bar in bars:
-        ends = [
-            f"{x.mean:+z.2f} [{x.low:+z.2f}, {x.high:+z.2f}] at x{f:.3g}"
-            for f in (bar.low, bar.high)
-            for x in [bar.gains[f]]
-        ]
+        ends = [f"{bar.gains[f].words(2, '+')} at x{f:.3g}" for f in (bar.low, bar.high)]
         rows.append([bar.name, bar.break_even_words, *ends, bar.today])
     heads = ("input", "gain is zero at", "gain at the low end", "gain at the high end", "as it is")
     words = (

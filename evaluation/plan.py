@@ -16,7 +16,7 @@ from evaluation.contest import Entrants, Play, choose_best
 from evaluation.progress import progress_bar
 from evaluation.report import SECONDS_PER_HOUR, shed_shares
 from evaluation.results import EpisodeResults
-from evaluation.statistics import Estimate, paired_estimate
+from evaluation.statistics import Estimate, paired_estimate, zeros
 from marginroute.errors import InputError
 from marginroute.policy import Policy
 
@@ -146,18 +146,13 @@ def _row(setting: Mapping[str, str], name: str, result: EpisodeResults, first: E
 
 
 def break_even(rows: Sequence[Row], key: str) -> dict[str, list[float]]:
-    """By policy: values of a numeric key at which the margin is zero, between neighbouring settings (linear)."""
+    """By policy: values of a numeric key at which the margin is zero, linear between neighbours; {} of other keys."""
     found: dict[str, list[float]] = {}
     for name in dict.fromkeys(row.policy for row in rows):
-        points = sorted((_number(row.setting[key]), row.margin_usd_per_hour.mean) for row in rows if row.policy == name)
-        if any(math.isnan(x) for x, _ in points):
+        points = [(_number(row.setting[key]), row.margin_usd_per_hour.mean) for row in rows if row.policy == name]
+        if not all(math.isfinite(x) for x, _ in points):
             return {}
-        crossings = [
-            a + (b - a) * usd_a / (usd_a - usd_b)
-            for (a, usd_a), (b, usd_b) in itertools.pairwise(points)
-            if (usd_a < 0.0) != (usd_b < 0.0)
-        ]
-        found[name] = crossings
+        found[name] = zeros(points)
     return found
 
 

@@ -9,6 +9,7 @@ from evaluation.columns import print_columns, stdout_console
 from evaluation.page_figures import DASHES, PALETTE
 from evaluation.page_parts import drawn, frame, paragraph, table, text
 from evaluation.plan import Row, break_even
+from evaluation.report import played_words
 from evaluation.statistics import Estimate
 
 HEADS = ("policy", "USD/h", "[95 % CI]", "change", "[95 % CI]", "SLO %", "lost %", "busy %")
@@ -17,7 +18,7 @@ HEADS = ("policy", "USD/h", "[95 % CI]", "change", "[95 % CI]", "SLO %", "lost %
 def print_plan(scenario: str, rows: Sequence[Row], episodes: int) -> None:
     """Prints the rows and the break-even points."""
     console = stdout_console()
-    console.print(f"[bold]{scenario}[/bold]: {episodes} held-out episodes per setting, the same seeds in each")
+    console.print(f"[bold]{scenario}[/bold]: {played_words(episodes)} per setting, the same seeds in each")
     console.print(f"{', '.join(rows[0].setting)}\n", markup=False)
     heads = [*short(list(rows[0].setting)), *HEADS]
     print_columns(console, heads, [[*row.setting.values(), *cells(row)] for row in rows], (len(heads) - 7, 2, 2, 3))
@@ -94,6 +95,4 @@ def plan_page(scenario: str, rows: Sequence[Row], command: str) -> str:
 
 
 def _with_interval(estimate: Estimate, sign: str) -> list[str]:
-    if math.isnan(estimate.low):
-        return [f"{estimate.mean:{sign},.2f}", "-"]
-    return [f"{estimate.mean:{sign},.2f}", f"[{estimate.low:{sign},.2f}, {estimate.high:{sign},.2f}]"]
+    return [f"{estimate.mean:{sign}z,.2f}", estimate.interval(2, sign)]

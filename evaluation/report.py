@@ -36,6 +36,8 @@ from marginroute.errors import InputError
 from marginroute.view import KINDS
 
 PER_1K = 1000.0
+SHORT_S = 360.0
+"""Below it a time in hours would be 0.0."""
 UNTUNED = "-default"
 """Ends the name of a rule with its parameters as they come."""
 SECONDS_PER_HOUR = 3600.0
@@ -214,6 +216,11 @@ def warnings_of(report: Report) -> list[str]:
     """What stands above a report: the verdict of a backtest, and whether nothing was tuned."""
     untuned = "No tuned baseline is in this comparison: its rules of thumb are as they come; train.py tunes them."
     return [words for words in (verdict_words(report.calibration), "" if report.tuned else untuned) if words]
+
+
+def played_words(episodes: int) -> str:
+    """How many held-out episodes were played."""
+    return f"{episodes} held-out episode{'s' if episodes != 1 else ''}"
 
 
 def accounts_usd_per_1k(results: EpisodeResults) -> dict[str, float]:

@@ -7,7 +7,6 @@ all values. Between neighbouring values the gain is taken as linear, which gives
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from envs.scenario import Scenario
 from envs.scenario_family import changed
 from evaluation.cache import cached_play
 from evaluation.report import PER_1K
-from evaluation.statistics import Estimate, paired_estimate
+from evaluation.statistics import Estimate, paired_estimate, zeros
 from marginroute.errors import InputError
 from marginroute.policy import Policy
 
@@ -152,21 +151,17 @@ def tornado(
     for item in inputs(scenario):
         tried = {f: gain({} if f == 1.0 else item.changes(f)) for f in dict.fromkeys(item.factors)}
         gains = {f: x for f, x in tried.items() if x is not None}
+        step()
+        if len({x.mean for x in gains.values()}) == 1:  # the gain does not hang on it
+            continue
         low, high = (item.factors[i] if item.factors[i] in gains else 1.0 for i in (1, 3))
         bars.append(Bar(item.name, item.today, gains, low, high, break_even(gains)))
-        step()
     return sorted(bars, key=lambda bar: -bar.swing_usd)[:MOST_INFLUENTIAL]
 
 
 def break_even(gains: Mapping[float, Estimate]) -> float | None:
     """The factor nearest to 1 at which the gain is zero, linear between neighbours."""
-    points = sorted((f, x.mean) for f, x in gains.items())
-    crossings = [
-        a + (b - a) * usd_a / (usd_a - usd_b)
-        for (a, usd_a), (b, usd_b) in itertools.pairwise(points)
-        if (usd_a < 0.0) != (usd_b < 0.0)
-    ]
-    return min(crossings, key=lambda f: abs(f - 1.0), default=None)
+    return min(zeros((f, x.mean) for f, x in gains.items()), key=lambda f: abs(f - 1.0), default=None)
 
 
 def _bad_answer(scenario: Scenario, factor: float) -> Changes:

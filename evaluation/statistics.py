@@ -24,6 +24,9 @@ of series are a few matrix products.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +59,17 @@ class Estimate:
     def excludes_zero(self) -> bool:
         """Whether the whole interval lies on one side of zero (False where there is no interval)."""
         return self.low > 0.0 or self.high < 0.0
+
+    def interval(self, digits: int = 2, sign: str = "") -> str:
+        """The interval in figures, never minus zero; "-" where there is none. `sign`: "+" for signs on all."""
+        if math.isnan(self.low):
+            return "-"
+        return f"[{self.low:{sign}z,.{digits}f}, {self.high:{sign}z,.{digits}f}]"
+
+    def words(self, digits: int = 2, sign: str = "") -> str:
+        """The mean, and the interval if there is one."""
+        shown = f"{self.mean:{sign}z,.{digits}f}"
+        return shown if math.isnan(self.low) else f"{shown} {self.interval(digits, sign)}"
 
 
 def ratio_of_sums(numerator: ArrayLike, denominator: ArrayLike, scale: float = 1.0) -> Floats:
@@ -223,6 +237,13 @@ def holm(p_values: ArrayLike) -> Floats:
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(stepped, 1.0)
     return adjusted
+
+
+def zeros(points: Iterable[tuple[float, float]]) -> list[float]:
+    """Where a curve through points (x, y) is zero, linear between neighbours; x ascending."""
+    ordered = sorted(points)
+    between = [a + (b - a) * y_a / (y_a - y_b) for (a, y_a), (b, y_b) in itertools.pairwise(ordered) if y_a * y_b < 0.0]
+    return sorted({*between, *(x for x, y in ordered if y == 0.0)})
 
 
 @functools.lru_cache(maxsize=8)

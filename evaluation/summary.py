@@ -74,14 +74,17 @@ def summarise(judged: Mapping[str, tuple[Report, Contest]]) -> list[Row]:
 
 
 def pooled_pct(rows: Sequence[Row], seed: int = 0) -> Estimate | None:
-    """Interquartile mean of the gains of all episodes of all rows, in per cent, with its interval."""
+    """Interquartile mean of the gains of all episodes of all rows, in per cent; no interval where a row has but one."""
     gains = [row.gains_pct for row in rows if len(row.gains_pct)]
     if not gains:
         return None
+    mean = float(interquartile_mean(np.concatenate(gains)))
+    if min(map(len, gains)) < 2:
+        return Estimate(mean, math.nan, math.nan)
     rng = np.random.default_rng(seed)
     drawn_again = [x[rng.integers(len(x), size=(RESAMPLES, len(x)))] for x in gains]
     low, high = np.quantile(interquartile_mean(np.concatenate(drawn_again, axis=1)), [0.025, 0.975])
-    return Estimate(float(interquartile_mean(np.concatenate(gains))), float(low), float(high))
+    return Estimate(mean, float(low), float(high))
 
 
 def _row(name: str, report: Report, contest: Contest) -> Row:
@@ -129,7 +132,7 @@ def summary_document(rows: Sequence[Row]) -> dict[str, Any]:
             }
             for row in rows
         },
-        "pooled_gain_pct": None if pooled is None else {"iqm": pooled.mean, "ci95": [pooled.low, pooled.high]},
+        "pooled_gain_pct": None if pooled is None else {"iqm": pooled.mean, "ci95": _estimate(pooled)["ci95"]},
     }
 
 
@@ -153,8 +156,8 @@ def pooled_words(rows: Sequence[Row]) -> str:
     if pooled is None:
         return "No contribution margin to pool gains by."
     return (
-        f"Pooled gain (interquartile mean over the episodes of all rows): {pooled.mean:+z.2f} % of contribution margin"
-        f" [{pooled.low:+z.2f}, {pooled.high:+z.2f}]."
+        f"Pooled gain (interquartile mean over the episodes of all rows), % of contribution margin:"
+        f" {pooled.words(2, '+')}."
     )
 
 
@@ -187,10 +190,9 @@ def _named(row: Row) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    interval = "-" if math.isnan(row.gain.low) else f"[{row.gain.low:+z.2f}, {row.gain.high:+z.2f}]"
     p = "<.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}"
     closed = "-" if row.gap_closed is None else f"{100.0 * row.gap_closed:.0f} %"
-    figures = [f"{row.margin.mean:z.2f}", f"{row.gain.mean:+z.2f}", interval]
+    figures = [f"{row.margin.mean:z,.2f}", f"{row.gain.mean:+z,.2f}", row.gain.interval(2, "+")]
     shares = [f"{x:.1f}" for x in (row.slo_pct, row.good_pct, row.lost_pct)]
     return [row.policy, row.reference, *figures, "-" if math.isnan(row.pct) else f"{row.pct:+z.1f}", p, closed, *shares]
 

@@ -11,7 +11,18 @@ from envs.economics.ledger import ACCOUNTS
 from evaluation.columns import GAP, WIDE_GAP, Group, make_group, print_groups, stdout_console
 from evaluation.controls import CONTROLS, MATCHED_COST, SHUFFLED_MIX
 from evaluation.fairness import fairness_documents
-from evaluation.report import PER_1K, Paired, Report, accounts_usd_per_1k, action_shares, shed_shares, warnings_of
+from evaluation.report import (
+    PER_1K,
+    SECONDS_PER_HOUR,
+    SHORT_S,
+    Paired,
+    Report,
+    accounts_usd_per_1k,
+    action_shares,
+    played_words,
+    shed_shares,
+    warnings_of,
+)
 from evaluation.results import EpisodeResults, Floats
 from evaluation.router_cost import router_words
 from evaluation.statistics import Estimate, ratio_of_sums
@@ -26,9 +37,11 @@ def print_report(report: Report, console: Console | None = None, title: str | No
     first = next(iter(report.results.values()))
     for words in warnings_of(report):
         console.print(f"{words}\n", style="bold", markup=False)
+    span_s = float(first.horizon_s.sum())
+    span = f"{span_s:.0f} s" if span_s < SHORT_S else f"{span_s / SECONDS_PER_HOUR:,.1f} h"
     console.print(
-        f"[bold]{title or report.scenario}[/bold]: {report.episodes} held-out episodes, {first.first_calls.sum():,}"
-        f" requests, {first.horizon_s.sum() / 3600.0:,.1f} h; the same for every policy\n"
+        f"[bold]{title or report.scenario}[/bold]: {played_words(report.episodes)}, {first.first_calls.sum():,}"
+        f" requests, {span}; the same for every policy\n"
     )
     _print_groups(report, [*_money_groups(report), *_service_groups(report)], console)
     console.print("[bold]Accounts[/bold], USD per 1k requests; costs are negative, the sum is the margin\n")
@@ -186,13 +199,8 @@ def _usd(usd: float, digits: int, sign: str = "") -> str:
 
 
 def _with_interval(estimate: Estimate, digits: int, sign: str) -> list[str]:
-    """Cells of an estimate and its interval; the interval is "-" where there is none."""
-    interval = (
-        "-"
-        if math.isnan(estimate.low)
-        else f"[{_usd(estimate.low, digits, sign)}, {_usd(estimate.high, digits, sign)}]"
-    )
-    return [_usd(estimate.mean, digits, sign), interval]
+    """Cells of an estimate and its interval."""
+    return [_usd(estimate.mean, digits, sign), estimate.interval(digits, sign)]
 
 
 def _percents(shares: Iterable[float] | Floats) -> list[str]:

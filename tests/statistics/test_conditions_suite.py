@@ -9,7 +9,7 @@ from episodes import make_results
 import evaluate
 from evaluation.contest import Contest
 from evaluation.report import build_report
-from evaluation.summary import pooled_pct, summarise
+from evaluation.summary import pooled_pct, pooled_words, summarise, summary_document
 from marginroute.rules import FixedTier, LeastInFlight
 
 SMALL = ["--set", "horizon_s=15", "requests_per_episode=60", "--episodes", "3", "--workers", "1"]
@@ -165,6 +165,13 @@ def test_summary_pools_and_adjusts():
     pooled = pooled_pct(rows)
     assert pooled.low < pooled.mean < pooled.high
     assert min(rows[2].pct, rows[0].pct) < pooled.mean < max(rows[0].pct, rows[1].pct) * 1.05
+
+
+def test_pooled_gain_of_single_episodes_has_no_interval():
+    results = {name: make_results(name, edge, 1) for name, edge in (("ppo", 0.3), ("best", 0.0))}
+    rows = summarise({"a": (build_report("a", results, "best"), Contest("best", ("best",), {}, results))})
+    assert pooled_pct(rows).mean == rows[0].pct and pooled_words(rows).endswith(f": {rows[0].pct:+.2f}.")
+    assert summary_document(rows)["pooled_gain_pct"]["ci95"] is None
 
 
 def test_pooled_interval_covers():

@@ -7,12 +7,12 @@ import subprocess
 
 import numpy as np
 import pytest
-from episodes import comparison
+from episodes import comparison, make_results
 
 from envs.scenario import load_scenario
 from evaluation.assumptions import assumptions
 from evaluation.bounds import Bounds
-from evaluation.page import headline, markdown, page
+from evaluation.page import comparison_section, headline, markdown, page
 from evaluation.page_data import PageData, collect
 from evaluation.page_figures import figures
 from evaluation.protocol import evaluate_policies
@@ -94,6 +94,20 @@ def test_margin_over_time_adds_up_to_what_was_earned_before_the_horizon(played):
         assert earned < results.margin_usd.sum()  # the backlog is settled later
         assert line.arrivals_per_s.sum() * part_s * len(results.seeds) == pytest.approx(results.first_calls.sum())
         assert (line.waiting >= 0).all() and line.in_flight.max() > 0
+
+
+def test_words_where_nothing_is_earned_or_one_episode_is_played():
+    """No contribution margin to be a share of, a bound below zero, no interval: all of it said without NaN."""
+    for episodes in (1, 12):
+        results = {name: make_results(name, edge, episodes) for name, edge in (("ppo", -9.0), ("bid-price", -9.5))}
+        bounds = Bounds(np.arange(episodes), *(np.full(episodes, usd) for usd in (-4.0, -4.5, -1.0)))
+        report = build_report("quickstart", results, "bid-price", bounds)
+        words = headline(report, "ppo")
+        assert "of contribution margin" not in words and "reaches" not in words
+        assert "No policy can earn more than -13.33, and none that" in words
+        assert f"that is USD +1.67{'' if episodes == 1 else ' [+1.67, +1.67]'} per 1,000 requests, +1.67 net" in words
+        assert not re.search(r"\bnan\b", words + markdown(report, "ppo") + comparison_section(report, "ppo"))
+    assert "| ppo | -17.15 | - |" in markdown(build_report("x", {"ppo": make_results("ppo", -9.0, 1)}, None), "ppo")
 
 
 def test_headline_and_card_say_what_the_report_says():

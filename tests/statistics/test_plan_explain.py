@@ -115,7 +115,8 @@ def test_break_even_is_where_the_line_crosses():
         return Row({"k": str(x)}, "p", Estimate(usd, usd, usd), None, 0.0, 0.0, 0.0)
 
     assert break_even([row(1, -2.0), row(3, 2.0), row(5, 6.0), row(7, -2.0)], "k") == {"p": pytest.approx([2.0, 6.5])}
-    assert break_even([row("a", 1.0), row("b", -1.0)], "k") == {}
+    assert break_even([row(0, 0.0), row(1, 2.0), row(3, 0.0), row(5, 2.0)], "k") == {"p": [0.0, 3.0]}  # it touches zero
+    assert break_even([row("a", 1.0), row("b", -1.0)], "k") == break_even([row("inf", 1.0), row(1, -1.0)], "k") == {}
 
 
 def test_the_cache_returns_what_was_played_and_notices_changes(scenario, monkeypatch):

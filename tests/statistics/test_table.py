@@ -53,6 +53,7 @@ def test_no_interval_is_a_dash_and_no_reference_no_delta():
     assert "delta" not in text.split("Accounts")[0]
     row = next(line for line in text.splitlines() if line.startswith("ppo"))
     assert " - " in row
+    assert text.startswith("quickstart: 1 held-out episode, 300 requests, 0.5 h;")
 
 
 def test_a_class_without_answers_is_a_dash():
