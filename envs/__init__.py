@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 from marginroute.cli import note
@@ -40,10 +41,10 @@ def _cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "marginroute"
 
 
+@cache
 def announce_compilation() -> None:
-    """Says on stderr that the kernels are about to be compiled, if they have not been yet."""
-    folder = Path(os.environ["NUMBA_CACHE_DIR"])
-    if not folder.is_dir() or not any(folder.iterdir()):
+    """Says on stderr, once, that the world is about to be compiled; small kernels may have been already."""
+    if not any(Path(os.environ["NUMBA_CACHE_DIR"]).glob("*/world.step-*.nbi")):
         note("compiling the simulator: once after each change of its sources, about a minute")
 
 

@@ -35,7 +35,8 @@ def facts(document: Mapping[str, Any]) -> str:
     """What was replayed."""
     return (
         f"{document['log']}: {document['requests']:,} requests in {document['span_s']:,.0f} s under their recorded"
-        f" choices in the world of {document['scenario']} ({document['skipped']:,} lines without such a request)"
+        f" choices in the world of {document['scenario']}"
+        f" ({document['skipped']:,} lines left out: shed, a stored answer, or no outcome)"
     )
 
 

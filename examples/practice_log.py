@@ -1,4 +1,4 @@
-"""Writes a decision log to practise on, as a gateway in shadow mode would have written it.
+"""Writes a decision log to practise on, as a gateway that acts and explores would have written it.
 
 quickstart is played by the rule that many gateways ship, least requests in flight, with a tenth of the requests
 explored by a near alternative, so that off-policy estimates have something to work with.
@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from agents.baselines import baselines_for
+from envs import announce_compilation
 from envs.plant import Plant
 from envs.scenario import load_scenario
 from evaluation.simulated_log import write_log
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.minutes < 1:
         raise InputError(f"--minutes {arguments.minutes} is not legal; legal is 1 or more")
+    announce_compilation()
     long = {"horizon_s": 60.0 * arguments.minutes, "requests_per_episode": 300 * arguments.minutes}
     scenario, rules = load_scenario("quickstart", long), baselines_for(load_scenario("quickstart"))
     policy = ExploringPolicy(rules["least-in-flight"], rules["bid-price"], share=0.1, limit_usd=0.02)

@@ -88,13 +88,13 @@ def _controller(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tree(value: Any, indent: str) -> list[str]:
-    """Nested data as indented lines; short lists stay on one."""
+    """Nested data as indented lines, without empty parts; short lists stay on one."""
     if not isinstance(value, dict):
         return [f"{indent}{_text(value)}"] if value not in (None, "", []) else []
     lines = []
     for key, x in value.items():
         if isinstance(x, dict):
-            lines += [f"{indent}{key}", *_tree(x, indent + "  ")]
+            lines += [f"{indent}{key}", *_tree(x, indent + "  ")] if x else []
         elif x is not None:
             lines.append(f"{indent}{key}: {_text(x)}")
     return lines

@@ -71,8 +71,10 @@ def read_yaml(path: str, what: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{what} is unreadable or not YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise InputError(f"{what} cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{what} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"{what} must map settings to values")
     return values

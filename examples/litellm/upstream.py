@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -72,4 +73,9 @@ if __name__ == "__main__":
     if len(sys.argv) != 4:
         raise SystemExit(__doc__)
     Engine.ttft_s, Engine.tpot_s = float(sys.argv[2]), float(sys.argv[3])
-    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Engine).serve_forever()
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Engine)
+    except OSError as error:
+        raise SystemExit(f"error: port {sys.argv[1]}: {error.strerror}") from None
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()

@@ -236,14 +236,15 @@ class Server:
         self._status = health_pb2.HealthCheckResponse
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        if listen.tls is None:
-            bound = self._server.add_insecure_port(listen.grpc_address)
-        else:
-            key, cert, ca = (None if p is None else Path(p).read_bytes() for p in listen.tls)
-            credentials = grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=ca is not None)
-            bound = self._server.add_secure_port(listen.grpc_address, credentials)
-        if not bound:
-            raise InputError(f"{listen.text} cannot be listened on; name another address")
+        try:
+            if listen.tls is None:
+                self._server.add_insecure_port(listen.grpc_address)
+            else:
+                key, cert, ca = (None if p is None else Path(p).read_bytes() for p in listen.tls)
+                credentials = grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=ca is not None)
+                self._server.add_secure_port(listen.grpc_address, credentials)
+        except RuntimeError:  # gRPC does not say why
+            raise InputError(f"{listen.text} cannot be listened on; name another address") from None
 
     async def run(self, stopped: asyncio.Event) -> None:
         """Serves until told to stop; then finishes what is under way."""
@@ -287,12 +288,14 @@ def configuration(mode: str, settings: EnvoySettings, listen: Listen, port: int)
     """A configuration of Envoy for this picker, as YAML.
 
     Raises:
-        InputError: there is no endpoint, or one is not legal.
+        InputError: there is no endpoint, or one or the port is not legal.
     """
     import yaml
 
     if not settings.endpoints:
         raise InputError(NO_ENDPOINTS)
+    if not 0 < port < 65536:
+        raise InputError(f"--envoy-port {port} is not legal; legal is 1 to 65535")
     trusted = [
         settings.class_header,
         settings.tenant_header,

@@ -287,3 +287,20 @@ def test_exit_codes_are_documented():
     text = (ROOT / "docs" / "shell.md").read_text()
     for code in (cli.EXIT_FAILED, cli.EXIT_BAD_INPUT, cli.EXIT_INTERRUPTED, cli.EXIT_TERMINATED):
         assert f"| {code} |" in text
+
+
+def test_compilation_is_announced_until_the_world_is_compiled(tmp_path, monkeypatch, capsys):
+    import envs
+    from envs.fleet_env import FleetEnv
+
+    FleetEnv("quickstart").reset(seed=0)
+    (compiled,) = Path(os.environ["NUMBA_CACHE_DIR"]).glob("*/world.step-*.nbi")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    (tmp_path / "fleet").mkdir()
+    (tmp_path / "fleet" / "iteration.token_seconds-40.py311.nbi").touch()  # `describe` was run before
+    for words, path in (("compiling the simulator", None), ("", compiled)):
+        if path is not None:
+            (tmp_path / "fleet" / path.name).touch()
+        envs.announce_compilation.cache_clear()
+        envs.announce_compilation()
+        assert (words in capsys.readouterr().err) if words else capsys.readouterr().err == ""

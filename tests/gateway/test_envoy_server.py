@@ -1,6 +1,7 @@
 """The picker's gRPC server: who may talk to it, and how it ends."""
 
 import signal
+import socket
 import sys
 
 import pytest
@@ -53,6 +54,8 @@ def test_clients_without_a_certificate_are_not_let_in(settings, tmp_path, certif
         (["--host", "0.0.0.0"], "can be reached from other machines"),
         (["--tls-cert", "nowhere.pem"], "needs both"),
         (["--print-envoy", "headers", "--config", "NONE"], "endpoints is empty"),
+        (["--print-envoy", "headers", "--envoy-port", "99999"], "--envoy-port 99999 is not legal"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read (No such file or directory)"),
     ],
 )
 def test_what_is_not_safe_or_not_possible_is_refused(settings, bundle_folder, tmp_path, capsys, words, said):
@@ -61,6 +64,15 @@ def test_what_is_not_safe_or_not_possible_is_refused(settings, bundle_folder, tm
     assert main([*settings, *(str(none) if word == "NONE" else word for word in words)]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("error: ") == 1
+
+
+def test_an_address_in_use_is_refused(settings, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main([*settings, "--port", str(port)]) == 2
+    assert f"127.0.0.1:{port} cannot be listened on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("way", ["observe", "headers", "buffered", "full-duplex"])
