@@ -33,4 +33,6 @@ wheel:  ## what a gateway host installs, in dist/
 constraints:  ## the versions of a fresh environment, in constraints.txt
 	rm -rf build/constraints && python3 -m venv build/constraints
 	build/constraints/bin/pip install -q ".[train,test,dev,docs]"
-	build/constraints/bin/pip freeze --exclude marginroute | sed 's/+cpu$$//' > constraints.txt
+	sed -n '/^#/p' constraints.txt > build/constraints.txt
+	build/constraints/bin/pip freeze --exclude marginroute | sed 's/+cpu$$//' >> build/constraints.txt
+	mv build/constraints.txt constraints.txt

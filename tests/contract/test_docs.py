@@ -173,6 +173,15 @@ def test_cheap_commands_run(command):
     assert done.returncode == 0 and done.stdout, done.stderr
 
 
+def test_the_page_of_the_bundle_names_every_term_and_feature():
+    from envs.economics.plans import TERMS
+    from marginroute.features import CANDIDATE_FEATURES, CONTEXT_FEATURES
+
+    page = (ROOT / "docs" / "bundle.md").read_text()
+    names = [*TERMS.names, *(feature.name for feature in (*CANDIDATE_FEATURES, *CONTEXT_FEATURES))]
+    assert [name for name in names if f"`{name}`" not in page] == []
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     for module in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(module, reason='pip install -e ".[docs]"')
