@@ -16,7 +16,7 @@ import numpy as np
 from agents.prompt_quality import auc_of, check, fit_predictor, folds_of, log_loss
 from envs.workload.traces_outcomes import Columns, OutcomeTable, read_outcomes
 from marginroute.cli import note
-from marginroute.errors import InputError
+from marginroute.errors import InputError, nearest
 from marginroute.predictor import QualityPredictor
 from marginroute.view import Array
 from marginroute.whole_file import check_target, write_whole
@@ -80,11 +80,12 @@ def judge(predictor: QualityPredictor, texts: list[str], good: Array, fitted: Ar
 
 
 def _curve(logit: Array, good: Array) -> Array:
-    """(BINS, 2) mean prediction and share of good answers by quantile of the prediction."""
+    """(BINS, 2) mean prediction and share of good answers by quantile of the prediction; NaN of parts without any."""
     known = np.flatnonzero(~np.isnan(good))
     order = known[np.argsort(logit[known], kind="stable")]
     p = 1.0 / (1.0 + np.exp(-logit))
-    return np.array([(p[part].mean(), good[part].mean()) for part in np.array_split(order, BINS)])
+    parts = np.array_split(order, BINS)
+    return np.array([(p[part].mean(), good[part].mean()) if len(part) else (np.nan, np.nan) for part in parts])
 
 
 def held_out(table: OutcomeTable, share: float, good_from: float, seed: int) -> tuple[QualityPredictor, Judgement]:
@@ -109,6 +110,16 @@ def held_out(table: OutcomeTable, share: float, good_from: float, seed: int) -> 
     return replace(fit_predictor(table.prompts, table.models, good, seed, _note), auc=judgement.auc), judgement
 
 
+def mean_auc(judged: Judgement) -> float:
+    """Mean over the models whose AUC is defined; NaN where none is."""
+    known = judged.auc[~np.isnan(judged.auc)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _figure(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.3f}"
+
+
 def text_table(models: tuple[str, ...], judged: Judgement) -> str:
     """The judgement as text."""
     width = max(len(name) for name in (*models, "model"))
@@ -116,13 +127,15 @@ def text_table(models: tuple[str, ...], judged: Judgement) -> str:
     lines = ["Prompts held out:", head]
     for t, name in enumerate(models):
         lines.append(
-            f"{name:<{width}}  {judged.n[t]:5d}  {100 * judged.share_good[t]:6.1f}  {judged.auc[t]:5.3f}  "
-            f"{judged.auc_length[t]:13.3f}  {judged.loss[t]:8.3f}  {judged.loss_constant[t]:13.3f}"
+            f"{name:<{width}}  {judged.n[t]:5d}  {100 * judged.share_good[t]:6.1f}  {_figure(judged.auc[t]):>5}  "
+            f"{_figure(judged.auc_length[t]):>13}  {judged.loss[t]:8.3f}  {judged.loss_constant[t]:13.3f}"
         )
-    lines.append(f"{'mean':<{width}}  {'':5}  {'':6}  {np.nanmean(judged.auc):5.3f}")
+    lines.append(f"{'mean':<{width}}  {'':5}  {'':6}  {_figure(mean_auc(judged)):>5}")
+    if np.isnan(judged.auc).any():
+        lines.append("-: answers of one kind alone were held out; a larger --held-out may have both")
     lines += ["", f"Calibration: predicted -> good %, by {BINS} equal parts of the predictions"]
     for t, name in enumerate(models):
-        pairs = "   ".join(f"{100 * p:3.0f} -> {100 * y:3.0f}" for p, y in judged.curve[t])
+        pairs = "   ".join(f"{100 * p:3.0f} -> {100 * y:3.0f}" for p, y in judged.curve[t] if np.isfinite(p))
         lines.append(f"{name:<{width}}  {pairs}")
     return "\n".join(lines) + "\n"
 
@@ -133,7 +146,10 @@ def _named(table: OutcomeTable, tiers: list[str]) -> OutcomeTable:
     for item in tiers:
         tier, equals, model = item.partition("=")
         if not equals or not tier or model not in table.models:
-            raise InputError(f"--tier {item}: legal is TIER=MODEL with one of the models {', '.join(table.models)}")
+            legal = f"legal is TIER=MODEL with one of the models {', '.join(table.models)}"
+            raise InputError(f"--tier {item}:{nearest(model, table.models)} {legal}")
+        if model in called:
+            raise InputError(f"--tier {item}: {model} is called {called[model]} already; legal is a name for each")
         called[model] = tier
     models = tuple(called.get(name, name) for name in table.models)
     if len(set(models)) < len(models):
@@ -156,7 +172,9 @@ def run(arguments: argparse.Namespace) -> int:
     for target in (arguments.out, arguments.json):
         if target is not None:
             check_target(target)
-    models = tuple(arguments.models.split(",")) if arguments.models else None
+    models = None if arguments.models is None else tuple(name.strip() for name in arguments.models.split(","))
+    if models is not None and ("" in models or len(set(models)) < len(models)):
+        raise InputError(f"--models {arguments.models!r}: legal are names separated by commas, each once")
     columns = Columns(prompt=arguments.prompt, model=arguments.model, outcome=arguments.outcome, models=models)
     table = _named(read_outcomes(arguments.table, columns), arguments.tier)
     predictor, judged = held_out(table, arguments.held_out, arguments.good_from, arguments.seed)
@@ -164,10 +182,9 @@ def run(arguments: argparse.Namespace) -> int:
     data = replace(predictor, source=source).to_bytes()
     write_whole(arguments.out, data)
     sys.stdout.write(text_table(table.models, judged))
-    print(
-        f"\n{arguments.out}: {len(data) / 1e6:.1f} MB; into a bundle with python export.py RUN --out DIR --quality FILE"
-    )
+    into = "into a bundle with python export.py RUN --out DIR --quality FILE"
+    print(f"\n{arguments.out}: {len(data) / 1e3:,.0f} kB; {into}")
     if arguments.json is not None:
-        figures = {"table": source, "mean_auc": _json(np.nanmean(judged.auc)), "models": judged.to_dict(table.models)}
+        figures = {"table": source, "mean_auc": _json(mean_auc(judged)), "models": judged.to_dict(table.models)}
         write_whole(arguments.json, json.dumps(figures, indent=1) + "\n")
     return 0

@@ -77,8 +77,8 @@ def figures(report: Report, data: PageData, shown: str) -> Figures:
     if data.tornado:
         made["tornado"] = (
             "What the gain hangs on",
-            f"Gain of {shown} over {reference} when one input is changed and everything else stays: the"
-            f" {len(data.tornado)} that move it most. Policies stay as they are.",
+            f"Gain of {shown} over {reference} when one input is changed and everything else stays: the inputs that"
+            " move it most. Policies stay as they are.",
             tornado_figure(data.tornado),
         )
     return made

@@ -170,7 +170,5 @@ def test_no_bundle_holds_it(plant):
 def test_it_is_a_baseline_by_name():
     entrants = enter(load_scenario("day_night"), [], "predictive-edf,mpc")
     assert set(entrants.all) == {"bid-price-fitted + predictive-edf", "bid-price-fitted + mpc"}
-    with pytest.raises(
-        InputError, match=r"'mcp' is no controller; did you mean mpc\? legal is all, none, .*, mpc"
-    ):
+    with pytest.raises(InputError, match=r"'mcp' is no controller; did you mean mpc\? legal is all, none, .*, mpc"):
         enter(load_scenario("day_night"), [], "mcp")

@@ -1,6 +1,7 @@
 """The prompt predictor learns a table whose truth is known, and the gateway computes what scikit-learn fitted."""
 
 import json
+import warnings
 
 import numpy as np
 import polars as pl
@@ -10,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from agents import prompt_quality
 from agents.__main__ import main
 from agents.prompt_quality import auc_of, design_of, fit_linear, fit_predictor
+from agents.quality_command import judge, mean_auc, text_table
 from envs.workload.traces_outcomes import Columns, read_outcomes
 from marginroute import predictor as predictors
 from marginroute.errors import InputError
@@ -246,11 +248,26 @@ def test_a_column_without_outcomes_is_named(tmp_path, capsys):
     assert "--model COLUMN" in said
 
 
+def test_few_outcomes_held_out_are_said_without_nan(fitted):
+    """Of the second model two are held out, both good: no AUC, and three of five parts are empty."""
+    good = np.column_stack([np.tile([1.0, 0.0], 5), [1.0, 1.0, *[np.nan] * 8]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        judged = judge(fitted, [f"prompt {i}" for i in range(10)], good, good)
+        shown = text_table(("small", "large"), judged)
+    assert mean_auc(judged) == judged.auc[0] and np.isnan(judged.auc[1]) and np.isnan(judged.curve[1, 2:]).all()
+    assert "nan" not in shown and "-: answers of one kind alone were held out" in shown
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         (["--tier", "big=nobody"], ["--tier big=nobody", "legal"]),
+        (["--tier", "big=larg"], ["--tier big=larg: did you mean large? legal"]),
         (["--tier", "small=large"], ["share a name"]),
+        (["--tier", "a=large", "--tier", "b=large"], ["--tier b=large: large is called a already"]),
+        (["--models", "large,large"], ["--models 'large,large'", "each once"]),
+        (["--models", ""], ["--models ''", "each once"]),
         (["--models", "large,medium"], ["'medium'", "legal is one of"]),
         (["--prompt", "text"], ["'text' is missing"]),
         (["--held-out", "0.9"], ["--held-out 0.9"]),
