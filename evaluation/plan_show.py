@@ -22,8 +22,10 @@ def print_plan(scenario: str, rows: Sequence[Row], episodes: int) -> None:
     console.print(f"{', '.join(rows[0].setting)}\n", markup=False)
     heads = [*short(list(rows[0].setting)), *HEADS]
     print_columns(console, heads, [[*row.setting.values(), *cells(row)] for row in rows], (len(heads) - 7, 2, 2, 3))
-    for line in break_even_lines(rows):
-        console.print(line, markup=False)
+    if lines := break_even_lines(rows):
+        console.print()
+        for line in lines:
+            console.print(line, markup=False)
     console.print(
         "\nMargin in USD per hour after all costs; change: paired with the first setting. SLO: lowest class; lost:"
         " highest class. Policies stay as tuned for the scenario itself.",
@@ -49,15 +51,21 @@ def cells(row: Row) -> list[str]:
 
 
 def break_even_lines(rows: Sequence[Row]) -> list[str]:
-    """A sentence per policy whose margin crosses zero along the one key that varies."""
-    keys = list(rows[0].setting)
-    if len(keys) != 1:
+    """A sentence per policy: where its margin is zero along the one key that varies, if that is numeric."""
+    key, *others = rows[0].setting
+    values = [row.setting[key] for row in rows]
+    if others or len(set(values)) == 1:
         return []
-    return [
-        f"{name} breaks even at {keys[0]} = {', '.join(f'{x:.3g}' for x in points)}"
-        for name, points in break_even(rows, keys[0]).items()
-        if points
-    ]
+    lines = []
+    for name, points in break_even(rows, key).items():
+        if points:
+            lines.append(f"{name} breaks even at {key} = {', '.join(f'{x:.3g}' for x in points)}.")
+        else:
+            first = next(row for row in rows if row.policy == name)
+            does = "earns" if first.margin_usd_per_hour.mean > 0.0 else "loses"
+            low, high = min(values, key=float), max(values, key=float)
+            lines.append(f"{name} {does} all the way from {key} = {low} to {high}: no break-even point in between.")
+    return lines
 
 
 def plan_page(scenario: str, rows: Sequence[Row], command: str) -> str:

@@ -14,6 +14,7 @@ from evaluation.contest import Entrants, Play
 from evaluation.counterfactual import differences, worth_usd
 from evaluation.explain import explain_decision
 from evaluation.plan import Row, break_even, settings, vary
+from evaluation.plan_show import break_even_lines
 from evaluation.protocol import evaluate_policies
 from evaluation.results import ARRAYS
 from evaluation.statistics import Estimate
@@ -116,6 +117,11 @@ def test_break_even_is_where_the_line_crosses():
 
     assert break_even([row(1, -2.0), row(3, 2.0), row(5, 6.0), row(7, -2.0)], "k") == {"p": pytest.approx([2.0, 6.5])}
     assert break_even([row(0, 0.0), row(1, 2.0), row(3, 0.0), row(5, 2.0)], "k") == {"p": [0.0, 3.0]}  # it touches zero
+    assert break_even_lines([row(1, -2.0), row(3, 2.0)]) == ["p breaks even at k = 2."]
+    assert break_even_lines([row(30, -2.0), row(4, -1.0)]) == [
+        "p loses all the way from k = 4 to 30: no break-even point in between."
+    ]
+    assert break_even_lines([row(1, 2.0)]) == break_even_lines([row("a", 1.0), row("b", -1.0)]) == []
     assert break_even([row("a", 1.0), row("b", -1.0)], "k") == break_even([row("inf", 1.0), row(1, -1.0)], "k") == {}
 
 
