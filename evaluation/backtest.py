@@ -32,6 +32,7 @@ ERROR_TOLERANCE = 0.02  # of the share of requests without an answer
 FEWEST = 20  # requests of a pool, or answers with a figure, below which it is not judged
 METRICS = ("ttft_s", "e2e_s", "cost_usd")
 UNKNOWN = "unknown"
+TOO_FEW = f"no pool has {FEWEST} answers: the log is too short, or too little was answered, to judge latencies by"
 
 
 def backtest(scenario: Scenario, log: Path) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def compared(plant: Plant, log: Path, logged: LoggedRequests, progress: Progress
         "skipped": logged.skipped,
         "stations": stations,
         "calibrated": judged > 0 and not outside,
-        "outside": outside if judged else [f"no pool has {FEWEST} answers: the log is too short to judge by"],
+        "outside": outside if judged else [*outside, TOO_FEW],
     }
 
 

@@ -34,7 +34,8 @@ def print_backtest(document: Mapping[str, Any]) -> None:
 def facts(document: Mapping[str, Any]) -> str:
     """What was replayed."""
     return (
-        f"{document['log']}: {document['requests']:,} requests in {document['span_s']:,.0f} s under their recorded"
+        f"{document['log']}: {document['requests']:,} request{'s' if document['requests'] != 1 else ''} in"
+        f" {document['span_s']:,.0f} s under their recorded"
         f" choices in the world of {document['scenario']}"
         f" ({document['skipped']:,} lines left out: shed, a stored answer, or no outcome)"
     )

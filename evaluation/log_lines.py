@@ -33,6 +33,7 @@ MOST = {
 }
 """Numbers of a record, or of its request, that are 0 or more, with the most that is legal."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+GZIP = b"\x1f\x8b"
 
 
 @dataclass
@@ -78,6 +79,8 @@ class LineLog:
         with file:
             while lines := [line for _, line in zip(range(PIECE_LINES), file, strict=False)]:
                 if not self.lines:
+                    if lines[0].startswith(GZIP):
+                        raise InputError(f"{self.path}: is compressed; legal is plain lines, as gunzip -c writes them")
                     lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)
                 part = self._read(lines, use, explain)
                 done += sum(map(len, lines))

@@ -17,9 +17,11 @@ import numpy as np
 from envs.plant import Plant
 from evaluation.columns import print_columns, stdout_console
 from evaluation.logged_requests import Array, LoggedRequests
+from evaluation.report import PER_1K, SECONDS_PER_HOUR
 from marginroute import earnings
 from marginroute import view as v
 
+LEAST_SPAN_S = 1.0  # a shorter log counts as one of that span, and says nothing by the hour
 OF_TERMS = {
     v.INPUT_PRICE_USD: "input_usd_per_token",
     v.OUTPUT_PRICE_USD: "output_usd_per_token",
@@ -61,7 +63,7 @@ def margin_by_class(plant: Plant, logged: LoggedRequests) -> dict[str, Any]:
         refunds, unserved, cost, margin: their sum, the contribution margin}}; a share of nothing is None.
     """
     request, done = request_signals(plant, logged), logged.completed
-    span_s = max(float(np.ptp(logged.decided_at_s)), 1.0)
+    span_s = max(float(np.ptp(logged.decided_at_s)), LEAST_SPAN_S)
     tokens = logged.prompt_tokens, logged.output_tokens
     at_once = np.zeros(len(done))
     usage_usd = earnings.answered_usd(request, at_once, at_once, *tokens, 1.0)
@@ -79,8 +81,8 @@ def margin_by_class(plant: Plant, logged: LoggedRequests) -> dict[str, Any]:
     for k, name in enumerate(plant.layout.class_names):
         rows = logged.class_index == k
         n = max(int(rows.sum()), 1)
-        usd = {part: float(1e3 * x[rows].sum() / n) for part, x in parts.items()}
-        usd["seats"] = float(1e3 * plant.terms["seat_usd_per_s"][k] * span_s / n) if rows.any() else 0.0
+        usd = {part: float(PER_1K * x[rows].sum() / n) for part, x in parts.items()}
+        usd["seats"] = float(PER_1K * plant.terms["seat_usd_per_s"][k] * span_s / n) if rows.any() else 0.0
         classes[name] = {
             "requests": int(rows.sum()),
             "answered": float(done[rows].sum() / n) if rows.any() else None,
@@ -120,11 +122,13 @@ def print_margin(found: Mapping[str, Any]) -> None:
 
 def whole(found: Mapping[str, Any]) -> str:
     """Contribution margin, GPU-hours and net margin per hour, and what the refunds rest on."""
-    hours = found["span_s"] / 3600.0
-    usd_per_hour = sum(row["requests"] * row["margin"] / 1e3 for row in found["classes"].values()) / hours
-    gpu = found["gpu_usd_per_hour"]
+    hours = found["span_s"] / SECONDS_PER_HOUR
+    usd = sum(row["requests"] * row["margin"] / PER_1K for row in found["classes"].values())
+    gpu, hourly = found["gpu_usd_per_hour"], usd / hours
+    money = f"Contribution margin {hourly:z,.2f} USD per hour, GPU-hours {gpu:z,.2f}, net {hourly - gpu:z,.2f}."
+    if found["span_s"] <= LEAST_SPAN_S:
+        money = f"Contribution margin {usd:z,.2f} USD; the log spans too little time for figures per hour."
     return (
-        f"Contribution margin {usd_per_hour:z.2f} USD per hour, GPU-hours {gpu:z.2f}, net {usd_per_hour - gpu:z.2f}."
-        f" Refunds rest on feedback for {100.0 * found['labelled']:.0f} % of the answers, on P(good) of model and task"
-        " elsewhere."
+        f"{money} Refunds rest on feedback for {100.0 * found['labelled']:.0f} % of the answers, on P(good) of model"
+        " and task elsewhere."
     )

@@ -20,6 +20,7 @@ target's decisions on candidates that the log could not have chosen, there is no
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -30,6 +31,8 @@ from numpy.typing import NDArray
 
 from envs.progress import Progress, silent
 from evaluation.decision_log import Decisions, read_decisions
+from evaluation.report import PER_1K
+from evaluation.statistics import Estimate
 from marginroute.bundle import Bundle
 from marginroute.errors import InputError
 from marginroute.margin_rule import MarginRule
@@ -76,15 +79,6 @@ class Overlap:
                 "log more, or explore more"
             )
         return ""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """USD per 1k decisions with its interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass
@@ -153,7 +147,10 @@ class Totals:
         )
 
     def estimates(self, level: float = 0.95) -> dict[str, Estimate]:
-        """Every estimator in USD per 1k decisions; `logged`, what the log itself earned; `gain`, DR less that."""
+        """Every estimator in USD per 1k decisions; `logged`, what the log itself earned; `gain`, DR less that.
+
+        One decision has no interval.
+        """
         self.overlap()
         assert self.sums is not None and self.products is not None
         mean = self.sums / self.n
@@ -170,15 +167,18 @@ class Totals:
         z = NormalDist().inv_cdf(0.5 + level / 2.0)
         result = {}
         for name, (value, variance) in found.items():
-            half = z * np.sqrt(max(variance, 0.0) / self.n)
-            result[name] = Estimate(*(1000.0 * float(x) for x in (value, value - half, value + half)))
+            half = z * np.sqrt(max(variance, 0.0) / self.n) if self.n > 1 else np.nan
+            result[name] = Estimate(*(PER_1K * float(x) for x in (value, value - half, value + half)))
         return result
 
     def to_dict(self) -> dict[str, Any]:
         """Diagnostics and estimates as plain data; estimates are null where overlap is too small."""
         overlap = self.overlap()
         refusal = overlap.refusal
-        estimates = {name: asdict(x) for name, x in self.estimates().items()}
+        estimates = {
+            name: {key: None if math.isnan(usd) else usd for key, usd in asdict(x).items()}
+            for name, x in self.estimates().items()
+        }
         answered = estimates if not refusal else {"logged": estimates["logged"]}
         return {"overlap": asdict(overlap), "refusal": refusal, "usd_per_1k_decisions": answered}
 
@@ -190,7 +190,8 @@ def evaluate_log(path: Path, bundle: Bundle, progress: Progress = silent) -> dic
     good, its P(good) stands in.
 
     Returns:
-        policy, learned, scenario, overlap, refusal, usd_per_1k_decisions: {estimator: {mean, low, high}}, skipped:
+        policy, learned, scenario, overlap, refusal, usd_per_1k_decisions: {estimator: {mean, low, high}} (null
+        where there is none), skipped:
         decisions without an outcome or of shadow mode, labelled: share of answers of which the log says whether they
         were good.
 

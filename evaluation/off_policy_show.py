@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,8 +47,9 @@ def overlap_words(document: Mapping[str, Any]) -> str:
     """How much of a policy the log can speak about."""
     overlap = document["overlap"]
     share = 100.0 * overlap["effective"] / overlap["decisions"]
+    decisions = f"{overlap['decisions']:,} decision{'s' if overlap['decisions'] != 1 else ''}"
     return (
-        f"{overlap['decisions']:,} decisions with an outcome ({document['skipped']:,} without, or of shadow mode,"
+        f"{decisions} with an outcome ({document['skipped']:,} without, or of shadow mode,"
         " are left out), worth"
         f" {overlap['effective']:,.0f} of the policy's own ({share:.0f} %); it takes the logged candidate in"
         f" {100.0 * overlap['agreement']:.0f} %, one that the log could not have taken in"
@@ -74,11 +76,16 @@ def off_policy_page(log: str, found: Mapping[str, Mapping[str, Any]], command: s
 def _rows(document: Mapping[str, Any]) -> list[list[str]]:
     estimates = document["usd_per_1k_decisions"]
     return [
-        [words, f"{x['mean']:{sign},.2f}", f"[{x['low']:{sign},.2f}, {x['high']:{sign},.2f}]"]
+        [words, f"{x.mean:{sign}z,.2f}", x.interval(2, sign)]
         for name, words in ESTIMATORS.items()
-        if (x := estimates.get(name)) is not None
-        for sign in ["+" if name == "gain" else ""]
+        if name in estimates
+        for x, sign in [(_estimate(estimates[name]), "+" if name == "gain" else "")]
     ]
+
+
+def _estimate(found: Mapping[str, float | None]) -> Estimate:
+    """Out of the document, where null stands for what there is not."""
+    return Estimate(*(math.nan if (x := found[key]) is None else x for key in ("mean", "low", "high")))
 
 
 def _figure(document: Mapping[str, Any]) -> Any:
@@ -92,7 +99,7 @@ def _figure(document: Mapping[str, Any]) -> Any:
         y=[ESTIMATORS[name] for name in names],
         mode="markers",
         marker={"size": 10, "color": [PALETTE[1] if name == "logged" else PALETTE[0] for name in names]},
-        error_x=error_bars([Estimate(**estimates[name]) for name in names]),
+        error_x=error_bars([_estimate(estimates[name]) for name in names]),
     )
     figure.update_xaxes(title="USD per 1,000 decisions", automargin=True)
     figure.update_yaxes(automargin=True)

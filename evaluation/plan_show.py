@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from evaluation.columns import print_columns, stdout_console
-from evaluation.page_figures import DASHES, PALETTE
+from evaluation.page_figures import DASHES, PALETTE, error_bars
 from evaluation.page_parts import drawn, frame, paragraph, table, text
 from evaluation.plan import Row, break_even
 from evaluation.report import played_words
@@ -82,12 +81,7 @@ def plan_page(scenario: str, rows: Sequence[Row], command: str) -> str:
             y=[x.mean for x in usd],
             name=name,
             line={"color": PALETTE[i % len(PALETTE)], "dash": DASHES[i % len(DASHES)]},
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [0.0 if math.isnan(x.high) else x.high - x.mean for x in usd],
-                "arrayminus": [0.0 if math.isnan(x.low) else x.mean - x.low for x in usd],
-            },
+            error_y=error_bars(usd),
         )
     figure.add_hline(y=0.0, line_color="#555")
     figure.update_xaxes(title=", ".join(keys), type="category", automargin=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evaluation.columns import print_columns, stdout_console
-from evaluation.page_figures import PALETTE
+from evaluation.page_figures import PALETTE, error_bars
 from evaluation.page_parts import drawn, paragraph, section, table
 from evaluation.report import PER_1K, Report, shed_shares
 from evaluation.results import Floats
@@ -171,12 +171,7 @@ def summary_section(title: str, what: str, rows: Sequence[Row]) -> str:
         x=[row.gain.mean for row in rows],
         mode="markers",
         marker={"size": 10, "color": PALETTE[0]},
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": [np.nan_to_num(row.gain.high - row.gain.mean) for row in rows],
-            "arrayminus": [np.nan_to_num(row.gain.mean - row.gain.low) for row in rows],
-        },
+        error_x=error_bars([row.gain for row in rows]),
     )
     figure.add_vline(x=0.0, line_color="#555")
     figure.update_xaxes(title="gain, USD per 1,000 requests", automargin=True)

@@ -1,5 +1,6 @@
 """evaluate.py --log LOG: the world's own log is predicted exactly, another fleet's is not, and reports say so."""
 
+import gzip
 import json
 
 import pytest
@@ -132,6 +133,32 @@ def test_too_short_to_judge(log, tmp_path, plant):
     (tmp_path / "short.jsonl").write_text("".join(log.read_text().splitlines(keepends=True)[:12]))
     found = backtest(plant.scenario, tmp_path / "short.jsonl")
     assert not found["calibrated"] and "too short" in found["outside"][0]
+
+
+def test_a_log_of_failures_is_not_predicted(log, tmp_path, plant):
+    """The world fails nothing: it is off by all of it, in every pool with enough requests."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    nothing = dict.fromkeys(("ttft_s", "e2e_s", "output_tokens", "good"))
+    failed = [{**record, **nothing, "status": "failed"} for record in lines if record["kind"] == "replica"]
+    (tmp_path / "failed.jsonl").write_text("".join(json.dumps(record) + "\n" for record in failed))
+    found = backtest(plant.scenario, tmp_path / "failed.jsonl")
+    assert not found["calibrated"]
+    *errors, last = found["outside"]
+    assert "too little was answered" in last
+    assert errors and all("share of errors is off by -100.0 points" in words for words in errors)
+
+
+def test_a_compressed_log_is_named(log, tmp_path, capsys):
+    (tmp_path / "log.jsonl.gz").write_bytes(gzip.compress(log.read_bytes()))
+    assert evaluate.main([*WORLD, "--log", str(tmp_path / "log.jsonl.gz")]) == 2
+    assert "log.jsonl.gz: is compressed; legal is plain lines, as gunzip -c writes them" in capsys.readouterr().err
+
+
+def test_a_log_of_one_moment_says_nothing_by_the_hour(log, tmp_path, capsys):
+    (tmp_path / "one.jsonl").write_text(log.read_text().splitlines(keepends=True)[0])
+    assert evaluate.main([*WORLD, "--log", str(tmp_path / "one.jsonl")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 request in 0 s" in shown and "the log spans too little time for figures per hour" in shown
 
 
 def test_failures_of_shadow_mode_have_no_pool(log, tmp_path, plant):

@@ -64,6 +64,11 @@ def test_pieces_add_up():
     assert pieces.estimates()["snips"].high == pytest.approx(whole.estimates()["snips"].high)
 
 
+def test_one_decision_has_no_interval():
+    found = logged(np.random.default_rng(0), 1).to_dict()["usd_per_1k_decisions"]
+    assert list(found) == ["logged"] and found["logged"]["low"] is found["logged"]["high"] is None
+
+
 def test_no_answer_where_the_log_says_little():
     greedy = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
     assert "could not have made" in logged(np.random.default_rng(5), 5_000, logging=greedy).overlap().refusal
