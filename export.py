@@ -40,10 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     from agents.run import Run
     from agents.train import router_scenario
     from envs.plant import Plant
+    from marginroute.bundle import check_folder
     from marginroute.control_policy import learned_of
     from marginroute.features import FeatureSpec
     from marginroute.predictor import load as load_predictor
 
+    check_folder(args.out)
     run = Run(args.run)
     info = run.info()
     if info.get("status") != "finished":

@@ -264,13 +264,21 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.seed < 0:
         raise InputError(f"--seed {arguments.seed}; legal is 0 or more")
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError:
         raise InputError(
             'the emulator needs uvicorn; legal is an installation with pip install -e ".[train]"'
         ) from None
-    app = Emulator(arguments.fleet, arguments.speed, arguments.output_median, arguments.output_sigma, arguments.seed)
     sock = _bound(arguments.host, arguments.port)
+    with contextlib.closing(sock):
+        _serve(sock, arguments)
+    return 0
+
+
+def _serve(sock: socket.socket, arguments: argparse.Namespace) -> None:
+    import uvicorn
+
+    app = Emulator(arguments.fleet, arguments.speed, arguments.output_median, arguments.output_sigma, arguments.seed)
     host, port = sock.getsockname()[:2]
     for name, station in app.stations.items():
         host_words = f"[{host}]" if ":" in host else host
@@ -282,6 +290,5 @@ def run(arguments: argparse.Namespace) -> int:
             app.live.stop()  # streams that are open end now
             await super().shutdown(sockets)
 
-    with contextlib.closing(sock), asyncio.Runner(loop_factory=fine_loop) as runner:
+    with asyncio.Runner(loop_factory=fine_loop) as runner:
         runner.run(Server(config).serve(sockets=[sock]))
-    return 0

@@ -112,4 +112,7 @@ def _part(log: Path, first: bool) -> Iterator[Path]:
                     out.writelines(itertools.islice(file, cut) if first else itertools.islice(file, cut, None))
         except OSError as error:
             raise InputError(f"{log}: cannot be read ({error.strerror}); legal is a log of decisions") from None
-        yield part
+        try:
+            yield part
+        except InputError as error:  # names the file that was given
+            raise InputError(str(error).replace(str(part), str(log) if first else f"the last part of {log}")) from None

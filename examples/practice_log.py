@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.minutes < 1:
         raise InputError(f"--minutes {arguments.minutes} is not legal; legal is 1 or more")
+    if arguments.out.exists():
+        raise InputError(f"{arguments.out} exists, and records are appended to a log; name another file with --out")
     announce_compilation()
     long = {"horizon_s": 60.0 * arguments.minutes, "requests_per_episode": 300 * arguments.minutes}
     scenario, rules = load_scenario("quickstart", long), baselines_for(load_scenario("quickstart"))

@@ -138,6 +138,14 @@ def parity_logits(policy: ResidualPolicy, observation: Array) -> Array:
     return np.where(legal > 0.5, policy.folded.logits(candidate, context, advice), -np.inf)
 
 
+def check_folder(folder: Path) -> None:
+    """Raises InputError where no bundle may be written: a file, or a folder that holds something else."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; name a new folder for the export")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").is_file():
+        raise InputError(f"{folder} exists and is not a bundle; name a new folder for the export")
+
+
 def save(
     bundle: Bundle,
     folder: Path,
@@ -157,10 +165,7 @@ def save(
     Raises:
         InputError: the folder exists and is not a bundle.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; name a new folder for the export")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").is_file():
-        raise InputError(f"{folder} exists and is not a bundle; name a new folder for the export")
+    check_folder(folder)
     policy, files = bundle.policy, {}
     advice = policy.advice if isinstance(policy, ResidualPolicy) else policy
     assert isinstance(advice, MarginRule | RuleOfThumb)

@@ -8,8 +8,11 @@ from collections import Counter
 
 if len(sys.argv) != 2:
     raise SystemExit(__doc__)
-with open(sys.argv[1]) as log:
-    records = [json.loads(line) for line in log]
+try:
+    with open(sys.argv[1]) as log:
+        records = [json.loads(line) for line in log]
+except (OSError, ValueError) as error:
+    raise SystemExit(f"error: {sys.argv[1]}: {error}") from None
 pairs = Counter((r["choice"], r["served_by"] or r["status"] or "no outcome") for r in records)
 for (choice, served), count in pairs.most_common():
     print(f"{count:6}  bundle: {choice:<12} gateway: {served}")

@@ -70,12 +70,12 @@ class Engine(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
-        raise SystemExit(__doc__)
-    Engine.ttft_s, Engine.tpot_s = float(sys.argv[2]), float(sys.argv[3])
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Engine)
-    except OSError as error:
-        raise SystemExit(f"error: port {sys.argv[1]}: {error.strerror}") from None
+        port, Engine.ttft_s, Engine.tpot_s = map(float, sys.argv[1:])
+        server = ThreadingHTTPServer(("127.0.0.1", int(port)), Engine)
+    except ValueError:
+        raise SystemExit(__doc__) from None
+    except (OSError, OverflowError) as error:
+        raise SystemExit(f"error: port {sys.argv[1]}: {error}") from None
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()

@@ -345,3 +345,28 @@ def test_output_that_nobody_takes(redirection, code):
     run = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == code, run.stderr
     assert "Traceback" not in run.stderr and "Exception ignored" not in run.stderr
+
+
+def test_a_folder_that_is_no_bundle_is_refused_before_anything_is_read(refused):
+    Path("docs").mkdir()
+    Path("docs/page.md").touch()
+    assert "docs exists and is not a bundle" in refused(export.main, "nowhere", "--out", "docs", leaves=["docs"])
+
+
+def test_a_port_is_refused_before_a_fleet_is_compiled(refused):
+    assert "--port 99999" in refused(envs_main, "emulate", "nowhere", "--port", "99999")
+
+
+def test_a_log_is_named_as_it_was_given(refused):
+    Path("log.jsonl").touch()
+    said = refused(train.main, "--log", "log.jsonl", leaves=["log.jsonl"])
+    assert said.startswith("error: log.jsonl: has no request")
+
+
+def test_the_practice_log_is_not_added_to_another(refused, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import practice_log
+
+    Path("log.jsonl").write_text("{}\n")
+    assert "log.jsonl exists" in refused(practice_log.main, "--out", "log.jsonl", leaves=["log.jsonl"])
+    assert Path("log.jsonl").read_text() == "{}\n"
