@@ -161,20 +161,17 @@ def load(args: argparse.Namespace, more: Mapping[str, str], name: str | None = N
 
     Where none is given, a policy's run folder brings the scenario that it was trained on, overrides included.
     """
-    from envs import announce_compilation
     from envs.scenario import load_scenario
     from evaluation.arguments import pairs
 
     trained_on = Path(args.policy[0], "scenario.json") if args.policy else None
-    scenario = load_scenario(
+    return load_scenario(
         name or args.scenario or (trained_on if trained_on and trained_on.is_file() else DEFAULT_SCENARIO),
         overrides={**pairs(args.set, "--set"), **more},
         trace=args.trace,
         trace_format=args.trace_format,
         columns=pairs(args.columns.split(","), "--columns") if args.columns else None,
     )
-    announce_compilation()
-    return scenario
 
 
 def planned(args: argparse.Namespace) -> list[dict[str, str]]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from envs import announce_compilation
 from envs.fleet.state import COMPLETED
 from envs.plant import Plant
 from envs.progress import Progress, silent
@@ -100,6 +101,7 @@ def replay(plant: Plant, logged: LoggedRequests, rows: Array, progress: Progress
     """
     workload, choice = _workload(plant, logged, rows), logged.candidate[rows]
     shed = plant.layout.names.index("shed")
+    announce_compilation()
     worlds = FleetWorlds(plant, 1)
     worlds.load_all([workload])
     made, every = 0, max(len(rows) // 200, 1)

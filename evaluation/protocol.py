@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.workers import Crew, shared_out, usable_cores
+from envs import announce_compilation
 from envs.progress import Progress, silent
 from evaluation.deciders import Deciders
 from evaluation.fairness import tenant_counts
@@ -94,6 +95,7 @@ def evaluate_policies(
     Raises:
         InputError: an episode without requests, or no policy.
     """
+    announce_compilation()
     seeds = range(first_seed, first_seed + episodes)
     chunks = [tuple(seeds[i : i + CHUNK_EPISODES]) for i in range(0, episodes, CHUNK_EPISODES)]
     jobs = [Job(name, split, chunk) for chunk in chunks for name in policies]
