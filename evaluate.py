@@ -221,6 +221,7 @@ def plan(
 ) -> None:
     """Plays the settings, prints and writes the plan."""
     from evaluation.document import write_json
+    from evaluation.page_parts import command_line
     from evaluation.plan import to_plan_document, vary
     from evaluation.plan_show import plan_page, print_plan
     from marginroute.whole_file import write_whole
@@ -229,7 +230,7 @@ def plan(
     if args.json is not None:
         write_json(args.json, to_plan_document(scenario.name, rows))
     if args.report is not None:
-        write_whole(args.report, plan_page(scenario.name, rows, f"python evaluate.py {' '.join(sys.argv[1:])}"))
+        write_whole(args.report, plan_page(scenario.name, rows, command_line()))
     print_plan(scenario.name, rows, play.episodes)
 
 

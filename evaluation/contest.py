@@ -169,7 +169,10 @@ def hold(scenario: Scenario, entrants: Entrants, play: Play, best: str | None = 
     if SHUFFLED_MIX in entrants.controls:
         controls |= shuffled_mixes(results, of)
     if MATCHED_COST in entrants.controls:
-        controls |= matched_mixes(scenario, policies, results, of, play)
+        mixes = matched_mixes(scenario, policies, results, of, play)
+        controls |= mixes
+        if not mixes:
+            note(f"note: no {MATCHED_COST}: no model is clearly dearer than the others, so there is no cost to match")
     if controls:
         episodes = len(next(iter(results.values())).seeds)
         with progress_bar("content-blind controls") as progress:

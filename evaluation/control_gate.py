@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from envs.progress import Progress, silent
 from evaluation.deciders import Deciders
 from evaluation.gate import FIRST_GATE_SEED, losses, paired_by_blocks
@@ -68,7 +66,7 @@ def control_gate(
         "refused": refused,
         "vs": rule.name,
         "delta_usd_per_1k": estimate.mean,
-        "ci95": None if np.isnan(estimate.low) else [estimate.low, estimate.high],
+        "ci95": estimate.ci95,
         "episodes": config.gate_episodes,
         "observations": observations,
         "rule_usd_per_1k": 1000.0 * float(theirs.margin_usd.sum() / theirs.first_calls.sum()),

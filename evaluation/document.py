@@ -22,7 +22,7 @@ from evaluation.latency import METRICS
 from evaluation.report import PER_1K, Report, accounts_usd_per_1k, action_shares, shed_shares
 from evaluation.results import EpisodeResults, Floats
 from evaluation.router_cost import CPU_S_PER_DECISION, USD_PER_CORE_HOUR, router_usd_per_1k
-from evaluation.statistics import Estimate, ratio_of_sums
+from evaluation.statistics import ratio_of_sums
 from evaluation.workflows import workflow_documents
 from marginroute.whole_file import write_whole
 
@@ -46,7 +46,7 @@ def to_document(report: Report) -> dict[str, Any]:
                 "vs": paired.vs,
                 "delta_usd_per_1k_requests": paired.delta_usd_per_1k.mean,
                 "delta_pct": paired.delta_pct,
-                "ci95": _ci95(paired.delta_usd_per_1k),
+                "ci95": paired.delta_usd_per_1k.ci95,
                 "p_value": paired.p_value,
                 "p_holm": paired.p_holm,
                 "net_of_router_usd_per_1k_requests": paired.net_usd_per_1k,
@@ -55,7 +55,9 @@ def to_document(report: Report) -> dict[str, Any]:
         },
         "router": {"cpu_s_per_decision": CPU_S_PER_DECISION, "usd_per_core_hour": USD_PER_CORE_HOUR},
         "bounds": report.bounds_usd_per_1k,
-        "share_of_bound": {name: _share_document(report.share_of_bound(name)) for name in report.ranking},
+        "share_of_bound": {
+            name: share and share.to_dict() for name in report.ranking for share in [report.share_of_bound(name)]
+        },
         "gap_closed": {name: report.gap_closed(name) for name in report.ranking},
     }
     result = _without_nan(document)
@@ -77,9 +79,9 @@ def _policy_document(report: Report, name: str) -> dict[str, Any]:
     revenue = float(ratio_of_sums(results.revenue_usd, results.first_calls, PER_1K))
     utilisation = results.utilisation.mean(axis=0)
     return {
-        "margin_usd_per_1k_requests": _estimate_document(margin),
-        "margin_usd_per_hour": _estimate_document(report.margin_usd_per_hour[name]),
-        "contribution_margin_usd_per_1k_requests": _estimate_document(report.contribution_usd_per_1k[name]),
+        "margin_usd_per_1k_requests": margin.to_dict(),
+        "margin_usd_per_hour": report.margin_usd_per_hour[name].to_dict(),
+        "contribution_margin_usd_per_1k_requests": report.contribution_usd_per_1k[name].to_dict(),
         "cash_margin_usd_per_1k_requests": float(ratio_of_sums(results.cash_usd, results.first_calls, PER_1K)),
         "lifetime_usd_per_1k_requests": float(ratio_of_sums(results.lifetime_usd, results.first_calls, PER_1K)),
         "interquartile_mean_usd_per_1k_requests": report.iqm_usd_per_1k(name),
@@ -132,19 +134,6 @@ def _class_document(results: EpisodeResults, k: int) -> dict[str, Any]:
 
 def _by_class(results: EpisodeResults, values: Floats) -> dict[str, float]:
     return dict(zip(results.class_names, values.tolist(), strict=True))
-
-
-def _share_document(share: Estimate | None) -> dict[str, Any] | None:
-    return None if share is None else _estimate_document(share)
-
-
-def _estimate_document(estimate: Estimate) -> dict[str, Any]:
-    return {"mean": estimate.mean, "ci95": _ci95(estimate)}
-
-
-def _ci95(estimate: Estimate) -> list[float] | None:
-    """[low, high]; None where one episode allows no interval."""
-    return None if math.isnan(estimate.low) else [estimate.low, estimate.high]
 
 
 def _without_nan(value: Any) -> Any:

@@ -62,11 +62,6 @@ def losses(ours: EpisodeResults, theirs: EpisodeResults) -> list[str]:
     return [f"{name} {words}" for name, words, x in found if x > MOST_LOST]
 
 
-def _interval(estimate: Estimate) -> list[float] | None:
-    """[low, high]; None where there is none."""
-    return None if np.isnan(estimate.low) else [estimate.low, estimate.high]
-
-
 def broken(floors: Sequence[Floor], results: EpisodeResults) -> list[str]:
     """Floors that a policy does not keep, as sentences."""
     counts = results.counts.sum(axis=0)
@@ -113,7 +108,7 @@ def gate(
     stress: dict[str, Any] = {}
     for name, world in () if refused else stresses.items():
         found = paired_by_blocks(world, *play(world, each, config.gate_episodes + each * len(stress)))[0]
-        stress[name] = {"delta_usd_per_1k": found.mean, "ci95": _interval(found)}
+        stress[name] = {"delta_usd_per_1k": found.mean, "ci95": found.ci95}
         if found.high < 0.0:
             refused.append(f"it loses {-found.mean:.4f} USD per 1k under stress: {name}")
     progress(whole, whole)
@@ -122,7 +117,7 @@ def gate(
         "refused": refused,
         "vs": advice.name,
         "delta_usd_per_1k": estimate.mean,
-        "ci95": _interval(estimate),
+        "ci95": estimate.ci95,
         "episodes": config.gate_episodes,
         "observations": observations,
         "stress": stress,

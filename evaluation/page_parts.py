@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -77,4 +78,4 @@ def text(words: object) -> str:
 
 def command_line() -> str:
     """The command that is running, for the foot of a page."""
-    return f"python evaluate.py {' '.join(sys.argv[1:])}"
+    return shlex.join(["python", "evaluate.py", *sys.argv[1:]])

@@ -165,12 +165,6 @@ def _number(text: str) -> float:
 
 def to_plan_document(scenario: str, rows: Sequence[Row]) -> dict[str, Any]:
     """The rows as plain data."""
-
-    def estimate(x: Estimate | None) -> dict[str, Any] | None:
-        if x is None:
-            return None
-        return {"mean": x.mean, "ci95": None if math.isnan(x.low) else [x.low, x.high]}
-
     return {
         "schema": 1,
         "scenario": scenario,
@@ -178,8 +172,8 @@ def to_plan_document(scenario: str, rows: Sequence[Row]) -> dict[str, Any]:
             {
                 "setting": dict(row.setting),
                 "policy": row.policy,
-                "margin_usd_per_hour": estimate(row.margin_usd_per_hour),
-                "change_usd_per_hour": estimate(row.change_usd_per_hour),
+                "margin_usd_per_hour": row.margin_usd_per_hour.to_dict(),
+                "change_usd_per_hour": row.change_usd_per_hour and row.change_usd_per_hour.to_dict(),
                 "slo_attainment_min": row.slo_pct / 100.0,
                 "lost_max": row.lost_pct / 100.0,
                 "utilisation": row.busy_pct / 100.0,

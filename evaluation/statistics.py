@@ -28,6 +28,7 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -59,6 +60,15 @@ class Estimate:
     def excludes_zero(self) -> bool:
         """Whether the whole interval lies on one side of zero (False where there is no interval)."""
         return self.low > 0.0 or self.high < 0.0
+
+    @property
+    def ci95(self) -> list[float] | None:
+        """[low, high] for a document; None where there is none."""
+        return None if math.isnan(self.low) else [self.low, self.high]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Mean and ci95, for a document."""
+        return {"mean": self.mean, "ci95": self.ci95}
 
     def interval(self, digits: int = 2, sign: str = "") -> str:
         """The interval in figures, never minus zero; "-" where there is none. `sign`: "+" for signs on all."""

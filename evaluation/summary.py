@@ -119,8 +119,8 @@ def summary_document(rows: Sequence[Row]) -> dict[str, Any]:
             row.name: {
                 "policy": row.policy,
                 "vs": row.reference,
-                "margin_usd_per_1k_requests": _estimate(row.margin),
-                "gain_usd_per_1k_requests": _estimate(row.gain),
+                "margin_usd_per_1k_requests": row.margin.to_dict(),
+                "gain_usd_per_1k_requests": row.gain.to_dict(),
                 "gain_pct": _finite(row.pct),
                 "p_value": row.p_value,
                 "p_holm": row.p_holm,
@@ -132,7 +132,7 @@ def summary_document(rows: Sequence[Row]) -> dict[str, Any]:
             }
             for row in rows
         },
-        "pooled_gain_pct": None if pooled is None else {"iqm": pooled.mean, "ci95": _estimate(pooled)["ci95"]},
+        "pooled_gain_pct": None if pooled is None else {"iqm": pooled.mean, "ci95": pooled.ci95},
     }
 
 
@@ -190,10 +190,6 @@ def _cells(row: Row) -> list[str]:
     figures = [f"{row.margin.mean:z,.2f}", f"{row.gain.mean:+z,.2f}", row.gain.interval(2, "+")]
     shares = [f"{x:.1f}" for x in (row.slo_pct, row.good_pct, row.lost_pct)]
     return [row.policy, row.reference, *figures, "-" if math.isnan(row.pct) else f"{row.pct:+z.1f}", p, closed, *shares]
-
-
-def _estimate(x: Estimate) -> dict[str, Any]:
-    return {"mean": x.mean, "ci95": None if math.isnan(x.low) else [x.low, x.high]}
 
 
 def _finite(x: float) -> float | None:
