@@ -203,7 +203,9 @@ def _flushed() -> Iterator[None]:
     """Writes out what was printed; also before --help and --version end the process."""
     try:
         yield
-    except SystemExit:
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # how rich ends where nobody reads its tables
+            raise end.__context__ from None
         if sys.stdout is not None:
             sys.stdout.flush()
         raise

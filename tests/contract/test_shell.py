@@ -304,3 +304,20 @@ def test_compilation_is_announced_until_the_world_is_compiled(tmp_path, monkeypa
         envs.announce_compilation.cache_clear()
         envs.announce_compilation()
         assert (words in capsys.readouterr().err) if words else capsys.readouterr().err == ""
+
+
+def test_a_table_that_nobody_reads_is_no_failure(tmp_path):
+    code = (
+        "from evaluation.columns import stdout_console\n"
+        "from marginroute.cli import main_guard\n"
+        "@main_guard\n"
+        "def main(argv):\n"
+        "    for _ in range(10_000):\n"
+        "        stdout_console().print('a row of a table')\n"
+        "    return 0\n"
+        "raise SystemExit(main())\n"
+    )
+    (tmp_path / "rows.py").write_text(code)
+    command = f"set -o pipefail; PYTHONPATH=. {sys.executable} {tmp_path / 'rows.py'} | head -n 1"
+    run = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "a row of a table\n", "")
