@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 
-from envs import world
+from envs import rule_kernel, world
 from envs.fleet.provider import requests_left
 from envs.fleet.state import ACTIVE, DOWN, DRAINING, LEAVING, STARTING
 from envs.kernels import kernel
 from envs.world_hold import held_by_age
 from marginroute import control
+from marginroute import view as v
 
 SHED_DEBT, SPILL_DEBT = range(2)  # columns of `debts`; the pools' follow
 
@@ -78,16 +79,62 @@ def plain_choice(kinds, stations, replicas, desks, loads, legal, debts, share, c
 
 
 @kernel
+def routed_choice(kinds, n_replicas, desks, loads, legal, debts, class_levers, w, rule, signals, request_view, seen):
+    """The candidate that a margin rule takes for the current request of world w, of what the levers leave it."""
+    desk = desks[w]
+    load = loads[w, desk.current]
+    k, n = load.class_index, kinds.shape[0]
+    held = False
+    if desk.offered == 0 and load.attempts + load.turned_down == 0:
+        debts[w, k, SHED_DEBT] += class_levers[w, k, 0]
+        debts[w, k, SPILL_DEBT] += class_levers[w, k, 1]
+        shed = debts[w, k, SHED_DEBT] >= 1.0
+        spill = False
+        for c in range(n_replicas, n - 3):
+            spill = spill or (not shed and debts[w, k, SPILL_DEBT] >= 1.0 and legal[w, c])
+        debts[w, k, SHED_DEBT] -= shed
+        debts[w, k, SPILL_DEBT] = min(debts[w, k, SPILL_DEBT] - spill, 2.0)
+        if shed:
+            return n - 1
+        if spill:
+            for c in range(n):
+                legal[w, c] = legal[w, c] and n_replicas <= c < n - 3
+        held = not spill and legal[w, n - 2] and kinds[n - 2] == v.DEFER
+    if held:
+        return n - 2
+    legal[w, n - 2] = False
+    return rule_kernel.choice(rule, signals, request_view, legal, w, seen)
+
+
+@kernel
 def run_tick(
     config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers, requests,
     desks, loads, index, prior, truth, good, own, entries, follow, lengths, ledger_usd, counts, changes, actions,
-    signals, request_view, legal, p_true, stations, debts, share, class_levers, until_s, choices,
+    signals, request_view, legal, p_true, stations, debts, share, class_levers, until_s, choices, routed, rule, seen,
 ):  # fmt: skip
-    """Lets the plain gateway decide in every world until its next decision is at `until_s` (N,) or later."""
+    """Lets the plain gateway, or a margin rule (`routed`), decide in every world until its next decision is at
+    `until_s` (N,) or later.
+    """
     choices[:] = world.WAIT
     for w in range(desks.shape[0]):
         while desks[w].done == 0 and desks[w].now_s < until_s[w]:
-            choices[w] = plain_choice(kinds, stations, replicas, desks, loads, legal, debts, share, class_levers, w)
+            if routed:
+                choices[w] = routed_choice(
+                    kinds,
+                    replicas.shape[1],
+                    desks,
+                    loads,
+                    legal,
+                    debts,
+                    class_levers,
+                    w,
+                    rule,
+                    signals,
+                    request_view,
+                    seen,
+                )
+            else:
+                choices[w] = plain_choice(kinds, stations, replicas, desks, loads, legal, debts, share, class_levers, w)
             world.step(
                 config, terms, static, sigmas, kinds, tiers, pools, tables, worlds, replicas, slots, providers,
                 requests, desks, loads, index, prior, truth, good, own, entries, follow, lengths, ledger_usd, counts,

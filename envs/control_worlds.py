@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from envs import control_kernel, world_hold
+from envs import control_kernel, rule_kernel, world_hold
 from envs.control_plant import ControlPlant, Traffic, prices_usd, traffic_of
 from envs.economics import ledger as books
 from envs.fluid_worlds import FluidWorlds
@@ -26,6 +26,7 @@ from envs.worlds import FleetWorlds
 from marginroute import control
 from marginroute import view as v
 from marginroute.control import AGES, POOL_SIGNALS, ControlLayout, ControlView, Levels, Levers, decode
+from marginroute.margin_rule import MarginRule
 from marginroute.policy import Policy
 
 Array = np.ndarray[Any, Any]
@@ -185,7 +186,8 @@ class EngineControl(ControlWorlds):
     Args:
         worlds: the worlds of requests.
         layout: what there is to control.
-        router: who decides on requests; None: the plain gateway, compiled.
+        router: who decides on requests; None: the plain gateway. It and margin rules are compiled, except where some
+            request may be hedged.
     """
 
     def __init__(self, worlds: FleetWorlds, layout: ControlLayout, router: Policy | None = None) -> None:
@@ -199,6 +201,9 @@ class EngineControl(ControlWorlds):
         self._targets = np.zeros((worlds.n_worlds, len(layout.pool_names)))
         self._margins_usd = np.zeros(worlds.n_worlds)
         self._choices = np.zeros(worlds.n_worlds, dtype=np.int64)
+        self._compiled = router is None or rule_kernel.is_compiled(router, worlds)
+        rule = router if isinstance(router, MarginRule) and self._compiled else rule_kernel.default_advice(worlds.plant)
+        self._rule = rule_kernel.arguments_of(rule, worlds)
         for w in range(worlds.n_worlds):
             self.begin(w)
 
@@ -244,15 +249,15 @@ class EngineControl(ControlWorlds):
         until_s = np.where(self.tick == self.ticks - 1, np.inf, (self.tick + 1) * self.layout.tick_s)
         until_s = np.where(running, until_s, -np.inf)
         class_levers = np.ascontiguousarray(np.stack([levers.shed_share, levers.spill_share], axis=-1))
-        if self.router is None:
-            self._run_plain(class_levers, until_s)
-        else:
+        if self._compiled:
+            self._run_compiled(class_levers, until_s)
+        elif self.router is not None:
             self._run_router(self.router, class_levers, until_s)
         margins_usd = self.worlds.ledger_usd.sum(axis=(1, 2))
         self.rewards_usd[:] = margins_usd - self._margins_usd
         self._margins_usd = margins_usd
 
-    def _run_plain(self, class_levers: Array, until_s: Array) -> None:
+    def _run_compiled(self, class_levers: Array, until_s: Array) -> None:
         control_kernel.run_tick(
             *self.worlds.arguments,
             self.worlds.plant.layout.station,
@@ -261,6 +266,8 @@ class EngineControl(ControlWorlds):
             class_levers,
             until_s,
             self._choices,
+            self.router is not None,
+            *self._rule,
         )
 
     def _run_router(self, router: Policy, class_levers: Array, until_s: Array) -> None:

@@ -48,11 +48,14 @@ RULE = np.dtype(
 
 
 class Rule(NamedTuple):
-    """A margin rule over a layout, and the columns of the observation, as the kernel takes them. J tasks."""
+    """A margin rule over a layout, and the columns of the observation, as the kernel takes them. J tasks.
 
-    numbers: Array  # (1,) RULE
-    price_usd_per_s: Array  # (C,)
-    floor_usd: Array  # (3, K) multipliers of floors
+    R is 1, or N where every world has parameters of its own.
+    """
+
+    numbers: Array  # (R,) RULE
+    price_usd_per_s: Array  # (R, C)
+    floor_usd: Array  # (3, R, K) multipliers of floors
     intercept: Array  # (J, C) of the fitted P(good)
     slope: Array  # (J, C)
     length: Array  # (C,)
@@ -62,11 +65,12 @@ class Rule(NamedTuple):
 
 
 def rule_of(advice: MarginRule, layout: Layout, spec: FeatureSpec) -> Rule:
-    """The constants of a rule whose parameters are the same for every world."""
-    numbers = record_array(1, RULE)
+    """The constants of a rule."""
     parameters = advice.parameters
+    price = np.atleast_2d(parameters.price.take(layout.station, axis=-1))
+    numbers = record_array(len(price), RULE)
     for name in ("fill_power", "ttft_scale", "tpot_scale", "sharpness", "defer_share", "cache_similarity"):
-        numbers[name] = getattr(parameters, name)
+        numbers[name] = np.ravel(getattr(parameters, name))
     numbers["temperature_share"], numbers["n_replicas"] = spec.temperature_share, layout.n_replicas
     numbers["n_classes"], numbers["n_tasks"] = len(layout.class_names), len(layout.task_names)
     shape = (len(layout.task_names), layout.n_candidates)
@@ -76,12 +80,11 @@ def rule_of(advice: MarginRule, layout: Layout, spec: FeatureSpec) -> Rule:
         numbers["fitted"], numbers["fitted_reuse"] = 1, reuse is not None
         numbers["fit_worth"] = advice.quality.fit_worth
         fitted = (*advice.quality.by_candidate(layout), fitted[3] if reuse is None else reuse)
-    floor_usd = np.zeros((3, len(layout.class_names)))
+    floor_usd = np.zeros((3, len(price), len(layout.class_names)))
     if parameters.multipliers is not None:
-        numbers["floors"], floor_usd = 1, np.ascontiguousarray(parameters.multipliers)
+        numbers["floors"], floor_usd = 1, parameters.multipliers.reshape(floor_usd.shape)
     one_hot = np.ascontiguousarray(layout.one_hot.T)
-    price = np.ascontiguousarray(parameters.price.take(layout.station, axis=-1))
-    return Rule(numbers, price, floor_usd, *map(np.ascontiguousarray, fitted), layout.kind, one_hot)
+    return Rule(numbers, *map(np.ascontiguousarray, (price, floor_usd, *fitted)), layout.kind, one_hot)
 
 
 class Seen(NamedTuple):
@@ -94,6 +97,13 @@ class Seen(NamedTuple):
     stay: Array  # (N, C)
     congestion_usd: Array  # (N, C), price of the capacity taken
     kept: Array  # (3, N, C), filled in where the rule has floors
+
+
+def buffers(n_worlds: int, n_candidates: int, observation: Array) -> Seen:
+    """What the kernel writes, around an observation (N, D) float32."""
+    return Seen(
+        observation, *(np.zeros((n_worlds, n_candidates)) for _ in range(5)), np.zeros((3, n_worlds, n_candidates))
+    )
 
 
 @kernel(error_model="numpy")
@@ -163,7 +173,8 @@ def _latency(s, w, c, prompt_tokens, output_tokens):
 @kernel(error_model="numpy")
 def _candidates(rule, s, q, legal, w, value_usd, usage_usd, unserved_usd, row, n_features, seen):
     """`margin_rule.assess` for world `w`, with most candidate features; returns the highest legal score."""
-    numbers = rule.numbers[0]
+    own = w if len(rule.numbers) > 1 else 0
+    numbers = rule.numbers[own]
     prompt_tokens, output_tokens = q[v.PROMPT_TOKENS, w], q[v.EXPECTED_OUTPUT_TOKENS, w]
     bad_now_usd = refund_usd(value_usd, q[v.REFUND_SHARE, w], q[v.BAD_ANSWER_USD, w])
     task, n = int(q[v.TASK_INDEX, w]), len(rule.kind)
@@ -193,8 +204,8 @@ def _candidates(rule, s, q, legal, w, value_usd, usage_usd, unserved_usd, row, n
         credit_usd, refunds_usd, congestion_usd = stay * value_usd * min(share, 1.0), bad_share * bad_usd, 0.0
         if miss_usd > 0.0:
             credit_usd += stay * (1.0 - (1.0 - late) * (1.0 - slow) * (1.0 - long)) * miss_usd
-        if rule.price_usd_per_s[c] != 0.0:
-            congestion_usd = rule.price_usd_per_s[c] * work_s * min(fill, MAX_FILL) ** numbers.fill_power
+        if rule.price_usd_per_s[own, c] != 0.0:
+            congestion_usd = rule.price_usd_per_s[own, c] * work_s * min(fill, MAX_FILL) ** numbers.fill_power
         margin_usd = stay * (usage_usd + unserved_usd) - unserved_usd - (cost_usd + credit_usd + refunds_usd)
         idle_usd = -unserved_usd
         if legal[w, c] and rule.kind[c] <= v.PROVIDER:
@@ -204,7 +215,7 @@ def _candidates(rule, s, q, legal, w, value_usd, usage_usd, unserved_usd, row, n
         seen.p_good[w, c], seen.bad_usd[w, c], seen.stay[w, c] = p_good, bad_usd, stay
         seen.score_usd[w, c], seen.congestion_usd[w, c] = margin_usd - congestion_usd, congestion_usd
         if numbers.floors == 1:
-            seen.bad_usd[w, c] += stay * rule.floor_usd[1, k]
+            seen.bad_usd[w, c] += stay * rule.floor_usd[1, own, k]
             seen.kept[0, w, c] = stay * (1.0 - late) * (1.0 - slow) * (1.0 - long)
             seen.kept[1, w, c], seen.kept[2, w, c] = stay * p_good, stay
         at = c * n_features
@@ -235,10 +246,25 @@ def _candidates(rule, s, q, legal, w, value_usd, usage_usd, unserved_usd, row, n
         seen.score_usd[w, n - 3] -= NEVER_USD
     for c in range(n):
         for i in range(3 * numbers.floors):
-            seen.score_usd[w, c] += rule.floor_usd[i, k] * seen.kept[i, w, c]
+            seen.score_usd[w, c] += rule.floor_usd[i, own, k] * seen.kept[i, w, c]
         if legal[w, c]:
             best_usd = max(best_usd, seen.score_usd[w, c])
     return best_usd
+
+
+@kernel(error_model="numpy")
+def assess(rule, s, q, legal, w, n_features, seen):
+    """Assesses the candidates of world `w`; returns the highest legal score and the answer's value in USD.
+
+    With `n_features` 0 the features of all candidates overwrite one another.
+    """
+    prompt_tokens, output_tokens = q[v.PROMPT_TOKENS, w], q[v.EXPECTED_OUTPUT_TOKENS, w]
+    usage_usd = tokens_usd(prompt_tokens, output_tokens, q[v.INPUT_PRICE_USD, w], q[v.OUTPUT_PRICE_USD, w])
+    usage_usd += q[v.REQUEST_USD, w]
+    value_usd = usage_usd + q[v.REQUEST_VALUE_USD, w]
+    unserved_usd = unserved_credit_usd(value_usd, q[v.UNSERVED_CREDIT_SHARE, w], q[v.UNSERVED_CREDIT_USD, w])
+    row = seen.observation[w]
+    return _candidates(rule, s, q, legal, w, value_usd, usage_usd, unserved_usd, row, n_features, seen), value_usd
 
 
 @kernel(error_model="numpy")
@@ -273,12 +299,7 @@ def observe(rule, s, q, legal, n_features, n_context, seen):
     fixed, wide = n_features - rule.one_hot.shape[1], n * n_features
     for w in range(worlds):
         row = seen.observation[w]
-        prompt_tokens, output_tokens = q[v.PROMPT_TOKENS, w], q[v.EXPECTED_OUTPUT_TOKENS, w]
-        usage_usd = tokens_usd(prompt_tokens, output_tokens, q[v.INPUT_PRICE_USD, w], q[v.OUTPUT_PRICE_USD, w])
-        usage_usd += q[v.REQUEST_USD, w]
-        value_usd = usage_usd + q[v.REQUEST_VALUE_USD, w]
-        unserved_usd = unserved_credit_usd(value_usd, q[v.UNSERVED_CREDIT_SHARE, w], q[v.UNSERVED_CREDIT_USD, w])
-        best_usd = _candidates(rule, s, q, legal, w, value_usd, usage_usd, unserved_usd, row, n_features, seen)
+        best_usd, value_usd = assess(rule, s, q, legal, w, n_features, seen)
         _context(rule, s, q, legal, w, value_usd, row[wide : wide + n_context])
         tenth = 10.0 / max(value_usd, 1e-9)
         temperature_usd = max(rule.numbers[0].temperature_share * value_usd, 1e-9)

@@ -24,8 +24,9 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from envs import observe_kernel as kernel
 from envs.economics import ledger as books
-from envs.observe_kernel import Seen, rule_of
+from envs.observe_kernel import buffers, rule_of
 from envs.plant import Plant
+from envs.rule_kernel import default_advice
 from envs.scenario import Scenario, load_scenario
 from envs.workload.requests import Workload
 from envs.world import WAIT
@@ -33,16 +34,10 @@ from envs.worlds import FleetWorlds
 from marginroute import features, hedging, latency
 from marginroute import view as v
 from marginroute.features import CLIP, MIN_LOGIT, FeatureSpec
-from marginroute.margin_rule import MarginParameters, MarginRule
+from marginroute.margin_rule import MarginRule
 from marginroute.view import Array
 
 Workloads = Callable[[int], Workload]
-
-
-def default_advice(plant: Plant) -> MarginRule:
-    """The untuned expected margin: what an environment observes with when nobody gives it an advice."""
-    stations = len(plant.layout.station_names)
-    return MarginRule("expected-margin", MarginParameters(station_usd_per_s=(0.0,) * stations))
 
 
 class ObservedWorlds(FleetWorlds):
@@ -67,9 +62,7 @@ class ObservedWorlds(FleetWorlds):
         self.spec = spec or features.feature_spec(self.plant.layout)
         c = self.plant.layout.n_candidates
         self._rule = rule_of(self.advice, self.plant.layout, self.spec)
-        self._seen = Seen(
-            np.empty((0, 0), dtype=np.float32), *(np.zeros((n_worlds, c)) for _ in range(5)), np.zeros((3, n_worlds, c))
-        )
+        self._seen = buffers(n_worlds, c, np.empty((0, 0), dtype=np.float32))
         self.expect(self.advice.quality)
         self._pair: hedging.Pair | None = None
         self.floor_usd: Array | None = None

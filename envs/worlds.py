@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from envs import rule_kernel, world_elastic
 from envs import world as kernel
-from envs import world_elastic
 from envs.cached_answers import CachedAnswers
 from envs.economics.ledger import ACCOUNTS, COUNTS
 from envs.fleet import engine
@@ -33,9 +33,12 @@ from envs.world_state import DESK, LOAD, MEAN, OPEN, OWN
 from envs.world_terms import Terms
 from marginroute import latency
 from marginroute import view as v
+from marginroute.margin_rule import MarginRule
 from marginroute.policy import Policy
 from marginroute.quality import FittedQuality
 from marginroute.view import Array, View
+
+NO_END = np.iinfo(np.int64).max
 
 
 class FleetWorlds:
@@ -328,6 +331,11 @@ class FleetWorlds:
     def run(self, policy: Policy, max_steps: int | None = None) -> None:
         """Lets a policy decide until every world is done (or for `max_steps` decisions)."""
         self.follow(policy)
+        if isinstance(policy, MarginRule) and rule_kernel.is_compiled(policy, self):
+            decisions = NO_END if max_steps is None else max_steps
+            choices = np.zeros(self.n_worlds, dtype=np.int64)
+            rule_kernel.run(*self._arguments, *rule_kernel.arguments_of(policy, self), choices, decisions)
+            return
         while not self.done.all() and (max_steps is None or max_steps > 0):
             self.step(policy.decide_batch(self.view()))
             max_steps = None if max_steps is None else max_steps - 1

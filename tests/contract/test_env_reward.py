@@ -6,7 +6,8 @@ from by_hand import GPU_USD_PER_S, SEAT_USD_PER_S, Played, workload
 
 from envs.economics import ledger as books
 from envs.fleet_env import FleetEnv
-from envs.vector_env import FleetVecEnv, FleetVectorEnv, default_advice
+from envs.rule_kernel import default_advice
+from envs.vector_env import FleetVecEnv, FleetVectorEnv
 from marginroute.margin_rule import MarginParameters, MarginRule
 from marginroute.rules import LeastInFlight
 

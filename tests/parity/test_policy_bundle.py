@@ -12,7 +12,7 @@ import pytest
 from scorers import random_scorer
 
 from agents.export import export
-from envs.vector_env import default_advice
+from envs.rule_kernel import default_advice
 from envs.worlds import FleetWorlds
 from marginroute import bundle as bundles
 from marginroute.bundle_files import digest_of

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from envs.vector_env import default_advice
+from envs.rule_kernel import default_advice
 from envs.worlds import FleetWorlds
 from marginroute import features, latency
 from marginroute.margin_rule import DEFER_COLUMN, MarginParameters, MarginRule
