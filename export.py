@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     levers, learned = None, load_archive(run.policy_path, None) if info["gate"]["learned"] else None
     assert learned is None or isinstance(learned.policy, ScorerPolicy)
+    if learned is None:
+        advice = baselines.router_beside(run.folder / baselines.FILE, run.config().fitted)
     if "controller" in info:
         from agents.control_run import exported_levers
         from envs.control_plant import ControlPlant

@@ -220,6 +220,8 @@ def finish(training: Training, track: bool, crew: Crew | None) -> int:
         judged_by["controller_gate"] = run.info()["controller"]["gate"]
     provenance = {key: run.info()[key] for key in ("command", "seed", "versions")}
     chosen = router.policy if router.verdict["learned"] else None
+    if chosen is None:
+        advice = baselines.router_beside(rules, config.fitted)
     export(plant, chosen, advice, router.spec, fallback, run.bundle_path, judged_by, provenance, levers=levers)
     tuned_baselines(run, plant, scenario.control is None, progress_bar, crew)
     if log_file := run.info().get("log"):

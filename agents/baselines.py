@@ -80,6 +80,26 @@ def save_controllers(path: Path, tuned: dict[str, Tuned], budget: Budget) -> Non
     _write(path, data)
 
 
+def save_prices_beside(path: Path, usd_per_1k: Mapping[float, float]) -> None:
+    """Adds what the router earned beside the best of the tuned controllers, by share of its price of congestion."""
+    data = load(path)[0]
+    rows = {share: round(usd, 6) for share, usd in usd_per_1k.items()}
+    best = max(usd_per_1k, key=lambda share: usd_per_1k[share])
+    data["controllers"]["router"] = {"price_share": best, "validation_usd_per_1k": rows}
+    _write(path, data)
+
+
+def router_beside(path: Path, fitted: bool = True) -> MarginRule:
+    """The tuned router; beside a controller at the price of congestion that is best there.
+
+    Raises:
+        InputError: as `advice_and_fallback`.
+    """
+    router = advice_and_fallback(path, fitted)[0]
+    chosen = load(path)[0].get("controllers", {}).get("router")
+    return router if chosen is None else router.at_price(float(chosen["price_share"]))
+
+
 def load_controllers(path: Path, layout: ControlLayout) -> tuple[dict[str, RuleController], str]:
     """The tuned controllers of a file, and the name of the best on validation; ({}, "") where it holds none.
 

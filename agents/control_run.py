@@ -7,12 +7,13 @@ from typing import Any
 
 from agents import baselines
 from agents.control_train import control_parity, load_controller
-from agents.control_tuning import control_budget, tune_controllers
+from agents.control_tuning import control_budget, prices_beside, tune_controllers
 from agents.export import PARITY_SAMPLES, Levers
 from agents.run import Run
 from envs.control_plant import ControlPlant
 from envs.progress import Progress
 from marginroute.control_rules import RuleController
+from marginroute.margin_rule import MarginRule
 
 
 def tuned_rules(run: Run, plant: ControlPlant, progress: Progress) -> tuple[dict[str, RuleController], str]:
@@ -25,6 +26,16 @@ def tuned_rules(run: Run, plant: ControlPlant, progress: Progress) -> tuple[dict
         baselines.remember(plant.plant.scenario, path)
         rules, best = baselines.load_controllers(path, plant.layout)
     return rules, best
+
+
+def priced_router(run: Run, plant: ControlPlant, rule: RuleController, progress: Progress) -> MarginRule:
+    """The run's tuned router at the price of congestion that is best beside a rule; found now if its file lacks it."""
+    path, fitted = run.folder / baselines.FILE, run.config().fitted
+    if "router" not in baselines.load(path)[0]["controllers"]:
+        router = baselines.advice_and_fallback(path, fitted)[0]
+        baselines.save_prices_beside(path, prices_beside(plant, router, rule, progress))
+        baselines.remember(plant.plant.scenario, path)
+    return baselines.router_beside(path, fitted)
 
 
 def exported_levers(run: Run, plant: ControlPlant) -> Levers:

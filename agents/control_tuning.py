@@ -15,15 +15,21 @@ from dataclasses import fields
 import numpy as np
 import optuna
 
+from agents.objective import margins
 from agents.search import USUAL_RESTARTS, Budget, Tuned, search_restarts
 from envs.control_plant import ControlPlant, Traffic, traffic_of
-from envs.control_worlds import FluidControl
+from envs.control_worlds import EngineControl, FluidControl
 from envs.progress import Progress, silent
 from envs.scenario import Split
+from envs.worlds import FleetWorlds
 from marginroute.control import Array
 from marginroute.control_rules import ControlParameters, RuleController, standard_rules
+from marginroute.margin_rule import MarginRule
 
 FIRST_VALIDATION_SEED = 20_000  # validation seeds before it belong to the router and to the gates
+FIRST_PRICE_SEED, PRICE_DAYS = 40_000, 16  # validation days of the engine, on which the router's price is chosen
+AT_ONCE = 4  # worlds of a day: what a day of requests takes in memory
+PRICE_SHARES = (1.0, 0.5, 0.25, 0.0)
 
 
 def control_budget(ticks: int) -> Budget:
@@ -137,3 +143,29 @@ def tune_controllers(plant: ControlPlant, budget: Budget, progress: Progress = s
 def best(tuned: dict[str, Tuned]) -> str:
     """Name of the rule that earns most on validation."""
     return max(tuned, key=lambda name: tuned[name].validation_usd_per_1k)
+
+
+def prices_beside(
+    plant: ControlPlant, router: MarginRule, controller: RuleController, progress: Progress = silent
+) -> dict[float, float]:
+    """What a router earns beside a controller by the share of its price of congestion that is left, in USD per 1k.
+
+    A router is tuned with levers at rest, and asks a price for every replica that fills up. Caps, spill and more
+    replicas are a controller's answers to the same, and what both charge for is charged for twice.
+    """
+    scenario, found = plant.plant.scenario, []
+    for first in range(0, PRICE_DAYS, AT_ONCE):
+        days = [scenario.generate(FIRST_PRICE_SEED + first + i, "validation") for i in range(AT_ONCE)]
+        for i, share in enumerate(PRICE_SHARES):
+            progress(len(PRICE_SHARES) * first + i * AT_ONCE, len(PRICE_SHARES) * PRICE_DAYS)
+            worlds = FleetWorlds(plant.plant, AT_ONCE)
+            worlds.load_all(days)
+            rule = router.at_price(share)
+            worlds.expect(rule.quality)
+            control, acting = EngineControl(worlds, plant.layout, rule), controller.anew()
+            while not control.done.all():
+                control.step(acting.act(control.view()))
+            found.append(margins(worlds))
+    progress(len(PRICE_SHARES) * PRICE_DAYS, len(PRICE_SHARES) * PRICE_DAYS)
+    usd = np.array(found).reshape(-1, len(PRICE_SHARES), AT_ONCE).mean(axis=(0, 2))
+    return dict(zip(PRICE_SHARES, usd.tolist(), strict=True))

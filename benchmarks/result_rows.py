@@ -23,6 +23,7 @@ from evaluation.results import EpisodeResults
 from evaluation.statistics import holm, paired_estimate, sign_flip_p_value
 from marginroute.bundle import Bundle
 from marginroute.control_policy import LearnedController
+from marginroute.margin_rule import MarginRule
 from marginroute.policy import Policy
 
 SHIPPED = "shipped"
@@ -67,8 +68,10 @@ def _learned(bundle: Bundle) -> bool:
 
 
 def _decides(bundle: Bundle) -> Policy:
-    """What a gateway runs of a bundle; of one with a controller that, beside the plain gateway."""
-    return bundle.guarded() if bundle.controller is None else Deciders(bundle.controller)
+    """What a gateway runs of a bundle; the guard of one with a controller only where a network routes."""
+    if bundle.controller is None:
+        return bundle.guarded()
+    return Deciders(bundle.controller, bundle.policy if isinstance(bundle.policy, MarginRule) else bundle.guarded())
 
 
 def _kept(scenario: Scenario, run: Path, play: Play) -> tuple[str, dict[str, Policy]]:
@@ -79,11 +82,11 @@ def _kept(scenario: Scenario, run: Path, play: Play) -> tuple[str, dict[str, Pol
 
 
 def _kept_controlled(scenario: Scenario, run: Path, play: Play) -> tuple[str, dict[str, Policy]]:
-    """The rule that was best on validation, and Kubernetes', beside the plain gateway."""
+    """The rule that was best on validation, and Kubernetes', beside the tuned router."""
     entrants = enter(scenario, [str(run)], "all")
-    pairs = {name: pair.controller for name, pair in entrants.heuristics.items() if isinstance(pair, Deciders)}
-    best = Deciders(pairs[str(entrants.best)])
-    return best.name, {best.name: best, SHIPPED: Deciders(next(x for x in pairs.values() if x.name == "hpa"))}
+    pairs = {pair.controller.name: pair for pair in entrants.heuristics.values() if isinstance(pair, Deciders)}
+    best = entrants.heuristics[str(entrants.best)]
+    return str(entrants.best), {str(entrants.best): best, SHIPPED: pairs["hpa"]}
 
 
 def _row(results: Mapping[str, EpisodeResults], seeds: Sequence[str], best: str) -> dict[str, Any]:
@@ -143,8 +146,8 @@ def markdown(found: Sequence[Mapping[str, Any]], commit: str, command: str) -> s
         "(where the gate did not let the network pass, the bundle is the heuristic itself, and says so); %: of the",
         "contribution margin; p: sign-flip test, adjusted over all rows of this page (Holm); learned: seeds whose",
         "gates exported a network. SLO, good, lost: points by which the class that fares worst differs from the best",
-        "heuristic. Where there is a controller, an episode is a day, and a plain gateway routes on both sides, so",
-        "that the row tells of controllers alone; shipped is Kubernetes' rule.",
+        "heuristic. Where there is a controller, an episode is a day, and shipped is Kubernetes' rule beside the",
+        "tuned router.",
         "",
         *_summary(found),
         "",

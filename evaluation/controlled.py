@@ -104,4 +104,4 @@ def _rules(
     rules, best = baselines.load_controllers(path, layout)
     if not rules:
         raise InputError(f"{path} holds no tuned controllers; tune them with train.py on the same scenario")
-    return rules, best, baselines.advice_and_fallback(path)[0]
+    return rules, best, baselines.router_beside(path)

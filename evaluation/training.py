@@ -85,12 +85,17 @@ def router_stage(
 
 
 def controller_stage(training: Training, log: Log) -> Levers:
-    """Tunes the heuristic controllers, trains one, and asks the engine: what the bundle holds beside its router."""
+    """Tunes the heuristic controllers, trains one, and asks the engine: what the bundle holds beside its router.
+
+    On the engine the tuned router decides on requests, at the price that is best beside the tuned controller.
+    """
     run, scenario, settings = training.run, training.scenario, training.config.controller
     plant = ControlPlant(scenario)
     with progress_bar(f"tuning the controllers ({settings.tuning_ticks:,} ticks per restart)") as progress:
         rules, best = control_run.tuned_rules(run, plant, progress)
     rule = rules[best]
+    with progress_bar("price of congestion beside the controller (validation days)") as progress:
+        router = control_run.priced_router(run, plant, rule, progress)
     if training.config.deciders == "router":
         control_run.keep(run, best, None, {"gate": dict(NOT_TRAINED)})
         return control_run.exported_levers(run, plant)
@@ -99,9 +104,9 @@ def controller_stage(training: Training, log: Log) -> Levers:
             plant, rule, settings, run, training.seed, resume=training.resumed, progress=progress, log=log
         )
     with progress_bar("choosing on the engine (validation days)") as progress:
-        chosen, gains = choose(scenario, candidates, rule, None, settings.choice_episodes, progress)
+        chosen, gains = choose(scenario, candidates, rule, router, settings.choice_episodes, progress)
     with progress_bar("gate on the engine (validation days)") as progress:
-        verdict = control_gate(scenario, candidates[chosen], rule, None, settings, progress)
+        verdict = control_gate(scenario, candidates[chosen], rule, router, settings, progress)
     control_run.keep(run, best, chosen, {"gains_usd_per_1k": {str(k): x for k, x in gains.items()}, "gate": verdict})
     return control_run.exported_levers(run, plant)
 

@@ -18,7 +18,7 @@ All functions work on (..., C) arrays.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -228,6 +228,11 @@ class MarginRule:
     name: str
     parameters: MarginParameters
     quality: FittedQuality | None = None
+
+    def at_price(self, share: float) -> MarginRule:
+        """The rule with so much of its price of congestion."""
+        usd_per_s = tuple(share * usd for usd in self.parameters.station_usd_per_s)
+        return replace(self, parameters=replace(self.parameters, station_usd_per_s=usd_per_s))
 
     def assess(self, view: View) -> Assessment:
         """USD by part for every candidate."""

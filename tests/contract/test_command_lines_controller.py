@@ -9,7 +9,8 @@ from sizes import TINY_TRAINING
 import evaluate
 import export
 import train
-from agents import baselines
+from agents import baselines, control_tuning
+from agents.control_tuning import PRICE_SHARES
 from agents.run import Run
 from envs.control_plant import ControlPlant
 from envs.control_worlds import EngineControl
@@ -79,6 +80,26 @@ def test_a_run_holds_both_deciders(finished, scenario):
     rules, best = baselines.load_controllers(finished / "baselines.yaml", ControlPlant(scenario).layout)
     assert len(rules) == 8 and best == info["controller"]["rule"]
     assert rule_of(read.controller).to_dict() == rules[best].to_dict()
+    chosen = baselines.load(finished / "baselines.yaml")[0]["controllers"]["router"]
+    earned = chosen["validation_usd_per_1k"]
+    assert tuple(earned) == PRICE_SHARES and max(earned, key=earned.get) == chosen["price_share"]
+    tuned = baselines.advice_and_fallback(finished / "baselines.yaml")[0]
+    assert baselines.router_beside(finished / "baselines.yaml") == tuned.at_price(chosen["price_share"])
+
+
+def test_what_a_router_earns_beside_a_rule_is_what_its_days_earn(finished, scenario, monkeypatch):
+    plant = ControlPlant(scenario)
+    rules, best = baselines.load_controllers(finished / "baselines.yaml", plant.layout)
+    router = baselines.advice_and_fallback(finished / "baselines.yaml")[0]
+    monkeypatch.setattr(control_tuning, "PRICE_DAYS", 4)
+    earned = control_tuning.prices_beside(plant, router, rules[best])
+    for share, usd in earned.items():
+        pair = Deciders(rules[best], router.at_price(share))
+        first = control_tuning.FIRST_PRICE_SEED
+        [played] = evaluate_policies(
+            scenario, {"pair": pair}, 4, split="validation", first_seed=first, workers=1
+        ).values()
+        assert usd == pytest.approx((1000.0 * played.margin_usd / played.first_calls).mean(), abs=1e-9)
 
 
 @pytest.mark.parametrize("learned", [True, False])
@@ -170,7 +191,8 @@ def test_the_table_of_results_has_the_controller_beside_the_best_rule(finished, 
 
     (row,) = rows(scenario, [finished, finished], 2, 0)
     learned = bundle.load(finished / "bundle").controller
-    ours, theirs = Deciders(learned), Deciders(rule_of(learned))
+    router = baselines.router_beside(finished / "baselines.yaml")
+    ours, theirs = Deciders(learned, router), Deciders(rule_of(learned), router)
     played = evaluate_policies(scenario, {"ours": ours, "theirs": theirs}, 2)
     gain_usd = (played["ours"].margin_usd - played["theirs"].margin_usd).sum()
     assert row["best_heuristic"] == theirs.name and row["episodes"] == 2
