@@ -1,9 +1,9 @@
 """What each decider is worth where a scenario has a controller: alone, in turn, and after a joint round.
 
 Held-out days of the engine, the same for every row. `gain_usd_per_1k` is over both deciders tuned alone: the router
-with levers at rest, the controller's rule beside a gateway that only balances. Networks count as the mean over the runs,
-one per training seed, as their gates exported them. The joint round is the router's price of congestion, chosen anew
-beside the tuned rule.
+with levers at rest, the controller's rule beside a gateway that only balances. Networks count as the mean over the
+runs, one per training seed, as their gates exported them. The joint round is the router's price of congestion, chosen
+anew beside the tuned rule.
 
 Try:
   python -m benchmarks.deciders runs/results/day_night-0 runs/results/day_night-1 runs/results/day_night-2
@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks import common
 from marginroute.cli import main_guard
+from marginroute.errors import InputError
 
 ALONE = "each tuned alone"
 
@@ -29,19 +30,27 @@ ALONE = "each tuned alone"
 def main(argv: list[str] | None = None) -> int:
     """Prints the figures."""
     parse = common.parser(__doc__)
-    parse.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of one scenario")
+    parse.add_argument(
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="run folders of one scenario (default: runs/results/day_night-*)",
+    )
     parse.add_argument("--days", type=int, default=32, metavar="N", help="held-out days (default: 32)")
     args = parse.parse_args(argv)
     from agents.run import Run
     from evaluation.protocol import evaluate_policies
 
-    scenario = Run(args.runs[0]).scenario()
-    rows = entrants(scenario, args.runs)
+    runs = args.runs or sorted(Path("runs/results").glob("day_night-*"))
+    if not runs:
+        raise InputError("runs/results holds no day_night-SEED; train them with python -m benchmarks.results day_night")
+    scenario = Run(runs[0]).scenario()
+    rows = entrants(scenario, runs)
     days = 2 if args.quick else args.days
-    results = evaluate_policies(
-        scenario, {f"{name} {i}": x for name, row in rows.items() for i, x in enumerate(row)}, days
-    )
-    common.emit("deciders", gains(rows, results), scenario=scenario.name, days=days, runs=len(args.runs))
+    entered = {f"{name} {i}": pair for name, row in rows.items() for i, pair in enumerate(row)}
+    results = evaluate_policies(scenario, entered, days)
+    common.emit("deciders", gains(rows, results), scenario=scenario.name, days=days, runs=len(runs))
     return 0
 
 
