@@ -26,7 +26,7 @@ REQUESTS = 4_000  # of one log; each holds as many episodes as that takes
 
 
 def bias(load_scale: float, logs: int, folder: Path) -> tuple[dict[str, float], Path, Path]:
-    """Estimate less truth over logs, with its 95 % interval; the last log, and the bundle."""
+    """Estimate less truth over the logs that are answered, with its 95 % interval; the last log, and the bundle."""
     from agents.baselines import baselines_for
     from agents.export import make_bundle
     from envs.plant import Plant
@@ -49,12 +49,19 @@ def bias(load_scale: float, logs: int, folder: Path) -> tuple[dict[str, float], 
         seeds = range(number * each, (number + 1) * each)
         write_log(log, plant, logger, seeds, "heldout")
         write_log(truth, plant, bundle.guarded(), seeds, "heldout")
-        rows.append((_usd(evaluate_log(log, bundle), "dr"), _usd(evaluate_log(truth, bundle), "logged")))
+        judged = evaluate_log(log, bundle)
+        if judged["refusal"]:
+            common.note(f"load x{load_scale}, log {number}: {judged['refusal']}")
+            continue
+        rows.append((_usd(judged, "dr"), _usd(evaluate_log(truth, bundle), "logged")))
         common.note(f"load x{load_scale}, log {number}: estimate {rows[-1][0]:.2f}, truth {rows[-1][1]:.2f}")
+    if len(rows) < 2:
+        raise SystemExit(f"load x{load_scale}: fewer than two logs were answered")
     estimate, truth_usd = np.array(rows).T
     error = estimate - truth_usd
     half = 1.96 * float(error.std(ddof=1)) / math.sqrt(len(error))
     figures = {
+        "logs_refused": logs - len(rows),
         "dr_usd_per_1k": round(float(estimate.mean()), 3),
         "truth_usd_per_1k": round(float(truth_usd.mean()), 3),
         "bias_usd_per_1k": round(float(error.mean()), 3),
@@ -66,10 +73,7 @@ def bias(load_scale: float, logs: int, folder: Path) -> tuple[dict[str, float], 
 
 def _usd(document: dict[str, Any], name: str) -> float:
     """USD per 1k decisions."""
-    found = document["usd_per_1k_decisions"].get(name)
-    if found is None:
-        raise SystemExit(f"a log is too short: {document['refusal']}")
-    return float(found["mean"])
+    return float(document["usd_per_1k_decisions"][name]["mean"])
 
 
 def records_per_cpu_s(log: Path, saved: Path, records: int) -> int:
