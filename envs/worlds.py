@@ -38,7 +38,7 @@ from marginroute.policy import Policy
 from marginroute.quality import FittedQuality
 from marginroute.view import Array, View
 
-NO_END = np.iinfo(np.int64).max
+AT_ONCE = 200_000  # decisions of all worlds between two looks at signals (Ctrl-C): a second or two
 
 
 class FleetWorlds:
@@ -332,10 +332,15 @@ class FleetWorlds:
         """Lets a policy decide until every world is done (or for `max_steps` decisions)."""
         self.follow(policy)
         if isinstance(policy, MarginRule) and rule_kernel.is_compiled(policy, self):
-            decisions = NO_END if max_steps is None else max_steps
-            choices = np.zeros(self.n_worlds, dtype=np.int64)
-            rule_kernel.run(*self._arguments, *rule_kernel.arguments_of(policy, self), choices, decisions)
+            self._run_rule(policy, max_steps)
             return
         while not self.done.all() and (max_steps is None or max_steps > 0):
             self.step(policy.decide_batch(self.view()))
             max_steps = None if max_steps is None else max_steps - 1
+
+    def _run_rule(self, rule: MarginRule, max_steps: int | None) -> None:
+        arguments = (*self._arguments, *rule_kernel.arguments_of(rule, self), np.zeros(self.n_worlds, dtype=np.int64))
+        some = max(AT_ONCE // self.n_worlds, 1)
+        while not self.done.all() and (max_steps is None or max_steps > 0):
+            rule_kernel.run(*arguments, some if max_steps is None else min(some, max_steps))
+            max_steps = None if max_steps is None else max_steps - some

@@ -7,6 +7,7 @@ import pytest
 
 from agents.objective import stack
 from envs import rule_kernel
+from envs import worlds as worlds_module
 from envs.control_plant import ControlPlant
 from envs.control_worlds import EngineControl
 from envs.plant import Plant
@@ -60,7 +61,8 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("name", EPISODES)
-def test_whole_episodes_are_the_same(name):
+def test_whole_episodes_are_the_same(name, monkeypatch):
+    monkeypatch.setattr(worlds_module, "AT_ONCE", 1000)
     plant = Plant(load_scenario(name, EPISODES[name]))
     for policy in (rule(plant, 1), rule(plant, 2, floors=True)):
         worlds = loaded(plant)
