@@ -116,7 +116,8 @@ def test_a_bad_line_is_named(change, sentence, log, tmp_path, capsys):
     assert not (tmp_path / "out.json").exists() and not calibration.FOLDER.exists()
 
 
-def test_a_class_without_requests_has_no_shares(log, tmp_path, capsys):
+def test_a_class_without_requests_has_no_shares(log, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     some = [record for record in lines if record["request"]["class_index"] == 0]
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(record) + "\n" for record in some))
