@@ -50,9 +50,7 @@ def play(worlds: FluidControl, controller: RuleController, episodes: list[Traffi
     """(N,) margin in USD per 1k requests that a controller earns, an episode in every world."""
     for w, traffic in enumerate(episodes):
         worlds.load(w, traffic)
-    controller = controller.anew()
-    while not worlds.done.all():
-        worlds.step(controller.act(worlds.view()))
+    worlds.run(controller)
     calls = np.array([traffic.arrivals.sum() for traffic in episodes])
     return np.asarray(worlds.ledger_usd.sum(axis=(1, 2)) / np.maximum(calls, 1.0) * 1000.0)
 
@@ -162,9 +160,7 @@ def prices_beside(
             worlds.load_all(days)
             rule = router.at_price(share)
             worlds.expect(rule.quality)
-            control, acting = EngineControl(worlds, plant.layout, rule), controller.anew()
-            while not control.done.all():
-                control.step(acting.act(control.view()))
+            EngineControl(worlds, plant.layout, rule).run(controller)
             found.append(margins(worlds))
     progress(len(PRICE_SHARES) * PRICE_DAYS, len(PRICE_SHARES) * PRICE_DAYS)
     usd = np.array(found).reshape(-1, len(PRICE_SHARES), AT_ONCE).mean(axis=(0, 2))

@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parse.add_argument("--days", type=int, default=32, metavar="N", help="held-out days (default: 32)")
     args = parse.parse_args(argv)
+    if args.days < 2:
+        raise InputError(f"--days {args.days} is not legal; legal is 2 or more")
     from agents.run import Run
     from evaluation.protocol import evaluate_policies
 
@@ -61,6 +63,8 @@ def entrants(scenario: Any, runs: list[Path]) -> dict[str, list[Any]]:
     from envs.control_plant import ControlPlant
     from evaluation.deciders import Deciders
 
+    if scenario.control is None:
+        raise InputError(f"scenario {scenario.name!r} of {runs[0]} has no controller; legal are runs of one that has")
     path = baselines.file_for(scenario, runs[0])
     rules, best = baselines.load_controllers(path, ControlPlant(scenario).layout)
     bundles = [load_bundle(run, scenario) for run in runs]

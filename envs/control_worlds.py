@@ -26,7 +26,7 @@ from envs.worlds import FleetWorlds
 from marginroute import control
 from marginroute import view as v
 from marginroute.control import AGES, POOL_SIGNALS, ControlLayout, ControlView, Levels, Levers, decode
-from marginroute.margin_rule import MarginRule
+from marginroute.control_rules import Controller
 from marginroute.policy import Policy
 
 Array = np.ndarray[Any, Any]
@@ -111,6 +111,13 @@ class ControlWorlds(ABC):
         self._classes = np.moveaxis(now - self._before, 1, 2)
         self._before = now
         self._levels.update(self._classes[..., control.ARRIVED], self.time_s)
+
+    def run(self, controller: Controller, max_ticks: int | None = None) -> None:
+        """Lets a controller act, from its start, until all worlds are done (or for `max_ticks`)."""
+        controller = controller.anew()
+        while not self.done.all() and (max_ticks is None or max_ticks > 0):
+            self.step(controller.act(self.view()))
+            max_ticks = None if max_ticks is None else max_ticks - 1
 
     def _share(self) -> Array:
         """(N, P) share of the requests that a pool gets: its part of the throughput of what is ready."""
@@ -201,9 +208,10 @@ class EngineControl(ControlWorlds):
         self._targets = np.zeros((worlds.n_worlds, len(layout.pool_names)))
         self._margins_usd = np.zeros(worlds.n_worlds)
         self._choices = np.zeros(worlds.n_worlds, dtype=np.int64)
-        self._compiled = router is None or rule_kernel.is_compiled(router, worlds)
-        rule = router if isinstance(router, MarginRule) and self._compiled else rule_kernel.default_advice(worlds.plant)
+        routed = rule_kernel.is_compiled(router, worlds)
+        rule = router if routed else rule_kernel.default_advice(worlds.plant)
         self._rule = rule_kernel.arguments_of(rule, worlds)
+        self._compiled = router is None or routed
         for w in range(worlds.n_worlds):
             self.begin(w)
 

@@ -9,7 +9,7 @@ assessed by formulas of their own, which are not repeated.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from envs.worlds import FleetWorlds
 
 
-def is_compiled(policy: object, worlds: FleetWorlds) -> bool:
+def is_compiled(policy: object, worlds: FleetWorlds) -> TypeGuard[MarginRule]:
     """Whether a policy's decisions in these worlds can be made here."""
     return type(policy) is MarginRule and not worlds.hedges
 

@@ -331,7 +331,7 @@ class FleetWorlds:
     def run(self, policy: Policy, max_steps: int | None = None) -> None:
         """Lets a policy decide until every world is done (or for `max_steps` decisions)."""
         self.follow(policy)
-        if isinstance(policy, MarginRule) and rule_kernel.is_compiled(policy, self):
+        if rule_kernel.is_compiled(policy, self):
             self._run_rule(policy, max_steps)
             return
         while not self.done.all() and (max_steps is None or max_steps > 0):

@@ -64,7 +64,4 @@ class Deciders:
         from envs.control_worlds import EngineControl
 
         worlds.expect(self.quality)
-        control, controller = EngineControl(worlds, self.controller.layout, self.router), self.controller.anew()
-        while not control.done.all() and (max_ticks is None or max_ticks > 0):
-            control.step(controller.act(control.view()))
-            max_ticks = None if max_ticks is None else max_ticks - 1
+        EngineControl(worlds, self.controller.layout, self.router).run(self.controller, max_ticks)

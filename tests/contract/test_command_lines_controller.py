@@ -12,6 +12,7 @@ import train
 from agents import baselines, control_tuning
 from agents.control_tuning import PRICE_SHARES
 from agents.run import Run
+from benchmarks import deciders
 from envs.control_plant import ControlPlant
 from envs.control_worlds import EngineControl
 from envs.plant import Plant
@@ -185,6 +186,20 @@ def test_one_decider_alone(tmp_path, cache, capsys):
     assert "controller gate: learned minus" in capsys.readouterr().out
     assert not (run / "policy.zip").exists() and bundle.load(run / "bundle").learned == "none"
     assert export.main([str(run), "--out", str(tmp_path / "bundle")]) == 0
+
+
+def test_the_benchmark_of_deciders_has_a_row_for_each(finished, tmp_path, capsys):
+    assert deciders.main([str(finished), "--days", "2"]) == 0
+    rows = json.loads(capsys.readouterr().out)["figures"]
+    assert rows[deciders.ALONE]["gain_usd_per_1k"] == 0.0
+    for row in rows.values():
+        gain = row["usd_per_1k"] - rows[deciders.ALONE]["usd_per_1k"]
+        assert row["gain_usd_per_1k"] == pytest.approx(gain, abs=2e-4)
+    if not Run(finished).info()["controller"]["gate"]["learned"]:
+        assert rows["controller network"] == rows[deciders.ALONE]
+    for words, sentence in (([finished, "--days", "1"], "--days 1"), ([tmp_path], "is not a complete run folder")):
+        assert deciders.main([str(word) for word in words]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_the_table_of_results_has_the_controller_beside_the_best_rule(finished, scenario):
