@@ -99,6 +99,11 @@ class TrainingConfig(Section):
     )
     controller: ControllerConfig = Field(description="Settings of the controller's training.")
     randomise: bool = Field(True, description="Train on the scenario's ranges; false: on its middle alone.")
+    taught_share: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.5,
+        description="Share of the steps in which the network is taught what the simulator knows of every candidate, "
+        "before PPO; 0: PPO alone, as with the ledger's signal.",
+    )
 
     @model_validator(mode="after")
     def _batch_fits(self) -> TrainingConfig:

@@ -1,10 +1,14 @@
 """PPO on Stable-Baselines3 that learns from the learning signal and discounts by elapsed time.
 
-The rollout differs from Stable-Baselines3's in three ways; the update is its own. (1) The reward of a step is the
+The rollout differs from Stable-Baselines3's in three ways; PPO's update is its own. (1) The reward of a step is the
 environment's `learning_signal` (own margin of the decision at expected credits, minus the shadow price of the capacity
 taken; docs/learning.md) instead of the ledger's change. (2) Decisions are not equally spaced, so a step that lasted
 dt seconds discounts by exp(-dt / tau) (semi-Markov); retries and held jobs add steps without adding time. (3) An
 episode ends by truncation: its last transition gets no bootstrap from the observation after the reset, and adds none.
+
+PPO may be preceded by *teaching*. The simulator knows the learning signal of every candidate, not only of the one that
+was chosen, and the policy's logits are regressed on it: on the log-probabilities of a policy that knew. Rollouts are
+the same, and an update has as many gradient steps; where PPO sees one noisy number per decision, this sees all.
 """
 
 from __future__ import annotations
@@ -22,11 +26,16 @@ from stable_baselines3.common.vec_env import VecEnv
 
 Array = np.ndarray[Any, Any]
 
+NEAR_LOGITS = 12.0  # behind the best: what the advice puts there is not taught
+HUBER_LOGITS = 5.0  # off by more than this counts linearly
+
 
 class ElapsedRolloutBuffer(RolloutBuffer):
     """A rollout buffer whose discount differs by step: `discounts` has shape (n_steps, n_envs)."""
 
     discounts: Array = None  # type: ignore[assignment]
+    teaching = False  # whether the logits by the learning signal are stored beside the rest
+    taught: Array | None = None  # (n_steps, n_envs, C) those logits
     _batch: list[Array] | None = None
 
     def reset(self) -> None:
@@ -50,6 +59,20 @@ class ElapsedRolloutBuffer(RolloutBuffer):
         self.discounts[t] = discount
         self.pos += 1
         self.full = self.pos == self.buffer_size
+
+    def room_to_teach(self, n_candidates: int) -> Array:
+        """`taught`, made where there is none yet."""
+        if self.taught is None:
+            self.taught = np.empty((self.buffer_size, self.n_envs, n_candidates), dtype=np.float32)
+        return self.taught
+
+    def lessons(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Observations (B, D), taught logits (B, C) and returns (B,) of the whole rollout in random order."""
+        assert self.taught is not None
+        total = self.buffer_size * self.n_envs
+        flat = [x.reshape(total, *x.shape[2:]) for x in (self.observations, self.taught, self.returns)]
+        for rows in np.array_split(torch.randperm(total).numpy(), -(-total // batch_size)):
+            yield tuple(torch.from_numpy(x[rows]) for x in flat)  # type: ignore[misc]
 
     def get(self, batch_size: int | None = None) -> Iterator[RolloutBufferSamples]:
         """Minibatches of the whole rollout in random order, all in the same memory: take one before the next."""
@@ -85,6 +108,19 @@ def discounts(elapsed_s: Array, tau_s: float) -> Array:
     return np.exp(-elapsed_s / tau_s) if tau_s > 0 else np.zeros_like(elapsed_s)
 
 
+def taught_loss(log_probs: torch.Tensor, taught: torch.Tensor, observations: torch.Tensor) -> torch.Tensor:
+    """How far log-probabilities (B, C) lie from taught logits (B, C), by Huber; both up to a constant per decision.
+
+    Of legal candidates alone, and of those not so far behind the best by the advice that nothing would bring them up.
+    """
+    c = taught.shape[1]
+    near = (observations[:, -c:] > 0.5) & (observations[:, -2 * c : -c] > -NEAR_LOGITS)
+    weight = near.float()
+    off = torch.where(near, log_probs - taught, 0.0)
+    off = (off - off.sum(1, keepdim=True) / weight.sum(1, keepdim=True)) * weight
+    return torch.nn.functional.huber_loss(off, torch.zeros_like(off), delta=HUBER_LOGITS)
+
+
 def play(
     policy: torch.nn.Module,
     env: Any,
@@ -108,6 +144,9 @@ def play(
     """
     for _ in range(buffer.buffer_size):
         action, value, log_prob = (x.numpy() for x in policy(torch.as_tensor(obs)))
+        if buffer.teaching:
+            logits = env.signal_logits()
+            buffer.room_to_teach(logits.shape[1])[buffer.pos] = logits
         following, _, dones, infos = env.step(action)
         buffer.add_step(obs, action, env.learning_signal, starts, value, log_prob, discount(env.elapsed_s))
         obs, starts = following, dones
@@ -120,13 +159,14 @@ class MarginPPO(PPO):
     Args:
         *args: as Stable-Baselines3's PPO; the environment must be an `envs.vector_env.FleetVecEnv`.
         tau_s: time constant of the discount in seconds; 0: only the decision's own signal counts.
+        taught_steps: decisions during which the policy is taught, before PPO.
         **kwargs: as Stable-Baselines3's PPO.
     """
 
     buffer_class: type[ElapsedRolloutBuffer] = ElapsedRolloutBuffer
 
-    def __init__(self, *args: Any, tau_s: float = 5.0, **kwargs: Any) -> None:
-        self.tau_s = tau_s
+    def __init__(self, *args: Any, tau_s: float = 5.0, taught_steps: int = 0, **kwargs: Any) -> None:
+        self.tau_s, self.taught_steps = tau_s, taught_steps
         super().__init__(*args, rollout_buffer_class=self.buffer_class, **kwargs)
 
     def discount(self, elapsed_s: Array) -> Array:
@@ -140,6 +180,7 @@ class MarginPPO(PPO):
         assert isinstance(rollout_buffer, ElapsedRolloutBuffer) and self._last_obs is not None
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
+        rollout_buffer.teaching = self.num_timesteps < self.taught_steps
         callback.on_rollout_start()
         for obs, dones, infos in self._play(env, rollout_buffer):
             self.num_timesteps += env.num_envs
@@ -154,6 +195,32 @@ class MarginPPO(PPO):
         rollout_buffer.compute_returns_and_advantage(last_values, dones)
         callback.on_rollout_end()
         return True
+
+    def train(self) -> None:
+        """One update: by teaching as long as that goes on, then by Stable-Baselines3's PPO."""
+        assert isinstance(self.rollout_buffer, ElapsedRolloutBuffer)
+        if self.rollout_buffer.teaching:
+            self.teach(self.rollout_buffer)
+        else:
+            super().train()
+
+    def teach(self, buffer: ElapsedRolloutBuffer) -> None:
+        """One update by what the simulator knows of every candidate."""
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        losses = []
+        for _ in range(self.n_epochs):
+            for observations, taught, returns in buffer.lessons(self.batch_size):
+                log_probs, values = self.policy.scorer(observations)
+                loss = taught_loss(log_probs, taught, observations)
+                losses.append(loss.item())
+                loss = loss + self.vf_coef * torch.nn.functional.mse_loss(values, returns)
+                self.policy.optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+                self.policy.optimizer.step()
+        self._n_updates += self.n_epochs
+        self.logger.record("train/taught_loss", float(np.mean(losses)))
 
     def _play(self, env: VecEnv, buffer: ElapsedRolloutBuffer) -> Iterator[tuple[Array, Array, list[dict[str, Any]]]]:
         assert self._last_episode_starts is not None

@@ -121,6 +121,7 @@ class Order:
         weights: of the policy.
         random: state of torch's generator.
         floor_usd: as `ObservedWorlds`.
+        teaching: as `ElapsedRolloutBuffer`.
         where: how far the worlds are.
     """
 
@@ -129,6 +130,7 @@ class Order:
     weights: dict[str, Array]
     random: Array
     floor_usd: Array | None
+    teaching: bool
     where: Whereabouts
 
 
@@ -180,13 +182,14 @@ def start_rollouts(worlds: Worlds, first_episode: int) -> Callable[[Order], Play
         policy.worlds = (first, config.n_envs)
         torch.set_rng_state(torch.from_numpy(np.array(order.random)))
         buffer = ElapsedRolloutBuffer(config.rollout_steps, env.observation_space, env.action_space, n_envs=n)
+        buffer.teaching = order.teaching
         infos, dones = [], order.where.starts
         steps = play(policy, env, buffer, obs, order.where.starts, lambda s: discounts(s, config.tau_s))
         for t, (following, ended, news) in enumerate(steps):
             obs, dones = following, ended
             infos += [(t, first + int(w), news[w]) for w in np.flatnonzero(dones)]
         kept[first] = order.rollout + 1, env, obs
-        columns = {name: getattr(buffer, name) for name in FIELDS}
+        columns = {name: getattr(buffer, name) for name in (*FIELDS, *(("taught",) if order.teaching else ()))}
         return Played(order.rows, columns, obs, dones, infos, torch.get_rng_state().numpy())
 
     return do
@@ -222,8 +225,11 @@ class SharedVecEnv(FleetVecEnv):
         weights = {name: tensor.numpy() for name, tensor in policy.state_dict().items()}
         random, n = torch.get_rng_state().numpy(), self.num_envs
         orders = [
-            Order(rows, self._rollouts, weights, random, self.floor_usd, self._where.of(rows)) for rows in self.rows
+            Order(rows, self._rollouts, weights, random, self.floor_usd, buffer.teaching, self._where.of(rows))
+            for rows in self.rows
         ]
+        if buffer.teaching:
+            buffer.room_to_teach(int(self.action_space.n))  # type: ignore[attr-defined]
         observations = np.empty((n, *self.observation_space.shape), dtype=np.float32)  # type: ignore[misc]
         last, infos = np.zeros(n, dtype=np.bool_), [[{} for _ in range(n)] for _ in range(buffer.buffer_size)]
         for part in self._job.each(orders):

@@ -1,4 +1,4 @@
-"""Trains the router: tuned margin rule -> normaliser -> PPO on the learning signal -> choice on validation.
+"""Trains the router: tuned margin rule -> normaliser -> teaching -> PPO on the learning signal -> choice on validation.
 
 The advice is `bid-price-fitted`. The network starts as the advice itself (zero head), is validated at intervals with
 its argmax policy, and the best validated weights are kept. Whether they are exported at all is decided elsewhere, on
@@ -97,6 +97,7 @@ def make_model(
         ent_coef=config.entropy_coefficient,
         vf_coef=config.value_coefficient,
         max_grad_norm=config.max_grad_norm,
+        taught_steps=round(config.taught_share * config.steps) if config.signal == "own" else 0,
         policy_kwargs=scorer_settings(config, spec),
         seed=seed,
         tensorboard_log=str(tensorboard) if tensorboard else None,

@@ -27,6 +27,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "no_shadow_price": ("no charge for the capacity taken", {"shadow_price": False}),
     "ledger_signal": ("reward: the ledger's change, discounted over 5 s", {"signal": "ledger", "tau_s": 5.0}),
     "no_stagger": ("all worlds start together", {"stagger": False}),
+    "no_teaching": ("PPO from the first step", {"taught_share": 0.0}),
+    "teaching_alone": ("no PPO after it", {"taught_share": 1.0}),
     "no_randomise": ("the middle of the scenario's ranges alone", {"randomise": False}),
     "no_feedback": ("the network does not hear of judged answers", {"sees": "load"}),
     "sees_all": ("the network looks at load, latency and prices too", {"sees": "all"}),

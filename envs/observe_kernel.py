@@ -97,13 +97,13 @@ class Seen(NamedTuple):
     stay: Array  # (N, C)
     congestion_usd: Array  # (N, C), price of the capacity taken
     kept: Array  # (3, N, C), filled in where the rule has floors
+    value_usd: Array  # (N,), revenue of a good answer
 
 
 def buffers(n_worlds: int, n_candidates: int, observation: Array) -> Seen:
     """What the kernel writes, around an observation (N, D) float32."""
-    return Seen(
-        observation, *(np.zeros((n_worlds, n_candidates)) for _ in range(5)), np.zeros((3, n_worlds, n_candidates))
-    )
+    of_candidates = (np.zeros((n_worlds, n_candidates)) for _ in range(5))
+    return Seen(observation, *of_candidates, np.zeros((3, n_worlds, n_candidates)), np.zeros(n_worlds))
 
 
 @kernel(error_model="numpy")
@@ -300,6 +300,7 @@ def observe(rule, s, q, legal, n_features, n_context, seen):
     for w in range(worlds):
         row = seen.observation[w]
         best_usd, value_usd = assess(rule, s, q, legal, w, n_features, seen)
+        seen.value_usd[w] = value_usd
         _context(rule, s, q, legal, w, value_usd, row[wide : wide + n_context])
         tenth = 10.0 / max(value_usd, 1e-9)
         temperature_usd = max(rule.numbers[0].temperature_share * value_usd, 1e-9)

@@ -96,6 +96,7 @@ class ObservedWorlds(FleetWorlds):
         found, seen = self.advice.assess(view), self._seen
         seen.p_good[:], seen.bad_usd[:], seen.score_usd[:] = found.p_good, found.bad_usd, found.score_usd
         seen.stay[:], seen.congestion_usd[:] = found.stay, found.parts_usd[3]
+        seen.value_usd[:] = found.value_usd[:, 0]
         if found.kept is not None:
             seen.kept[:] = found.kept
         self._pair = hedging.pair_of(view, latency.estimate(view)[0][0], self.advice.parameters.sharpness)
@@ -103,9 +104,21 @@ class ObservedWorlds(FleetWorlds):
 
     def signal_usd(self, choices: Array) -> Array:
         """(N,) learning signal of choices made on the last observation, before they are carried out."""
-        a, rows = self._seen, np.arange(self.n_worlds)
-        legal = self.legal[rows, choices]
+        legal = self.legal[np.arange(self.n_worlds), choices]
         choices = np.where(legal, choices, self.plant.layout.n_candidates - 1)
+        return self._signals_usd(choices[:, None])[:, 0]
+
+    def signal_logits(self) -> Array:
+        """(N, C) float32: the advice logits of the last observation if the learning signal were the advice's score."""
+        usd = self._signals_usd(np.arange(self.plant.layout.n_candidates)[None])
+        usd -= np.where(self.legal, usd, -np.inf).max(axis=1, keepdims=True)
+        temperature_usd = np.maximum(self.spec.temperature_share * self._seen.value_usd, 1e-9)
+        return np.clip(usd / temperature_usd[:, None], MIN_LOGIT, 0.0).astype(np.float32)
+
+    def _signals_usd(self, candidates: Array) -> Array:
+        """(N, X) learning signal of candidates (N, X) or (1, X) of the last observation."""
+        a, rows = self._seen, np.arange(self.n_worlds)[:, None]
+        choices = np.broadcast_to(candidates, (self.n_worlds, candidates.shape[1]))
         p_true = self.p_true if self._pair is None else self._pair.of_winner(self.p_true)
         known = p_true[rows, choices] - a.p_good[rows, choices]
         signal_usd = a.score_usd[rows, choices] + known * a.bad_usd[rows, choices]
@@ -116,7 +129,7 @@ class ObservedWorlds(FleetWorlds):
             more_usd = self.floor_usd - self.advice.parameters.multipliers  # (3, K) beyond what the score holds
             kept = a.kept[:, rows, choices]
             kept[1] += known * a.stay[rows, choices]
-            signal_usd += (more_usd[:, self.request[v.CLASS_INDEX].astype(np.int64)] * kept).sum(axis=0)
+            signal_usd += (more_usd[:, self.request[v.CLASS_INDEX].astype(np.int64)][..., None] * kept).sum(axis=0)
         return signal_usd
 
     def summary(self, w: int) -> dict[str, float]:
@@ -260,6 +273,10 @@ class FleetVecEnv(VecEnv):
                 infos[w]["terminal_observation"] = observations[w]  # truncation: nothing bootstraps from it
             return observations, rewards, dones, infos
         return worlds.observe(), rewards, dones, infos
+
+    def signal_logits(self) -> Array:
+        """As `ObservedWorlds`."""
+        return self.worlds.signal_logits()
 
     @property
     def floor_usd(self) -> Array | None:

@@ -195,6 +195,24 @@ def test_learning_signal_of_an_illegal_choice_is_that_of_shedding(small_plant):
     assert signals[0] == signals[1] < 0.0
 
 
+def test_signal_logits_are_advice_logits_with_the_true_p_good(small_plant):
+    """They rank candidates as the learning signal does, and where the prediction is the truth they are the advice's."""
+    env = FleetVecEnv(small_plant, 3)
+    observation, worlds, rng = env.reset(), env.worlds, np.random.default_rng(5)
+    c = small_plant.layout.n_candidates
+    for _ in range(60):
+        advice, legal = observation[:, -2 * c : -c], worlds.legal
+        logits = env.signal_logits()
+        signals = np.stack([worlds.signal_usd(np.full(3, i)) for i in range(c)], axis=1)
+        best = np.where(legal, signals, -np.inf).argmax(axis=1)
+        np.testing.assert_array_equal(np.where(legal, logits, -np.inf).max(axis=1), 0.0)
+        np.testing.assert_array_equal(logits[np.arange(3), best], 0.0)
+        kept, worlds.p_true[...] = worlds.p_true.copy(), worlds._seen.p_good
+        np.testing.assert_allclose(np.where(legal, env.signal_logits(), 0.0), np.where(legal, advice, 0.0), atol=1e-4)
+        worlds.p_true[...] = kept
+        observation, _, _, _ = env.step(random_legal(worlds.legal, rng))
+
+
 def test_stagger_spreads_the_starts(small_plant):
     env = FleetVecEnv(small_plant, 4, stagger=True)
     env.reset()

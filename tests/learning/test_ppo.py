@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from stable_baselines3 import PPO
 
 from agents.config import load_training
 from agents.export import residual_policy
-from agents.ppo import ElapsedRolloutBuffer, MarginPPO
+from agents.ppo import ElapsedRolloutBuffer, MarginPPO, taught_loss
 from agents.train import fit_normaliser, make_model
 from envs.plant import Plant
 from envs.scenario import Scenario
@@ -167,20 +168,66 @@ def right_share(plant, policy):
     return right / decisions
 
 
-@pytest.mark.parametrize("tau_s", [0.0, 5.0], ids=["bandit", "discounted"])
-def test_learns_who_answers_what(tau_s):
+@pytest.mark.parametrize(
+    ("steps", "tau_s", "taught_share"),
+    [(12_288, 0.0, 0.0), (12_288, 5.0, 0.0), (3_072, 0.0, 1.0)],
+    ids=["bandit", "discounted", "taught"],
+)
+def test_learns_who_answers_what(steps, tau_s, taught_share):
+    """Teaching needs a quarter of the decisions."""
     plant = Plant(two_specialists(learnable=True))
-    advice, policy = trained(plant, 12_288, tau_s=tau_s)
+    advice, policy = trained(plant, steps, tau_s=tau_s, taught_share=taught_share)
     assert 0.3 < right_share(plant, advice) < 0.7
     assert right_share(plant, policy) > 0.97
 
 
-def test_learns_nothing_where_the_advice_is_right():
+@pytest.mark.parametrize("taught_share", [0.0, 1.0], ids=["bandit", "taught"])
+def test_learns_nothing_where_the_advice_is_right(taught_share):
     """Both answer alike and the prior knows it: the cheaper one stays the choice."""
     plant = Plant(two_specialists(learnable=False))
-    advice, policy = trained(plant, 6_144, tau_s=0.0)
+    advice, policy = trained(plant, 6_144, tau_s=0.0, taught_share=taught_share)
     same = total = 0
     for view in views(plant, seeds=(5, 6)):
         same += (advice.decide_batch(view) == policy.decide_batch(view)).sum()
         total += len(view.legal)
     assert same / total > 0.95
+
+
+def test_taught_loss_is_zero_for_who_knows():
+    """Logits count up to a constant per decision; those of illegal candidates, and of the very worst, not at all."""
+    rng = np.random.default_rng(0)
+    taught = torch.tensor(rng.normal(size=(5, 4)), dtype=torch.float32)
+    advice, legal = torch.zeros(5, 4), torch.ones(5, 4)
+    legal[:, 3], advice[:, 2] = 0.0, -20.0
+    observation = torch.cat([torch.zeros(5, 3), advice, legal], dim=1)
+    logits = taught + torch.tensor(rng.normal(size=(5, 1)), dtype=torch.float32)
+    logits[:, 2:] = -100.0
+    logits.requires_grad_()
+    loss = taught_loss(logits, taught, observation)
+    assert loss.item() == pytest.approx(0.0, abs=1e-10)
+    moved = logits.detach().clone()
+    moved[:, 0] += 1.0  # half of it is a constant of the two that count
+    loss = taught_loss(moved.requires_grad_(), taught, observation)
+    loss.backward()
+    assert loss.item() == pytest.approx(2 * 0.5 * 0.5**2 / 4)
+    assert (moved.grad[:, 2:] == 0.0).all() and (moved.grad[:, 0] > 0.0).all() and (moved.grad[:, 1] < 0.0).all()
+
+
+def test_teaching_comes_first_and_resumes(small_plant, tiny_config, tmp_path):
+    """So many decisions are taught, then PPO; an archive knows how many."""
+    steps = 4 * tiny_config.n_envs * tiny_config.rollout_steps
+    config = tiny_config.model_copy(update={"taught_share": 0.5, "steps": steps})
+    spec, scale_usd = fit_normaliser(small_plant, default_advice(small_plant), config)
+    env = FleetVecEnv(small_plant, config.n_envs, None, default_advice(small_plant), spec, scale_usd)
+    model = make_model(env, config, spec, seed=0, tensorboard=None)
+    seen = []
+    teach, ppo = MarginPPO.teach, PPO.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MarginPPO, "teach", lambda self, rollout: (seen.append("taught"), teach(self, rollout))[0])
+        patch.setattr(PPO, "train", lambda self: (seen.append("ppo"), ppo(self))[0])
+        model.learn(config.steps)
+    assert seen == ["taught"] * 2 + ["ppo"] * 2
+    model.save(tmp_path / "model.zip")
+    assert MarginPPO.load(tmp_path / "model.zip").taught_steps == config.steps // 2
+    ledger = make_model(env, config.model_copy(update={"signal": "ledger"}), spec, seed=0, tensorboard=None)
+    assert ledger.taught_steps == 0
