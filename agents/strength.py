@@ -36,8 +36,8 @@ def best_strength(
 ) -> tuple[float, dict[str, list[float]]]:
     """One of `STRENGTHS`: of those that no stress speaks against, that whose gain is surest; else the weakest.
 
-    A stress speaks against a strength whose mean gain there lies more than a standard error below zero. Surest is the
-    highest lower end of the 95 % interval over all episodes played.
+    A stress speaks against a strength if the 95 % interval of its gain there lies below zero, as it does at the gate.
+    Surest is the highest lower end of that interval over all episodes played.
 
     Args:
         scenario: of the router.
@@ -60,7 +60,7 @@ def best_strength(
     surely_usd = usd - NORMAL_95 * error_usd
     for gains in found.values():
         usd, error_usd = _mean_and_error(gains)
-        surely_usd[usd < -error_usd] = -np.inf
+        surely_usd[usd + NORMAL_95 * error_usd < 0.0] = -np.inf
     chosen = STRENGTHS[int(surely_usd.argmax())] if np.isfinite(surely_usd).any() else min(STRENGTHS)
     return chosen, {name: gains.mean(axis=1).tolist() for name, gains in found.items()}
 
