@@ -30,10 +30,10 @@ def cpu_seconds(model: Any, steps: int) -> float:
     return time.process_time() - start
 
 
-def native(steps: int, seed: int = 0) -> dict[str, float]:
-    """The product's path: steps per CPU-second, and wall seconds."""
+def native(steps: int, seed: int = 0, taught_share: float = 0.0) -> dict[str, float]:
+    """The product's path, PPO or teaching: steps per CPU-second, and wall seconds."""
     torch.set_num_threads(1)
-    config = load_training(None, {})
+    config = load_training(None, {"taught_share": taught_share})
     plant = Plant(load_scenario("quickstart"))
     spec = features.feature_spec(plant.layout)
     env = FleetVecEnv(plant, config.n_envs, stagger=True)
@@ -98,6 +98,7 @@ def measured(quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     steps = rollout * (2 if quick else 24)
     common.note("native path")
     ours = native(steps)["steps_per_cpu_s"]
+    taught = native(steps, taught_share=1.0)["steps_per_cpu_s"]
     common.note("the same in DummyVecEnv")
     reference = dummy(rollout if quick else 4 * rollout, stock=False)
     common.note("stock Stable-Baselines3")
@@ -105,6 +106,7 @@ def measured(quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     jax = sbx(2048 if quick else 16384)
     figures: dict[str, Any] = {
         "env_steps_per_cpu_s": round(ours),
+        "taught_env_steps_per_cpu_s": round(taught),
         "dummy_vec_env_steps_per_cpu_s": round(reference),
         "ratio_to_dummy_vec_env": round(ours / reference, 2),
         "stock_sb3_steps_per_cpu_s": round(stock),

@@ -77,6 +77,19 @@ def test_a_stress_can_speak_against_a_strength(policy, small_scenario, monkeypat
     assert best_strength(small_scenario, policy, 16)[0] == chosen
 
 
+def test_bad_luck_under_a_stress_is_no_harm(policy, small_scenario, monkeypatch):
+    """A mean below zero by less than its error says nothing against a strength."""
+    named = stressed(small_scenario)
+
+    def gains(scenario, policy, episodes):
+        unlucky = scenario.hash == named["four gateways"].hash
+        noise = np.where(np.arange(episodes) % 2, 0.3, -0.3)
+        return np.array([-0.05 if unlucky else x for x in STRENGTHS])[:, None] + noise
+
+    monkeypatch.setattr(strength, "_gains", gains)
+    assert best_strength(small_scenario, policy, 64)[0] == 1.0
+
+
 def test_what_harms_is_followed_least(policy, small_scenario):
     loud = replace(policy, network=replace(policy.network, head=100.0 * policy.network.head))
     found, by_world = best_strength(small_scenario, loud, 4)

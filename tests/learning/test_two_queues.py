@@ -42,7 +42,14 @@ def plant():
 def learned(plant):
     """A network that starts from nothing: no advice, every candidate as likely as any other."""
     settings = {"n_envs": 16, "rollout_steps": 32, "minibatch": 256, "width": 16, "learning_rate": 0.005}
-    settings |= {"steps": 24_576, "residual": False, "normaliser_episodes": 4, "target_kl": None, "tau_s": 0.0}
+    settings |= {
+        "steps": 24_576,
+        "residual": False,
+        "normaliser_episodes": 4,
+        "target_kl": None,
+        "tau_s": 0.0,
+        "taught_share": 0.0,
+    }
     config = load_training(None, settings)
     torch.set_num_threads(1)
     advice = default_advice(plant)
