@@ -1,7 +1,7 @@
 """End-to-end PPO environment steps per CPU-second on `quickstart`, mask and candidate scorer included.
 
-`env_steps_per_cpu_s` is train.py's path: rollouts in one kernel call over all worlds, elapsed-time discount, PPO's update;
-`taught_env_steps_per_cpu_s` the same with the update by teaching, which the first half of a training has.
+`env_steps_per_cpu_s` is train.py's path: rollouts in one kernel call over all worlds, elapsed-time discount, PPO's
+update; `taught_env_steps_per_cpu_s` the same with the update by teaching, which the first half of a training has.
 The reference is the same environment, network and hyperparameters behind 8 single environments in Stable-Baselines3's
 DummyVecEnv, with its own rollout loop (scalar discount, ledger reward), in the same process. `stock_sb3` is PPO as it
 is usually set up there: MlpPolicy, no mask, 8 environments, batch 64, 10 epochs; `stock_sbx` the same on JAX, where
