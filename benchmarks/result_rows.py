@@ -132,8 +132,9 @@ def adjust(found: Sequence[dict[str, Any]]) -> None:
         row["gain"]["p_holm"] = float(p)
 
 
-def markdown(found: Sequence[Mapping[str, Any]], commit: str, command: str) -> str:
-    """The rows as a page that names the command and the commit they come from."""
+def markdown(found: Sequence[Mapping[str, Any]], command: str) -> str:
+    """The rows as a page that names the command and the commits that they were played at."""
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in found))
     whole = [row for row in found if row["condition"] == ITSELF]
     changed = [row for row in found if row["condition"] != ITSELF]
     lines = [
@@ -141,7 +142,7 @@ def markdown(found: Sequence[Mapping[str, Any]], commit: str, command: str) -> s
         "",
         f"    {command}",
         "",
-        f"Written by it at commit {commit}. Gains are USD per 1k",
+        f"Written by it; played at commit {commits}. Gains are USD per 1k",
         "first calls, mean over training seeds, paired by held-out episode, of the policies as exported and by argmax",
         "(where the gate did not let the network pass, the bundle is the heuristic itself, and says so); %: of the",
         "contribution margin; p: sign-flip test, adjusted over all rows of this page (Holm); learned: seeds whose",

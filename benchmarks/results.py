@@ -2,8 +2,9 @@
 
 Every scenario is trained once per seed with train.py's defaults; runs that are finished are not repeated. The bundles,
 whatever their gates exported, then play the held-out episodes of the scenario and of its held-out conditions beside all
-tuned heuristics. A gain is the mean over training seeds, paired by episode; p-values are adjusted over every row of the
-table (Holm). The table goes to --out as Markdown.
+tuned heuristics; a scenario's rows are kept beside its runs (NAME.rows.json) until one of these is another. A gain is
+the mean over training seeds, paired by episode; p-values are adjusted over every row of the table (Holm). The table
+goes to --out as Markdown.
 
 Try:
   python -m benchmarks.results --seeds 0,1,2 --out docs/results.md
@@ -14,15 +15,23 @@ Try:
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import common
 from marginroute.cli import main_guard
 from marginroute.errors import InputError
+from marginroute.whole_file import write_whole
+
+if TYPE_CHECKING:
+    from agents.workers import Crew
+    from envs.scenario import Scenario
 
 EPISODES, DAYS = 256, 64  # of a scenario as it is; under a controller an episode is a day
 
@@ -76,11 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 common.note(f"{name} is left out: it has no tuned baselines")
                 continue
             runs = [_trained(name, seed, steps, args.runs) for seed in seeds]
-            common.note(f"playing {name}")
-            found += result_rows.rows(scenario, runs, *_episodes(args, scenario.control is not None), workers)
+            found += _rows(scenario, runs, _episodes(args, scenario.control is not None), args.runs, workers)
     result_rows.adjust(found)
     command = shlex.join(["python", "-m", "benchmarks.results", *(sys.argv[1:] if argv is None else argv)])
-    text = result_rows.markdown(found, common.commit(), command)
+    text = result_rows.markdown(found, command)
     if args.out is None:
         common.note(text)
     else:
@@ -96,6 +104,25 @@ def _episodes(args: argparse.Namespace, days: bool) -> tuple[int, int]:
     whole = args.episodes or (DAYS if days else EPISODES)
     part = max(whole // (4 if days else 8), 1) if args.condition_episodes is None else args.condition_episodes
     return whole, part
+
+
+def _rows(
+    scenario: Scenario, runs: Sequence[Path], episodes: tuple[int, int], folder: Path, workers: Crew | int
+) -> list[dict[str, Any]]:
+    """A scenario's rows: those that are kept if they are of these bundles and episodes, else played and kept."""
+    bundles = [hashlib.sha256((run / "bundle" / "manifest.json").read_bytes()).hexdigest() for run in runs]
+    key = {"scenario_hash": scenario.hash, "bundles": bundles, "episodes": list(episodes)}
+    path = folder / f"{scenario.name}.rows.json"
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    if kept.get("key") == key:
+        return list(kept["rows"])
+    from benchmarks import result_rows
+
+    common.note(f"playing {scenario.name}")
+    rows = result_rows.rows(scenario, runs, *episodes, workers)
+    found = [{**row, "commit": common.commit()} for row in rows]
+    write_whole(path, json.dumps({"key": key, "rows": found}, indent=1) + "\n")
+    return found
 
 
 def _trained(name: str, seed: int, steps: int | None, runs: Path) -> Path:

@@ -1,6 +1,7 @@
 """The table of training results, on a run that takes a second: its figures are those of the policies themselves."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -34,7 +35,8 @@ def test_gains_are_differences_of_margins_on_the_same_episodes(tiny_plant, finis
 
 
 def test_the_page_has_a_line_per_row_with_all_its_columns(found):
-    lines = result_rows.markdown(found, "abc", "a command").splitlines()
+    lines = result_rows.markdown([{**row, "commit": "abc"} for row in found], "a command").splitlines()
+    assert any("played at commit abc." in line for line in lines)
     for first, rows in (("| scenario | episodes", 1), ("| condition | episodes", len(found) - 1)):
         head = next(i for i, line in enumerate(lines) if line.startswith(first))
         assert {line.count("|") for line in lines[head : head + 2 + rows]} == {lines[head].count("|")}
@@ -58,6 +60,27 @@ def test_seeds_that_are_no_numbers_are_refused(capsys):
 def test_counts_below_what_is_legal_are_refused(flag, value, capsys):
     assert results.main(["quickstart", flag, str(value)]) == 2
     assert f"{flag} {value} is not legal; legal is" in capsys.readouterr().err
+
+
+def test_rows_are_kept_until_runs_or_episodes_are_others(tiny_plant, finished_run, tmp_path, monkeypatch, found):
+    """An interrupted command goes on; nothing old is shown for what has been trained anew."""
+    played = []
+    monkeypatch.setattr(result_rows, "rows", lambda *args: played.append(args) or found)
+    again = tmp_path / "again"
+    shutil.copytree(finished_run / "bundle", again / "bundle")
+    for runs, episodes, times in (
+        ([finished_run], (3, 2), 1),
+        ([finished_run], (3, 2), 1),
+        ([again], (3, 2), 1),  # the same bundle
+        ([finished_run, again], (3, 2), 2),
+        ([finished_run, again], (4, 2), 3),
+    ):
+        rows = results._rows(tiny_plant.scenario, runs, episodes, tmp_path, 1)
+        assert [{k: x for k, x in row.items() if k != "commit"} for row in rows] == found
+        assert len(played) == times
+    (again / "bundle" / "manifest.json").write_text("{}")
+    results._rows(tiny_plant.scenario, [finished_run, again], (4, 2), tmp_path, 1)
+    assert len(played) == 4
 
 
 def test_rows_are_plain_data(found):
