@@ -170,10 +170,15 @@ def _summary(found: Sequence[Mapping[str, Any]]) -> list[str]:
     pct = [row["gain"]["pct"] for row in whole if row["gain"]["pct"] is not None]
     over = [row["over_shipped"]["pct"] for row in whole if row.get("over_shipped", {}).get("pct") is not None]
     names = ", ".join(f"{row['scenario']} ({_pct(row['gain']['pct'])} %)" for row in ahead) or "none"
+    apart = holm([row["gain"]["p"] for row in whole])
+    alone = [
+        row["scenario"] for row, p in zip(whole, apart, strict=True) if p < 0.05 and row["gain"]["usd_per_1k"] > 0.0
+    ]
     worse = ", ".join(f"{row['scenario']}, {row['condition']}" for row in behind) or "none"
     lines = [
         f"- Gates exported a network in {exported} of {trained} trainings.",
         f"- Significantly better by what was learned: {names}.",
+        f"- With the scenarios as they are for a family of their own: {', '.join(alone) or 'none'}.",
         f"- Significantly worse than the best tuned heuristic, of {len(found)} rows: {worse}.",
         f"- Median of the scenarios: {np.median(pct):+.1f} % over the best tuned heuristic.",
     ]
