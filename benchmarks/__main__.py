@@ -103,13 +103,12 @@ def section(command: str, document: dict[str, Any], quick: bool) -> str:
     lines = [f"## {document['benchmark']}", "", f"`{command}`{' (a quick run: rough)' if quick else ''}; {where}.", ""]
     figures = document["figures"]
     tables = {name: rows for name, rows in figures.items() if isinstance(rows, list) and rows and _alike(rows)}
-    lines += ["| figure | value |", "| --- | --- |"]
-    rest = {name: value for name, value in figures.items() if name not in tables}
-    lines += [f"| {name} | {shown(value)} |" for name, value in flat(rest)]
+    if rest := {name: value for name, value in figures.items() if name not in tables}:
+        lines += ["| figure | value |", "| --- | --- |", *(f"| {name} | {shown(x)} |" for name, x in flat(rest)), ""]
     for rows in tables.values():
-        lines += ["", f"| {' | '.join(rows[0])} |", f"| {' | '.join('---' for _ in rows[0])} |"]
-        lines += [f"| {' | '.join(map(shown, row.values()))} |" for row in rows]
-    return "\n".join([*lines, "", ""])
+        lines += [f"| {' | '.join(rows[0])} |", f"| {' | '.join('---' for _ in rows[0])} |"]
+        lines += [*(f"| {' | '.join(map(shown, row.values()))} |" for row in rows), ""]
+    return "\n".join([*lines, ""])
 
 
 def _alike(rows: list[Any]) -> bool:
