@@ -69,26 +69,30 @@ class ElapsedRolloutBuffer(RolloutBuffer):
     def lessons(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Observations (B, D), taught logits (B, C) and returns (B,) of the whole rollout in random order."""
         assert self.taught is not None
-        total = self.buffer_size * self.n_envs
-        flat = [x.reshape(total, *x.shape[2:]) for x in (self.observations, self.taught, self.returns)]
-        for rows in np.array_split(torch.randperm(total).numpy(), -(-total // batch_size)):
-            yield tuple(torch.from_numpy(x[rows]) for x in flat)  # type: ignore[misc]
+        for parts in self._minibatches([self.observations, self.taught, self.returns], batch_size):
+            yield tuple(parts)  # type: ignore[misc]
 
     def get(self, batch_size: int | None = None) -> Iterator[RolloutBufferSamples]:
-        """Minibatches of the whole rollout in random order, all in the same memory: take one before the next."""
+        """Minibatches as Stable-Baselines3's PPO takes them."""
+        columns = [self.observations, self.actions, self.values, self.log_probs, self.advantages, self.returns]
+        for parts in self._minibatches(columns, batch_size):
+            yield RolloutBufferSamples(*parts)
+
+    def _minibatches(self, columns: list[Array], batch_size: int | None) -> Iterator[list[torch.Tensor]]:
+        """Of columns (T, N, ...) in random order, all in the same memory: take one before the next."""
         total = self.buffer_size * self.n_envs
         size = min(batch_size or total, total)
-        flat = [self.observations.reshape(total, -1), self.actions.reshape(total, -1)]
-        flat += [x.reshape(total) for x in (self.values, self.log_probs, self.advantages, self.returns)]
-        if self._batch is None or len(self._batch[0]) != size:
-            self._batch = [np.empty((size, *x.shape[1:]), dtype=x.dtype) for x in flat]
+        flat = [x.reshape(total, *x.shape[2:]) for x in columns]
+        shapes = [(size, *x.shape[1:]) for x in flat]
+        if self._batch is None or [x.shape for x in self._batch] != shapes:
+            self._batch = [np.empty(shape, dtype=x.dtype) for shape, x in zip(shapes, flat, strict=True)]
         order = torch.randperm(total).numpy()
         for start in range(0, total, size):
             rows = order[start : start + size]
             parts = [part[: len(rows)] for part in self._batch]
             for x, part in zip(flat, parts, strict=True):
                 np.take(x, rows, axis=0, out=part, mode="clip")  # any other mode copies once more
-            yield RolloutBufferSamples(*(torch.from_numpy(part) for part in parts))
+            yield [torch.from_numpy(part) for part in parts]
 
     def compute_returns_and_advantage(self, last_values: torch.Tensor, dones: Array) -> None:
         """Generalised advantage estimation with the step's own discount (Schulman et al. 2016, eq. 16)."""
